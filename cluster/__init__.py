@@ -1,0 +1,1 @@
+"""Which ranks exist, where, and whether they live."""

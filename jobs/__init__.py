@@ -1,0 +1,1 @@
+"""What a person asks for: recipes, data, training, evaluation, the command line."""

@@ -1,0 +1,1 @@
+"""Text in, tokenised Parquet out."""

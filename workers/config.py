@@ -1,0 +1,301 @@
+"""The schema of a recipe: one table a component, read by whoever computes from it.
+
+A recipe is checked as a whole before any work starts. Every refusal is one sentence that names the key, its value and
+the remedy. This module imports neither torch nor Ray, so that a command line can check a recipe in milliseconds.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Table(BaseModel):
+    """A table of a recipe: unknown keys are refused, values never change after the check."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelTable(Table):
+    """Sizes of the transformer. ``head_dim`` is d_qk, ``value_dim`` d_v (0: the same as ``head_dim``)."""
+
+    vocab: int = Field(ge=16, description="vocabulary size, in tokens")
+    layers: int = Field(ge=1)
+    hidden: int = Field(ge=8)
+    heads: int = Field(ge=1, description="query heads")
+    kv_heads: int = Field(ge=1, description="key/value heads (GQA groups)")
+    head_dim: int = Field(ge=2, description="query and key dimension of a head, d_qk")
+    value_dim: int = Field(default=0, ge=0, description="value dimension of a head, d_v; 0: head_dim")
+    dense_layers: int = Field(default=0, ge=0, description="first layers with a dense FFN instead of experts")
+    dense_hidden: int = Field(default=0, ge=0, description="hidden size of that dense FFN")
+    context: int = Field(ge=2, description="longest sequence, in tokens")
+    rope_base: float = Field(default=10000.0, gt=1)
+    norm_eps: float = Field(default=1e-6, gt=0)
+    tied_embeddings: bool = False
+    init_std: float = Field(default=0.006, gt=0)
+
+    @property
+    def v_dim(self) -> int:
+        """d_v, resolved."""
+        return self.value_dim or self.head_dim
+
+
+class AttentionTable(Table):
+    """NSA's block sizes (reference: NSA section 3.3), or full attention. ``slc_count`` counts the forced blocks."""
+
+    kind: Literal["nsa", "full"] = "nsa"
+    backend: Literal["auto", "torch", "triton"] = "auto"
+    cmp_block: int = Field(default=32, ge=1, description="l: keys in a compression block")
+    cmp_stride: int = Field(default=16, ge=1, description="d: keys between two compression blocks")
+    slc_block: int = Field(default=64, ge=1, description="l': keys in a selection block")
+    slc_count: int = Field(default=16, ge=1, description="n: selected blocks a query, forced ones counted")
+    slc_initial: int = Field(default=1, ge=0, description="forced blocks at the start of the document")
+    slc_local: int = Field(default=2, ge=0, description="forced blocks that end with the query's own")
+    window: int = Field(default=512, ge=1, description="w: keys of the sliding window, the query's own included")
+
+
+class MoETable(Table):
+    """DeepSeekMoE's feed-forward layers, and the baselines of its paper. ``experts = 0``: a dense model."""
+
+    experts: int = Field(default=0, ge=0, description="routed experts, N'")
+    top_k: int = Field(default=0, ge=0, description="routed experts a token, K'")
+    shared_experts: int = Field(default=0, ge=0, description="K_s: experts that every token uses")
+    expert_hidden: int = Field(default=0, ge=0, description="hidden size of one expert")
+    router: Literal["softmax", "hash"] = "softmax"
+    normalize_gates: bool = Field(default=False, description="divide the chosen gates by their sum (GShard)")
+    shared: Literal["local", "dispatched"] = "local"
+    backend: Literal["auto", "torch", "triton", "megablocks"] = "auto"
+
+
+class BalanceTable(Table):
+    """Load-balance losses (DeepSeekMoE eq. 12-17)."""
+
+    expert: float = Field(default=0.0, ge=0, description="alpha_1, the expert-level factor")
+    device: float = Field(default=0.0, ge=0, description="alpha_2, the device-level factor")
+    device_groups: int = Field(default=1, ge=1, description="D: groups of experts in the device-level loss")
+    over: Literal["global_batch", "micro_batch"] = Field(
+        default="global_batch",
+        description="what f and P are summed over; with accumulation, global_batch costs one more forward pass",
+    )
+
+
+class DataTable(Table):
+    """What is trained on: a corpus made here (``stdlib``, ``shakespeare``) or a folder made by ``shoal data prepare``."""
+
+    corpus: str = "stdlib"
+    shuffle_groups: int = Field(default=8, ge=1, description="Parquet row groups shuffled together")
+
+
+class TrainTable(Table):
+    """The optimisation. ``batch`` is in sequences of ``sequence`` tokens, over all ranks and accumulation steps."""
+
+    steps: int = Field(ge=1)
+    batch: int = Field(ge=1, description="sequences of the global batch")
+    sequence: int = Field(ge=2, description="tokens a sequence")
+    accumulate: int = Field(default=1, ge=1, description="micro-batches that a global batch is cut into")
+    learning_rate: float = Field(gt=0, description="peak")
+    schedule: Literal["step", "cosine", "wsd"] = "step"
+    warmup: int = Field(default=0, ge=0, description="steps of linear warm-up")
+    final_lr: float = Field(default=0.1, ge=0, le=1, description="cosine, wsd: last rate as a share of the peak")
+    decay_from: float = Field(default=0.8, ge=0, le=1, description="wsd: share of the steps where the decay begins")
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    adam_eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip: float = Field(default=1.0, ge=0, description="largest norm of the gradient; 0: no clipping")
+    seed: int = Field(default=0, ge=0)
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(
+        default="auto", description="of weights and activations; auto: bfloat16 on a GPU, float32 on a CPU"
+    )
+    deterministic: bool = Field(default=False, description="bit-equal runs on a GPU too (a CPU always is)")
+    eval_every: int = Field(default=0, ge=0, description="steps between validations; 0: only at the end")
+    eval_tokens: int = Field(default=131072, ge=1, description="validation tokens, in whole documents")
+    log_every: int = Field(default=1, ge=1, description="steps between lines of metrics.jsonl")
+
+
+class ParallelTable(Table):
+    """Ranks and what each of them hosts. Data parallelism is what expert and context parallelism leave over."""
+
+    ranks: int = Field(default=1, ge=1)
+    placement: str = Field(default="colocated", description="colocated, or nA:mF (n attention, m expert ranks)")
+    expert: int = Field(default=0, ge=0, description="ranks that share one set of experts; 0: all expert ranks")
+    context: int = Field(default=1, ge=1, description="ranks that share one sequence")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_failures: int = Field(default=3, ge=0, description="failures in a row, without a new checkpoint between them, that end a run")
+
+    @property
+    def split(self) -> tuple[int, int] | None:
+        """``(attention ranks, expert ranks)`` of a disaggregated placement, None when colocated."""
+        match = re.fullmatch(r"(\d+)A:(\d+)F", self.placement)
+        return (int(match[1]), int(match[2])) if match else None
+
+    @property
+    def attention_ranks(self) -> int:
+        """How many ranks host an attention shard."""
+        return self.split[0] if self.split else self.ranks
+
+    @property
+    def expert_ranks(self) -> int:
+        """How many ranks share one set of experts."""
+        return self.split[1] if self.split else (self.expert or self.ranks)
+
+
+class CheckpointTable(Table):
+    """When checkpoints are written and how many are kept."""
+
+    every: int = Field(default=100, ge=1, description="steps between checkpoints; one more is written at the end")
+    keep: int = Field(default=3, ge=1, description="newest checkpoints kept")
+
+
+class Recipe(Table):
+    """A whole recipe. ``Recipe.model_validate(dict)`` checks every key and every combination of keys."""
+
+    name: str = Field(default="unnamed", pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    description: str = ""
+    model: ModelTable
+    attention: AttentionTable = AttentionTable()
+    moe: MoETable = MoETable()
+    balance: BalanceTable = BalanceTable()
+    data: DataTable = DataTable()
+    train: TrainTable
+    parallel: ParallelTable = ParallelTable()
+    checkpoint: CheckpointTable = CheckpointTable()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ranks_of_the_placement(cls, values: Any) -> Any:
+        """A disaggregated placement says how many ranks there are: fill ``ranks`` in when it is not given."""
+        parallel = values.get("parallel") if isinstance(values, dict) else None
+        if isinstance(parallel, dict) and "ranks" not in parallel:
+            match = re.fullmatch(r"(\d+)A:(\d+)F", str(parallel.get("placement", "")))
+            if match:
+                filled = {**parallel, "ranks": int(match[1]) + int(match[2])}
+                return {**values, "parallel": filled}
+        return values
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        _check_model(self)
+        if self.attention.kind == "nsa":
+            _check_blocks(self.attention)
+        _check_experts(self)
+        _check_train(self)
+        _check_parallel(self)
+        return self
+
+
+def _check_model(recipe: Recipe) -> None:
+    m = recipe.model
+    if m.heads % m.kv_heads:
+        raise ValueError(
+            f"model.heads={m.heads} is not divisible by model.kv_heads={m.kv_heads}: "
+            f"set model.kv_heads to a divisor of {m.heads}"
+        )
+    if m.head_dim % 2:
+        raise ValueError(f"model.head_dim={m.head_dim} is odd, and RoPE rotates pairs: set an even model.head_dim")
+    if m.dense_layers > m.layers:
+        raise ValueError(
+            f"model.dense_layers={m.dense_layers} is more than model.layers={m.layers}: set it to {m.layers} or less"
+        )
+    dense = m.layers if not recipe.moe.experts else m.dense_layers
+    if dense and not m.dense_hidden:
+        raise ValueError(f"model.dense_hidden=0, but {dense} layers have a dense FFN: set model.dense_hidden")
+
+
+def _check_blocks(a: AttentionTable) -> None:
+    for key in ("cmp_block", "slc_block"):
+        value = getattr(a, key)
+        if value % a.cmp_stride:
+            near = max(1, round(value / a.cmp_stride)) * a.cmp_stride
+            raise ValueError(
+                f"attention.{key}={value} is not a multiple of attention.cmp_stride={a.cmp_stride}: "
+                f"set attention.{key} to {near}"
+            )
+    if a.cmp_block > a.slc_block:
+        raise ValueError(
+            f"attention.cmp_block={a.cmp_block} is longer than attention.slc_block={a.slc_block}: "
+            f"set attention.slc_block to {a.cmp_block} or more"
+        )
+    forced = a.slc_initial + a.slc_local
+    if a.slc_local < 1:
+        raise ValueError("attention.slc_local=0 leaves a query without its own block: set it to 1 or more")
+    if a.slc_count < forced:
+        raise ValueError(
+            f"attention.slc_count={a.slc_count} is less than its forced blocks, slc_initial + slc_local = {forced}: "
+            f"set attention.slc_count to {forced} or more"
+        )
+
+
+def _check_experts(recipe: Recipe) -> None:
+    moe, balance = recipe.moe, recipe.balance
+    if not moe.experts:
+        return
+    if not moe.expert_hidden:
+        raise ValueError("moe.expert_hidden=0, but moe.experts is set: set moe.expert_hidden")
+    if not 1 <= moe.top_k <= moe.experts:
+        raise ValueError(
+            f"moe.top_k={moe.top_k} is not between 1 and moe.experts={moe.experts}: set moe.top_k in that range"
+        )
+    if moe.experts % balance.device_groups:
+        raise ValueError(
+            f"moe.experts={moe.experts} does not divide into balance.device_groups={balance.device_groups}: "
+            f"set balance.device_groups to a divisor of {moe.experts}"
+        )
+    if moe.router == "hash" and moe.top_k != 1:
+        raise ValueError(f"moe.top_k={moe.top_k} with moe.router='hash', which picks one expert: set moe.top_k to 1")
+
+
+def _check_train(recipe: Recipe) -> None:
+    t = recipe.train
+    if t.batch % t.accumulate:
+        raise ValueError(
+            f"train.batch={t.batch} is not divisible by train.accumulate={t.accumulate}: "
+            f"set train.accumulate to a divisor of {t.batch}"
+        )
+    if t.sequence > recipe.model.context:
+        raise ValueError(
+            f"train.sequence={t.sequence} is longer than model.context={recipe.model.context}: "
+            f"set train.sequence to {recipe.model.context} or less"
+        )
+
+
+def _check_parallel(recipe: Recipe) -> None:
+    p, t = recipe.parallel, recipe.train
+    if p.placement != "colocated" and not p.split:
+        raise ValueError(
+            f"parallel.placement={p.placement!r} is neither 'colocated' nor of the form nA:mF: set it to, say, 2A:2F"
+        )
+    if p.split:
+        if 0 in p.split:
+            raise ValueError(f"parallel.placement={p.placement!r} leaves one side without ranks: give each side 1 or more")
+        if sum(p.split) != p.ranks:
+            raise ValueError(
+                f"parallel.placement={p.placement!r} names {sum(p.split)} ranks, but parallel.ranks={p.ranks}: "
+                f"set parallel.ranks to {sum(p.split)}"
+            )
+        if p.expert not in (0, p.split[1]):
+            raise ValueError(
+                f"parallel.expert={p.expert} contradicts parallel.placement={p.placement!r}: leave parallel.expert out"
+            )
+        if not recipe.moe.experts:
+            raise ValueError(f"parallel.placement={p.placement!r} needs experts, and moe.experts=0: set it to colocated")
+    elif p.expert and p.ranks % p.expert:
+        raise ValueError(
+            f"parallel.ranks={p.ranks} is not divisible by parallel.expert={p.expert}: "
+            f"set parallel.expert to a divisor of {p.ranks}"
+        )
+    if p.context != 1:
+        raise ValueError(f"parallel.context={p.context}: sequences are not yet split over ranks: set parallel.context to 1")
+    if recipe.moe.experts and recipe.moe.experts % p.expert_ranks:
+        raise ValueError(
+            f"moe.experts={recipe.moe.experts} does not divide over {p.expert_ranks} expert ranks: "
+            f"set parallel.ranks or parallel.expert so that it does"
+        )
+    micro = t.batch // t.accumulate
+    if micro % p.attention_ranks:
+        raise ValueError(
+            f"train.batch / train.accumulate = {micro} sequences do not divide over {p.attention_ranks} attention ranks: "
+            f"set train.batch to a multiple of {t.accumulate * p.attention_ranks}"
+        )

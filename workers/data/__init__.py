@@ -1,0 +1,1 @@
+"""What a rank reads: packed batches streamed from tokenised Parquet."""

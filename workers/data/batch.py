@@ -1,0 +1,45 @@
+"""A packed batch: what the loader yields and the model reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Documents laid end to end; none of them attends to another.
+
+    tokens: ``[T]`` int64. targets: ``[T]`` int64, the next token of the same document, ``IGNORE`` where there is none.
+    positions: ``[T]`` int64, from 0 in each document. cu_seqlens: N+1 offsets on the host, ``0 … T``.
+    T may be 0: a rank without tokens takes part in every collective all the same.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    positions: Tensor
+    cu_seqlens: tuple[int, ...]
+
+    @property
+    def targets_count(self) -> int:
+        """How many tokens are predicted."""
+        return int((self.targets != IGNORE).sum())
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch with its tensors on ``device``."""
+        return PackedBatch(
+            self.tokens.to(device, non_blocking=True),
+            self.targets.to(device, non_blocking=True),
+            self.positions.to(device, non_blocking=True),
+            self.cu_seqlens,
+        )
+
+
+def empty_batch() -> PackedBatch:
+    """A batch of no tokens, for a rank that hosts experts only."""
+    none = torch.zeros(0, dtype=torch.int64)
+    return PackedBatch(none, none, none, (0,))

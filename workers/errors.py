@@ -1,0 +1,42 @@
+"""The mistakes a person can make, each with the exit code that a shell sees. Importing this costs nothing."""
+
+from __future__ import annotations
+
+
+class ShoalError(Exception):
+    """Base of all errors shown to a person as one sentence, without a traceback.
+
+    The message names the key or file, its value and the remedy. ``exit_code`` is the process's.
+    """
+
+    exit_code = 1
+
+
+class UsageError(ShoalError):
+    """The command line itself is wrong."""
+
+    exit_code = 2
+
+
+class InvalidInput(ShoalError):
+    """A recipe, a file or a value that cannot be used."""
+
+    exit_code = 3
+
+
+class ClusterRefused(ShoalError):
+    """Ray, the cluster or an API did not do what was asked."""
+
+    exit_code = 4
+
+
+class NotFound(ShoalError):
+    """A run, a recipe, a file or a checkpoint that does not exist."""
+
+    exit_code = 5
+
+
+class TrainingFailed(ShoalError):
+    """Training stopped by itself: numbers that are not finite, or too many failures in a row."""
+
+    exit_code = 1
