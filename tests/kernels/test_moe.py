@@ -1,0 +1,95 @@
+"""The MoE kernels against the equations of DeepSeekMoE, token by token, in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal.kernels.moe import balance_loss, grouped_ffn, hash_route, load_fractions, oracle, route
+
+
+def weights(experts: int, hidden: int, inner: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    gen = torch.Generator().manual_seed(seed)
+    make = lambda *shape: torch.randn(*shape, generator=gen, dtype=torch.float64).requires_grad_()  # noqa: E731
+    return make(experts, hidden, 2 * inner), make(experts, inner, hidden)
+
+
+@settings(max_examples=25, deadline=None)
+@given(counts=st.lists(st.integers(0, 9), min_size=1, max_size=6), seed=st.integers(0, 10**6))
+def test_grouped_ffn_equals_each_expert_alone(counts: list[int], seed: int) -> None:
+    gate_up, down = weights(len(counts), 5, 3, seed)
+    rows = torch.randn(sum(counts), 5, dtype=torch.float64).requires_grad_()
+    out = grouped_ffn(rows, torch.tensor(counts), gate_up, down)
+    which = [e for e, n in enumerate(counts) for _ in range(n)]
+    want = [oracle.ffn(row, gate_up[e], down[e]) for row, e in zip(rows, which, strict=True)]
+    expected = torch.stack(want) if want else rows.new_zeros(0, 5)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
+    upstream = torch.randn_like(out)
+    got = torch.autograd.grad(out, (rows, gate_up, down), upstream)
+    if want:
+        ref = torch.autograd.grad(expected, (rows, gate_up, down), upstream)
+        for g, r in zip(got, ref, strict=True):
+            torch.testing.assert_close(g, r, rtol=1e-10, atol=1e-12)
+    else:
+        assert all(not g.any() for g in got)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("top_k", [1, 3, 6])
+def test_route_is_the_papers_gate(top_k: int, normalize: bool) -> None:
+    u = torch.randn(11, 8, dtype=torch.float64)
+    centroids = torch.randn(6, 8, dtype=torch.float64)
+    gate_up, down = weights(6, 8, 4, 0)
+    routing = route(u, centroids, top_k, normalize)
+    mixed = torch.zeros_like(u)
+    for t in range(len(u)):
+        for gate, e in zip(routing.gates[t], routing.experts[t], strict=True):
+            mixed[t] += gate * oracle.ffn(u[t], gate_up[e], down[e]).detach()
+    want, scores, counts = oracle.moe_layer(u, centroids, gate_up, down, [], top_k, normalize)
+    torch.testing.assert_close(mixed, want.detach(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(routing.scores, scores, rtol=1e-12, atol=0)
+    assert torch.bincount(routing.experts.flatten(), minlength=6).tolist() == counts.tolist()
+    if not normalize:
+        assert torch.all(routing.gates.sum(-1) <= 1 + 1e-12)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    tokens=st.integers(1, 20),
+    groups=st.sampled_from([1, 2, 4, 8]),
+    top_k=st.integers(1, 8),
+    parts=st.integers(1, 3),
+    seed=st.integers(0, 10**6),
+)
+def test_balance_losses_add_up_over_parts(tokens: int, groups: int, top_k: int, parts: int, seed: int) -> None:
+    gen = torch.Generator().manual_seed(seed)
+    scores = torch.softmax(torch.randn(tokens, 8, generator=gen, dtype=torch.float64), -1).requires_grad_()
+    counts = torch.bincount(scores.topk(top_k).indices.flatten(), minlength=8)
+    fractions = load_fractions(counts)
+    total = sum(balance_loss(s, fractions, tokens, 0.3, 0.7, groups) for s in scores.chunk(parts))
+    want = oracle.expert_balance(scores, counts, top_k, 0.3) + oracle.device_balance(scores, counts, top_k, 0.7, groups)
+    torch.testing.assert_close(total, want, rtol=1e-12, atol=0)
+    grads = [torch.autograd.grad(x, scores, retain_graph=True)[0] for x in (total, want)]
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=0)
+
+
+def test_even_load_has_fractions_of_one() -> None:
+    assert load_fractions(torch.full((16,), 7)).tolist() == [1.0] * 16
+
+
+def test_hash_route_is_fixed_and_spread() -> None:
+    tokens = torch.arange(32000)
+    routing = hash_route(tokens, 16, torch.float32)
+    assert routing.gates.unique().tolist() == [1.0]
+    assert torch.equal(routing.experts, hash_route(tokens.flip(0), 16, torch.float32).experts.flip(0))
+    counts = torch.bincount(routing.experts.flatten(), minlength=16)
+    assert len(counts) == 16 and counts.min() > 0.8 * 2000 and counts.max() < 1.2 * 2000
+
+
+def test_all_tokens_to_one_expert_and_none() -> None:
+    gate_up, down = weights(4, 5, 3, 1)
+    rows = torch.randn(9, 5, dtype=torch.float64)
+    out = grouped_ffn(rows, torch.tensor([0, 0, 9, 0]), gate_up, down)
+    want = torch.stack([oracle.ffn(r, gate_up[2], down[2]) for r in rows])
+    torch.testing.assert_close(out, want, rtol=1e-10, atol=1e-12)
+    assert grouped_ffn(rows[:0], torch.zeros(4, dtype=torch.int64), gate_up, down).shape == (0, 5)
