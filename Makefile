@@ -1,0 +1,72 @@
+# Everything a person does here begins with `make`. The environment is .venv, made once and kept while
+# pyproject.toml and constraints.txt stay as they are.
+#
+#   PYTHON=python3.12   the interpreter that makes .venv (3.11 or newer)
+#   TORCH_INDEX=URL     take torch, and torch alone, from another package index, such as
+#                       https://download.pytorch.org/whl/cpu; everything else comes from pip's usual index;
+#                       it is read when .venv is made: `make clean` before changing it
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+RECIPE ?= tiny
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help install dev train test test-all check format clean
+.DELETE_ON_ERROR:
+
+help:  ## list what can be made
+	@sed -n 's/^\([a-z-]*\):.*##  */\1|/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@echo "Variables: PYTHON=python3.12 (interpreter), TORCH_INDEX=URL (index for torch alone), RECIPE=tiny (for train)"
+
+train: .venv/installed  ## install what a run needs, and train the tiny recipe here, on the CPU if need be
+	$(BIN)/shoal train --recipe $(RECIPE)
+
+test: .venv/installed-dev  ## install the tools as well, and run the tests
+	$(BIN)/python -m pytest
+
+test-all: .venv/installed-dev  ## the tests that take minutes too: fuzzing, kill loops, whole runs
+	HYPOTHESIS_PROFILE=slow $(BIN)/python -m pytest -m ""
+
+check: .venv/installed-dev  ## ruff, mypy and import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p shoal
+	$(BIN)/mypy --allow-untyped-defs --allow-incomplete-defs --allow-any-generics tests
+	$(BIN)/lint-imports
+
+format: .venv/installed-dev  ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: .venv/installed  ## only make .venv, with what a run needs
+
+dev: .venv/installed-dev  ## make .venv with the tools, and hook the checks into git
+	$(BIN)/pre-commit install
+
+clean:  ## remove .venv and every cache; runs/ and data/ stay
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# An interrupted install leaves no stamp, and the next `make` goes on where it stopped.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
+	  "Shoal needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1 | head -1): name another with 'make PYTHON=python3.12'." >&2; exit 1; }
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
+
+# torch goes first and by itself, so that TORCH_INDEX serves nothing else. A CUDA build of torch requires one exact
+# triton of its own: the pin in constraints.txt is then left out.
+.venv/constraints.txt: constraints.txt | $(BIN)/python
+	$(PIP) --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
+	@if $(BIN)/python -c 'import importlib.metadata as m; exit(not any(r.startswith("triton") for r in m.requires("torch")))'; \
+	then grep -v '^triton==' constraints.txt; else cat constraints.txt; fi > $@
+
+.venv/installed: pyproject.toml .venv/constraints.txt
+	$(PIP) -c .venv/constraints.txt -e .
+	@touch $@
+
+.venv/installed-dev: pyproject.toml .venv/constraints.txt
+	$(PIP) -c .venv/constraints.txt -e ".[dev]"
+	@touch .venv/installed $@

@@ -1,0 +1,98 @@
+"""What every test stands on: one thread, fixed seeds, a short folder for Ray, poisoned memory under kernels."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+KERNELS = Path(__file__).parent / "kernels"
+
+# Examples of a tensor test differ a hundredfold in size, so none has a deadline; pytest-timeout catches what hangs.
+_common: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("default", max_examples=20, **_common)
+settings.register_profile("ci", max_examples=20, derandomize=True, **_common)
+settings.register_profile("slow", max_examples=300, **_common)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "default"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked ``gpu`` are skipped where there is none; torch is imported only to find that out."""
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not on_gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ray_temp_dir() -> Iterator[Path]:
+    """Ray's folder in this session, for tests and the processes they start (as RAY_TMPDIR); no other Ray uses it.
+
+    Ray puts Unix sockets about 75 characters below it and a socket's path ends at 107, so pytest's own is too long.
+    """
+    base = tempfile.gettempdir()
+    folder = Path(tempfile.mkdtemp(prefix="ray", dir=base if len(base) < 20 else "/tmp"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", str(folder))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> None:
+    """Fixed seeds, and one thread for torch; neither torch nor numpy is imported for tests that do not use it."""
+    random.seed(0)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(0)
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+
+
+def _poisoned(allocate: Callable[..., Any]) -> Callable[..., Any]:
+    """``allocate``, with NaN (integers: the largest value) in what it leaves undefined."""
+    import torch
+
+    def poisoned(*args: Any, **kwargs: Any) -> Any:
+        tensor = allocate(*args, **kwargs)
+        if kwargs.get("out") is not None or tensor.is_meta:
+            return tensor
+        with torch.no_grad():
+            if tensor.is_floating_point() or tensor.is_complex():
+                return tensor.fill_(float("nan"))
+            return tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max)
+
+    return poisoned
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under tests/kernels, memory that a kernel asks for and never writes holds NaN, not the zeros of a fresh page.
+
+    torch's own ``fill_uninitialized_memory`` acts only under deterministic algorithms, which are other algorithms.
+    """
+    if not request.path.is_relative_to(KERNELS):
+        return
+    import torch
+
+    for owner, name in [
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+        (torch.Tensor, "new_empty_strided"),
+    ]:
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
