@@ -1,0 +1,77 @@
+"""A run's figures as Ray metrics, for the Ray dashboard and Prometheus; Ray puts ``ray_`` before each name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ray.util.metrics import Counter, Gauge
+
+# A series per expert is kept by Prometheus for weeks: a model of many layers shows some of them.
+LOAD_SERIES = 1024
+
+GAUGES = {
+    "loss": ("shoal_train_loss", "Training loss of the last step, in nats per token"),
+    "tokens_per_second": ("shoal_train_tokens_per_second", "Training speed, in tokens per second over all ranks"),
+    "learning_rate": ("shoal_train_learning_rate", "Learning rate of the last step"),
+    "grad_norm": ("shoal_train_grad_norm", "Norm of the gradient before clipping"),
+    "expert_imbalance": ("shoal_expert_imbalance", "Load of the busiest expert, as a multiple of a fair share"),
+    "step": ("shoal_train_step", "Steps done"),
+}
+
+
+class TrainMetrics:
+    """Exports records (as RunReport takes them) from this process, which must be connected to Ray.
+
+    Every metric has the tag ``run``. Only gauges and counters: the sum of Ray's histograms is made of bucket midpoints.
+    """
+
+    def __init__(self, run: str) -> None:
+        self._run = run
+        self._train = {key: self._gauge(name, text) for key, (name, text) in GAUGES.items()}
+        self._bits = self._gauge("shoal_eval_bits_per_byte", "Validation loss, in bits per byte of text")
+        self._load = self._gauge(
+            "shoal_expert_load", "Tokens of an expert, as a multiple of a fair share", "layer", "expert"
+        )
+        self._tokens = self._counter("shoal_train_tokens_total", "Tokens trained on; a repeated step counts again")
+        self._failures = self._counter("shoal_failures_total", "Failures that the run recovered from")
+        self._last_tokens = 0
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Takes one record; kinds and keys that are not exported are passed over."""
+        kind = record["kind"]
+        if kind == "train":
+            for key, gauge in self._train.items():
+                if record.get(key) is not None:
+                    gauge.set(record[key])
+            self._count_tokens(record.get("tokens") or 0)
+        elif kind == "eval" and record.get("bits_per_byte") is not None:
+            self._bits.set(record["bits_per_byte"])
+        elif kind == "load":
+            self._set_load(record["load"])
+        elif kind == "event" and record["event"] == "recovered":
+            self._failures.inc()
+
+    def _count_tokens(self, position: int) -> None:
+        """``position``: tokens since the first step. It falls when a run goes back to a checkpoint, a counter never."""
+        if position > self._last_tokens:
+            self._tokens.inc(position - self._last_tokens)
+        self._last_tokens = position
+
+    def _set_load(self, load: list[list[float]]) -> None:
+        """load: ``[MoE layers][experts]``; at most ``LOAD_SERIES`` values are shown, of layers evenly apart."""
+        experts = max(1, len(load[0])) if load else 1
+        stride = -(-len(load) // max(1, LOAD_SERIES // experts)) or 1
+        for layer in range(0, len(load), stride):
+            for expert, value in enumerate(load[layer][:LOAD_SERIES]):
+                self._load.set(value, tags={"layer": str(layer), "expert": str(expert)})
+
+    def _gauge(self, name: str, text: str, *tags: str) -> Gauge:
+        gauge = Gauge(name, description=text, tag_keys=("run", *tags))
+        gauge.set_default_tags({"run": self._run})
+        return gauge
+
+    def _counter(self, name: str, text: str) -> Counter:
+        counter = Counter(name, description=text, tag_keys=("run",))
+        counter.set_default_tags({"run": self._run})
+        return counter

@@ -1,0 +1,131 @@
+"""RunReport: takes the records of a run as they arrive and tells them everywhere they belong."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from rich.console import Console
+
+from shoal.jobs.report.journal import Journal, Record
+from shoal.jobs.report.progress import STYLES, make_view
+
+if TYPE_CHECKING:
+    from shoal.jobs.report.events import EventLog
+
+
+class RunReport:
+    """Reports one run to ``run_dir``: metrics.jsonl, TensorBoard events, loss.png, expert_load.png; and to a console.
+
+    resume_step: the step of the checkpoint that the run goes on from; None for a new run. plot_every: seconds between
+    two drawings of the plots, which are drawn at the end in any case. A record is a dict with ``kind`` and ``step``:
+
+    - train: loss, balance_loss, learning_rate, grad_norm, step_seconds, tokens_per_second, expert_imbalance,
+      tokens (since the first step), time (seconds since 1970)
+    - eval: loss (nats a token), bits_per_byte, unigram_bits_per_byte, gzip_bits_per_byte, tokens, bytes
+    - load: load, ``[MoE layers][experts]``, 1.0 = fair share
+    - event: event, text
+
+    metrics.jsonl is the run's record, so a failure to write it raises InvalidInput. Events files and plots can be made
+    again from it: a failure to write them is said once, and the run goes on.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        total_steps: int,
+        console: Console,
+        resume_step: int | None = None,
+        *,
+        plot_every: float = 600.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.run_dir = run_dir
+        self._restart_at = None if resume_step is None else resume_step + 1
+        self._journal = Journal(run_dir / "metrics.jsonl", resume_step)
+        self._view = make_view(console, total_steps, resume_step or 0, clock)
+        self._events: EventLog | None = None
+        self._events_failed = False
+        self._plot_every = plot_every
+        self._plotted_at = clock()
+        self._clock = clock
+        self._closed = False
+
+    def record(self, record: Record) -> None:
+        """Takes one record. Raises InvalidInput when metrics.jsonl cannot be written."""
+        self._journal.append(record)
+        kind = record["kind"]
+        if kind == "train":
+            self._view.train(record)
+        elif kind == "eval":
+            self._view.say(_validation(record))
+        elif kind == "event":
+            self._view.say(f"step {record['step']}: {record['text']}", STYLES.get(record["event"], ""))
+        self._write_events(record)
+        if self._clock() - self._plotted_at >= self._plot_every:
+            self._plot()
+
+    def rewind(self, step: int) -> None:
+        """The run went back to ``step``: what was reported of later steps is removed, events excepted."""
+        self._journal.rewind(step)
+        self._view.rewind(step)
+        self._restart_at = step + 1
+        if self._events is not None:
+            self._events.restart(step + 1)
+
+    def close(self) -> None:
+        """Draws the plots and closes everything; a second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._plot()
+        self._view.close()
+        self._journal.close()
+        if self._events is not None:
+            self._events.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _write_events(self, record: Record) -> None:
+        if self._events_failed or record["kind"] == "event":
+            return
+        try:
+            if self._events is None:
+                # Loaded here, after the first step, so that no step waits for it.
+                from shoal.jobs.report.events import EventLog
+
+                self._events = EventLog(self.run_dir, self._restart_at)
+            self._events.write(record)
+        except OSError as error:
+            self._events_failed = True
+            self._view.say(f"TensorBoard events are no longer written ({error.strerror}); metrics.jsonl is", "yellow")
+
+    def _plot(self) -> None:
+        self._plotted_at = self._clock()
+        try:
+            from shoal.jobs.report.plots import draw
+
+            draw(self.run_dir)
+        except Exception as error:  # whatever is wrong with a picture, the run it shows is worth more
+            self._view.say(f"the plots in {self.run_dir} were not drawn ({error})", "yellow")
+
+
+def _validation(record: Record) -> str:
+    text = f"step {record['step']}: validation loss {record['loss']:.3f}"
+    if record.get("bits_per_byte") is not None:
+        text += f", {record['bits_per_byte']:.3f} bits per byte"
+    beside = [
+        f"{name} {record[key]:.3f}"
+        for name, key in (("unigram", "unigram_bits_per_byte"), ("gzip", "gzip_bits_per_byte"))
+        if record.get(key) is not None
+    ]
+    return text + (f" ({', '.join(beside)})" if beside else "")
