@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class Table(BaseModel):
     """A table of a recipe: unknown keys are refused, values never change after the check."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelTable(Table):
@@ -123,7 +123,9 @@ class ParallelTable(Table):
     expert: int = Field(default=0, ge=0, description="ranks that share one set of experts; 0: all expert ranks")
     context: int = Field(default=1, ge=1, description="ranks that share one sequence")
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    max_failures: int = Field(default=3, ge=0, description="failures in a row, without a new checkpoint between them, that end a run")
+    max_failures: int = Field(
+        default=3, ge=0, description="failures in a row, without a new checkpoint between them, that end a run"
+    )
 
     @property
     def split(self) -> tuple[int, int] | None:
@@ -269,7 +271,9 @@ def _check_parallel(recipe: Recipe) -> None:
         )
     if p.split:
         if 0 in p.split:
-            raise ValueError(f"parallel.placement={p.placement!r} leaves one side without ranks: give each side 1 or more")
+            raise ValueError(
+                f"parallel.placement={p.placement!r} leaves one side without ranks: give each side 1 or more"
+            )
         if sum(p.split) != p.ranks:
             raise ValueError(
                 f"parallel.placement={p.placement!r} names {sum(p.split)} ranks, but parallel.ranks={p.ranks}: "
@@ -280,14 +284,18 @@ def _check_parallel(recipe: Recipe) -> None:
                 f"parallel.expert={p.expert} contradicts parallel.placement={p.placement!r}: leave parallel.expert out"
             )
         if not recipe.moe.experts:
-            raise ValueError(f"parallel.placement={p.placement!r} needs experts, and moe.experts=0: set it to colocated")
+            raise ValueError(
+                f"parallel.placement={p.placement!r} needs experts, and moe.experts=0: set it to colocated"
+            )
     elif p.expert and p.ranks % p.expert:
         raise ValueError(
             f"parallel.ranks={p.ranks} is not divisible by parallel.expert={p.expert}: "
             f"set parallel.expert to a divisor of {p.ranks}"
         )
     if p.context != 1:
-        raise ValueError(f"parallel.context={p.context}: sequences are not yet split over ranks: set parallel.context to 1")
+        raise ValueError(
+            f"parallel.context={p.context}: sequences are not yet split over ranks: set parallel.context to 1"
+        )
     if recipe.moe.experts and recipe.moe.experts % p.expert_ranks:
         raise ValueError(
             f"moe.experts={recipe.moe.experts} does not divide over {p.expert_ranks} expert ranks: "
