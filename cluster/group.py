@@ -1,0 +1,135 @@
+"""A group of ranks: Ray actors in one placement group, joined to one process group."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from shoal.cluster.local import RaySession
+from shoal.workers.actor import RankActor, device_of
+from shoal.workers.config import Recipe
+from shoal.workers.errors import ClusterRefused, ShoalError
+
+PLACE_TIMEOUT = 120.0  # seconds to wait for the cluster to give the ranks a place
+LINGER = 10.0  # seconds the other ranks have to say why they stopped, once one has
+
+
+class RankLost(Exception):
+    """A rank died or could not go on; the group is of no use any more."""
+
+
+class RankGroup:
+    """The actors of one run, in rank order. Use as a context manager: leaving it ends every actor."""
+
+    def __init__(self, recipe: Recipe, session: RaySession) -> None:
+        import ray
+        from ray.util.placement_group import placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        self.recipe = recipe
+        ranks = recipe.parallel.ranks
+        self.device = device_of(recipe, session.gpus)
+        self._refuse_impossible(session)
+        needs = {"CPU": 1.0, "GPU": 1.0} if self.device == "cuda" else {"CPU": 1.0}
+        self.place = placement_group([needs] * ranks, strategy="PACK")
+        if not self.place.wait(PLACE_TIMEOUT):
+            ray.util.remove_placement_group(self.place)
+            raise ClusterRefused(
+                f"the cluster had no room for {ranks} ranks of {needs} within {PLACE_TIMEOUT:.0f} s: "
+                f"add nodes or lower parallel.ranks"
+            )
+        self.threads = max(1, (os.cpu_count() or 1) // ranks) if session.local else 1
+        actor = ray.remote(RankActor)
+        self.actors = [
+            actor.options(
+                num_cpus=1,
+                num_gpus=needs.get("GPU", 0),
+                max_restarts=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self.place, placement_group_bundle_index=rank),
+            ).remote(rank, ranks)
+            for rank in range(ranks)
+        ]
+
+    def _refuse_impossible(self, session: RaySession) -> None:
+        ranks = self.recipe.parallel.ranks
+        if self.device == "cuda" and session.local and session.gpus < ranks:
+            raise ClusterRefused(
+                f"parallel.ranks={ranks} with parallel.device='cuda' needs {ranks} GPUs, and this machine has "
+                f"{session.gpus}: lower parallel.ranks or set parallel.device to cpu"
+            )
+
+    def connect(self) -> list[str]:
+        """Forms the process group; returns what each rank runs on."""
+        address = self.get([self.actors[0].open_store.remote()])[0] if len(self.actors) > 1 else ("", 0)
+        return self.get(self.call("join", address, self.threads, self.device))
+
+    def build(self, corpus: str, checkpoints: str | None, step: int | None) -> int:
+        """Builds the shards on every rank; returns the step they stand at."""
+        recipe = self.recipe.model_dump()
+        return int(self.get(self.call("build", recipe, corpus, checkpoints, step, self.device))[0])
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        """Calls a method on every rank without waiting; the references, in rank order."""
+        return [getattr(actor, method).remote(*arguments) for actor in self.actors]
+
+    def get(self, references: Sequence[Any]) -> list[Any]:
+        """Waits for all ranks.
+
+        Raises: the ``ShoalError`` of a rank that refused its work; ``RankLost`` when one died or broke off.
+        """
+        import ray
+
+        waiting = list(references)
+        while waiting:
+            done, waiting = ray.wait(waiting, num_returns=1)
+            try:
+                ray.get(done)
+            except ray.exceptions.RayError as error:
+                raise self._reason(error, waiting) from error
+        return list(ray.get(list(references)))
+
+    def _reason(self, first: Exception, waiting: list[Any]) -> Exception:
+        """What to tell: a rank's own refusal before a death, and a death before what the others say of it."""
+        import ray
+
+        errors = [first]
+        done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=LINGER) if waiting else ([], [])
+        for reference in done:
+            try:
+                ray.get(reference)
+            except ray.exceptions.RayError as error:
+                errors.append(error)
+        for error in errors:
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, ShoalError):
+                return cause
+        dead = [e for e in errors if isinstance(e, ray.exceptions.RayActorError)]
+        return RankLost(_last_line(dead[0] if dead else errors[0]))
+
+    def pids(self) -> list[int]:
+        """Process ids of the ranks."""
+        return self.get(self.call("pid"))
+
+    def close(self) -> None:
+        """Ends every actor at once and gives their place back."""
+        import ray
+
+        for actor in self.actors:
+            ray.kill(actor)
+        ray.util.remove_placement_group(self.place)
+
+    def __enter__(self) -> RankGroup:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _last_line(error: Exception) -> str:
+    import ray
+
+    if isinstance(error, ray.exceptions.RayActorError):
+        return "the process of a rank died"
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1].strip()[:300] if lines else type(error).__name__

@@ -1,0 +1,170 @@
+"""Keeps a run going: starts its ranks, feeds them work, and starts them again from the last good checkpoint when one dies."""
+
+from __future__ import annotations
+
+import signal
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from shoal.cluster.group import RankGroup, RankLost
+from shoal.cluster.local import RaySession
+from shoal.cluster.metrics import TrainMetrics
+from shoal.workers.checkpoint_files import last_good, list_checkpoints
+from shoal.workers.config import Recipe
+from shoal.workers.errors import TrainingFailed
+
+CALL_SECONDS = 1.0  # work in one call to the ranks; two calls are in flight, so that no rank waits for the driver
+Record = dict[str, Any]
+
+
+class Report(Protocol):
+    """Where records go."""
+
+    def record(self, record: Record) -> None:
+        """Takes one record of metrics.jsonl's kinds."""
+
+    def rewind(self, step: int) -> None:
+        """What was recorded after ``step`` is void: the run goes on from there."""
+
+
+@dataclass
+class Stop:
+    """A wish to stop: set by the first SIGINT or SIGTERM; a second one ends the process at once."""
+
+    signal: int = 0
+
+    @contextmanager
+    def listening(self) -> Iterator[Stop]:
+        """Catches the two signals for the time of a ``with`` block."""
+        before = {s: signal.signal(s, self._caught) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _caught(self, number: int, _frame: object) -> None:
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+@dataclass
+class Outcome:
+    """How a run ended: the step it reached, whether it was stopped before its end, and a sample of its text."""
+
+    step: int
+    stopped: bool
+    sample: list[int] = field(default_factory=list)
+
+
+@dataclass
+class SampleRequest:
+    """Text to make at the end of a run: prompt tokens, how many new ones, and the options of ``workers.sample``."""
+
+    prompt: list[int]
+    count: int
+    options: dict[str, Any]
+
+
+class Supervisor:
+    """Runs a recipe to its end in ``run_dir``, through the deaths of ranks."""
+
+    def __init__(self, recipe: Recipe, corpus: Path, run_dir: Path, report: Report, session: RaySession) -> None:
+        self.recipe, self.corpus, self.report, self.session = recipe, corpus, report, session
+        self.checkpoints = run_dir / "checkpoints"
+        self.metrics = TrainMetrics(run_dir.name)
+        self.stop = Stop()
+        self.step = 0
+        self.failures = 0
+
+    def run(self, sample: SampleRequest | None = None) -> Outcome:
+        """Trains to the last step, or until stopped.
+
+        Raises: ``TrainingFailed`` when the numbers are not finite, or ranks failed too often in a row;
+        ``ShoalError`` of whatever the ranks refuse.
+        """
+        with self.stop.listening():
+            while True:
+                start = self._starting_point()
+                newest = self._newest()
+                try:
+                    with RankGroup(self.recipe, self.session) as group:
+                        group.connect()
+                        self.step = group.build(str(self.corpus.resolve()), str(self.checkpoints.resolve()), start)
+                        return self._train(group, sample)
+                except RankLost as lost:
+                    self._count_failure(str(lost), newest)
+
+    def _starting_point(self) -> int | None:
+        """The step of the newest whole checkpoint, None for a fresh start; what was reported after it is void."""
+        good, damaged = last_good(self.checkpoints)
+        step = good.step if good else None
+        self.report.rewind(step or 0)
+        for sentence in damaged:
+            self._tell("damaged", sentence, step or 0)
+        return step
+
+    def _newest(self) -> int:
+        found = list_checkpoints(self.checkpoints)
+        return found[-1].step if found else 0
+
+    def _count_failure(self, why: str, newest_before: int) -> None:
+        """Goes on after a failure, unless there were too many without a new checkpoint between them."""
+        self.failures = 1 if self._newest() > newest_before else self.failures + 1
+        limit = self.recipe.parallel.max_failures
+        if self.failures > limit:
+            raise TrainingFailed(
+                f"{self.failures} failures in a row without a new checkpoint, more than parallel.max_failures={limit}: "
+                f"{why} at step {self.step}; the logs of the ranks say more, and --resume goes on once the cause is gone"
+            )
+        goes_on = f"going on from step {self._newest()} (failure {self.failures} of at most {limit} in a row)"
+        self._tell("recovered", f"{why}: {goes_on}", self.step)
+
+    def _train(self, group: RankGroup, sample: SampleRequest | None) -> Outcome:
+        total = self.recipe.train.steps
+        calls: deque[tuple[int, list[Any]]] = deque()
+        submitted, pace = self.step, 1
+        while self.step < total:
+            while len(calls) < 2 and submitted < total and not self.stop.signal:
+                submitted = min(total, submitted + pace)
+                calls.append((submitted, group.call("run", submitted)))
+            if not calls:
+                return self._stopped(group)
+            until, references = calls.popleft()
+            seconds = self._take(group, group.get(references)[0])
+            self.step, pace = until, max(1, int(CALL_SECONDS / seconds))
+        group.get(group.call("save"))
+        self._tell("checkpoint", f"checkpoint step-{self.step} written", self.step)
+        text = group.get(group.call("sample", sample.prompt, sample.count, sample.options))[0] if sample else []
+        return Outcome(self.step, stopped=False, sample=text)
+
+    def _take(self, group: RankGroup, records: list[Record]) -> float:
+        """Reports records; returns the time of the last step in seconds."""
+        seconds = CALL_SECONDS
+        for record in records:
+            self._tell_all(record)
+            if record["kind"] == "train":
+                seconds = max(1e-4, record["step_seconds"])
+            if record.get("event") == "failed":
+                group.get(group.call("settle"))
+                kept = self._newest()
+                where = f"checkpoint step-{kept} is the last good one" if kept else "there is no checkpoint yet"
+                raise TrainingFailed(f"training stopped at {record['text']}; {where}")
+        return seconds
+
+    def _stopped(self, group: RankGroup) -> Outcome:
+        step = int(group.get(group.call("save"))[0])
+        self._tell("stopped", f"stopped by signal {self.stop.signal}, checkpoint step-{step} written", step)
+        return Outcome(step, stopped=True)
+
+    def _tell(self, event: str, text: str, step: int) -> None:
+        self._tell_all({"kind": "event", "step": step, "event": event, "text": text})
+
+    def _tell_all(self, record: Record) -> None:
+        self.report.record(record)
+        self.metrics.record(record)

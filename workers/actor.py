@@ -1,0 +1,125 @@
+"""The Ray actor that hosts the shards of one rank. The driver imports this module, so torch comes in only inside calls."""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shoal.workers.config import Recipe
+from shoal.workers.placement import Placement
+
+if TYPE_CHECKING:
+    from shoal.workers.trainer import Trainer
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+Record = dict[str, Any]
+
+
+class RankActor:
+    """One rank: a process, a device, its shards. Data moves between ranks by torch.distributed, never through Ray."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        self.rank, self.ranks = rank, ranks
+        self.trainer: Trainer | None = None
+        self.store: Any = None
+        self.failed = False
+
+    def pid(self) -> int:
+        """Process id, for people and for tests."""
+        return os.getpid()
+
+    def open_store(self) -> tuple[str, int]:
+        """Rank 0 opens the meeting point of the process group on a free port; returns its address."""
+        import ray
+        from torch.distributed import TCPStore
+
+        host = ray.util.get_node_ip_address() if ray.is_initialized() else "127.0.0.1"
+        self.store = TCPStore(host, 0, self.ranks, is_master=True, wait_for_workers=False)
+        return host, int(self.store.port)
+
+    def join(self, address: tuple[str, int], threads: int, device: str) -> str:
+        """Joins the process group; returns what the rank runs on."""
+        import torch
+        import torch.distributed as dist
+
+        torch.set_num_threads(threads)
+        if self.ranks > 1:
+            if self.store is None:
+                self.store = dist.TCPStore(*address, self.ranks, is_master=False)
+            if device == "cuda":
+                torch.cuda.set_device(0)  # Ray shows each actor its own GPU only
+            backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+            dist.init_process_group(
+                backend, store=self.store, rank=self.rank, world_size=self.ranks, timeout=COLLECTIVE_TIMEOUT
+            )
+        return torch.cuda.get_device_name(0) if device == "cuda" else f"{socket.gethostname()}, {threads} threads"
+
+    def build(self, recipe: dict[str, Any], corpus: str, checkpoints: str | None, step: int | None, device: str) -> int:
+        """Builds model, optimizer and loader, from the checkpoint of ``step`` if given. Returns the step reached."""
+        import torch
+
+        from shoal.workers.mesh import make_mesh
+        from shoal.workers.trainer import Trainer
+
+        checked = Recipe.model_validate(recipe)
+        mesh = make_mesh(Placement.of(checked), self.rank, device)
+        folder = Path(checkpoints) if checkpoints else None
+        self.trainer = Trainer(checked, Path(corpus), folder, mesh, torch.device(device))
+        if step is not None:
+            self.trainer.restore(step)
+        return self.trainer.step
+
+    def run(self, until: int) -> list[Record]:
+        """Trains up to step ``until``, with validations and checkpoints on the way. Rank 0 returns the records.
+
+        A step whose numbers are not finite ends the call with a ``failed`` record on every rank.
+        """
+        from shoal.workers.trainer import NotFinite
+
+        trainer, records = self._ready(), []
+        # a second call may be in flight when a step fails: it must not go on from there
+        while trainer.step < until and not self.failed:
+            try:
+                records += trainer.advance()
+            except NotFinite as error:
+                self.failed = True
+                records.append({"kind": "event", "step": trainer.step, "event": "failed", "text": str(error)})
+        return records if self.rank == 0 else []
+
+    def evaluate(self) -> Record:
+        """One validation."""
+        return self._ready().evaluate()
+
+    def save(self) -> int:
+        """Writes a checkpoint of the step reached, unless there is one, and waits for it. Returns the step."""
+        trainer = self._ready()
+        if trainer.saved_step != trainer.step:
+            trainer.save()
+        trainer.settle()
+        return trainer.step
+
+    def settle(self) -> None:
+        """Waits for a checkpoint that is being written."""
+        self._ready().settle()
+
+    def sample(self, prompt: list[int], count: int, options: dict[str, Any]) -> list[int]:
+        """New tokens after ``prompt``; on ranks that do not lead, an empty list."""
+        from shoal.workers.sample import sample
+
+        return sample(self._ready().model, prompt, count, **options)
+
+    def _ready(self) -> Trainer:
+        assert self.trainer is not None, "build() comes first"
+        return self.trainer
+
+
+def device_of(recipe: Recipe, gpus: int) -> str:
+    """``cuda`` or ``cpu``, as the recipe says; ``auto`` takes GPUs when there is one a rank."""
+    wanted = recipe.parallel.device
+    if wanted != "auto":
+        return wanted
+    return "cuda" if gpus >= recipe.parallel.ranks else "cpu"
+

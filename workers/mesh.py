@@ -1,0 +1,90 @@
+"""The process groups of one rank, laid out as its placement says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shoal.workers.placement import Placement
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that take part in a collective. ``handle`` is None for a group of one, where every collective is a no-op."""
+
+    ranks: tuple[int, ...]
+    index: int
+    handle: dist.ProcessGroup | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return len(self.ranks)
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over the group, in place."""
+        if self.handle is not None:
+            dist.all_reduce(tensor, group=self.handle)
+        return tensor
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """``[…] -> [size, …]``."""
+        if self.handle is None:
+            return tensor[None]
+        out = tensor.new_empty(self.size, *tensor.shape)
+        dist.all_gather_into_tensor(out.view(-1), tensor.contiguous().view(-1), group=self.handle)
+        return out
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """One rank's view of all groups. Groups that the rank is not in are None."""
+
+    placement: Placement
+    rank: int
+    world: Group
+    dispatch: Group
+    attention: Group | None
+    replicas: Group | None
+    checkpoint: dist.ProcessGroup | None
+
+    @property
+    def hosts_attention(self) -> bool:
+        """Whether this rank hosts an attention shard."""
+        return self.attention is not None
+
+    @property
+    def hosts_experts(self) -> bool:
+        """Whether this rank hosts an expert shard."""
+        return self.replicas is not None
+
+
+def make_mesh(placement: Placement, rank: int = 0, device: torch.device | str = "cpu") -> Mesh:
+    """Builds the groups; every rank calls this after ``init_process_group``. One rank alone needs no torch.distributed."""
+    backend = "nccl" if torch.device(device).type == "cuda" else "gloo"
+
+    def join(groups: Sequence[tuple[int, ...]]) -> Group | None:
+        mine = None
+        for ranks in groups:
+            # new_group is collective over all ranks, members or not
+            handle = dist.new_group(list(ranks), backend=backend) if placement.ranks > 1 and len(ranks) > 1 else None
+            if rank in ranks:
+                mine = Group(ranks, ranks.index(rank), handle)
+        return mine
+
+    everyone = tuple(range(placement.ranks))
+    world, dispatch = join([everyone]), join(placement.dispatch_groups())
+    assert world is not None and dispatch is not None
+    return Mesh(
+        placement=placement,
+        rank=rank,
+        world=world,
+        dispatch=dispatch,
+        attention=join([placement.attention]),
+        replicas=join(placement.replica_groups()),
+        checkpoint=dist.new_group(list(everyone), backend="gloo") if placement.ranks > 1 else None,
+    )

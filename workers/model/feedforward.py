@@ -1,0 +1,142 @@
+"""Feed-forward layers: dense SwiGLU, and DeepSeekMoE over the ranks of a dispatch group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from shoal.kernels.moe import balance_loss, grouped_ffn, hash_route, load_fractions, route, swiglu_ffn
+from shoal.kernels.moe.router import Routing
+from shoal.workers.config import Recipe
+from shoal.workers.dispatch import Dispatcher
+from shoal.workers.mesh import Mesh
+
+
+class DenseFFN(nn.Module):
+    """SwiGLU of one hidden size."""
+
+    def __init__(self, hidden: int, inner: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(hidden, 2 * inner))
+        self.down = nn.Parameter(torch.empty(inner, hidden))
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        """``[T, hidden] -> [T, hidden]``."""
+        return swiglu_ffn(x_TH, self.gate_up, self.down)
+
+
+class ExpertStack(nn.Module):
+    """The experts that one rank hosts, as stacked weights. ``names`` says which, whatever the placement."""
+
+    def __init__(self, names: list[str], hidden: int, inner: int) -> None:
+        super().__init__()
+        self.names = names
+        self.gate_up = nn.Parameter(torch.empty(len(names), hidden, 2 * inner))
+        self.down = nn.Parameter(torch.empty(len(names), inner, hidden))
+
+
+class MoELoad:
+    """What the MoE layers of a step count and need to know: filled during a forward pass, layer by layer.
+
+    tokens: T of the balance losses, over all ranks and micro-batches. fractions: f of each layer where it is known
+    beforehand (accumulation), else it is taken from this micro-batch of all ranks.
+    """
+
+    def __init__(self, tokens: int, fractions: list[Tensor] | None = None) -> None:
+        self.tokens, self.fractions = tokens, fractions
+        self.counts: list[Tensor] = []
+        self.losses: list[Tensor] = []
+
+
+class MoE(nn.Module):
+    """DeepSeekMoE (eq. 9-11): shared experts for every token, routed ones by softmax affinity, no token dropped.
+
+    Router and local shared experts live with the attention shard; routed and dispatched shared experts on expert ranks.
+    """
+
+    def __init__(self, recipe: Recipe, mesh: Mesh, device: torch.device) -> None:
+        super().__init__()
+        moe, hidden = recipe.moe, recipe.model.hidden
+        self.table, self.balance, self.mesh = moe, recipe.balance, mesh
+        self.sent_shared = moe.shared_experts if moe.shared == "dispatched" else 0
+        owners = mesh.placement.owners(moe.experts, self.sent_shared)
+        self.dispatcher = Dispatcher(mesh.dispatch, owners, device)
+        if mesh.hosts_attention:
+            if moe.router == "softmax":
+                self.centroids = nn.Parameter(torch.empty(moe.experts, hidden))
+            if moe.shared == "local" and moe.shared_experts:
+                names = [f"shared.{s}" for s in range(moe.shared_experts)]
+                self.shared = ExpertStack(names, hidden, moe.expert_hidden)
+        if mesh.hosts_experts:
+            self.experts = ExpertStack([self._name(e) for e in self.dispatcher.local], hidden, moe.expert_hidden)
+
+    def _name(self, expert: int) -> str:
+        routed = self.table.experts
+        return f"experts.{expert}" if expert < routed else f"shared.{expert - routed}"
+
+    def forward(self, x_TH: Tensor, tokens_T: Tensor, load: MoELoad) -> Tensor:
+        """``[T, hidden] -> [T, hidden]``; every rank of the dispatch group takes part, with T = 0 where it has no tokens."""
+        routing = self._route(x_TH, tokens_T)
+        experts, gates = self._with_shared(routing)
+        flight = self.dispatcher.start(x_TH, experts)
+        local = self._local_shared(x_TH)
+        rows, counts = flight.arrive()
+        if self.mesh.hosts_experts:
+            rows = grouped_ffn(rows, counts, self.experts.gate_up, self.experts.down)
+        out = flight.combine(rows, gates)
+        self._count(routing, flight.expert_counts()[: self.table.experts], load)
+        return out if local is None else out + local
+
+    def _route(self, x: Tensor, tokens: Tensor) -> Routing:
+        moe = self.table
+        if moe.router == "hash":
+            return hash_route(tokens, moe.experts, x.dtype)
+        if self.mesh.hosts_attention:
+            return route(x, self.centroids, moe.top_k, moe.normalize_gates)
+        return Routing(None, x.new_zeros(0, moe.top_k), torch.zeros(0, moe.top_k, dtype=torch.int64, device=x.device))
+
+    def _with_shared(self, routing: Routing) -> tuple[Tensor, Tensor]:
+        """Dispatched shared experts are experts that every token chooses, with gate 1."""
+        if not self.sent_shared:
+            return routing.experts, routing.gates
+        tokens = len(routing.experts)
+        ids = torch.arange(self.sent_shared, device=routing.experts.device) + self.table.experts
+        ones = routing.gates.new_ones(tokens, self.sent_shared)
+        return torch.cat([routing.experts, ids.expand(tokens, -1)], 1), torch.cat([routing.gates, ones], 1)
+
+    def _local_shared(self, x: Tensor) -> Tensor | None:
+        if not hasattr(self, "shared"):
+            return None
+        parts = [swiglu_ffn(x, g, d) for g, d in zip(self.shared.gate_up, self.shared.down, strict=True)]
+        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+    def _count(self, routing: Routing, counts: Tensor, load: MoELoad) -> None:
+        """Adds this layer's load and its part of the balance losses."""
+        if self.mesh.dispatch.size < self.mesh.world.size:
+            counts = self.mesh.world.all_reduce(counts.clone())
+        layer = len(load.counts)
+        load.counts.append(counts)
+        b = self.balance
+        if routing.scores is None or not (b.expert or b.device):
+            return
+        fractions = load.fractions[layer] if load.fractions else load_fractions(counts)
+        load.losses.append(balance_loss(routing.scores, fractions, load.tokens, b.expert, b.device, b.device_groups))
+
+
+def named_views(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, int | None]]:
+    """Every tensor of a model under its placement-independent name: ``(name, parameter, index into it or None)``.
+
+    Experts are named one by one (``layers.3.moe.experts.17.down``), so that a checkpoint does not know how they were
+    stacked.
+    """
+    stacks = {name: m for name, m in module.named_modules() if isinstance(m, ExpertStack)}
+    for full, parameter in module.named_parameters():
+        prefix, _, leaf = full.rpartition(".")
+        if prefix not in stacks:
+            yield full, parameter, None
+            continue
+        layer = prefix.rpartition(".")[0]
+        for i, name in enumerate(stacks[prefix].names):
+            yield f"{layer}.{name}.{leaf}", parameter, i

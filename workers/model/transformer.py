@@ -1,0 +1,147 @@
+"""The language model of one rank: what of it this rank hosts, and the same forward pass on every rank."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from shoal.workers.config import Recipe
+from shoal.workers.data.batch import IGNORE, PackedBatch
+from shoal.workers.mesh import Mesh, make_mesh
+from shoal.workers.model.attention import AttentionContext, FullAttention, NativeSparseAttention
+from shoal.workers.model.feedforward import DenseFFN, MoE, MoELoad, named_views
+from shoal.workers.placement import Placement
+
+LOSS_CHUNK = 4096  # tokens whose logits exist at one time
+
+
+class StepContext:
+    """What all layers of one forward pass share."""
+
+    def __init__(self, model: Transformer, batch: PackedBatch, load: MoELoad | None = None) -> None:
+        self.batch = batch
+        self.load = load or MoELoad(max(1, len(batch.tokens)))
+        self.attention = AttentionContext(model.recipe, batch, model.dtype) if model.hosts_attention else None
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each with its residual. A rank without an attention shard keeps the experts only."""
+
+    def __init__(self, recipe: Recipe, layer: int, mesh: Mesh, device: torch.device) -> None:
+        super().__init__()
+        m = recipe.model
+        self.hosts_attention = mesh.hosts_attention
+        dense = layer < m.dense_layers or not recipe.moe.experts
+        if mesh.hosts_attention:
+            self.attention_norm = nn.RMSNorm(m.hidden, m.norm_eps)
+            self.attention = (
+                NativeSparseAttention(m, recipe.attention) if recipe.attention.kind == "nsa" else FullAttention(m)
+            )
+            self.ffn_norm = nn.RMSNorm(m.hidden, m.norm_eps)
+            if dense:
+                self.ffn = DenseFFN(m.hidden, m.dense_hidden)
+        self.moe = None if dense else MoE(recipe, mesh, device)
+
+    def forward(self, x_TH: Tensor, context: StepContext) -> Tensor:
+        """``[T, hidden] -> [T, hidden]``."""
+        if not self.hosts_attention:
+            return x_TH if self.moe is None else x_TH + self.moe(x_TH, context.batch.tokens, context.load)
+        x_TH = x_TH + self.attention(self.attention_norm(x_TH), context.attention)
+        normed = self.ffn_norm(x_TH)
+        if self.moe is None:
+            return x_TH + self.ffn(normed)
+        return x_TH + self.moe(normed, context.batch.tokens, context.load)
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model over packed batches.
+
+    On a rank that hosts experts only, the same calls run with zero tokens; the residual stream there has no rows.
+    """
+
+    def __init__(self, recipe: Recipe, mesh: Mesh | None = None, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        device = torch.device(device)
+        mesh = mesh or make_mesh(Placement(1, (0,), (0,) if recipe.moe.experts else (), 1))
+        self.recipe, self.mesh, self.hosts_attention = recipe, mesh, mesh.hosts_attention
+        self.dtype = compute_dtype(recipe, device)
+        m = recipe.model
+        with torch.device("meta"):
+            if mesh.hosts_attention:
+                self.embedding = nn.Embedding(m.vocab, m.hidden)
+                self.norm = nn.RMSNorm(m.hidden, m.norm_eps)
+                if not m.tied_embeddings:
+                    self.head = nn.Linear(m.hidden, m.vocab, bias=False)
+            self.layers = nn.ModuleList(Block(recipe, i, mesh, device) for i in range(m.layers))
+        self.to(self.dtype)
+        self.to_empty(device=device)
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Each tensor from a generator seeded by the recipe's seed and its own name, so that any placement starts alike."""
+        recipe = self.recipe
+        for name, parameter, index in named_views(self):
+            view = parameter if index is None else parameter[index]
+            if name.endswith("norm.weight"):
+                view.fill_(1.0)
+                continue
+            seed = hashlib.sha256(f"{recipe.train.seed}/{name}".encode()).digest()[:7]
+            generator = torch.Generator(view.device).manual_seed(int.from_bytes(seed))
+            wide = torch.promote_types(view.dtype, torch.float32)
+            std = _std(name, view, recipe.model.init_std)
+            # drawn in float32 whatever the dtype, so that runs in other precisions start from the same numbers
+            noise = torch.randn(view.shape, generator=generator, device=view.device, dtype=torch.float32)
+            view.copy_(noise.to(wide) * std)
+
+    def forward(self, batch: PackedBatch, load: MoELoad | None = None) -> Tensor:
+        """Final hidden states ``[T, hidden]``, normed; ``[0, hidden]`` on a rank without an attention shard."""
+        context = StepContext(self, batch, load)
+        if self.hosts_attention:
+            x = self.embedding(batch.tokens)
+        else:
+            device = batch.tokens.device
+            x = torch.zeros(0, self.recipe.model.hidden, dtype=self.dtype, device=device).requires_grad_()
+        for layer in self.layers:
+            x = layer(x, context)
+        return self.norm(x) if self.hosts_attention else x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[T, hidden] -> [T, vocab]`` in the model's dtype."""
+        weight = self.embedding.weight if self.recipe.model.tied_embeddings else self.head.weight
+        return F.linear(hidden, weight)
+
+    def loss_sum(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy summed over the targets, nats, at least float32. Without an attention shard: 0, connected to the graph."""
+        wide = torch.promote_types(self.dtype, torch.float32)
+        if not self.hosts_attention:
+            return hidden.sum().to(wide)
+
+        def part(h: Tensor, t: Tensor) -> Tensor:
+            return F.cross_entropy(self.logits(h).to(wide), t, ignore_index=IGNORE, reduction="sum")
+
+        if len(hidden) <= LOSS_CHUNK:
+            return part(hidden, targets)
+        # logits are recomputed chunk by chunk in the backward pass: 64k tokens of a 100k vocabulary take 26 GB
+        chunks = zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
+        return torch.stack([checkpoint(part, h, t, use_reentrant=False) for h, t in chunks]).sum()
+
+
+def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """The dtype of weights and activations."""
+    name = recipe.train.dtype
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[name]
+
+
+def _std(name: str, view: Tensor, default: float) -> float:
+    """The papers' init for all but φ, which keeps the scale of what it compresses."""
+    leaf = name.rpartition(".")[2]
+    if ".compress_" in name and leaf in ("w1", "w2"):
+        return float(view.shape[-2] ** -0.5)
+    return default

@@ -1,0 +1,56 @@
+"""Which rank hosts what: pure arithmetic on a recipe, shared by the driver and the ranks. No torch, no Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shoal.workers.config import Recipe
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Attention and expert shards over ``ranks`` ranks.
+
+    attention, experts: the ranks that host such a shard. set_size: expert ranks that together hold one whole set of
+    experts; colocated ranks may hold several sets, a disaggregated placement holds one.
+    """
+
+    ranks: int
+    attention: tuple[int, ...]
+    experts: tuple[int, ...]
+    set_size: int
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Placement:
+        """The placement that a recipe asks for."""
+        p = recipe.parallel
+        if p.split:
+            n, m = p.split
+            return cls(n + m, tuple(range(n)), tuple(range(n, n + m)), m)
+        everyone = tuple(range(p.ranks))
+        return cls(p.ranks, everyone, everyone if recipe.moe.experts else (), p.expert_ranks)
+
+    def dispatch_groups(self) -> list[tuple[int, ...]]:
+        """Ranks that exchange tokens with one another; every rank is in one group."""
+        if set(self.attention) != set(self.experts):
+            return [tuple(range(self.ranks))]
+        return [tuple(range(i, i + self.set_size)) for i in range(0, self.ranks, self.set_size)]
+
+    def replica_groups(self) -> list[tuple[int, ...]]:
+        """Expert ranks that hold the same experts, one group for each place in a set."""
+        return [self.experts[i :: self.set_size] for i in range(self.set_size)] if self.experts else []
+
+    def owners(self, routed: int, shared: int) -> tuple[int, ...]:
+        """For each routed and then each dispatched shared expert: the place in its dispatch group of the rank that hosts it.
+
+        Routed experts lie in equal runs, in order; shared ones go round.
+        """
+        group = self.dispatch_groups()[0]
+        hosts = [group.index(r) for r in self.experts[: self.set_size]]
+        size = routed // self.set_size
+        return tuple(hosts[e // size] for e in range(routed)) + tuple(hosts[s % self.set_size] for s in range(shared))
+
+    def role(self, rank: int) -> str:
+        """What a rank hosts, in words."""
+        names = [w for w, ranks in (("attention", self.attention), ("experts", self.experts)) if rank in ranks]
+        return " + ".join(names)

@@ -1,0 +1,241 @@
+"""One rank's part of training: the step, validation, sampling and checkpoints."""
+
+from __future__ import annotations
+
+import math
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shoal.workers.checkpoint import Checkpointer
+from shoal.workers.config import Recipe
+from shoal.workers.data.batch import PackedBatch
+from shoal.workers.data.loader import TrainLoader, ValLoader
+from shoal.workers.guard import first_bad_layer
+from shoal.workers.mesh import Group, Mesh
+from shoal.workers.model import Transformer
+from shoal.workers.model.feedforward import MoELoad, named_views
+from shoal.workers.optimizer import MasterAdamW
+from shoal.workers.schedule import learning_rate
+
+LOAD_RECORDS = 200  # about so many expert loads are recorded in a run
+BUCKET = 64 << 20  # bytes of gradients reduced at a time
+Record = dict[str, Any]
+
+
+class NotFinite(Exception):
+    """The loss or a gradient is not finite; the message names step and layer. Raised on every rank alike."""
+
+
+class Trainer:
+    """The model, optimizer, data and checkpoints of one rank. Every rank calls the same methods in the same order."""
+
+    def __init__(
+        self, recipe: Recipe, corpus: Path, checkpoints: Path | None, mesh: Mesh, device: torch.device
+    ) -> None:
+        torch.use_deterministic_algorithms(recipe.train.deterministic and device.type == "cuda")
+        self.recipe, self.corpus, self.mesh, self.device = recipe, corpus, mesh, device
+        self.model = Transformer(recipe, mesh, device)
+        self.parameters = dict(self.model.named_parameters())
+        self.optimizer = MasterAdamW(list(self.parameters.values()), recipe.train)
+        self.on_experts = [".moe.experts." in name for name in self.parameters]
+        self.step = self.saved_step = 0
+        self.loader = self._loader(None)
+        self.checkpointer: Checkpointer | None = None
+        if checkpoints is not None:
+            self.checkpointer = Checkpointer(
+                checkpoints, recipe.checkpoint.keep, mesh.checkpoint, mesh.rank, mesh.world.size
+            )
+
+    def advance(self) -> list[Record]:
+        """A step, and the validation and checkpoint that are due after it; returns their records."""
+        t = self.recipe.train
+        record = self.train_step()
+        load, last = record.pop("load"), self.step == t.steps
+        records = [record] if last or self.step % t.log_every == 0 else []
+        if load and (last or self.step % max(1, t.steps // LOAD_RECORDS) == 0):
+            records.append({"kind": "load", "step": self.step, "load": load})
+        if last or (t.eval_every and self.step % t.eval_every == 0):
+            records.append(self.evaluate())
+        if self.checkpointer and (last or self.step % self.recipe.checkpoint.every == 0):
+            self.save()
+        return records
+
+    # -- a step ------------------------------------------------------------------------------------------------------
+
+    def train_step(self) -> Record:
+        """One optimizer step on the next global batch; returns its record (the same on every rank but for times)."""
+        t, started = self.recipe.train, time.perf_counter()
+        self.step += 1
+        # every step has its own seed: random numbers do not depend on what ran before, so a resumed run draws the same
+        torch.manual_seed(t.seed * 1_000_003 + self.step)
+        micro = [batch.to(self.device) for batch in self.loader.next()]
+        losses, counts = self._forward_backward(micro)
+        gradients = self.optimizer.gradients()
+        self._reduce_gradients(gradients)
+        loss, balance, norm = self._totals(losses, gradients)
+        if not (math.isfinite(loss) and math.isfinite(balance) and math.isfinite(norm)):
+            where = first_bad_layer(self.model, micro, dict(zip(self.parameters, gradients, strict=True)))
+            raise NotFinite(f"step {self.step}: {where} (loss {loss:.4g}, gradient norm {norm:.4g})")
+        if t.clip and norm > t.clip:
+            torch._foreach_mul_(gradients, t.clip / norm)
+        rate = learning_rate(self.step, t)
+        self.optimizer.step(rate)
+        seconds = time.perf_counter() - started
+        load = [(c * (len(c) / c.sum().clamp(min=1))).tolist() for c in counts]
+        return {
+            "kind": "train",
+            "step": self.step,
+            "tokens": self.step * t.batch * t.sequence,
+            "loss": loss,
+            "balance_loss": balance,
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "step_seconds": seconds,
+            "tokens_per_second": t.batch * t.sequence / seconds,
+            "expert_imbalance": sum(map(max, load)) / len(load) if load else 1.0,
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "load": load,
+        }
+
+    def _forward_backward(self, micro: list[PackedBatch]) -> tuple[Tensor, list[Tensor]]:
+        """Gradients of the global batch's loss from this rank's rows. Returns ``[cross entropy, balance]`` parts and counts."""
+        t = self.recipe.train
+        targets = self._global_targets(micro)
+        fractions = self._fractions(micro) if self._needs_fractions(micro) else None
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        counts: list[Tensor] = []
+        for batch in micro:
+            load = MoELoad(t.batch * t.sequence, fractions)
+            cross_entropy = self.model.loss_sum(self.model(batch, load), batch.targets) / targets
+            balance = torch.stack(load.losses).sum() if load.losses else cross_entropy.new_zeros(())
+            (cross_entropy + balance).backward()
+            self.optimizer.collect()
+            sums += torch.stack([cross_entropy.detach().double(), balance.detach().double()])
+            counts = [a + b for a, b in zip(counts, load.counts, strict=True)] if counts else load.counts
+        return sums, counts
+
+    def _global_targets(self, micro: list[PackedBatch]) -> int:
+        """Predicted tokens of the global batch, over all attention ranks."""
+        if self.mesh.attention is None:
+            return 1
+        count = torch.tensor([sum(b.targets_count for b in micro)], device=self.device)
+        return max(1, int(self.mesh.attention.all_reduce(count)))
+
+    def _needs_fractions(self, micro: list[PackedBatch]) -> bool:
+        b = self.recipe.balance
+        return len(micro) > 1 and b.over == "global_batch" and bool(b.expert or b.device)
+
+    @torch.no_grad()
+    def _fractions(self, micro: list[PackedBatch]) -> list[Tensor]:
+        """f over all micro-batches, from a forward pass of its own: the loss multiplies f of all by P of each."""
+        total: list[Tensor] = []
+        for batch in micro:
+            load = MoELoad(1)
+            self.model(batch, load)
+            total = [a + b for a, b in zip(total, load.counts, strict=True)] if total else load.counts
+        return [c.double() * (len(c) / c.sum()) for c in total]
+
+    def _reduce_gradients(self, gradients: list[Tensor]) -> None:
+        for group, experts in ((self.mesh.attention, False), (self.mesh.replicas, True)):
+            mine = [g for g, e in zip(gradients, self.on_experts, strict=True) if e == experts]
+            if group is not None and group.size > 1:
+                all_reduce_flat(mine, group)
+
+    def _totals(self, losses: Tensor, gradients: list[Tensor]) -> tuple[float, float, float]:
+        """Loss, balance loss and gradient norm over all ranks; replicated gradients count once."""
+        squares = losses.new_zeros(2)
+        for gradient, experts in zip(gradients, self.on_experts, strict=True):
+            squares[int(experts)] += gradient.double().square().sum()
+        attention, replicas = self.mesh.attention, self.mesh.replicas
+        share = torch.tensor(
+            [float(attention is not None and attention.index == 0), 1 / replicas.size if replicas else 0.0],
+            dtype=torch.float64,
+            device=self.device,
+        )
+        loss, balance, square = self.mesh.world.all_reduce(torch.cat([losses, (squares * share).sum()[None]])).tolist()
+        return loss, balance, math.sqrt(square) if square >= 0 else math.nan
+
+    # -- validation and sampling -------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self) -> Record:
+        """Loss over whole validation documents: nats a token, and bits a byte of their text."""
+        t = self.recipe.train
+        loader = ValLoader(self.corpus, t.sequence, t.eval_tokens, t.batch // t.accumulate, self._shard())
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for batch in loader:
+            batch = batch.to(self.device)
+            sums[0] += self.model.loss_sum(self.model(batch), batch.targets).double()
+            sums[1] += batch.targets_count
+        nats, predicted = self.mesh.world.all_reduce(sums).tolist()
+        return {
+            "kind": "eval",
+            "step": self.step,
+            "loss": nats / max(1.0, predicted),
+            "bits_per_byte": nats / math.log(2) / loader.bytes,
+            "tokens": loader.tokens,
+            "bytes": loader.bytes,
+        }
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything a checkpoint holds of this rank, by placement-independent names."""
+        index_of = {id(p): i for i, p in enumerate(self.parameters.values())}
+        out: dict[str, Tensor] = {}
+        for name, parameter, part in named_views(self.model):
+            pick = (lambda t: t) if part is None else (lambda t, i=part: t[i])
+            out[f"model.{name}"] = pick(parameter.data)
+            for kind, tensor in self.optimizer.state_of(index_of[id(parameter)]):
+                out[f"optim.{kind}.{name}"] = pick(tensor)
+        return out
+
+    def save(self) -> None:
+        """Starts writing a checkpoint of this step, in the background."""
+        assert self.checkpointer is not None
+        state = {"step": self.step, "seed": self.recipe.train.seed, "data": self.loader.state()}
+        self.checkpointer.save(self.step, self.tensors(), state)
+        self.saved_step = self.step
+
+    def settle(self) -> None:
+        """Waits until no checkpoint is being written; raises what went wrong with it."""
+        if self.checkpointer:
+            self.checkpointer.wait()
+
+    def restore(self, step: int) -> None:
+        """Goes on from the checkpoint of ``step``, whatever ranks and placement wrote it."""
+        assert self.checkpointer is not None
+        state = self.checkpointer.load(step, self.tensors())
+        self.step = self.saved_step = int(state["step"])
+        self.optimizer.set_steps(self.step)
+        self.loader = self._loader(state["data"])
+
+    def _loader(self, state: dict[str, Any] | None) -> TrainLoader:
+        t = self.recipe.train
+        return TrainLoader(
+            self.corpus, t.sequence, t.batch, t.accumulate, t.seed, self.recipe.data.shuffle_groups, self._shard(), state
+        )
+
+    def _shard(self) -> tuple[int, int] | None:
+        group = self.mesh.attention
+        return None if group is None else (group.index, group.size)
+
+
+def all_reduce_flat(tensors: list[Tensor], group: Group) -> None:
+    """Sums tensors of one dtype over a group, in place, a bucket of them at a time."""
+    bucket: list[Tensor] = []
+    size = 0
+    for i, tensor in enumerate(tensors):
+        bucket.append(tensor)
+        size += tensor.nbytes
+        if size < BUCKET and i + 1 < len(tensors):
+            continue
+        flat = group.all_reduce(torch.cat([t.reshape(-1) for t in bucket]))
+        for target, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+            target.copy_(part.view_as(target))
+        bucket, size = [], 0
