@@ -1,0 +1,147 @@
+"""The estimates against the papers' figures, and against counting by hand."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.jobs.estimate import estimate, keys_read
+from shoal.jobs.recipe import load_recipe
+from shoal.workers.config import AttentionTable
+
+BILLION = 1e9
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [
+        ("deepseekmoe-2b", 2.0, 0.3),  # DeepSeekMoE table 1
+        ("gshard-2b", 2.0, 0.3),
+        ("switch-2b", 2.0, 0.2),
+        ("hash-2b", 2.0, 0.2),
+        ("dense-0.2b", 0.2, 0.2),
+        ("deepseekmoe-16b", 16.4, 2.8),  # section 5.1
+        ("deepseekmoe-145b", 144.6, 22.2),  # section 7.1
+    ],
+)
+def test_the_papers_parameters_come_out(name: str, total: float, active: float) -> None:
+    parameters = estimate(load_recipe(name)).parameters
+    assert round(parameters.total / BILLION, 1) == total
+    assert round(parameters.active / BILLION, 1) == active
+
+
+def test_nsa_27b_has_the_papers_size_and_no_other_expert_size_has() -> None:
+    sizes = {
+        hidden: round(estimate(load_recipe("nsa-27b", [f"moe.expert_hidden={hidden}"])).parameters.total / BILLION)
+        for hidden in range(1280, 1793, 64)
+    }
+    assert [hidden for hidden, billions in sizes.items() if billions == 27] == [1472]
+    assert load_recipe("nsa-27b").moe.expert_hidden == 1472
+
+
+def test_the_papers_expert_parameters_come_out() -> None:
+    """DeepSeekMoE table 2: 1.89B in all, 0.24B active."""
+    p = estimate(load_recipe("deepseekmoe-2b")).parameters
+    experts = p.routed_experts + p.shared_experts
+    assert round(experts / BILLION, 2) == 1.89
+    assert round((experts - p.unused) / BILLION, 2) == 0.24
+
+
+@pytest.mark.parametrize(
+    ("name", "sets", "tflops"),
+    [
+        ("dense-0.2b", [], 2.9),  # DeepSeekMoE table 1, per 2k tokens
+        ("switch-2b", [], 2.9),
+        ("hash-2b", [], 2.9),
+        ("gshard-2b", [], 4.3),
+        ("deepseekmoe-2b", [], 4.3),
+        ("gshard-2b", ["moe.expert_hidden=5136"], 5.8),  # table 2, GShard x 1.5
+        ("dense-0.2b", ["model.dense_hidden=54784"], 24.6),  # table 2, Dense x 16
+        ("deepseekmoe-16b", [], 74.4),  # table 3, per 4k tokens
+        ("deepseekmoe-145b", [], 585.6),  # table 6, per 4k tokens
+    ],
+)
+def test_the_papers_flops_come_out(name: str, sets: list[str], tflops: float) -> None:
+    """The paper counts forward and backward, and attention without its causal mask: all keys for each query."""
+    recipe = load_recipe(name, sets)
+    flops, length = estimate(recipe).flops, recipe.train.sequence
+    unmasked = flops.attention * 2 * length / (length + 1)
+    assert 3 * length * (flops.projections + unmasked) / 1e12 == pytest.approx(tflops, rel=0.025)
+
+
+@pytest.mark.parametrize(("length", "tokens"), [(8192, 2048), (16384, 2560), (32768, 3584), (65536, 5632)])
+def test_the_last_query_reads_as_many_keys_as_the_paper_says(length: int, tokens: int) -> None:
+    """NSA table 4, tokens read by a decoding step (it counts one compressed block too many, a block's first d keys)."""
+    attention = load_recipe("nsa-27b").attention
+    last = sum(keys_read(attention, length).values()) - sum(keys_read(attention, length - 1).values())
+    assert last == tokens - 1
+
+
+@given(
+    l_blocks=st.integers(1, 4),
+    stride=st.integers(1, 8),
+    slc_blocks=st.integers(0, 4),
+    count=st.integers(3, 8),
+    window=st.integers(1, 40),
+    length=st.integers(1, 300),
+)
+def test_keys_read_is_what_counting_query_by_query_gives(
+    l_blocks: int, stride: int, slc_blocks: int, count: int, window: int, length: int
+) -> None:
+    block, slc = l_blocks * stride, (l_blocks + slc_blocks) * stride
+    a = AttentionTable(cmp_block=block, cmp_stride=stride, slc_block=slc, slc_count=count, window=window)
+    cmp = selected = win = 0
+    for t in range(length):
+        cmp += sum(i + block <= t + 1 for i in range(0, length, stride))
+        own = t // slc
+        chosen = [own, *range(own)][:count]  # the query's own block and whichever others
+        selected += sum(min(slc * (j + 1), t + 1) - slc * j for j in chosen)
+        win += sum(0 <= t - key < window for key in range(length))
+    assert keys_read(a, length) == {"cmp": cmp, "slc": selected, "win": win}
+
+
+def test_parts_add_up_by_hand() -> None:
+    """`tiny`, layer by layer, as the weights are shaped."""
+    p = estimate(load_recipe("tiny")).parameters
+    q, kv, out, gate = 256 * 8 * 32, 3 * 2 * 256 * 2 * 32, 8 * 32 * 256, 256 * 64 + 64 * 24
+    assert p.attention == 4 * (q + kv + out + gate)
+    assert p.compression == 4 * 2 * 2 * (16 * 32 + 16 * 32 * 64 + 64 * 32)
+    assert p.embedding == 4096 * 256
+    assert p.dense_ffn == 3 * 256 * 640
+    assert (p.routed_experts, p.shared_experts) == (3 * 16 * 3 * 256 * 128, 3 * 3 * 256 * 128)
+    assert (p.router, p.norms) == (3 * 16 * 256, 9 * 256)
+    assert p.total - p.active == 3 * 12 * 3 * 256 * 128
+
+
+def test_full_attention_of_the_mean_query_reads_half_the_keys() -> None:
+    recipe = load_recipe("tiny-full")
+    assert estimate(recipe).flops.attention == 2 * 4 * 8 * 64 * (512 + 1) / 2
+    assert estimate(recipe).flops.compression == 0
+
+
+def test_memory_follows_ranks_and_placement() -> None:
+    tiny = estimate(load_recipe("tiny"))
+    two = tiny.memory["colocated"]
+    assert two.weights == 4 * (tiny.parameters.total - tiny.parameters.routed_experts // 2)
+    assert two.optimizer == 2 * two.weights  # float32 weights need no master copy
+    one = estimate(load_recipe("tiny", ["parallel.ranks=1"])).memory["colocated"]
+    assert one.weights == 4 * tiny.parameters.total
+    apart = estimate(load_recipe("tiny", ["parallel.placement=2A:4F"])).memory
+    assert apart["expert"].weights == tiny.parameters.routed_experts
+    assert (apart["attention"].ranks, apart["expert"].ranks) == (2, 4)
+    assert apart["attention"].weights == 4 * (tiny.parameters.total - tiny.parameters.routed_experts)
+
+
+def test_bfloat16_keeps_a_master_copy_and_both_moments_in_float32() -> None:
+    memory = estimate(load_recipe("tiny", ["train.dtype=bfloat16"])).memory["colocated"]
+    assert memory.optimizer == 6 * memory.weights
+    assert memory.total == memory.weights + memory.gradients + memory.optimizer + memory.activations
+
+
+def test_dispatched_shared_experts_lie_on_the_expert_ranks() -> None:
+    sets = ["moe.shared=dispatched", "parallel.placement=1A:2F"]
+    recipe = estimate(load_recipe("tiny", sets))
+    p = recipe.parameters
+    assert recipe.memory["expert"].weights == 4 * (p.routed_experts + p.shared_experts) // 2
+    assert recipe.memory["attention"].weights == 4 * (p.total - p.routed_experts - p.shared_experts)

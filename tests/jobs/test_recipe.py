@@ -1,0 +1,219 @@
+"""Recipes: what ships loads, what is written loads again, what is wrong is refused in one sentence."""
+
+from __future__ import annotations
+
+import copy
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from shoal.jobs.recipe import builtin_recipes, check_recipe, load_recipe, recipe_hash, recipe_to_toml
+from shoal.workers.config import Recipe
+from shoal.workers.errors import InvalidInput, NotFound, ShoalError, UsageError
+
+
+@pytest.mark.parametrize("name", builtin_recipes())
+def test_every_recipe_of_the_package_loads_under_its_own_name(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.description
+
+
+def test_the_recipes_that_are_promised_are_there() -> None:
+    promised = {"tiny", "tiny-full", "deepseekmoe-2b", "deepseekmoe-16b", "deepseekmoe-145b", "nsa-27b"}
+    assert promised | {"gshard-2b", "switch-2b", "hash-2b", "dense-0.2b"} <= set(builtin_recipes())
+
+
+@pytest.mark.parametrize("name", builtin_recipes())
+def test_a_written_recipe_loads_to_the_same_recipe(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    written = tmp_path / "recipe.toml"
+    written.write_text(recipe_to_toml(recipe), encoding="utf-8")
+    assert load_recipe(written) == recipe
+    assert recipe_hash(load_recipe(written)) == recipe_hash(recipe)
+
+
+@given(st.text(), st.text(min_size=1), st.floats(min_value=1e-300, max_value=1e300), st.integers(1, 10**30))
+def test_any_text_and_number_survives_being_written(note: str, corpus: str, rate: float, steps: int) -> None:
+    tables = tomllib.loads(recipe_to_toml(load_recipe("tiny")))
+    tables["description"], tables["data"]["corpus"] = note, corpus
+    tables["train"] |= {"learning_rate": rate, "steps": steps}
+    recipe = check_recipe(tables)
+    assert check_recipe(tomllib.loads(recipe_to_toml(recipe))) == recipe
+
+
+def test_set_reads_toml_and_falls_back_to_text() -> None:
+    recipe = load_recipe(
+        "tiny",
+        ["train.steps=7", "train.learning_rate = 1e-3", "model.tied_embeddings=false", "data.corpus=../some where"],
+    )
+    assert (recipe.train.steps, recipe.train.learning_rate) == (7, 1e-3)
+    assert recipe.model.tied_embeddings is False
+    assert recipe.data.corpus == "../some where"
+    assert load_recipe("tiny", ['data.corpus="12"', "description=2024-01-01"]).data.corpus == "12"
+
+
+def test_options_come_after_sets_and_none_leaves_the_recipe() -> None:
+    recipe = load_recipe("tiny", ["train.steps=7"], {"train.steps": 9, "train.batch": None})
+    assert (recipe.train.steps, recipe.train.batch) == (9, load_recipe("tiny").train.batch)
+
+
+def test_a_placement_brings_its_own_ranks() -> None:
+    assert load_recipe("tiny", ["parallel.placement=2A:4F"]).parallel.ranks == 6
+    assert load_recipe("tiny", [], {"parallel.placement": "1A:1F"}).parallel.ranks == 2
+    with pytest.raises(InvalidInput, match=r"names 6 ranks, but parallel\.ranks=4"):
+        load_recipe("tiny", ["parallel.placement=2A:4F"], {"parallel.ranks": 4})
+
+
+def test_the_hash_ignores_names_and_what_it_is_told_to() -> None:
+    tiny = load_recipe("tiny")
+    assert recipe_hash(tiny) == recipe_hash(load_recipe("tiny", ["name=other", "description=other"]))
+    more_ranks = load_recipe("tiny", ["parallel.ranks=4"])
+    assert recipe_hash(tiny) != recipe_hash(more_ranks)
+    without = ("name", "description", "parallel")
+    assert recipe_hash(tiny, without) == recipe_hash(more_ranks, without)
+
+
+def test_extends_merges_key_by_key_from_a_file_beside(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text('extends = "tiny"\ndescription = "base"\n[train]\nsteps = 5\nbatch = 4\n')
+    child = tmp_path / "child.toml"
+    child.write_text('extends = "base.toml"\n[train]\nbatch = 6\n[parallel]\nplacement = "3A:1F"\n')
+    recipe = load_recipe(child)
+    assert (recipe.train.steps, recipe.train.batch, recipe.train.sequence) == (5, 6, 512)
+    assert (recipe.name, recipe.description, recipe.parallel.ranks) == ("child", "", 4)
+
+
+def test_a_circle_of_extends_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text('extends = "b.toml"\n')
+    (tmp_path / "b.toml").write_text('extends = "./a.toml"\n')
+    with pytest.raises(InvalidInput, match="extends itself"):
+        load_recipe(tmp_path / "a.toml")
+
+
+REFUSED = [
+    ("model.hiden=256", "model.hiden=256", "did you mean model.hidden"),
+    ("model.top_k=3", "model.top_k=3", "did you mean moe.top_k"),
+    ("hidden=3", "hidden=3", "did you mean model.hidden"),
+    ("modle.hidden=256", "modle", "did you mean model"),
+    ("checkpoint.zzz=1", "checkpoint.zzz=1", "has the keys every, keep"),
+    ("model.hidden=wide", "model.hidden='wide'", "set model.hidden to a whole number, at least 8"),
+    ("model.hidden=1.5", "model.hidden=1.5", "a whole number"),
+    ("train.steps=0", "train.steps=0", "set train.steps to at least 1"),
+    ("train.beta1=1", "train.beta1=1", "set train.beta1 to less than 1"),
+    ("train.learning_rate=inf", "train.learning_rate=inf", "finite"),
+    ("attention.kind=sparse", "attention.kind='sparse'", "'nsa' or 'full'"),
+    ("model.tied_embeddings=perhaps", "model.tied_embeddings='perhaps'", "true or false"),
+    ("data.corpus=12", "data.corpus=12", "in quotes"),
+    ("model=3", "model=3", "not a table"),
+    ("name=A b", "name='A b'", "lower-case"),
+    ("moe.top_k=17", "moe.top_k=17", "moe.experts=16"),
+    ("model.kv_heads=3", "model.kv_heads=3", "divisor of 8"),
+    ("attention.cmp_block=12", "attention.cmp_block=12", "set attention.cmp_block to"),
+    ("parallel.ranks=3", "3 ", "set parallel.ranks or parallel.expert"),
+    ("parallel.placement=2B", "parallel.placement='2B'", "2A:2F"),
+]
+
+
+@pytest.mark.parametrize(("change", "what", "remedy"), REFUSED, ids=[change for change, _, _ in REFUSED])
+def test_a_wrong_value_is_refused_with_key_value_and_remedy(change: str, what: str, remedy: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        load_recipe("tiny", [change])
+    message = str(caught.value)
+    assert what in message
+    assert remedy in message
+    assert "\n" not in message
+
+
+def test_a_missing_recipe_names_those_there_are() -> None:
+    with pytest.raises(NotFound, match=r"'tinny'.*did you mean tiny; built in are .*nsa-27b"):
+        load_recipe("tinny")
+    with pytest.raises(NotFound, match=r"nowhere\.toml"):
+        load_recipe("nowhere.toml")
+
+
+def test_a_missing_table_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text("[train]\nsteps = 1\n")
+    with pytest.raises(InvalidInput, match=r"model is missing .*\(and 3 more problems\)"):
+        load_recipe(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"[train]\nsteps = = 3\n", r"bad\.toml is not valid TOML.*line 2"),
+        (b"\xff\xfe\x00", "not UTF-8 text at byte 0"),
+        (b"steps = " + b"9" * 5000, "value too large"),
+        (b"extends = 3\n", "extends=3"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_line(content: bytes, says: str, tmp_path: Path) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_bytes(content)
+    with pytest.raises(InvalidInput, match=says) as caught:
+        load_recipe(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="is a folder"):
+        load_recipe(tmp_path)
+
+
+def test_a_set_without_a_value_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match=r"--set 'train.steps' is not of the form key=value"):
+        load_recipe("tiny", ["train.steps"])
+
+
+KEYS = [
+    (table, key) for table, keys in load_recipe("tiny").model_dump().items() if isinstance(keys, dict) for key in keys
+]
+JUNK = st.one_of(
+    st.integers(),
+    st.integers(-3, 70),
+    st.floats(),
+    st.booleans(),
+    st.text(max_size=80),
+    st.sampled_from(["2A:2F", "0A:1F", "\u0663A:1F", "9" * 5000 + "A:1F", "full", "hash", 1 << 20000]),
+    st.lists(st.integers(), max_size=3),
+    st.dictionaries(st.text(max_size=5), st.integers(), max_size=2),
+    st.none(),
+)
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow], max_examples=300)
+@given(
+    changed=st.lists(st.tuples(st.sampled_from(KEYS), JUNK), max_size=3),
+    removed=st.lists(st.sampled_from(KEYS), max_size=2),
+    added=st.lists(st.tuples(st.text(max_size=12), JUNK), max_size=1),
+    tables=st.lists(st.tuples(st.sampled_from(sorted(Recipe.model_fields)), JUNK), max_size=1),
+)
+def test_any_mutation_loads_or_is_refused_in_one_sentence(changed, removed, added, tables) -> None:  # type: ignore[no-untyped-def]
+    values = copy.deepcopy(load_recipe("tiny").model_dump())
+    for (table, key), value in changed:
+        values[table][key] = value
+    for table, key in removed:
+        values[table].pop(key, None)
+    for key, value in added:
+        values["train"][key] = value
+    values |= dict(tables)
+    try:
+        recipe = check_recipe(values)
+    except InvalidInput as refusal:
+        message = str(refusal)
+        assert message.isprintable()
+        assert 10 < len(message) < 500
+    else:
+        assert check_recipe(tomllib.loads(recipe_to_toml(recipe))) == recipe
+
+
+@given(st.text(max_size=40), st.text(max_size=40))
+def test_any_set_loads_or_is_refused_in_one_sentence(key: str, value: str) -> None:
+    for text in (f"{key}={value}", f"train.{key}={value}", f"train.steps={value}", key):
+        try:
+            load_recipe("tiny", [text])
+        except ShoalError as refusal:
+            assert str(refusal).isprintable()
