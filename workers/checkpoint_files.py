@@ -174,7 +174,7 @@ def last_good(folder: Path) -> tuple[CheckpointInfo | None, list[str]]:
         ``(None, sentences)`` when none is whole. Reads the bytes of each checkpoint it looks at.
     """
     damaged: list[str] = [
-        f"{path} is not a checkpoint (its name is not step-N)"
+        f"{path} is not a checkpoint (no folder named step-N)"
         for path in _entries(folder)
         if path.name.startswith("step-") and not (_PUBLISHED.fullmatch(path.name) and path.is_dir())
     ]
