@@ -1,0 +1,116 @@
+"""A folder that appears whole or not at all: written beside its target, flushed, then renamed."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shoal.workers.data.manifest import is_corpus
+from shoal.workers.errors import InvalidInput
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+@contextmanager
+def publishing(target: Path, force: bool = False) -> Iterator[Path]:
+    """Yield a scratch folder that becomes ``target`` when the block ends well, and is removed when it does not.
+
+    Raises InvalidInput when ``target`` exists (with ``force``: when it is no corpus) and when it cannot be written,
+    be it a full disk, a read-only file system or a missing permission.
+    """
+    _check_target(target, force)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(target)
+        scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.tmp-", dir=target.parent))
+    except OSError as error:
+        raise _refusal(target, error) from None
+    lock = os.open(scratch, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        scratch.chmod(0o777 & ~_umask())
+        yield scratch
+        _flush(scratch)
+        _check_target(target, force)
+        _move(scratch, target)
+    except OSError as error:
+        raise _refusal(target, error) from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        os.close(lock)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_target(target: Path, force: bool) -> None:
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    if target.exists():
+        if not force:
+            raise InvalidInput(f"{target} exists already: choose another --out, or replace it with --force")
+        if not is_corpus(target):
+            raise InvalidInput(f"{target} is not a corpus, so --force does not replace it: choose another --out")
+
+
+def _refusal(target: Path, error: OSError) -> InvalidInput:
+    why = error.strerror or str(error).splitlines()[0]
+    return InvalidInput(f"{target} cannot be written ({why}): free some space there or choose another --out")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove the scratch folders of processes that were killed: those whose lock nobody holds."""
+    for folder in target.parent.glob(f"{target.name}.tmp-*"):
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(lock)
+
+
+def _flush(folder: Path) -> None:
+    for path in (*folder.iterdir(), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _move(scratch: Path, target: Path) -> None:
+    """Rename ``scratch`` to ``target``. What stood there ends up at ``scratch``, in one step where the system can."""
+    if not target.exists() or not any(target.iterdir()):
+        scratch.rename(target)
+    elif not _exchange(scratch, target):
+        aside = scratch.with_name(scratch.name + ".old")
+        target.rename(aside)
+        scratch.rename(target)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names at once (Linux, renameat2); False where there is no such call."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    if renameat2 is None:
+        return False
+    return renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0

@@ -1,0 +1,142 @@
+"""The tokenizer of a corpus: an existing ``tokenizer.json``, or byte-level BPE trained on the corpus itself."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from shoal.workers.data.manifest import Tokens
+from shoal.workers.errors import InvalidInput, NotFound
+
+BOS, EOS = "<|bos|>", "<|eos|>"
+# Names that published tokenizers give to the two, the first that is found is taken.
+BOS_NAMES = (BOS, "<s>", "<bos>", "<|begin_of_text|>", "<|begin▁of▁sentence|>", "<|startoftext|>", "[BOS]", "[CLS]")
+EOS_NAMES = (EOS, "</s>", "<eos>", "<|end_of_text|>", "<|end▁of▁sentence|>", "<|endoftext|>", "[EOS]", "[SEP]")
+SMALLEST = 256 + 2  # every byte, bos and eos
+
+
+@dataclass(frozen=True)
+class CorpusTokenizer:
+    """A tokenizer with its bos and eos. ``size`` is the largest id plus one; ``added`` names tokens it had not."""
+
+    tokenizer: Tokenizer
+    bos: int
+    eos: int
+    added: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def dtype(self) -> np.dtype[np.unsignedinteger]:
+        """The smallest type that holds every id."""
+        return np.dtype(np.uint16 if self.size <= 1 << 16 else np.uint32)
+
+    def name(self, token: int) -> str:
+        """The token of an id of the vocabulary."""
+        name = self.tokenizer.id_to_token(token)
+        if name is None:
+            raise ValueError(f"{token} is not in the vocabulary")
+        return name
+
+    def encode(self, texts: Sequence[str]) -> list[Tokens]:
+        """Each text as bos, its tokens, eos: ``[tokens]`` uint16 or uint32. Special tokens in a text are plain text."""
+        encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        dtype = self.dtype
+        return [np.array([self.bos, *encoding.ids, self.eos], dtype) for encoding in encodings]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of tokens, without their bos and eos."""
+        ends = (self.bos, self.eos)
+        return self.tokenizer.decode([int(t) for t in tokens if t not in ends], skip_special_tokens=False)
+
+
+def load_tokenizer(path: Path) -> CorpusTokenizer:
+    """Read a ``tokenizer.json``; bos and eos are found by their common names, and added where it has none.
+
+    Raises NotFound when there is no such file, InvalidInput when it is not a tokenizer.
+    """
+    if not path.is_file():
+        raise NotFound(f"{path} does not exist: give an existing tokenizer.json, or none to train one")
+    try:
+        tokenizer = Tokenizer.from_str(path.read_text("utf-8"))
+    except Exception as error:  # the library raises bare Exception
+        why = str(error).splitlines()[0]
+        raise InvalidInput(f"{path} is not a tokenizer.json ({why}): give one that tokenizers wrote") from None
+    added = tuple(
+        names[0] for names in (BOS_NAMES, EOS_NAMES) if all(tokenizer.token_to_id(name) is None for name in names)
+    )
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in added])
+    return _ready(tokenizer, added)
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> CorpusTokenizer:
+    """Train byte-level BPE with ids 0 and 1 for bos and eos. The same texts give the same file, bit by bit."""
+    if vocabulary < SMALLEST:
+        raise InvalidInput(f"--vocab {vocabulary} does not hold 256 bytes, bos and eos: set it to {SMALLEST} or more")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _ready(tokenizer, ())
+
+
+def _ready(tokenizer: Tokenizer, added: tuple[str, ...]) -> CorpusTokenizer:
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # a text that spells out a special token is still a text
+    bos, eos = (_first(tokenizer, names) for names in (BOS_NAMES, EOS_NAMES))
+    return CorpusTokenizer(tokenizer, bos, eos, added)
+
+
+def _first(tokenizer: Tokenizer, names: Sequence[str]) -> int:
+    return next(index for name in names if (index := tokenizer.token_to_id(name)) is not None)
+
+
+class Sample:
+    """The texts with the smallest hashes, about ``limit`` bytes of them: a fair sample that no order changes.
+
+    A long text counts, and is kept, with its first 1/16 of ``limit`` only, so that none fills the sample alone.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._heap: list[tuple[int, str]] = []  # largest hash first
+        self._keys: set[int] = set()
+        self._bytes = 0
+
+    def add(self, text: str, digest: bytes) -> None:
+        """Offer a text with its SHA-256; a text that is in the sample already is not taken twice."""
+        key = -int.from_bytes(digest)
+        if key in self._keys:
+            return
+        text = text[: max(1, self.limit // 16)]
+        heapq.heappush(self._heap, (key, text))
+        self._keys.add(key)
+        self._bytes += len(text)
+        while self._bytes - len(self._heap[0][1]) >= self.limit:
+            dropped, last = heapq.heappop(self._heap)
+            self._keys.remove(dropped)
+            self._bytes -= len(last)
+
+    def texts(self) -> list[str]:
+        """The sample in the order of the hashes."""
+        return [text for _, text in sorted(self._heap, reverse=True)]
+
+
+def count_tokens(tokens: Tokens, size: int) -> npt.NDArray[np.int64]:
+    """How often each id stands in a document after its bos: ``[size]`` int64."""
+    return np.bincount(tokens[1:], minlength=size).astype(np.int64)
