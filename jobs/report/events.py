@@ -25,7 +25,7 @@ class EventLog:
     def __init__(self, folder: Path, restart_at: int | None = None) -> None:
         now = time.time()
         name = f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{os.getpid()}.{next(_files)}"
-        self._writer = RecordWriter((folder / name).open("xb"))
+        self._writer = RecordWriter((folder / name).open("xb", buffering=0))
         self._write(Event(wall_time=now, file_version="brain.Event:2"))
         if restart_at is not None:
             self.restart(restart_at)
@@ -47,7 +47,6 @@ class EventLog:
 
     def _write(self, event: Event) -> None:
         self._writer.write(event.SerializeToString())
-        self._writer.flush()
 
 
 def scalars(record: Record) -> dict[str, float]:
@@ -68,7 +67,7 @@ def scalars(record: Record) -> dict[str, float]:
 def spread(load: list[float]) -> dict[str, float]:
     """Of one layer's load (1.0 = fair share): largest, smallest, and entropy as a share of its maximum.
 
-    Entropy is 1 when all experts get the same, 0 when one gets everything. The mean is 1 by definition: no curve for it.
+    Entropy is 1 when all experts get the same, 0 when one gets everything. The mean is 1 by definition.
     """
     total = sum(load)
     if not total:

@@ -74,18 +74,19 @@ class Journal:
             return
         draft = self.path.with_name(self.path.name + ".part")
         changed = False
-        with self.path.open("rb") as old, draft.open("wb") as new:
-            for line in old:
-                if line.endswith(b"\n") and _stays(_parsed(line), step):
-                    new.write(line)
-                else:
-                    changed = True
-            new.flush()
-            os.fsync(new.fileno())
-        if changed:
-            draft.replace(self.path)
-        else:
-            draft.unlink()
+        try:
+            with self.path.open("rb") as old, draft.open("wb") as new:
+                for line in old:
+                    if line.endswith(b"\n") and _stays(_parsed(line), step):
+                        new.write(line)
+                    else:
+                        changed = True
+                new.flush()
+                os.fsync(new.fileno())
+            if changed:
+                draft.replace(self.path)
+        finally:
+            draft.unlink(missing_ok=True)
 
     def _refusal(self, error: OSError) -> InvalidInput:
         return InvalidInput(

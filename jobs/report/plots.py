@@ -60,7 +60,7 @@ def load_figure(loads: list[Record], name: str) -> Figure:
     # [steps, layers shown, experts]; a column is the mean of `stride` records
     load = np.array([[record["load"][layer] for layer in shown] for record in loads], dtype=float)
     load = np.stack([load[i : i + stride].mean(0) for i in range(0, len(loads), stride)])
-    across = 1 if len(shown) == 1 else 2 if len(shown) <= 8 else 4
+    across = 1 if len(shown) <= 3 else 2 if len(shown) <= 8 else 4
     down = math.ceil(len(shown) / across)
     figure = Figure(figsize=(max(9, 3.6 * across), 1.4 + 2.4 * down), layout="constrained")
     panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
@@ -75,7 +75,9 @@ def load_figure(loads: list[Record], name: str) -> Figure:
     figure.supylabel("expert")
     some = f" ({len(shown)} of {layers} layers)" if len(shown) < layers else ""
     figure.suptitle(f"{name}: expert load{some}", fontsize=14, fontweight="bold")
-    bar = figure.colorbar(mesh, ax=panels.tolist(), extend="max", label="tokens, as a multiple of a fair share (1.0)")
+    bar = figure.colorbar(
+        mesh, ax=panels.tolist(), extend="max", aspect=40, label="tokens, as a multiple of a fair share (1.0)"
+    )
     bar.set_ticks([0.0, 0.25, 0.5, 0.75, 1.0, *_above_one(norm.vmax or 2.0)])
     return figure
 
@@ -95,7 +97,7 @@ def _loss_panel(axis: Axes, train: list[Record], evals: list[Record]) -> None:
     steps, losses = _series(train, "loss")
     if len(losses):
         axis.plot(steps, losses, color=BLUE, alpha=0.3, linewidth=1, label="training, each step")
-        curve = smoothed(losses, max(5.0, len(losses) / 30))
+        curve = smoothed(losses, max(5.0, len(losses) / 60))
         axis.plot(steps, curve, color=BLUE, linewidth=2, label="training, smoothed")
     steps, losses = _series(evals, "loss")
     if len(losses):
@@ -153,5 +155,8 @@ def _save(figure: Figure, path: Path) -> Path:
     """Writes the PNG beside its place and moves it there, so that nobody opens half of one."""
     draft = path.with_name(path.name + ".part")
     FigureCanvasAgg(figure)
-    figure.savefig(draft, format="png", dpi=120)
-    return draft.replace(path)
+    try:
+        figure.savefig(draft, format="png", dpi=120)
+        return draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)

@@ -64,7 +64,8 @@ class RunReport:
             self._view.say(_validation(record))
         elif kind == "event":
             self._view.say(f"step {record['step']}: {record['text']}", STYLES.get(record["event"], ""))
-        self._write_events(record)
+        if kind != "event":
+            self._to_events(lambda events: events.write(record))
         if self._clock() - self._plotted_at >= self._plot_every:
             self._plot()
 
@@ -74,7 +75,7 @@ class RunReport:
         self._view.rewind(step)
         self._restart_at = step + 1
         if self._events is not None:
-            self._events.restart(step + 1)
+            self._to_events(lambda events: events.restart(step + 1))
 
     def close(self) -> None:
         """Draws the plots and closes everything; a second call does nothing."""
@@ -95,8 +96,8 @@ class RunReport:
     ) -> None:
         self.close()
 
-    def _write_events(self, record: Record) -> None:
-        if self._events_failed or record["kind"] == "event":
+    def _to_events(self, write: Callable[[EventLog], None]) -> None:
+        if self._events_failed:
             return
         try:
             if self._events is None:
@@ -104,7 +105,7 @@ class RunReport:
                 from shoal.jobs.report.events import EventLog
 
                 self._events = EventLog(self.run_dir, self._restart_at)
-            self._events.write(record)
+            write(self._events)
         except OSError as error:
             self._events_failed = True
             self._view.say(f"TensorBoard events are no longer written ({error.strerror}); metrics.jsonl is", "yellow")
