@@ -156,7 +156,7 @@ class Checkpointer:
                 written = {name: entry for part in parts for name, entry in part.items()}
                 self._together(lambda: self._publish(drafted, step, state, written))
         except (Exception, CheckpointException) as error:
-            raise self._failure(step, *_cause(error)) from error
+            raise self._failure(step, error) from error
 
     def _begin(self, step: int, tensors: dict[str, Tensor], stack: ExitStack) -> tuple[str, dict[str, int]]:
         """The temporary folder, which rank 0 makes, and this rank's cut of its tensors into files of bounded size."""
@@ -219,30 +219,32 @@ class Checkpointer:
             dist.all_gather_object(outcomes, (result, problem), group=self.group)
         for rank, (_, failed) in enumerate(outcomes):
             if failed:
-                cause, remedy = failed
-                raise _Failed(f"{cause}, on rank {rank}" if self.world > 1 else cause, remedy)
+                raise _Failed(rank, *failed)
         return [value for value, _ in outcomes]
 
-    def _failure(self, step: int, cause: str, remedy: str) -> ShoalError:
+    def _failure(self, step: int, error: BaseException) -> ShoalError:
+        rank, (cause, remedy) = self.rank, _cause(error)
+        if isinstance(error, CheckpointException):
+            rank = min(error.failures)
+        elif isinstance(error, _Failed):
+            rank = error.args[0]
+        where = f" on rank {rank}" if self.world > 1 else ""
         before = ", ".join(info.path.name for info in files.list_checkpoints(self.folder))
         kept = f"earlier ones are untouched ({before})" if before else "there is no earlier one"
         path = files.checkpoint_path(self.folder, step)
-        return ShoalError(f"checkpoint {path} could not be written ({cause}), {kept}: {remedy}")
+        return ShoalError(f"checkpoint {path} could not be written ({cause}{where}), {kept}: {remedy}")
 
 
 class _Failed(Exception):
-    """A rank failed; its arguments are the cause and the remedy, in words."""
+    """A rank failed; the arguments are the rank, and the cause and the remedy in words."""
 
 
 def _cause(error: BaseException) -> tuple[str, str]:
     """Why something failed, and what to do about it."""
     if isinstance(error, _Failed):
-        cause, remedy = error.args
-        return cause, remedy
-    if isinstance(error, CheckpointException):
-        rank, (first, _) = min(error.failures.items(), key=lambda failure: failure[0])
-        cause, remedy = _cause(first)
-        return f"{cause}, on rank {rank}", remedy
+        return error.args[1], error.args[2]
+    if isinstance(error, CheckpointException):  # torch's, of all ranks: the lowest speaks for them
+        return _cause(error.failures[min(error.failures)][0])
     if isinstance(error, OSError) and error.errno is not None:
         return error.strerror or str(error), _REMEDIES.get(error.errno, "check the disk and resume the run")
     lines = str(error).splitlines()

@@ -11,12 +11,13 @@ Put the functions that run on the ranks at the top level of the test's module (a
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ import torch.multiprocessing as mp
 
 # A server process imports torch once and forks the ranks: a rank starts in milliseconds instead of seconds. It takes
 # the environment variables of the first run_ranks of a test session.
-multiprocessing.set_forkserver_preload(["torch", "torch.distributed"])
+multiprocessing.set_forkserver_preload(["pytest", "torch", "shoal.workers.checkpoint"])
 TIMEOUT = timedelta(seconds=120)
 
 
@@ -44,13 +45,32 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
             are ended.
         torch.multiprocessing.ProcessExitedException: a rank died of a signal or left without a result.
     """
+    with start_ranks(world, fn, *args) as (context, folder):
+        while not context.join():
+            pass
+        return [pickle.loads((folder / str(rank)).read_bytes()) for rank in range(world)]
+
+
+@contextlib.contextmanager
+def start_ranks(world: int, fn: Callable[..., Any], *args: Any) -> Iterator[tuple[mp.ProcessContext, Path]]:
+    """As ``run_ranks``, without waiting, for tests that kill ranks.
+
+    Yields:
+        The context, whose ``processes`` are the ranks, and the folder where each rank leaves its result, pickled, as a
+        file named after its number. Ranks that still run at the end are killed.
+    """
     # The store lives here, on a port that the system picks: no two tests can meet, and any rank may die.
     store = dist.TCPStore("127.0.0.1", 0, None, True, TIMEOUT, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        mp.start_processes(
-            _rank, (world, store.port, folder, fn, args), nprocs=world, join=True, start_method="forkserver"
+        context = mp.start_processes(
+            _rank, (world, store.port, folder, fn, args), nprocs=world, join=False, start_method="forkserver"
         )
-        return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(world)]
+        try:
+            yield context, Path(folder)
+        finally:
+            for process in context.processes:
+                process.kill()
+                process.join()
 
 
 def _rank(rank: int, world: int, port: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
