@@ -12,7 +12,7 @@ import numpy as np
 
 from shoal.jobs.data.publish import publishing, sha256_file
 from shoal.jobs.data.readers import Document, Source
-from shoal.jobs.data.tokenizer import CorpusTokenizer, Sample, count_tokens, load_tokenizer, train_tokenizer
+from shoal.jobs.data.tokenizer import CorpusTokenizer, Sample, load_tokenizer, train_tokenizer
 from shoal.jobs.data.writer import GROUP_TOKENS, Row, SplitWriter, write_in_hash_order
 from shoal.workers.data.manifest import (
     MANIFEST,
@@ -180,7 +180,7 @@ class _Build:
                     return
                 row = held
         self._splits["train"] += Totals(documents=1, tokens=len(row.tokens), bytes=row.bytes)
-        self._unigram += count_tokens(row.tokens, self.tokenizer.size)
+        np.add.at(self._unigram, row.tokens[1:], 1)
         self._hash.update(row.hash.encode())
         self._train.add(row)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import hashlib
 import os
@@ -65,8 +66,11 @@ def _check_target(target: Path, force: bool) -> None:
 
 
 def _refusal(target: Path, error: OSError) -> InvalidInput:
-    why = error.strerror or str(error).splitlines()[0]
-    return InvalidInput(f"{target} cannot be written ({why}): free some space there or choose another --out")
+    """One sentence for a failed write; pyarrow gives the number of an error, but no text of its own for it."""
+    why = os.strerror(error.errno) if error.errno else str(error).splitlines()[0]
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    remedy = "free some space there or choose another --out" if full else "choose another --out"
+    return InvalidInput(f"{target} cannot be written ({why}): {remedy}")
 
 
 def _umask() -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from shoal.workers.data.manifest import Tokens
@@ -30,7 +30,7 @@ class CorpusTokenizer:
     eos: int
     added: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def size(self) -> int:
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
@@ -135,8 +135,3 @@ class Sample:
     def texts(self) -> list[str]:
         """The sample in the order of the hashes."""
         return [text for _, text in sorted(self._heap, reverse=True)]
-
-
-def count_tokens(tokens: Tokens, size: int) -> npt.NDArray[np.int64]:
-    """How often each id stands in a document after its bos: ``[size]`` int64."""
-    return np.bincount(tokens[1:], minlength=size).astype(np.int64)
