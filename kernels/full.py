@@ -1,0 +1,89 @@
+"""Full causal attention on packed documents, and its oracle."""
+
+from __future__ import annotations
+
+import inspect
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
+
+
+def full_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], scale: float) -> Tensor:
+    """``softmax(scale · q kᵀ) v``, causal, within each document of the pack.
+
+    q: ``[T, H, Dqk]``. k: ``[T, KV, Dqk]``. v: ``[T, KV, Dv]``, H a multiple of KV. cu_seqlens: N+1 offsets on the
+    host, ``0 … T``; T may be 0. scale: factor on the scores. Returns ``[T, H, Dv]`` in q's dtype.
+
+    On a GPU in half precision one variable-length FlashAttention call does it; elsewhere SDPA, once for each length
+    that documents have. Both want equal d_qk and d_v: the smaller is padded with zeros, which changes no result.
+    """
+    if not q.shape[0]:
+        return q.new_zeros(0, q.shape[1], v.shape[2]) + 0 * (q.sum() + k.sum() + v.sum())
+    width = v.shape[2]
+    most = max(q.shape[2], width)
+    fast = _varlen_fits(q, most)
+    if fast:
+        most = -(-most // 8) * 8
+    q, k, v = (functional.pad(x, (0, most - x.shape[2])) if x.shape[2] < most else x for x in (q, k, v))
+    out = _varlen(q, k, v, cu_seqlens, scale) if fast else _by_length(q, k, v, cu_seqlens, scale)
+    return out[..., :width]
+
+
+def _varlen_fits(q: Tensor, dim: int) -> bool:
+    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and dim <= 256
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], scale: float) -> Tensor:
+    """One FlashAttention call over the pack; the arguments changed names between torch 2.10 and 2.12."""
+    longest = max(stop - start for start, stop in pairwise(cu_seqlens))
+    offsets = torch.tensor(cu_seqlens, dtype=torch.int32).to(q.device, non_blocking=True)
+    known = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in known:
+            options["enable_gqa"] = True
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    out = varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scale, **options)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _by_length(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], scale: float) -> Tensor:
+    """SDPA over all documents of one length together."""
+    groups: dict[int, list[int]] = {}
+    for start, stop in pairwise(cu_seqlens):
+        if stop > start:
+            groups.setdefault(stop - start, []).append(start)
+    order: Tensor | None = None
+    if [start for starts in groups.values() for start in starts] != sorted(set(cu_seqlens[:-1]) - {cu_seqlens[-1]}):
+        order = torch.cat(
+            [(torch.tensor(starts)[:, None] + torch.arange(n)).flatten() for n, starts in groups.items()]
+        ).to(q.device)
+        q, k, v = q[order], k[order], v[order]
+    outs, at, gqa = [], 0, q.shape[1] != k.shape[1]
+    for length, starts in groups.items():
+        part = slice(at, at + len(starts) * length)
+        bq, bk, bv = (x[part].unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
+        out = functional.scaled_dot_product_attention(bq, bk, bv, is_causal=True, scale=scale, enable_gqa=gqa)
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+        at = part.stop
+    joined = outs[0] if len(outs) == 1 else torch.cat(outs)
+    return joined if order is None else joined[order.argsort()]
+
+
+def full_attention_oracle(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], scale: float) -> Tensor:
+    """:func:`full_attention`, query by query and head by head, as it is defined."""
+    heads, groups = q.shape[1], k.shape[1]
+    rows = []
+    for start, stop in pairwise(cu_seqlens):
+        for t in range(start, stop):
+            for head in range(heads):
+                g = head // (heads // groups)
+                weights = torch.softmax(scale * (k[start : t + 1, g] @ q[t, head]), dim=0)
+                rows.append(weights @ v[start : t + 1, g])
+    return torch.stack(rows).view(q.shape[0], heads, -1) if rows else q.new_zeros(0, heads, v.shape[2])

@@ -1,0 +1,248 @@
+"""NSA's three branches in PyTorch operations, tile by tile, with an explicit backward pass.
+
+Rows of a tile are ``(query, head of the group)`` pairs, ``[KV, rows * G, D]``: the heads of a group meet their shared
+keys in one matrix product, and no key is copied per head. The backward pass recomputes the attention weights, so that
+nothing of size queries x keys outlives its tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from shoal.kernels.nsa.gather import gather_backward, gather_forward
+from shoal.kernels.nsa.layout import Layout, Tile
+from shoal.kernels.nsa.select import importance, select
+
+
+def nsa_attention(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    k_slc: Tensor,
+    v_slc: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    gates: Tensor,
+    layout: Layout,
+    scale: float,
+) -> Tensor:
+    """``o_t = Σ_c g_t^c · Attn(q_t, K_t^c, V_t^c)`` over c = cmp, slc, win (NSA eq. 5), causal, per document.
+
+    q: ``[T, H, Dqk]``. k_cmp, v_cmp: ``[C, KV, Dqk]``, ``[C, KV, Dv]``, compressed. k_slc, k_win: ``[T, KV, Dqk]``;
+    v_slc, v_win: ``[T, KV, Dv]``. gates: ``[T, H, 3]`` after the sigmoid, in the order cmp, slc, win. scale: factor on
+    the scores. H is a multiple of KV. Returns ``[T, H, Dv]`` in q's dtype, computed in float32 or q's float64.
+
+    Queries and keys come rotated: q, k_slc and k_win at their own positions, k_cmp (φ of un-rotated keys) at the
+    position of its block's first key, ``layout.cmp_positions``. The choice of blocks is not differentiated through; a
+    branch without keys contributes 0. Raises ValueError when a shape does not fit the layout.
+    """
+    tokens, blocks = layout.tokens, layout.cmp_starts.numel()
+    if q.shape[0] != tokens or k_slc.shape[0] != tokens or k_win.shape[0] != tokens or k_cmp.shape[0] != blocks:
+        raise ValueError(
+            f"q, k_slc, k_win hold {q.shape[0]}, {k_slc.shape[0]}, {k_win.shape[0]} tokens and k_cmp {k_cmp.shape[0]} "
+            f"blocks; the layout has {tokens} tokens and {blocks} blocks"
+        )
+    if q.shape[1] % k_slc.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads do not divide over {k_slc.shape[1]} KV heads")
+    out: Tensor = _NSA.apply(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, layout, scale)
+    return out
+
+
+class _NSA(torch.autograd.Function):
+    """Forward keeps the inputs, the three branches' outputs and the chosen blocks; backward recomputes the rest."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        *tensors, layout, scale = args
+        t = _inputs(tensors, layout, scale)
+        outs = t.q.new_zeros(3, *t.q.shape[:-1], t.v_win.shape[-1])
+        choices = [_forward_tile(t, tile, layout, outs[:, :, tile.start : tile.stop]) for tile in layout.tiles]
+        out = (outs * t.gates).sum(0).transpose(0, 1).reshape(*tensors[0].shape[:2], outs.shape[-1])
+        ctx.save_for_backward(*tensors, outs)
+        ctx.layout, ctx.scale, ctx.choices = layout, scale, choices
+        return out.to(tensors[0].dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, outs = ctx.saved_tensors
+        layout: Layout = ctx.layout
+        t = _inputs(tensors, layout, ctx.scale)
+        d_out = _rows(grads[0], outs.shape[1])
+        d = _Inputs(**{f.name: torch.zeros_like(getattr(t, f.name)) for f in fields(t)})
+        for tile, choice in zip(layout.tiles, ctx.choices, strict=True):
+            _backward_tile(t, d, d_out[:, tile.start : tile.stop], tile, choice, layout)
+        d.q.mul_(ctx.scale)
+        d_gates = (outs * d_out).sum(-1).permute(2, 1, 3, 0).reshape(tensors[7].shape)
+        tokens, heads, dim = tensors[0].shape
+        d_q = d.q.transpose(0, 1).reshape(tokens, heads, dim)
+        d_keys = (d.k_cmp, d.v_cmp, d.k_slc[:, :tokens], d.v_slc[:, :tokens], d.k_win, d.v_win)
+        back = (d_q, *(x.transpose(0, 1) for x in d_keys), d_gates)
+        return (*(g.to(x.dtype) for g, x in zip(back, tensors, strict=True)), None, None)
+
+
+@dataclass
+class _Inputs:
+    """What the tiles read (or, in the backward pass, the gradients they add to), with the KV heads in front.
+
+    q: ``[KV, T, G, Dqk]``, scaled. k_cmp: ``[KV, C, Dqk]``. k_slc: ``[KV, T + l', Dqk]``, zeros at the end, so that the
+    last block of a document can be read whole. k_win: ``[KV, T, Dqk]``. Values alike. gates: ``[3, KV, T, G, 1]``.
+    """
+
+    q: Tensor
+    k_cmp: Tensor
+    v_cmp: Tensor
+    k_slc: Tensor
+    v_slc: Tensor
+    k_win: Tensor
+    v_win: Tensor
+    gates: Tensor
+
+
+def _inputs(tensors: list[Tensor], layout: Layout, scale: float) -> _Inputs:
+    q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = tensors
+    kv, dtype = k_slc.shape[1], torch.promote_types(q.dtype, torch.float32)
+
+    def keys(x: Tensor, extra: int = 0) -> Tensor:
+        out = x.new_zeros(kv, x.shape[0] + extra, x.shape[2], dtype=dtype)
+        out[:, : x.shape[0]] = x.transpose(0, 1)
+        return out
+
+    pad = layout.sizes.slc_block
+    by_gate = _rows(gates, kv).permute(3, 0, 1, 2)[..., None]
+    return _Inputs(
+        (_rows(q, kv) * scale).contiguous(),
+        keys(k_cmp),
+        keys(v_cmp),
+        keys(k_slc, pad),
+        keys(v_slc, pad),
+        keys(k_win),
+        keys(v_win),
+        by_gate,
+    )
+
+
+def _rows(x: Tensor, kv: int) -> Tensor:
+    """``[T, H, D]`` to a contiguous ``[KV, T, G, D]``, in float32 at least."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.reshape(x.shape[0], kv, x.shape[1] // kv, x.shape[2]).transpose(0, 1).contiguous()
+
+
+def _forward_tile(t: _Inputs, tile: Tile, layout: Layout, outs: Tensor) -> Tensor | None:
+    """Fill ``outs [3, KV, rows, G, Dv]``; returns the choice of blocks, if one was made, for the backward pass."""
+    q = t.q[:, tile.start : tile.stop].flatten(1, 2)
+    cmp, slc, win = (out.flatten(1, 2) for out in outs)
+    choice: Tensor | None = None
+    if tile.cmp_stop > tile.cmp_first:
+        p = _cmp_weights(q, t.k_cmp, tile)
+        torch.bmm(p, t.v_cmp[:, tile.cmp_first : tile.cmp_stop], out=cmp)
+        if tile.blocks:
+            choice = _choose(p, tile, layout)
+    if choice is None or not _gathers(tile, layout):
+        p = _slc_weights(q, t.k_slc, tile, choice, layout)
+        torch.bmm(p, t.v_slc[:, tile.first : tile.stop], out=slc)
+    else:
+        at = slice(tile.first, tile.first + tile.blocks * layout.sizes.slc_block)
+        q_rows, position = t.q[:, tile.start : tile.stop], tile.start - tile.first
+        gather_forward(q_rows, t.k_slc[:, at], t.v_slc[:, at], choice, position, layout.sizes.slc_block, outs[1])
+    p = _weights(q, t.k_win[:, tile.win_first : tile.stop], tile.win_mask)
+    torch.bmm(p.flatten(1, 2), t.v_win[:, tile.win_first : tile.stop], out=win)
+    return choice
+
+
+def _backward_tile(t: _Inputs, d: _Inputs, d_out: Tensor, tile: Tile, choice: Tensor | None, layout: Layout) -> None:
+    """Add the tile's share to the gradients ``d``. d_out: ``[KV, rows, G, Dv]``."""
+    here = slice(tile.start, tile.stop)
+    q, d_q = t.q[:, here].flatten(1, 2), d.q[:, here].flatten(1, 2)
+    d_cmp, d_slc, d_win = ((d_out * gate).flatten(1, 2) for gate in t.gates[:, :, here])
+    if tile.cmp_stop > tile.cmp_first:
+        at = slice(tile.cmp_first, tile.cmp_stop)
+        p = _cmp_weights(q, t.k_cmp, tile)
+        _attend_backward(p, q, t.k_cmp[:, at], t.v_cmp[:, at], d_cmp, d_q, d.k_cmp[:, at], d.v_cmp[:, at])
+    if choice is None or not _gathers(tile, layout):
+        at = slice(tile.first, tile.stop)
+        p = _slc_weights(q, t.k_slc, tile, choice, layout)
+        _attend_backward(p, q, t.k_slc[:, at], t.v_slc[:, at], d_slc, d_q, d.k_slc[:, at], d.v_slc[:, at])
+    else:
+        at, block = slice(tile.first, tile.first + tile.blocks * layout.sizes.slc_block), layout.sizes.slc_block
+        gather_backward(
+            t.q[:, here],
+            t.k_slc[:, at],
+            t.v_slc[:, at],
+            choice,
+            tile.start - tile.first,
+            block,
+            d_slc.view(d_out.shape),
+            d.q[:, here],
+            d.k_slc[:, at],
+            d.v_slc[:, at],
+        )
+    at = slice(tile.win_first, tile.stop)
+    p = _weights(q, t.k_win[:, at], tile.win_mask).flatten(1, 2)
+    _attend_backward(p, q, t.k_win[:, at], t.v_win[:, at], d_win, d_q, d.k_win[:, at], d.v_win[:, at])
+
+
+def _weights(q: Tensor, k: Tensor, mask: Tensor, chosen: Tensor | None = None, block: int = 1) -> Tensor:
+    """Attention weights ``[KV, rows, G, keys]`` of q ``[KV, rows * G, D]`` on k ``[KV, keys, D]``.
+
+    mask: ``[rows, 1, ≤ keys]``, of the last keys. chosen: ``[KV, rows, blocks]`` bool, for each ``block`` keys; what
+    is left after the last whole block is the newest block of the document, always chosen by those who may see it.
+    """
+    keys, masked = k.shape[1], mask.shape[-1]
+    scores = torch.bmm(q, k.transpose(1, 2)).view(q.shape[0], mask.shape[0], -1, keys)
+    if masked:
+        scores[..., keys - masked :].add_(mask)
+    if chosen is not None:
+        whole = keys // block
+        bias = torch.zeros_like(chosen, dtype=q.dtype).masked_fill_(~chosen, -torch.inf)
+        scores[..., : whole * block].unflatten(-1, (whole, block)).add_(bias[:, :, None, :whole, None])
+    return torch.softmax(scores, -1)
+
+
+def _cmp_weights(q: Tensor, k_cmp: Tensor, tile: Tile) -> Tensor:
+    """Weights ``[KV, rows * G, C]`` on the compression blocks; zeros in rows that see none."""
+    p = _weights(q, k_cmp[:, tile.cmp_first : tile.cmp_stop], tile.cmp_mask)
+    if tile.cmp_none is not None:
+        p.masked_fill_(tile.cmp_none, 0)
+    return p.flatten(1, 2)
+
+
+def _slc_weights(q: Tensor, k_slc: Tensor, tile: Tile, chosen: Tensor | None, layout: Layout) -> Tensor:
+    """Weights ``[KV, rows * G, stop - first]`` on all keys of the document so far, zeros in blocks not chosen."""
+    k = k_slc[:, tile.first : tile.stop]
+    return _weights(q, k, tile.own_mask, chosen, layout.sizes.slc_block).flatten(1, 2)
+
+
+def _attend_backward(
+    p: Tensor, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, d_q: Tensor, d_k: Tensor, d_v: Tensor
+) -> None:
+    """Add the gradients of ``softmax(q kᵀ) v`` to d_q, d_k and d_v, given the weights p; all ``[batch, rows, …]``."""
+    d_v.baddbmm_(p.transpose(1, 2), d_out)
+    d_p = torch.bmm(d_out, v.transpose(1, 2))
+    d_s = torch._softmax_backward_data(d_p, p, -1, p.dtype)
+    d_q.baddbmm_(d_s, k)
+    d_k.baddbmm_(d_s.transpose(1, 2), q)
+
+
+def _gathers(tile: Tile, layout: Layout) -> bool:
+    """Whether the tile gathers its chosen blocks, rather than mask dense scores."""
+    return tile.blocks > 0 and tile.stop - tile.first > layout.dense_keys
+
+
+def _choose(p_cmp: Tensor, tile: Tile, layout: Layout) -> Tensor:
+    """The tile's blocks: a mask ``[KV, rows, blocks]``, or for gathering the indices ``[KV, rows, n]``, ascending."""
+    rows = tile.stop - tile.start
+    group = p_cmp.view(p_cmp.shape[0], rows, -1, p_cmp.shape[-1]).sum(2)
+    positions = torch.arange(tile.start - tile.first, tile.stop - tile.first, device=p_cmp.device)
+    chosen = select(importance(group, tile.blocks, layout.sizes), positions, layout.sizes)
+    if not _gathers(tile, layout):
+        return chosen
+    block = torch.arange(tile.blocks, device=p_cmp.device)
+    # Unused places name the last block; its keys lie after the query, which masks them.
+    index = torch.where(chosen, block, tile.blocks)
+    return index.topk(layout.sizes.slc_count, dim=-1, largest=False, sorted=True).values

@@ -1,0 +1,249 @@
+"""Where the blocks of a packed batch lie: built once for a batch, shared by all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """NSA's block sizes, in keys (NSA section 3.3); the names are those of a recipe's ``[attention]`` table.
+
+    Raises ValueError for sizes the equations do not allow.
+    """
+
+    cmp_block: int
+    """l: keys in a compression block."""
+    cmp_stride: int
+    """d: keys between the starts of two compression blocks."""
+    slc_block: int
+    """l': keys in a selection block."""
+    slc_count: int
+    """n: selected blocks a query, forced ones counted."""
+    slc_initial: int
+    """Forced blocks at the start of the document."""
+    slc_local: int
+    """Forced blocks that end with the query's own."""
+    window: int
+    """w: keys of the sliding window, the query's own included."""
+
+    def __post_init__(self) -> None:
+        if min(self.cmp_block, self.cmp_stride, self.slc_block, self.slc_count, self.slc_local, self.window) < 1:
+            raise ValueError(f"block sizes must be 1 or more: {self}")
+        if self.cmp_block % self.cmp_stride or self.slc_block % self.cmp_stride:
+            raise ValueError(f"cmp_block and slc_block must be multiples of cmp_stride: {self}")
+        if self.cmp_block > self.slc_block:
+            raise ValueError(f"cmp_block must not be longer than slc_block: {self}")
+        if self.slc_initial < 0 or self.slc_initial + self.slc_local > self.slc_count:
+            raise ValueError(f"slc_count must hold the forced blocks, slc_initial + slc_local: {self}")
+
+    def cmp_blocks(self, keys: int) -> int:
+        """How many compression blocks lie whole within the first ``keys`` keys of a document."""
+        return max(0, (keys - self.cmp_block) // self.cmp_stride + 1)
+
+    def slc_blocks(self, keys: int) -> int:
+        """How many selection blocks the first ``keys`` keys of a document touch."""
+        return -(-keys // self.slc_block)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Some consecutive queries, and the ranges of keys that they may see.
+
+    A tile lies within one document, or it holds several whole documents that are so short that every query selects
+    all of its blocks. The masks are added to scores ``[…, rows, group, keys]``: 0 where visible, -inf where not. They
+    cover only the last keys of a range; all keys before those are visible to every row.
+    """
+
+    start: int
+    stop: int
+    """Queries ``start ≤ t < stop`` of the pack."""
+    first: int
+    """First key of the tile's (first) document."""
+    win_first: int
+    """First key of the tile's windows."""
+    cmp_first: int
+    cmp_stop: int
+    """Compression blocks that some query of the tile sees."""
+    own_mask: Tensor
+    """``[rows, 1, rows]``: causal, within a document."""
+    win_mask: Tensor
+    """``[rows, 1, stop - win_first]``."""
+    cmp_mask: Tensor
+    """``[rows, 1, ≤ cmp_stop - cmp_first]``."""
+    cmp_none: Tensor | None
+    """``[rows, 1, 1]`` bool: rows that see no compression block; None when every row sees one."""
+    blocks: int
+    """Selection blocks of the document up to ``stop``, where a choice has to be made; 0: every row takes all."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Index tables of one packed batch.
+
+    cu_seqlens: N+1 offsets of the documents. cmp_starts: ``[C]`` int64, first key of each compression block in the
+    pack. cmp_positions: ``[C]`` int64, the same counted from the start of the document (RoPE's position of the
+    compressed key). cmp_documents: ``[C]`` int64. chunk_tokens: ``[n*d]`` int64, the tokens of the n whole chunks of
+    ``d`` keys of all documents. cmp_chunks: ``[C]`` int64, the first chunk of each compression block. cmp_before: N+1
+    counts, compression blocks before each document. slc_blocks: N counts, selection blocks of each document.
+    tiles: the work of the PyTorch kernels, in order.
+    dense_keys: with at most this many keys, selected attention masks dense scores; with more it gathers blocks.
+    """
+
+    cu_seqlens: tuple[int, ...]
+    sizes: BlockSizes
+    device: torch.device
+    cmp_starts: Tensor
+    cmp_positions: Tensor
+    cmp_documents: Tensor
+    chunk_tokens: Tensor
+    cmp_chunks: Tensor
+    cmp_before: tuple[int, ...]
+    slc_blocks: tuple[int, ...]
+    tiles: tuple[Tile, ...]
+    dense_keys: int
+
+    @property
+    def tokens(self) -> int:
+        """T, the tokens of the pack."""
+        return self.cu_seqlens[-1]
+
+
+def make_layout(
+    cu_seqlens: tuple[int, ...],
+    sizes: BlockSizes,
+    device: torch.device | str,
+    tile: int | None = None,
+    dense_keys: int | None = None,
+) -> Layout:
+    """The layout of a pack; the last few are remembered, so that every layer may ask for it.
+
+    cu_seqlens: N+1 offsets on the host, ``0 … T``. tile: queries computed together. dense_keys: see
+    :class:`Layout`. Both are chosen here when None and change speed, never results (beyond rounding).
+    """
+    device = torch.device(device)
+    if tile is None:
+        tile = 64 if device.type == "cpu" else 256
+    if dense_keys is None:
+        dense_keys = 8 * sizes.slc_count * sizes.slc_block
+    return _make_layout(tuple(cu_seqlens), sizes, device, tile, dense_keys)
+
+
+@lru_cache(maxsize=8)
+def _make_layout(
+    cu_seqlens: tuple[int, ...], sizes: BlockSizes, device: torch.device, tile: int, dense_keys: int
+) -> Layout:
+    lengths = [stop - start for start, stop in pairwise(cu_seqlens)]
+    offsets = torch.tensor(cu_seqlens, dtype=torch.int64)
+    before, documents, index = _ragged([sizes.cmp_blocks(n) for n in lengths])
+    positions = index * sizes.cmp_stride
+    starts = offsets[documents] + positions
+    chunks_before, chunk_documents, chunk = _ragged([n // sizes.cmp_stride for n in lengths])
+    chunk_starts = offsets[chunk_documents] + chunk * sizes.cmp_stride
+    maker = _TileMaker(cu_seqlens, sizes, before.tolist(), documents, starts, device)
+    return Layout(
+        cu_seqlens=cu_seqlens,
+        sizes=sizes,
+        device=device,
+        cmp_starts=starts.to(device),
+        cmp_positions=positions.to(device),
+        cmp_documents=documents.to(device),
+        chunk_tokens=(chunk_starts[:, None] + torch.arange(sizes.cmp_stride)).flatten().to(device),
+        cmp_chunks=(chunks_before[documents] + index).to(device),
+        cmp_before=tuple(before.tolist()),
+        slc_blocks=tuple(sizes.slc_blocks(n) for n in lengths),
+        tiles=tuple(maker.tile(*part) for part in _parts(cu_seqlens, tile, sizes)),
+        dense_keys=dense_keys,
+    )
+
+
+def _ragged(counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of ``counts`` things a document: N+1 offsets, and for each thing its document and its index in it."""
+    each = torch.tensor(counts, dtype=torch.int64)
+    before = torch.cat((each.new_zeros(1), each.cumsum(0)))
+    documents = torch.repeat_interleave(torch.arange(len(counts)), each)
+    return before, documents, torch.arange(int(before[-1])) - before[documents]
+
+
+def _parts(cu_seqlens: tuple[int, ...], tile: int, sizes: BlockSizes) -> Iterator[tuple[int, int, int, int]]:
+    """Cut a pack into ``(first document, last document, start, stop)``: at most ``tile`` queries each."""
+    short = min(tile, sizes.slc_count * sizes.slc_block)
+    doc, last = 0, len(cu_seqlens) - 2
+    while doc <= last:
+        start, stop, end = cu_seqlens[doc], cu_seqlens[doc + 1], doc
+        while end < last and cu_seqlens[end + 2] - start <= tile and cu_seqlens[end + 2] - cu_seqlens[end + 1] <= short:
+            if stop - start > short:
+                break
+            end, stop = end + 1, cu_seqlens[end + 2]
+        for row in range(start, stop, tile):
+            yield doc, end, row, min(row + tile, stop)
+        doc = end + 1
+
+
+class _TileMaker:
+    """Makes tiles; those that lie within one document share their masks."""
+
+    def __init__(
+        self,
+        cu_seqlens: tuple[int, ...],
+        sizes: BlockSizes,
+        cmp_before: list[int],
+        cmp_documents: Tensor,
+        cmp_starts: Tensor,
+        device: torch.device,
+    ) -> None:
+        self.cu_seqlens, self.sizes, self.cmp_before, self.device = cu_seqlens, sizes, cmp_before, device
+        self.cmp_documents, self.cmp_ends = cmp_documents, cmp_starts + sizes.cmp_block - 1
+        bounds = torch.tensor(cu_seqlens[1:], dtype=torch.int64)
+        self.token_documents = torch.searchsorted(bounds, torch.arange(cu_seqlens[-1]), right=True)
+        self.shared: dict[tuple[object, ...], Tensor] = {}
+
+    def tile(self, doc: int, end: int, start: int, stop: int) -> Tile:
+        sizes, first, several = self.sizes, self.cu_seqlens[doc], end > doc
+        at, rows, seen = start - first, stop - start, stop - first
+        win_first = max(first, start - sizes.window + 1)
+        cmp_first = self.cmp_before[doc]
+        cmp_stop = self.cmp_before[end + 1] if several else cmp_first + sizes.cmp_blocks(seen)
+        cmp_all = 0 if several else sizes.cmp_blocks(at + 1)
+        lead = at + 1 - sizes.cmp_block
+        phase = lead % sizes.cmp_stride if lead >= 0 else lead
+        alone = (start,) if several else ()
+        cmp_mask = self._mask(start, stop, cmp_first + cmp_all, cmp_stop, "cmp", (rows, phase, *alone))
+        blind = at + 1 < sizes.cmp_block and cmp_stop > cmp_first
+        return Tile(
+            start=start,
+            stop=stop,
+            first=first,
+            win_first=win_first,
+            cmp_first=cmp_first,
+            cmp_stop=cmp_stop,
+            own_mask=self._mask(start, stop, start, stop, "own", (rows, *alone)),
+            win_mask=self._mask(start, stop, win_first, stop, "win", (rows, start - win_first, *alone)),
+            cmp_mask=cmp_mask,
+            cmp_none=torch.isneginf(cmp_mask).all(-1, keepdim=True) if blind else None,
+            blocks=sizes.slc_blocks(seen) if not several and sizes.slc_blocks(seen) > sizes.slc_count else 0,
+        )
+
+    def _mask(self, start: int, stop: int, low: int, high: int, kind: str, key: tuple[int, ...]) -> Tensor:
+        """Mask ``[stop - start, 1, high - low]`` of queries over keys (``own``, ``win``) or compression blocks."""
+        known = self.shared.get((kind, *key))
+        if known is not None:
+            return known
+        rows = torch.arange(start, stop)[:, None]
+        documents = self.token_documents[start:stop, None]
+        if kind == "cmp":
+            visible = (self.cmp_documents[low:high] == documents) & (self.cmp_ends[low:high] <= rows)
+        else:
+            keys = torch.arange(low, high)
+            visible = (self.token_documents[low:high] == documents) & (keys <= rows)
+            if kind == "win":
+                visible &= keys > rows - self.sizes.window
+        mask = torch.zeros(visible.shape).masked_fill_(~visible, -torch.inf)[:, None].to(self.device)
+        self.shared[(kind, *key)] = mask
+        return mask
