@@ -74,10 +74,10 @@ def check_recipe(tables: Tables) -> Recipe:
 def recipe_to_toml(recipe: Recipe) -> str:
     """The whole recipe, defaults written out, as TOML that loads to an equal recipe."""
     values = recipe.model_dump()
-    lines = [f"{key} = {_toml(value)}" for key, value in values.items() if not isinstance(value, dict)]
+    lines = [f"{key} = {toml_value(value)}" for key, value in values.items() if not isinstance(value, dict)]
     for table, keys in values.items():
         if isinstance(keys, dict):
-            lines += ["", f"[{table}]", *(f"{key} = {_toml(value)}" for key, value in keys.items())]
+            lines += ["", f"[{table}]", *(f"{key} = {toml_value(value)}" for key, value in keys.items())]
     return "\n".join(lines) + "\n"
 
 
@@ -186,7 +186,8 @@ def _put(tables: Tables, key: str, value: Any) -> None:
     tables[last] = value
 
 
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A text, number or truth value as TOML writes it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):

@@ -1,0 +1,72 @@
+"""shoal doctor: true on this machine, and true about what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from shoal.jobs.doctor import Check, can_train, examine
+
+SHOAL = [sys.executable, "-m", "shoal.jobs.cli.main", "doctor"]
+
+
+def test_this_machine_can_train_and_the_facts_are_right(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [*SHOAL, "--runs-dir", str(tmp_path / "runs"), "-o", "json"], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert data["can_train"] is True
+    found = {check["name"]: check for check in data["checks"]}
+    assert found["torch"]["found"].startswith(version("torch"))
+    assert found["ray"]["found"] == version("ray")
+    assert found["runs folder"]["status"] == "ok"
+    assert all(check["remedy"] for check in data["checks"] if check["status"] != "ok")
+    assert {"python", "gpu", "triton", "cores", "memory", "/dev/shm", "disk", "open files"} <= set(found)
+    assert {"port 6379", "port 8265", "tokenizers", "pyarrow", "megablocks", "kubectl", "helm"} <= set(found)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_that_cannot_be_written_are_exit_code_3(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    command, env = [*SHOAL, "--runs-dir", str(file / "runs")], {**os.environ, "COLUMNS": "300"}
+    result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    assert result.returncode == 3
+    assert "Not a directory" in result.stdout
+    assert "training is impossible here" in result.stdout
+    assert "Traceback" not in result.stderr
+
+
+def test_a_port_in_use_is_a_warning_that_names_it(tmp_path: Path) -> None:
+    with socket.socket() as holder:
+        try:
+            holder.bind(("127.0.0.1", 8265))
+            holder.listen()
+        except OSError:
+            pass  # a Ray of this machine holds it already
+        check = {check.name: check for check in examine(tmp_path)}["port 8265"]
+    assert check.status == "warn"
+    assert "dashboard" in check.remedy
+
+
+def test_a_torch_that_does_not_import_is_named(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')\n")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(
+        [*SHOAL, "--runs-dir", str(tmp_path), "-o", "json"], capture_output=True, text=True, env=env, timeout=120
+    )
+    assert result.returncode == 3
+    checks = {check["name"]: check for check in json.loads(result.stdout)["checks"]}
+    assert checks["torch"]["status"] == "missing"
+    assert "libcudart.so.13" in checks["torch"]["found"]
+
+
+def test_only_what_training_needs_stands_in_its_way() -> None:
+    assert can_train([Check("helm", "missing", "not found"), Check("ray", "ok", "2", required=True)])
+    assert not can_train([Check("ray", "missing", "not installed", required=True)])

@@ -1,0 +1,141 @@
+"""shoal runs: what a run folder holds is what is listed and shown."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.jobs.cli.runs import plot
+from shoal.jobs.recipe import load_recipe, recipe_to_toml
+from shoal.jobs.runs import list_runs, show_run
+from shoal.workers.errors import InvalidInput, NotFound
+
+SHOAL = [sys.executable, "-m", "shoal.jobs.cli.main", "runs"]
+
+
+def write_run(root: Path, name: str, losses: list[float | None], checkpoints: tuple[int, ...] = ()) -> Path:
+    """A run folder as training leaves it."""
+    folder = root / name
+    folder.mkdir(parents=True)
+    (folder / "recipe.toml").write_text(recipe_to_toml(load_recipe("tiny")))
+    records: list[dict[str, Any]] = [
+        {"kind": "train", "step": step, "tokens": 4096 * step, "loss": loss, "tokens_per_second": 1000.0 + step}
+        for step, loss in enumerate(losses, start=1)
+    ]
+    records.append({"kind": "eval", "step": len(losses), "loss": 2.0, "bits_per_byte": 1.25, "gzip_bits_per_byte": 2.5})
+    records.append({"kind": "event", "step": 1, "event": "recovered", "text": "rank 1 came back"})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    for step in checkpoints:
+        write_checkpoint(folder / "checkpoints" / f"step-{step}", step)
+    return folder
+
+
+def write_checkpoint(folder: Path, step: int) -> None:
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text("{}")
+    entry = {"sha256": hashlib.sha256(b"{}").hexdigest(), "bytes": 2}
+    manifest = {"format": 1, "step": step, "time": "2026-01-01T00:00:00+00:00", "world": 2, "software": {}}
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "files": {"state.json": entry}}))
+
+
+def shoal_runs(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONIOENCODING": "utf-8", **environment}
+    return subprocess.run([*SHOAL, *arguments], capture_output=True, text=True, encoding="utf-8", env=env, timeout=60)
+
+
+def test_list_tells_how_far_each_run_came(tmp_path: Path) -> None:
+    write_run(tmp_path, "second", [5.0, 4.0, 3.5], checkpoints=(2, 10, 3))
+    first = write_run(tmp_path, "first", [5.0])
+    for file in first.iterdir():
+        os.utime(file, (1000, 1000))
+    (tmp_path / "no-run").mkdir()
+    (tmp_path / "second" / "checkpoints" / ".step-4.tmp-ab12").mkdir()
+    runs = json.loads(shoal_runs("list", "-o", "json", SHOAL_RUNS=str(tmp_path)).stdout)
+    assert [run["name"] for run in runs] == ["first", "second"]
+    assert runs[0]["updated"] == "1970-01-01T00:16:40+00:00"
+    run = runs[1]
+    assert (run["recipe"], run["step"], run["steps"]) == ("tiny", 3, load_recipe("tiny").train.steps)
+    assert (run["loss"], run["bits_per_byte"], run["checkpoints"]) == (3.5, 1.25, [2, 3, 10])
+    table = shoal_runs("list", "--runs-dir", str(tmp_path)).stdout
+    assert "second" in table
+    assert "2, 3, 10" in table
+
+
+def test_show_draws_the_curve_and_tells_the_facts(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "mine", [6.25, None, 3.5, 2.125])
+    (folder / "loss.png").write_bytes(b"png")
+    data = json.loads(shoal_runs("show", "mine", "--runs-dir", str(tmp_path), "-o", "json").stdout)
+    assert data["curve"] == [[1, 6.25], [3, 3.5], [4, 2.125]]
+    assert (data["tokens"], data["tokens_per_second"], data["plots"]) == (16384, 1004.0, ["loss.png"])
+    assert data["evals"][0]["gzip_bits_per_byte"] == 2.5
+    text = shoal_runs("show", "mine", "--runs-dir", str(tmp_path)).stdout
+    for fact in ("6.250", "2.125", "16,384", "loss.png", "1.2500", "rank 1 came back"):
+        assert fact in text
+
+
+def test_a_run_that_is_being_written_can_be_read(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "live", [5.0, 4.0])
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 2, "loss": 3.75}\n{"kind": "train", "st')
+    assert show_run(tmp_path, "live").curve == ((1, 5.0), (2, 3.75))
+    new = tmp_path / "new"
+    new.mkdir()
+    (new / "recipe.toml").write_text("name = ")
+    run = {run.name: run for run in list_runs(tmp_path)}["new"]
+    assert (run.recipe, run.step, run.loss, run.checkpoints) == (None, None, None, ())
+    assert shoal_runs("show", "new", "--runs-dir", str(tmp_path)).returncode == 0
+
+
+def test_an_unknown_run_is_not_found_with_the_near_names(tmp_path: Path) -> None:
+    write_run(tmp_path, "tiny-0001", [5.0])
+    write_run(tmp_path, "large", [5.0])
+    with pytest.raises(NotFound, match=r"run 'tiny-001' is not in .*: did you mean tiny-0001$"):
+        show_run(tmp_path, "tiny-001")
+    with pytest.raises(NotFound, match="there are large, tiny-0001"):
+        show_run(tmp_path, "zzz")
+    with pytest.raises(NotFound):
+        show_run(tmp_path / "large", "../large")
+    with pytest.raises(NotFound, match="holds no runs"):
+        show_run(tmp_path / "none", "tiny")
+
+
+def test_no_runs_is_an_empty_list_and_a_file_is_refused(tmp_path: Path) -> None:
+    result = shoal_runs("list", "--runs-dir", str(tmp_path / "none"))
+    assert (result.returncode, "no runs in" in result.stdout) == (0, True)
+    assert shoal_runs("list", "-o", "json", "--runs-dir", str(tmp_path / "none")).stdout == "[]\n"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidInput, match="Not a directory"):
+        list_runs(tmp_path / "file")
+
+
+FINITE = st.floats(min_value=-1e6, max_value=1e6)
+
+
+@given(st.dictionaries(st.integers(0, 10**9), FINITE, min_size=1, max_size=50), st.integers(8, 70), st.integers(2, 12))
+def test_a_plot_has_its_size_and_its_range(points: dict[int, float], width: int, height: int) -> None:
+    lines = plot(sorted(points.items()), width, height)
+    assert len(lines) == height + 2
+    curves = [line.split("│")[1] for line in lines[:height]]
+    assert {len(curve) for curve in curves} == {width}
+    dots = sum((ord(cell) - 0x2800).bit_count() for curve in curves for cell in curve)
+    assert 1 <= dots <= min(len(points), 2 * width)
+    assert all(0x2800 <= ord(cell) < 0x2900 for curve in curves for cell in curve)
+
+
+def test_a_falling_curve_falls() -> None:
+    lines = plot([(step, 8.0 - step) for step in range(8)], width=4, height=4)
+    assert lines[0].startswith("8.000 │")
+    assert lines[3].startswith("1.000 │")
+    filled = [[x for x, cell in enumerate(line.split("│")[1]) if cell != "\u2800"] for line in lines[:4]]
+    assert filled == sorted(filled)
+    assert (filled[0][0], filled[3][-1]) == (0, 3)
+    assert plot([]) == []
