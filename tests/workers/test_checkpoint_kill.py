@@ -66,7 +66,7 @@ def _assert_recovers(folder: Path, possible: tuple[int, ...]) -> None:
     assert [path.name for path in folder.iterdir()] == ["step-9"]
 
 
-@pytest.mark.parametrize("step", [2, 1], ids=["next step", "same step again"])
+@pytest.mark.parametrize("step", [pytest.param(2, id="next step", marks=pytest.mark.slow), pytest.param(1, id="again")])
 def test_killed_at_every_step_of_a_save(tmp_path: Path, step: int) -> None:
     context = multiprocessing.get_context("forkserver")
     code: int | None = -signal.SIGKILL
