@@ -8,6 +8,7 @@ from shoal.workers.config import AttentionTable, ModelTable, Recipe
 
 GATE_HIDDEN = 64  # hidden size of NSA's gate MLP: hidden -> 64 -> 3 * heads
 BRANCHES = 3  # compression, selection, window: each with K and V projections of its own
+LOSS_CHUNK = 4096  # tokens whose logits exist at one time
 
 
 @dataclass(frozen=True)
@@ -185,8 +186,8 @@ def _visible_blocks(a: AttentionTable, length: int) -> int:
 def count_memory(recipe: Recipe, parameters: Parameters) -> dict[str, RankMemory]:
     """Bytes a rank. Attention shards are replicated, routed experts are divided over the expert ranks.
 
-    Weights and gradients have ``train.dtype``; AdamW keeps two float32 moments, and a float32 master copy where the
-    weights themselves are shorter.
+    Weights and gradients have ``train.dtype``; AdamW keeps two moments of at least float32. Where the weights are
+    shorter than that, there is a float32 master copy of them, and float32 gradients beside the short ones.
     """
     p, moe = recipe.parallel, recipe.moe
     shared = parameters.shared_experts
@@ -208,11 +209,11 @@ def count_memory(recipe: Recipe, parameters: Parameters) -> dict[str, RankMemory
 def _memory(recipe: Recipe, ranks: int, parameters: int, activations: int) -> RankMemory:
     width = _bytes_of(recipe)
     state = max(width, 4)
-    master = 0 if width >= 4 else 4
+    master = state if width < state else 0
     return RankMemory(
         ranks=ranks,
         weights=parameters * width,
-        gradients=parameters * width,
+        gradients=parameters * (width + master),
         optimizer=parameters * (2 * state + master),
         activations=activations,
     )
@@ -230,7 +231,7 @@ def _attention_activations(recipe: Recipe, tokens: int) -> int:
     """Bytes kept for the backward pass by all that stands on an attention rank.
 
     A layer keeps its two inputs and their norms, Q, K, V and the branches' outputs, and the dense or shared FFN's
-    input, gate, up and product; the head keeps float32 logits and their gradient.
+    gate, up and product; the head keeps float32 logits and their gradient, of a few thousand tokens at a time.
     """
     m, moe = recipe.model, recipe.moe
     branches = BRANCHES if recipe.attention.kind == "nsa" else 1
@@ -239,7 +240,7 @@ def _attention_activations(recipe: Recipe, tokens: int) -> int:
     local = moe.shared_experts * moe.expert_hidden if moe.shared == "local" else 0
     ffn = 3 * ((m.layers - moe_layers) * m.dense_hidden + moe_layers * local)
     elements = m.layers * (4 * m.hidden + mixed) + ffn
-    return tokens * (elements * _bytes_of(recipe) + 2 * 4 * m.vocab)
+    return tokens * elements * _bytes_of(recipe) + min(tokens, LOSS_CHUNK) * 2 * 4 * m.vocab
 
 
 def _expert_activations(recipe: Recipe, tokens: int) -> int:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Callable, Container, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from shoal.workers.errors import ShoalError
+from shoal.workers.errors import InvalidInput, ShoalError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
+_LOCKED_OR_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class Output(StrEnum):
@@ -101,12 +103,23 @@ def exit_codes() -> Iterator[None]:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except OSError as error:
+        if error.errno not in _LOCKED_OR_FULL:
+            _unexpected(error)
+        what = f"{error.filename or 'standard output'} cannot be used ({error.strerror})"
+        _say(f"error: {what}: free or unlock its disk, or name another place")
+        sys.exit(InvalidInput.exit_code)
     except Exception as error:
-        if os.environ.get("SHOAL_TRACEBACK"):
-            raise
-        what = " ".join(f"{type(error).__name__}: {error}".split())
-        _say(f"error: unexpected {what} (SHOAL_TRACEBACK=1 shows where)")
-        sys.exit(1)
+        _unexpected(error)
+
+
+def _unexpected(error: Exception) -> NoReturn:
+    """A mistake of the program, not of its user."""
+    if os.environ.get("SHOAL_TRACEBACK"):
+        raise error
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    _say(f"error: unexpected {what} (SHOAL_TRACEBACK=1 shows where)")
+    sys.exit(1)
 
 
 def _say(text: str) -> None:

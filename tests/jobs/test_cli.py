@@ -144,6 +144,11 @@ UNEXPECTED = "from shoal.jobs.cli.common import exit_codes\nwith exit_codes():\n
         ("raise KeyboardInterrupt", 130, ""),
         ("from shoal.workers.errors import *; raise ClusterRefused('no rank')", 4, "error: no rank\n"),
         ("raise SystemExit(124)", 124, ""),
+        (
+            "raise PermissionError(13, 'Permission denied', 'runs/a')",
+            3,
+            "error: runs/a cannot be used (Permission denied): free or unlock its disk, or name another place\n",
+        ),
     ],
 )
 def test_every_end_has_its_exit_code_and_no_traceback(statement: str, code: int, stderr: str) -> None:
@@ -170,6 +175,15 @@ def test_a_reader_that_goes_away_is_no_error_worth_words() -> None:
     assert process.stderr.read() == b""
     assert process.wait(timeout=60) == 1
     process.stderr.close()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_full_disk_under_the_output_is_said_in_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run([*SHOAL, "config", "list"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert result.returncode == 3
+    assert result.stderr.startswith("error: standard output cannot be used (No space left on device)")
+    assert result.stderr.count("\n") == 1
 
 
 def test_completion_knows_commands_and_recipes() -> None:

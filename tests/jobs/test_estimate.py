@@ -133,9 +133,9 @@ def test_memory_follows_ranks_and_placement() -> None:
     assert apart["attention"].weights == 4 * (tiny.parameters.total - tiny.parameters.routed_experts)
 
 
-def test_bfloat16_keeps_a_master_copy_and_both_moments_in_float32() -> None:
+def test_bfloat16_keeps_masters_their_gradients_and_both_moments_in_float32() -> None:
     memory = estimate(load_recipe("tiny", ["train.dtype=bfloat16"])).memory["colocated"]
-    assert memory.optimizer == 6 * memory.weights
+    assert (memory.gradients, memory.optimizer) == (3 * memory.weights, 6 * memory.weights)
     assert memory.total == memory.weights + memory.gradients + memory.optimizer + memory.activations
 
 
