@@ -15,7 +15,6 @@ from shoal.workers.errors import InvalidInput, NotFound
 
 BUILT_IN = ("stdlib", "shakespeare")
 _NOT_LIBRARY = ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")
-_SAMPLE_BYTES = 1 << 23  # of 12 MB: the tokenizer is trained in seconds
 
 
 def built_in(name: str) -> list[Source]:
@@ -99,7 +98,7 @@ def _ensure_built_in(name: str, vocab: int, root: Path, progress: Progress) -> P
 
 def _prepare_once(name: str, folder: Path, vocab: int, progress: Progress) -> Manifest:
     """Prepare a built-in corpus, or take what another process published there in the meantime."""
-    options = PrepareOptions(vocabulary=vocab, sample_bytes=_SAMPLE_BYTES)
+    options = PrepareOptions(vocabulary=vocab)
     try:
         return prepare(built_in(name), folder, options, progress=progress)
     except InvalidInput:

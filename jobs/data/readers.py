@@ -44,7 +44,7 @@ class Source(Protocol):
 class ReadOptions:
     """``field``: the JSONL field or Parquet column with the text. ``separator``: ends a document inside a text file.
 
-    ``ignore``: folders that are not walked into.
+    ``ignore``: absolute paths of corpus folders, there or under way, that are not walked into.
     """
 
     field: str = "text"
@@ -133,7 +133,13 @@ class FolderSource:
                     skipped["not a regular file"] += 1
 
     def _ignored(self, folder: Path) -> bool:
-        return folder.resolve() in self.options.ignore or is_corpus(folder)
+        """Whether ``folder`` is a corpus, or one of ``ignore``, finished or under way."""
+        real = folder.resolve()
+        ours = (
+            path == real or (path.parent == real.parent and real.name.startswith(f"{path.name}.tmp-"))
+            for path in self.options.ignore
+        )
+        return any(ours) or is_corpus(folder)
 
 
 def open_inputs(inputs: Sequence[Path], options: ReadOptions) -> list[Source]:
@@ -142,6 +148,8 @@ def open_inputs(inputs: Sequence[Path], options: ReadOptions) -> list[Source]:
     for path in inputs:
         label = path.resolve().name or "root"
         if path.is_dir():
+            if is_corpus(path):
+                raise InvalidInput(f"{path} is a prepared corpus already: give the text that it was made from")
             sources.append(FolderSource(label, path, options))
         elif path.is_file():
             sources.append(FileSource(label, [path], options))
@@ -226,7 +234,7 @@ def _read_jsonl(path: Path, field: str) -> Iterator[str]:
                 raise _Unusable("not JSON", f"{where} is not JSON ({why}): correct or remove the line") from None
             text = record.get(field) if isinstance(record, dict) else None
             if not isinstance(text, str):
-                keys = ", ".join(record) if isinstance(record, dict) and record else "none"
+                keys = ", ".join(list(record)[:8]) if isinstance(record, dict) and record else "none"
                 problem = "text in field" if isinstance(record, dict) and field in record else "field"
                 sentence = f"{where} has no {problem} {field!r}: name one of its fields with --field ({keys})"
                 raise _Unusable(f"no field {field}", sentence)

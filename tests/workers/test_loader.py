@@ -18,7 +18,7 @@ from shoal.jobs.data.readers import TextSource
 from shoal.workers.data import loader as loader_module
 from shoal.workers.data.batch import IGNORE, PackedBatch
 from shoal.workers.data.loader import TrainLoader, ValLoader
-from shoal.workers.data.manifest import read_manifest
+from shoal.workers.data.manifest import read_manifest, read_row_group
 from shoal.workers.errors import InvalidInput, NotFound
 
 
@@ -56,8 +56,10 @@ def join(batches: list[PackedBatch]) -> PackedBatch:
     for batch in batches:
         bounds += [total + b for b in batch.cu_seqlens[1:]]
         total += len(batch.tokens)
-    parts = [torch.cat([getattr(b, t) for b in batches]) for t in ("tokens", "targets", "positions")]
-    return PackedBatch(*parts, tuple(bounds))
+    tokens, targets, positions = (
+        torch.cat([getattr(b, t) for b in batches]) for t in ("tokens", "targets", "positions")
+    )
+    return PackedBatch(tokens, targets, positions, tuple(bounds))
 
 
 def check_form(batch: PackedBatch, sequence: int) -> None:
@@ -171,7 +173,7 @@ def test_seed_and_epoch_change_the_order_and_nothing_else(corpus: Path) -> None:
 def test_memory_holds_one_window(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row groups are read by the window only, and a window never holds more than its row groups' tokens."""
     read: list[int] = []
-    original = loader_module.read_row_group
+    original = read_row_group
 
     def counted(path: Path, group: int, columns: list[str]) -> object:
         table = original(path, group, columns)
