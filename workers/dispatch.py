@@ -89,7 +89,7 @@ class Flight:
             results = _Wait.apply(_Start.apply(results, back), back)
         rows = _Permute.apply(results, _inverse(self.order), self.order)
         tokens, k = gates_TK.shape
-        return torch.bmm(gates_TK.to(rows.dtype)[:, None], rows.view(tokens, k, -1))[:, 0]
+        return torch.bmm(gates_TK.to(rows.dtype)[:, None], rows.view(tokens, k, rows.shape[1]))[:, 0]
 
 
 class _Exchange:
@@ -99,6 +99,7 @@ class _Exchange:
         self.group, self.splits = group, splits
         self.work: dist.Work | None = None
         self.sending: Tensor | None = None
+        self.receiving: Tensor | None = None
 
     def reverse(self) -> _Exchange:
         return _Exchange(self.group, (self.splits[1], self.splits[0]))
@@ -106,14 +107,16 @@ class _Exchange:
     def launch(self, rows: Tensor, splits: tuple[list[int], list[int]]) -> Tensor:
         send, receive = splits
         out = rows.new_empty(sum(receive), rows.shape[1])
-        self.sending = rows.contiguous()
+        self.sending, self.receiving = rows.contiguous(), out
         self.work = dist.all_to_all_single(out, self.sending, receive, send, group=self.group.handle, async_op=True)
         return out
 
-    def wait(self) -> None:
-        assert self.work is not None
+    def wait(self) -> Tensor:
+        assert self.work is not None and self.receiving is not None
         self.work.wait()
-        self.work = self.sending = None
+        out = self.receiving
+        self.work = self.sending = self.receiving = None
+        return out
 
 
 class _Start(torch.autograd.Function):
@@ -126,12 +129,12 @@ class _Start(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        ctx.exchange.wait()
-        return grad, None
+        # grad is only _Wait's word that the reverse exchange is under way; what it brings has this input's shape
+        return ctx.exchange.wait(), None
 
 
 class _Wait(torch.autograd.Function):
-    """Waits for the exchange; backwards it launches the reverse one."""
+    """Waits for the exchange; backwards it launches the reverse one, which ``_Start`` waits for."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, exchange: _Exchange) -> Tensor:
@@ -142,7 +145,8 @@ class _Wait(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         exchange: _Exchange = ctx.exchange
-        return exchange.launch(grad, (exchange.splits[1], exchange.splits[0])), None
+        exchange.launch(grad, (exchange.splits[1], exchange.splits[0]))
+        return grad, None
 
 
 class _Expand(torch.autograd.Function):

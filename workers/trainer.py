@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +97,7 @@ class Trainer:
             "step_seconds": seconds,
             "tokens_per_second": t.batch * t.sequence / seconds,
             "expert_imbalance": sum(map(max, load)) / len(load) if load else 1.0,
-            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "time": time.time(),
             "load": load,
         }
 
@@ -221,9 +220,9 @@ class Trainer:
             self.corpus, t.sequence, t.batch, t.accumulate, t.seed, self.recipe.data.shuffle_groups, self._shard(), state
         )
 
-    def _shard(self) -> tuple[int, int] | None:
+    def _shard(self) -> tuple[int | None, int]:
         group = self.mesh.attention
-        return None if group is None else (group.index, group.size)
+        return (group.index if group else None), len(self.mesh.placement.attention)
 
 
 def all_reduce_flat(tensors: list[Tensor], group: Group) -> None:

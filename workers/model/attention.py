@@ -60,7 +60,7 @@ class FullAttention(nn.Module):
         k = rotate(self.wk(x_TH).view(tokens, m.kv_heads, m.head_dim), *context.rotation)
         v = self.wv(x_TH).view(tokens, m.kv_heads, m.v_dim)
         out = full_attention(q, k, v, context.cu_seqlens, m.head_dim**-0.5)
-        return self.wo(out.reshape(tokens, -1))
+        return self.wo(out.reshape(tokens, m.heads * m.v_dim))
 
 
 class Compression(nn.Module):
@@ -108,4 +108,4 @@ class NativeSparseAttention(nn.Module):
         gates = torch.sigmoid(self.gate_out(F.silu(self.gate_in(x_TH)))).view(tokens, m.heads, BRANCHES)
         scale = m.head_dim**-0.5
         out = nsa_attention(q, k_cmp, v_cmp, k_slc, values[1], k_win, values[2], gates, layout, scale)
-        return self.wo(out.reshape(tokens, -1))
+        return self.wo(out.reshape(tokens, m.heads * m.v_dim))

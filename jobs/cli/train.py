@@ -1,0 +1,91 @@
+"""``shoal train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shoal.jobs.cli.common import Output, OutputOption, RunsDirOption, SetOption, complete_recipe, emit
+
+EXAMPLES = """
+Examples:
+
+  shoal train --recipe tiny
+
+  shoal train --recipe tiny --workers 4 --placement 2A:2F --name disaggregated
+
+  shoal train --recipe my.toml --data data/books --set train.steps=2000 --set moe.top_k=6
+
+  shoal train --resume --name tiny
+"""
+
+
+def train(
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", "-r", help="A built-in recipe or a TOML file; default: tiny.", autocompletion=complete_recipe),
+    ] = None,
+    sets: SetOption = None,
+    data: Annotated[str | None, typer.Option(help="Corpus: stdlib, shakespeare, or a prepared folder.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Ranks (parallel.ranks).")] = None,
+    placement: Annotated[str | None, typer.Option(help="colocated, or nA:mF, such as 2A:2F.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps (train.steps).")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run; default: the recipe's, numbered.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last good checkpoint.")] = False,
+    runs_dir: RunsDirOption = Path("runs"),
+    data_dir: Annotated[Path, typer.Option(help="Where prepared corpora lie.")] = Path("data"),
+    output: OutputOption = Output.table,
+) -> None:
+    """Train a recipe on this machine, or inside the Ray cluster that RAY_ADDRESS names."""
+    from rich.console import Console
+
+    from shoal.jobs.recipe import load_recipe
+    from shoal.jobs.run_folder import RunFolder, check_same_recipe
+    from shoal.jobs.train import resume_hint
+    from shoal.jobs.train import train as run_training
+    from shoal.workers.errors import UsageError
+
+    overrides = {
+        "data.corpus": data,
+        "parallel.ranks": workers,
+        "parallel.placement": placement,
+        "train.steps": steps,
+    }
+    folder = None
+    if resume:
+        if name is None:
+            raise UsageError("--resume needs the run's name: add --name NAME; `shoal runs list` shows the runs")
+        folder = RunFolder(runs_dir / name)
+        folder.recipe()
+    source = recipe or (folder.recipe_file if folder else "tiny")
+    checked = load_recipe(source, sets or (), overrides)
+    if folder:
+        check_same_recipe(folder, checked)
+    console = Console(stderr=output is Output.json)
+    result = run_training(checked, runs_dir, name, folder, data_dir, console)
+    if result.stopped:
+        console.print(f"go on with: {resume_hint(RunFolder(result.run), checked)}", highlight=False)
+
+    def table() -> None:
+        if result.stopped:
+            return
+        console.print(f"\n[bold]A sample[/bold] after step {result.step}:")
+        console.print(result.prompt + result.sample, markup=False, highlight=False)
+        console.print(f"\n{result.run}/ holds metrics.jsonl, loss.png, checkpoints/ and TensorBoard events.")
+        console.print(f"More text: shoal generate {result.run} --prompt 'class '", highlight=False)
+
+    facts = {
+        "run": str(result.run),
+        "step": result.step,
+        "stopped": result.stopped,
+        "evaluation": result.evaluation,
+        "sample": result.sample,
+    }
+    emit(facts, output, table)
+    if result.stopped:
+        raise typer.Exit(130)
+
+
+train.__doc__ = f"{train.__doc__}\n{EXAMPLES}"

@@ -1,0 +1,50 @@
+"""Refuses, before anything starts, a run whose ranks this machine's memory cannot hold."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from shoal.jobs.estimate import count_memory, count_parameters
+from shoal.workers.config import Recipe
+from shoal.workers.errors import ClusterRefused
+
+PROCESS = 400 << 20  # bytes of a rank's process before any tensor: Python, torch, Ray
+
+
+def refuse_what_does_not_fit(recipe: Recipe) -> None:
+    """Compares the recipe's estimate with the free memory; GPUs and clusters answer for themselves.
+
+    Raises ClusterRefused when the ranks need more than there is.
+    """
+    gpus = any(Path("/dev").glob("nvidia[0-9]*"))
+    if os.environ.get("RAY_ADDRESS") or recipe.parallel.device == "cuda" or (gpus and recipe.parallel.device == "auto"):
+        return
+    kinds = count_memory(recipe, count_parameters(recipe)).values()
+    needed = sum(kind.ranks * (kind.total + PROCESS) for kind in kinds)
+    free = available_memory()
+    if free and needed > free:
+        raise ClusterRefused(
+            f"parallel.ranks={recipe.parallel.ranks} of this recipe need about {gib(needed)} in all, and this machine has "
+            f"{gib(free)} of memory free: lower parallel.ranks, train.batch or the model, or use a cluster"
+        )
+
+
+def available_memory() -> int:
+    """Bytes that new processes can take, the container's limit included; 0 when that cannot be told."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) << 10
+    except (OSError, KeyError, ValueError):
+        return 0
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return min(free, max(0, limit - used))
+
+
+def gib(size: int) -> str:
+    """``3.4 GiB``."""
+    return f"{size / (1 << 30):.1f} GiB"

@@ -1,0 +1,136 @@
+"""A run's folder: made for a new run, checked for one that goes on."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shoal.jobs.recipe import load_recipe, recipe_to_toml
+from shoal.workers.checkpoint_files import list_checkpoints
+from shoal.workers.config import Recipe
+from shoal.workers.errors import InvalidInput, NotFound
+
+MAY_CHANGE = ("name", "description", "parallel", "checkpoint")  # what a resumed run may have otherwise
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """``runs/NAME``: recipe.toml, run.json (the corpus), metrics.jsonl, checkpoints, plots and TensorBoard events."""
+
+    path: Path
+
+    @property
+    def recipe_file(self) -> Path:
+        """Where the recipe stands."""
+        return self.path / "recipe.toml"
+
+    def recipe(self) -> Recipe:
+        """The recipe of the run. Raises NotFound when there is none."""
+        if not self.recipe_file.is_file():
+            raise NotFound(f"{self.path} is not a run (it has no recipe.toml): `shoal runs list` shows the runs")
+        return load_recipe(self.recipe_file)
+
+    def corpus(self) -> Path:
+        """The corpus that the run was trained on."""
+        try:
+            return Path(json.loads((self.path / "run.json").read_text())["corpus"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InvalidInput(f"{self.path / 'run.json'} does not name the run's corpus: restore it") from None
+
+    def last_step(self) -> int:
+        """Step of the newest checkpoint, 0 when there is none."""
+        found = list_checkpoints(self.path / "checkpoints")
+        return found[-1].step if found else 0
+
+
+def new_run(runs: Path, name: str | None, recipe: Recipe) -> RunFolder:
+    """Makes a folder: NAME if given and free, else the recipe's name with the first free number."""
+    if name is not None:
+        folder = RunFolder(runs / name)
+        if folder.path.exists():
+            raise InvalidInput(f"{folder.path} exists: go on with it by --resume, or choose another --name")
+        _make(folder)
+        return folder
+    for number in itertools.count(1):
+        folder = RunFolder(runs / (recipe.name if number == 1 else f"{recipe.name}-{number}"))
+        try:
+            _make(folder)
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError
+
+
+def write_identity(folder: RunFolder, recipe: Recipe, corpus: Path, corpus_hash: str) -> None:
+    """Writes recipe.toml and run.json, each whole or not at all."""
+    facts = {"corpus": str(corpus.resolve()), "corpus_hash": corpus_hash}
+    for file, text in ((folder.recipe_file, recipe_to_toml(recipe)), (folder.path / "run.json", json.dumps(facts))):
+        draft = file.with_name(f".{file.name}.tmp")
+        with refusing(folder.path):
+            draft.write_text(text)
+            draft.replace(file)
+
+
+def check_same_recipe(folder: RunFolder, wanted: Recipe) -> None:
+    """Refuses to go on with a run under another recipe; ranks, placement and checkpoints may differ."""
+    old, new = (r.model_dump(exclude=set(MAY_CHANGE)) for r in (folder.recipe(), wanted))
+    for key, before, now in _differences(old, new):
+        raise InvalidInput(
+            f"{folder.path} was trained with {key}={before!r}, and --resume was given {key}={now!r}: "
+            f"leave {key} as it was, or start a new run with another --name"
+        )
+
+
+def check_same_corpus(folder: RunFolder, corpus_hash: str) -> None:
+    """Refuses to go on with a run on other data."""
+    try:
+        before = json.loads((folder.path / "run.json").read_text())["corpus_hash"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if before != corpus_hash:
+        raise InvalidInput(
+            f"{folder.path} was trained on a corpus with hash {before[:12]}, and this one has {corpus_hash[:12]}: "
+            f"resume with the same data, or start a new run with another --name"
+        )
+
+
+class refusing:
+    """Turns what a file system refuses into one sentence about ``path``."""
+
+    REMEDIES = {  # noqa: RUF012
+        errno.ENOSPC: "free some space or choose another --runs-dir",
+        errno.EDQUOT: "free some space or choose another --runs-dir",
+    }
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, OSError) and not isinstance(error, FileExistsError):
+            remedy = self.REMEDIES.get(error.errno or 0, "make it writable or choose another --runs-dir")
+            raise InvalidInput(f"{self.path} cannot be written ({error.strerror}): {remedy}") from error
+
+
+def _make(folder: RunFolder) -> None:
+    with refusing(folder.path):
+        folder.path.parent.mkdir(parents=True, exist_ok=True)
+        folder.path.mkdir()
+        probe = folder.path / ".probe"
+        with probe.open("wb") as file:
+            file.write(bytes(4096))
+            os.fsync(file.fileno())
+        probe.unlink()
+
+
+def _differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [d for k in old for d in _differences(old[k], new.get(k), f"{key}.{k}" if key else k)]
+    return [] if old == new else [(key, old, new)]

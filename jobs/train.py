@@ -1,0 +1,140 @@
+"""Training on this machine or inside a Ray cluster: from a recipe to a run folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from shoal.jobs.data.baselines import Baselines, baselines
+from shoal.jobs.data.corpus import ensure_corpus
+from shoal.jobs.data.prepare import corpus_tokenizer
+from shoal.jobs.memory import refuse_what_does_not_fit
+from shoal.jobs.report import RunReport
+from shoal.jobs.run_folder import RunFolder, check_same_corpus, new_run, write_identity
+from shoal.workers.config import Recipe
+from shoal.workers.data.manifest import read_manifest
+from shoal.workers.errors import ShoalError
+
+SAMPLE_PROMPTS = {"stdlib": "def ", "shakespeare": "\n"}
+SAMPLE_TOKENS = 96
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training run came to."""
+
+    run: Path
+    step: int
+    stopped: bool
+    evaluation: Record | None
+    prompt: str
+    sample: str
+
+
+class _WithBaselines:
+    """Puts the unigram and gzip figures of the same text beside each validation, and remembers the last one."""
+
+    def __init__(self, report: RunReport, beside: Baselines, started: Callable[[], None]) -> None:
+        self.report, self.last, self.started = report, None, started
+        self.beside = {k: v for k, v in asdict(beside).items() if k.endswith("bits_per_byte")}
+        self.last: Record | None = None
+
+    def record(self, record: Record) -> None:
+        """Passes a record on."""
+        if record["kind"] == "eval":
+            record = self.last = {**record, **self.beside}
+        self.report.record(record)
+        self.started()
+
+    def rewind(self, step: int) -> None:
+        """Passes it on."""
+        self.report.rewind(step)
+
+
+def train(
+    recipe: Recipe, runs: Path, name: str | None, resume: RunFolder | None, data_root: Path, console: Console
+) -> TrainResult:
+    """Trains ``recipe`` to its end in a run folder. Raises ShoalError for whatever cannot be done."""
+    started = time.monotonic()
+    refuse_what_does_not_fit(recipe)
+    corpus = resume.corpus() if resume else _corpus(recipe, data_root, console)
+    manifest = read_manifest(corpus)
+    if resume:
+        check_same_corpus(resume, manifest.corpus_hash)
+    folder = resume or new_run(runs, name, recipe)
+    write_identity(folder, recipe, corpus, manifest.corpus_hash)
+    console.print(f"run      {folder.path}", highlight=False)
+    console.print(f"corpus   {corpus}  {manifest.corpus_hash[:16]}  {_split_sizes(manifest)}", highlight=False)
+    return _supervised(recipe, folder, corpus, console, started, resume is not None)
+
+
+def _supervised(
+    recipe: Recipe, folder: RunFolder, corpus: Path, console: Console, started: float, resumed: bool
+) -> TrainResult:
+    from shoal.cluster.local import ray_session
+    from shoal.cluster.supervisor import SampleRequest, Supervisor
+    from shoal.workers.placement import Placement
+
+    tokenizer = corpus_tokenizer(corpus)
+    prompt = SAMPLE_PROMPTS.get(recipe.data.corpus, "The ")
+    ids = [int(t) for t in tokenizer.encode([prompt])[0][:-1]]
+    request = SampleRequest(ids, SAMPLE_TOKENS, {"temperature": 0.7, "top_p": 0.95, "stop": tokenizer.eos})
+    placement = Placement.of(recipe)
+    with (
+        ray_session(recipe.parallel.ranks) as session,
+        RunReport(folder.path, recipe.train.steps, console, folder.last_step() if resumed else None) as report,
+    ):
+        ranks = ", ".join(f"{r}: {placement.role(r)}" for r in range(min(placement.ranks, 8)))
+        console.print(f"ranks    {placement.ranks} ({ranks})", highlight=False)
+        if session.dashboard:
+            console.print(f"watch    {session.dashboard}", highlight=False)
+        first = _Once(lambda: console.print(f"first step after {time.monotonic() - started:.1f} s", highlight=False))
+        told = _WithBaselines(report, baselines(corpus, recipe.train.eval_tokens), first)
+        outcome = Supervisor(recipe, corpus, folder.path, told, session).run(request)
+    text = tokenizer.decode(outcome.sample)
+    return TrainResult(folder.path, outcome.step, outcome.stopped, told.last, prompt, text)
+
+
+class _Once:
+    def __init__(self, action: Callable[[], None]) -> None:
+        self.action: Callable[[], None] | None = action
+
+    def __call__(self) -> None:
+        if self.action:
+            self.action()
+        self.action = None
+
+
+def _corpus(recipe: Recipe, root: Path, console: Console) -> Path:
+    from rich.progress import Progress
+
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks: dict[str, Any] = {}
+
+        def progress(stage: str, done: int, total: int | None) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+                if not console.is_terminal:
+                    console.print(f"preparing {recipe.data.corpus}: {stage}", highlight=False)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        return ensure_corpus(recipe.data.corpus, recipe.model.vocab, root, progress)
+
+
+def _split_sizes(manifest: Any) -> str:
+    return ", ".join(f"{name} {part.tokens:,} tokens" for name, part in manifest.splits.items())
+
+
+def resume_hint(folder: Path, recipe: Recipe) -> str:
+    """The command that goes on with a run."""
+    runs = "" if folder.parent == Path("runs") else f" --runs-dir {folder.parent}"
+    return f"shoal train --resume --name {folder.name}{runs}"
+
+
+__all__ = ["ShoalError", "TrainResult", "resume_hint", "train"]
