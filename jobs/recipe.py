@@ -20,13 +20,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from shoal.jobs.recipe_errors import one_sentence, quote
+from shoal.jobs.recipe_errors import one_sentence, plain, quote
 from shoal.workers.config import Recipe
 from shoal.workers.errors import InvalidInput, NotFound, UsageError
 
 Tables = dict[str, Any]
 
 _RANKS_OF_PLACEMENT = re.compile(r"\d+A:\d+F")
+_LARGEST = 2**63 - 1
 _OWN_KEYS = ("name", "description")  # what a recipe never inherits from the one that it extends
 
 
@@ -65,6 +66,12 @@ def load_recipe(name_or_file: str | Path, sets: Sequence[str] = (), overrides: d
 
 def check_recipe(tables: Tables) -> Recipe:
     """Validate plain tables; the ValidationError of pydantic becomes InvalidInput in one sentence."""
+    for table, keys in tables.items():
+        for key, value in keys.items() if isinstance(keys, dict) else ():
+            if isinstance(value, int) and abs(value) > _LARGEST:  # TOML promises 64 bits, torch's seeds have them
+                raise InvalidInput(
+                    f"{plain(table)}.{plain(key)}={quote(value)} does not fit 64 bits: set a smaller one"
+                )
     try:
         return Recipe.model_validate(tables)
     except ValidationError as error:

@@ -53,7 +53,7 @@ def one_sentence(error: ValidationError, schema: type[BaseModel]) -> str:
 
 def _say(detail: ErrorDetails, schema: type[BaseModel]) -> str:
     kind, value = detail["type"], detail["input"]
-    key = ".".join(_plain(part) for part in detail["loc"])
+    key = ".".join(plain(part) for part in detail["loc"])
     context = detail.get("ctx", {})
     if kind == "value_error":
         return str(context["error"])
@@ -79,7 +79,8 @@ def _say(detail: ErrorDetails, schema: type[BaseModel]) -> str:
     return f"{key}={quote(value)} cannot be used: {detail['msg']}"
 
 
-def _plain(part: int | str) -> str:
+def plain(part: int | str) -> str:
+    """A key as it is written in a sentence: bare where it can be."""
     text = str(part)
     return text if text.isprintable() and len(text) <= _LONGEST and text.strip() == text != "" else quote(text)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import shoal
+from shoal.jobs.cli.main import COMMANDS, Lazy
 from shoal.jobs.recipe import load_recipe
 
 SHOAL = [sys.executable, "-m", "shoal.jobs.cli.main"]
@@ -44,6 +45,18 @@ def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
         assert f" {command} " in out
     assert "Examples" in out
     assert "HEAVY []" in out
+
+
+@pytest.mark.parametrize("command", ["data", "config", "runs", "doctor"])
+def test_a_command_answers_help_with_the_line_that_lists_it(command: str) -> None:
+    result = run(command, "--help")
+    assert result.returncode == 0, result.stderr
+    assert COMMANDS[command].help.split(";")[0].rstrip(".") in " ".join(result.stdout.split())
+
+
+def test_what_goes_wrong_in_the_module_of_a_command_is_not_hidden() -> None:
+    with pytest.raises(ModuleNotFoundError, match="nowhere"):
+        Lazy("nowhere:app", "", "").load("x")
 
 
 def test_the_driver_checks_a_recipe_without_torch_or_ray() -> None:
