@@ -17,6 +17,7 @@ import os
 import pickle
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -46,8 +47,12 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
         torch.multiprocessing.ProcessExitedException: a rank died of a signal or left without a result.
     """
     with start_ranks(world, fn, *args) as (context, folder):
-        while not context.join():
-            pass
+        try:
+            while not context.join():
+                pass
+        except mp.ProcessRaisedException as error:
+            # a rank that lost its peer may be heard before the one that failed
+            raise mp.ProcessRaisedException((folder / "error").read_text(), error.error_index, error.error_pid) from None
         return [pickle.loads((folder / str(rank)).read_bytes()) for rank in range(world)]
 
 
@@ -83,5 +88,9 @@ def _rank(rank: int, world: int, port: int, folder: str, fn: Callable[..., Any],
         result = fn(rank, world, *args)
         (Path(folder) / str(rank)).write_bytes(pickle.dumps(result))
         dist.barrier()  # nobody takes the group down under another's last collective
+    except Exception:
+        with contextlib.suppress(FileExistsError), (Path(folder) / "error").open("x") as first:
+            first.write(f"rank {rank}:\n{traceback.format_exc()}")
+        raise
     finally:
         dist.destroy_process_group()
