@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from shoal.kernels.nsa.gather import gather_backward, gather_forward
+from shoal.kernels.nsa.gather import attend_backward, gather_backward, gather_forward
 from shoal.kernels.nsa.layout import Layout, Tile
 from shoal.kernels.nsa.select import importance, select
 
@@ -61,11 +61,15 @@ class _NSA(torch.autograd.Function):
         *tensors, layout, scale = args
         t = _inputs(tensors, layout, scale)
         outs = t.q.new_zeros(3, *t.q.shape[:-1], t.v_win.shape[-1])
-        choices = [_forward_tile(t, tile, layout, outs[:, :, tile.start : tile.stop]) for tile in layout.tiles]
-        out = (outs * t.gates).sum(0).transpose(0, 1).reshape(*tensors[0].shape[:2], outs.shape[-1])
+        mixed = torch.empty_like(outs[0])
+        choices = []
+        for tile in layout.tiles:
+            here = outs[:, :, tile.start : tile.stop]
+            choices.append(_forward_tile(t, tile, layout, here))
+            torch.sum(here * t.gates[:, :, tile.start : tile.stop], 0, out=mixed[:, tile.start : tile.stop])
         ctx.save_for_backward(*tensors, outs)
         ctx.layout, ctx.scale, ctx.choices = layout, scale, choices
-        return out.to(tensors[0].dtype)
+        return mixed.transpose(0, 1).reshape(*tensors[0].shape[:2], outs.shape[-1]).to(tensors[0].dtype)
 
     @staticmethod
     @once_differentiable
@@ -73,15 +77,15 @@ class _NSA(torch.autograd.Function):
         *tensors, outs = ctx.saved_tensors
         layout: Layout = ctx.layout
         t = _inputs(tensors, layout, ctx.scale)
-        d_out = _rows(grads[0], outs.shape[1])
+        d_mixed = _rows(grads[0], outs.shape[1])
         d = _Inputs(**{f.name: torch.zeros_like(getattr(t, f.name)) for f in fields(t)})
         for tile, choice in zip(layout.tiles, ctx.choices, strict=True):
-            _backward_tile(t, d, d_out[:, tile.start : tile.stop], tile, choice, layout)
+            _backward_tile(t, d, outs, d_mixed, tile, choice, layout)
         d.q.mul_(ctx.scale)
-        d_gates = (outs * d_out).sum(-1).permute(2, 1, 3, 0).reshape(tensors[7].shape)
         tokens, heads, dim = tensors[0].shape
         d_q = d.q.transpose(0, 1).reshape(tokens, heads, dim)
         d_keys = (d.k_cmp, d.v_cmp, d.k_slc[:, :tokens], d.v_slc[:, :tokens], d.k_win, d.v_win)
+        d_gates = d.gates[..., 0].permute(2, 1, 3, 0).reshape(tokens, heads, 3)
         back = (d_q, *(x.transpose(0, 1) for x in d_keys), d_gates)
         return (*(g.to(x.dtype) for g, x in zip(back, tensors, strict=True)), None, None)
 
@@ -155,36 +159,34 @@ def _forward_tile(t: _Inputs, tile: Tile, layout: Layout, outs: Tensor) -> Tenso
     return choice
 
 
-def _backward_tile(t: _Inputs, d: _Inputs, d_out: Tensor, tile: Tile, choice: Tensor | None, layout: Layout) -> None:
-    """Add the tile's share to the gradients ``d``. d_out: ``[KV, rows, G, Dv]``."""
+def _backward_tile(
+    t: _Inputs, d: _Inputs, outs: Tensor, d_mixed: Tensor, tile: Tile, choice: Tensor | None, layout: Layout
+) -> None:
+    """Add the tile's share to the gradients ``d``. outs: ``[3, KV, T, G, Dv]``; d_mixed: the output's gradient."""
     here = slice(tile.start, tile.stop)
     q, d_q = t.q[:, here].flatten(1, 2), d.q[:, here].flatten(1, 2)
-    d_cmp, d_slc, d_win = ((d_out * gate).flatten(1, 2) for gate in t.gates[:, :, here])
+    gates, d_gates, d_out = t.gates[:, :, here], d.gates[:, :, here], d_mixed[:, here]
+    torch.sum(outs[:, :, here] * d_out, -1, keepdim=True, out=d_gates)
+    d_out = (gates * d_out).flatten(2, 3)
     if tile.cmp_stop > tile.cmp_first:
         at = slice(tile.cmp_first, tile.cmp_stop)
         p = _cmp_weights(q, t.k_cmp, tile)
-        _attend_backward(p, q, t.k_cmp[:, at], t.v_cmp[:, at], d_cmp, d_q, d.k_cmp[:, at], d.v_cmp[:, at])
+        keys = (t.k_cmp[:, at], t.v_cmp[:, at], d.k_cmp[:, at], d.v_cmp[:, at])
+        attend_backward(p, q, *keys, d_out[0], d_q)
     if choice is None or not _gathers(tile, layout):
         at = slice(tile.first, tile.stop)
         p = _slc_weights(q, t.k_slc, tile, choice, layout)
-        _attend_backward(p, q, t.k_slc[:, at], t.v_slc[:, at], d_slc, d_q, d.k_slc[:, at], d.v_slc[:, at])
+        keys = (t.k_slc[:, at], t.v_slc[:, at], d.k_slc[:, at], d.v_slc[:, at])
+        attend_backward(p, q, *keys, d_out[1], d_q)
     else:
         at, block = slice(tile.first, tile.first + tile.blocks * layout.sizes.slc_block), layout.sizes.slc_block
-        gather_backward(
-            t.q[:, here],
-            t.k_slc[:, at],
-            t.v_slc[:, at],
-            choice,
-            tile.start - tile.first,
-            block,
-            d_slc.view(d_out.shape),
-            d.q[:, here],
-            d.k_slc[:, at],
-            d.v_slc[:, at],
-        )
+        keys = (t.k_slc[:, at], t.v_slc[:, at], d.k_slc[:, at], d.v_slc[:, at])
+        d_rows, position = d_out[1].view(d_mixed[:, here].shape), tile.start - tile.first
+        gather_backward(t.q[:, here], *keys, d_rows, d.q[:, here], choice, position, block)
     at = slice(tile.win_first, tile.stop)
     p = _weights(q, t.k_win[:, at], tile.win_mask).flatten(1, 2)
-    _attend_backward(p, q, t.k_win[:, at], t.v_win[:, at], d_win, d_q, d.k_win[:, at], d.v_win[:, at])
+    keys = (t.k_win[:, at], t.v_win[:, at], d.k_win[:, at], d.v_win[:, at])
+    attend_backward(p, q, *keys, d_out[2], d_q)
 
 
 def _weights(q: Tensor, k: Tensor, mask: Tensor, chosen: Tensor | None = None, block: int = 1) -> Tensor:
@@ -216,17 +218,6 @@ def _slc_weights(q: Tensor, k_slc: Tensor, tile: Tile, chosen: Tensor | None, la
     """Weights ``[KV, rows * G, stop - first]`` on all keys of the document so far, zeros in blocks not chosen."""
     k = k_slc[:, tile.first : tile.stop]
     return _weights(q, k, tile.own_mask, chosen, layout.sizes.slc_block).flatten(1, 2)
-
-
-def _attend_backward(
-    p: Tensor, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, d_q: Tensor, d_k: Tensor, d_v: Tensor
-) -> None:
-    """Add the gradients of ``softmax(q kᵀ) v`` to d_q, d_k and d_v, given the weights p; all ``[batch, rows, …]``."""
-    d_v.baddbmm_(p.transpose(1, 2), d_out)
-    d_p = torch.bmm(d_out, v.transpose(1, 2))
-    d_s = torch._softmax_backward_data(d_p, p, -1, p.dtype)
-    d_q.baddbmm_(d_s, k)
-    d_k.baddbmm_(d_s.transpose(1, 2), q)
 
 
 def _gathers(tile: Tile, layout: Layout) -> bool:

@@ -28,24 +28,39 @@ def gather_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    d_k: Tensor,
+    d_v: Tensor,
+    d_out: Tensor,
+    d_q: Tensor,
     index: Tensor,
     position: int,
     block: int,
-    d_out: Tensor,
-    d_q: Tensor,
-    d_k: Tensor,
-    d_v: Tensor,
 ) -> None:
     """Add the gradients of :func:`gather_forward` to d_q, d_k, d_v (shapes of q, k, v), given d_out's."""
     for head, rows in _chunks(index, block, k, v):
-        chosen, d_o, q_rows = index[head, rows], d_out[head, rows], q[head, rows]
-        keys = _read(k[head], chosen, block)
+        chosen, q_rows = index[head, rows], q[head, rows]
+        keys, values = _read(k[head], chosen, block), _read(v[head], chosen, block)
+        d_keys, d_values = torch.zeros_like(keys), torch.zeros_like(values)
         p = _weights(q_rows, keys, chosen, position + rows.start, block)
-        d_p = torch.bmm(d_o, _read(v[head], chosen, block).transpose(1, 2))
-        d_s = torch._softmax_backward_data(d_p, p, -1, p.dtype)
-        d_q[head, rows].baddbmm_(d_s, keys)
-        _add(d_k[head], chosen, torch.bmm(d_s.transpose(1, 2), q_rows), block)
-        _add(d_v[head], chosen, torch.bmm(p.transpose(1, 2), d_o), block)
+        sides = (keys, values, d_keys, d_values)
+        attend_backward(p, q_rows, *sides, d_out[head, rows], d_q[head, rows])
+        _add(d_k[head], chosen, d_keys, block)
+        _add(d_v[head], chosen, d_values, block)
+
+
+def attend_backward(
+    p: Tensor, q: Tensor, k: Tensor, v: Tensor, d_k: Tensor, d_v: Tensor, d_out: Tensor, d_q: Tensor
+) -> None:
+    """Add the gradients of ``softmax(q kᵀ) v`` to d_q, d_k and d_v; all tensors are ``[batch, rows or keys, …]``.
+
+    p: the weights. The softmax's own backward operation sums ``p · d_p`` from the very values it subtracts from: where
+    one weight is nearly 1 that loses far less than ``Σ d_out · out`` would.
+    """
+    d_v.baddbmm_(p.transpose(1, 2), d_out)
+    d_p = torch.bmm(d_out, v.transpose(1, 2))
+    d_scores = torch._softmax_backward_data(d_p, p, -1, p.dtype)
+    d_q.baddbmm_(d_scores, k)
+    d_k.baddbmm_(d_scores.transpose(1, 2), q)
 
 
 def _chunks(index: Tensor, block: int, k: Tensor, v: Tensor) -> Iterator[tuple[int, slice]]:
