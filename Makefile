@@ -18,7 +18,7 @@ UNUSED := /(tests?|testing|rllib|networkx|pip|setuptools|physics|lexers|fx_passe
 COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '$(UNUSED)' .venv/lib || true
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev train test test-all check format clean
+.PHONY: help install dev train test test-all check lint types imports format clean
 .DELETE_ON_ERROR:
 
 help:  ## list what can be made
@@ -34,11 +34,17 @@ test: .venv/installed-dev  ## install the tools as well, and run the tests
 test-all: .venv/installed-dev  ## the tests that take minutes too: fuzzing, kill loops, whole runs
 	HYPOTHESIS_PROFILE=slow $(BIN)/python -m pytest -m ""
 
-check: .venv/installed-dev  ## ruff, mypy and import-linter
+check: lint types imports  ## ruff, mypy and import-linter (`make -k check`: all of them, even after a failure)
+
+lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: .venv/installed-dev
 	$(BIN)/mypy -p shoal
 	$(BIN)/mypy --allow-untyped-defs --allow-incomplete-defs --allow-any-generics tests
+
+imports: .venv/installed-dev
 	$(BIN)/lint-imports
 
 format: .venv/installed-dev  ## let ruff rewrite what it can
