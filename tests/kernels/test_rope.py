@@ -1,0 +1,46 @@
+"""Rotary embedding: transformers' Llama as the reference, and the properties that attention relies on."""
+
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from shoal.kernels.rope import rope_tables, rotate
+
+
+@pytest.mark.parametrize("dim", [2, 8, 64])
+def test_rotate_is_llamas(dim: int) -> None:
+    x = torch.randn(11, 3, dim, dtype=torch.float64)
+    cos, sin = rope_tables(torch.arange(11) + 5, dim, 10000.0, torch.float64)
+    theirs, _ = apply_rotary_pos_emb(x, x, torch.cat((cos, cos), -1), torch.cat((sin, sin), -1))
+    torch.testing.assert_close(rotate(x, cos, sin), theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_scores_depend_on_the_distance_only() -> None:
+    q, k = torch.randn(1, 1, 16, dtype=torch.float64), torch.randn(1, 1, 16, dtype=torch.float64)
+
+    def score(m: int, n: int) -> torch.Tensor:
+        rotated = (rotate(x, *rope_tables(torch.tensor([p]), 16, 500.0, torch.float64)) for x, p in ((q, m), (k, n)))
+        a, b = rotated
+        return (a * b).sum()
+
+    torch.testing.assert_close(score(7, 3), score(70007, 70003), rtol=1e-9, atol=1e-9)
+    assert abs(score(7, 3) - score(7, 4)) > 1e-3
+
+
+def test_float32_tables_hold_at_long_positions() -> None:
+    positions = torch.tensor([0, 65535, 1_000_000])
+    exact = rope_tables(positions, 64, 10000.0, torch.float64)
+    for table, want in zip(rope_tables(positions, 64, 10000.0), exact, strict=True):
+        assert table.dtype == torch.float32
+        assert table.shape == (3, 32)
+        torch.testing.assert_close(table.double(), want, rtol=0, atol=1e-7)
+
+
+def test_bfloat16_is_rotated_in_float32_and_no_tokens_pass() -> None:
+    x = torch.randn(9, 2, 8).bfloat16()
+    cos, sin = rope_tables(torch.arange(9), 8, 10000.0)
+    got = rotate(x, cos, sin)
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, rotate(x.float(), cos, sin).bfloat16())
+    none = rope_tables(torch.zeros(0, dtype=torch.int64), 8, 10000.0)
+    assert rotate(x[:0], *none).shape == (0, 2, 8)
