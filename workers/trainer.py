@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shoal.kernels.moe import load_fractions
 from shoal.workers.checkpoint import Checkpointer
 from shoal.workers.config import Recipe
 from shoal.workers.data.batch import PackedBatch
@@ -85,7 +86,7 @@ class Trainer:
         rate = learning_rate(self.step, t)
         self.optimizer.step(rate)
         seconds = time.perf_counter() - started
-        load = [(c * (len(c) / c.sum().clamp(min=1))).tolist() for c in counts]
+        load = [load_fractions(c).tolist() for c in counts]
         return {
             "kind": "train",
             "step": self.step,
@@ -137,7 +138,7 @@ class Trainer:
             load = MoELoad(1)
             self.model(batch, load)
             total = [a + b for a, b in zip(total, load.counts, strict=True)] if total else load.counts
-        return [c.double() * (len(c) / c.sum()) for c in total]
+        return [load_fractions(c) for c in total]
 
     def _reduce_gradients(self, gradients: list[Tensor]) -> None:
         for group, experts in ((self.mesh.attention, False), (self.mesh.replicas, True)):

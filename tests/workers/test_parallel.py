@@ -1,0 +1,138 @@
+"""Any number of ranks and any placement compute what one rank computes: losses, balance, gradients, curves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from small import small_corpus, small_recipe
+
+from shoal.workers.config import Recipe
+from shoal.workers.mesh import make_mesh
+from shoal.workers.placement import Placement
+from shoal.workers.trainer import Trainer
+
+PLACEMENTS: dict[str, dict[str, Any]] = {
+    "2 colocated": {"parallel__ranks": 2},
+    "4 colocated": {"parallel__ranks": 4},
+    "4 colocated, 2 sets of experts": {"parallel__ranks": 4, "parallel__expert": 2},
+    "2 colocated, each with all experts": {"parallel__ranks": 2, "parallel__expert": 1},
+    "1A:1F": {"parallel__placement": "1A:1F"},
+    "2A:2F": {"parallel__placement": "2A:2F"},
+    "2A:1F": {"parallel__placement": "2A:1F"},
+    "1A:2F": {"parallel__placement": "1A:2F"},
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_corpus(tmp_path_factory.mktemp("small"))
+
+
+def _train(rank: int, world: int, tables: dict[str, Any], corpus: str, steps: int) -> dict[str, Any]:
+    """Trains, and keeps the records, the gradients of the first step, a validation, and what the rank hosts."""
+    torch.set_num_threads(1)
+    recipe = Recipe.model_validate(tables)
+    trainer = Trainer(recipe, Path(corpus), None, make_mesh(Placement.of(recipe), rank), torch.device("cpu"))
+    gradients: dict[str, torch.Tensor] = {}
+    update = trainer.optimizer.step
+
+    def watched(rate: float) -> None:
+        if not gradients:
+            gradients.update(_named_gradients(trainer))
+        update(rate)
+
+    trainer.optimizer.step = watched  # type: ignore[method-assign]
+    records = [trainer.train_step() for _ in range(steps)]
+    return {"records": records, "gradients": gradients, "eval": trainer.evaluate()}
+
+
+def _named_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
+    from shoal.workers.model.feedforward import named_views
+
+    out = {}
+    for name, parameter, part in named_views(trainer.model):
+        assert parameter.grad is not None
+        out[name] = (parameter.grad if part is None else parameter.grad[part]).clone()
+    return out
+
+
+def _one_rank(tables: dict[str, Any], corpus: Path, steps: int) -> dict[str, Any]:
+    return _train(0, 1, tables, str(corpus), steps)
+
+
+def _ranks(tables: dict[str, Any], corpus: Path, steps: int) -> list[dict[str, Any]]:
+    return run_ranks(Recipe.model_validate(tables).parallel.ranks, _train, tables, str(corpus), steps)
+
+
+def _check(one: dict[str, Any], many: list[dict[str, Any]], rtol: float) -> None:
+    for result in many:
+        for a, b in zip(one["records"], result["records"], strict=True):
+            for key in ("loss", "balance_loss", "grad_norm"):
+                assert b[key] == pytest.approx(a[key], rel=rtol), (key, a["step"])
+            assert a["load"] == b["load"] or rtol > 1e-9
+        assert result["eval"]["bits_per_byte"] == pytest.approx(one["eval"]["bits_per_byte"], rel=rtol)
+    seen = {name for result in many for name in result["gradients"]}
+    assert seen == set(one["gradients"])
+    for result in many:
+        for name, gradient in result["gradients"].items():
+            want = one["gradients"][name]
+            error = (gradient - want).norm() / want.norm().clamp(min=1e-30)
+            assert error < rtol or want.norm() == 0, (name, float(error))
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_step_and_twenty_steps_equal_one_rank(corpus: Path, placement: str) -> None:
+    one = _one_rank(small_recipe(), corpus, 20)
+    many = _ranks(small_recipe(**PLACEMENTS[placement]), corpus, 20)
+    _check(one, many, 1e-9)
+
+
+@pytest.mark.parametrize("placement", ["4 colocated", "2A:2F"])
+def test_shared_experts_may_be_dispatched(corpus: Path, placement: str) -> None:
+    one = _one_rank(small_recipe(), corpus, 3)
+    many = _ranks(small_recipe(moe__shared="dispatched", **PLACEMENTS[placement]), corpus, 3)
+    _check(one, many, 1e-9)
+    _check(one, [_one_rank(small_recipe(moe__shared="dispatched"), corpus, 3)], 1e-9)
+
+
+def test_float32_agrees_to_rounding(corpus: Path) -> None:
+    one = _one_rank(small_recipe(train__dtype="float32"), corpus, 1)
+    many = _ranks(small_recipe(train__dtype="float32", **PLACEMENTS["2A:2F"]), corpus, 1)
+    _check(one, many, 2e-5)
+
+
+def test_accumulation_is_the_same_batch(corpus: Path) -> None:
+    """f and P of the balance losses are over the global batch, however it is cut into micro-batches and ranks."""
+    one = _one_rank(small_recipe(), corpus, 3)
+    _check(one, [_one_rank(small_recipe(train__accumulate=4), corpus, 3)], 1e-9)
+    _check(one, _ranks(small_recipe(train__accumulate=2, **PLACEMENTS["2A:2F"]), corpus, 3), 1e-9)
+    each = _one_rank(small_recipe(train__accumulate=4, balance__over="micro_batch"), corpus, 1)
+    assert each["records"][0]["balance_loss"] != pytest.approx(one["records"][0]["balance_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("attention", ["nsa", "full"])
+@pytest.mark.parametrize("router", ["softmax", "hash"])
+def test_every_kind_of_layer_runs_disaggregated(corpus: Path, attention: str, router: str) -> None:
+    changes = {"attention__kind": attention, "moe__router": router}
+    changes |= {"moe__top_k": 1} if router == "hash" else {"moe__normalize_gates": True}
+    one = _one_rank(small_recipe(**changes), corpus, 2)
+    _check(one, _ranks(small_recipe(**changes, **PLACEMENTS["1A:2F"]), corpus, 2), 1e-9)
+
+
+def test_two_runs_have_the_same_bits(corpus: Path) -> None:
+    tables = small_recipe(train__dtype="float32", **PLACEMENTS["2 colocated"])
+    first, second = (_ranks(tables, corpus, 6) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        for x, y in zip(a["records"], b["records"], strict=True):
+            assert (x["loss"], x["grad_norm"], x["load"]) == (y["loss"], y["grad_norm"], y["load"])
+        assert all(torch.equal(g, b["gradients"][name]) for name, g in a["gradients"].items())
+        assert a["eval"] == b["eval"]
+
+
+def test_training_learns(corpus: Path) -> None:
+    records = _one_rank(small_recipe(), corpus, 20)["records"]
+    assert records[-1]["loss"] < 0.8 * records[0]["loss"]
