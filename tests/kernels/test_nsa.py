@@ -35,17 +35,18 @@ class Problem:
         return [self.q, *self.raw, self.gates, *self.phi_k, *self.phi_v]
 
     def fast(self, layout: Layout) -> Tensor:
-        k_cmp, v_cmp, *others = self.raw
-        blocks = compress(k_cmp, *self.phi_k, layout), compress(v_cmp, *self.phi_v, layout)
-        return nsa_attention(self.q, *blocks, *others, self.gates, layout, SCALE)
+        k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = self.raw
+        (k_pos, k_w1, k_w2), (v_pos, v_w1, v_w2) = self.phi_k, self.phi_v
+        keys, values = compress(k_cmp, k_pos, k_w1, k_w2, layout), compress(v_cmp, v_pos, v_w1, v_w2, layout)
+        return nsa_attention(self.q, keys, values, k_slc, v_slc, k_win, v_win, self.gates, layout, SCALE)
 
     def slow(self) -> Tensor:
-        s = self.sizes
+        s, cu = self.sizes, self.cu
         hyper = oracle.Hyper(s.cmp_block, s.cmp_stride, s.slc_block, s.slc_count, s.slc_initial, s.slc_local, s.window)
-        k_cmp, v_cmp, *others = self.raw
-        keys = oracle.compress(k_cmp, oracle.Phi(*self.phi_k), self.cu, hyper)
-        values = oracle.compress(v_cmp, oracle.Phi(*self.phi_v), self.cu, hyper)
-        return oracle.nsa(self.q, keys, values, *others, self.gates, self.cu, hyper, SCALE)
+        k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = self.raw
+        keys = oracle.compress(k_cmp, oracle.Phi(*self.phi_k), cu, hyper)
+        values = oracle.compress(v_cmp, oracle.Phi(*self.phi_v), cu, hyper)
+        return oracle.nsa(self.q, keys, values, k_slc, v_slc, k_win, v_win, self.gates, cu, hyper, SCALE)
 
     def layout(self, tile: int | None = None, dense_keys: int | None = None) -> Layout:
         return make_layout(self.cu, self.sizes, "cpu", tile=tile, dense_keys=dense_keys)

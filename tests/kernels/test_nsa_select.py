@@ -82,9 +82,9 @@ def test_layout_tables(sizes: BlockSizes, lengths: list[int]) -> None:
 def test_compress_forward_and_gradients(sizes: BlockSizes, lengths: list[int], kv: int) -> None:
     cu, dim, width = tuple(accumulate(lengths, initial=0)), 3, sizes.cmp_block * 3
     shapes = [(cu[-1], kv, dim), (kv, sizes.cmp_block, dim), (kv, width, 2 * dim), (kv, 2 * dim, dim)]
-    leaves = [torch.randn(*s, dtype=torch.float64).requires_grad_() for s in shapes]
-    got = compress(*leaves, make_layout(cu, sizes, "cpu"))
-    want = oracle.compress(leaves[0], oracle.Phi(*leaves[1:]), cu, hyper(sizes))
+    x, position, w1, w2 = leaves = [torch.randn(*s, dtype=torch.float64).requires_grad_() for s in shapes]
+    got = compress(x, position, w1, w2, make_layout(cu, sizes, "cpu"))
+    want = oracle.compress(x, oracle.Phi(position, w1, w2), cu, hyper(sizes))
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
     upstream = torch.randn_like(got)
     grads = torch.autograd.grad(got, leaves, upstream)
