@@ -122,4 +122,3 @@ def device_of(recipe: Recipe, gpus: int) -> str:
     if wanted != "auto":
         return wanted
     return "cuda" if gpus >= recipe.parallel.ranks else "cpu"
-

@@ -82,7 +82,7 @@ class BalanceTable(Table):
 
 
 class DataTable(Table):
-    """What is trained on: a corpus made here (``stdlib``, ``shakespeare``) or a folder made by ``shoal data prepare``."""
+    """What is trained on: a built-in corpus (``stdlib``, ``shakespeare``) or a folder of ``shoal data prepare``."""
 
     corpus: str = "stdlib"
     shuffle_groups: int = Field(default=8, ge=1, description="Parquet row groups shuffled together")
@@ -304,6 +304,7 @@ def _check_parallel(recipe: Recipe) -> None:
     micro = t.batch // t.accumulate
     if micro % p.attention_ranks:
         raise ValueError(
-            f"train.batch / train.accumulate = {micro} sequences do not divide over {p.attention_ranks} attention ranks: "
+            f"train.batch / train.accumulate = {micro} sequences do not divide over {p.attention_ranks} attention "
+            f"ranks: "
             f"set train.batch to a multiple of {t.accumulate * p.attention_ranks}"
         )

@@ -18,7 +18,7 @@ from shoal.workers.mesh import Group
 
 
 class Dispatcher:
-    """Routes rows between the ranks of ``group``. ``owners[e]`` is the place in the group of the rank hosting expert e."""
+    """Routes rows between the ranks of ``group``; ``owners[e]`` is the place in it of the rank that hosts expert e."""
 
     def __init__(self, group: Group, owners: tuple[int, ...], device: torch.device) -> None:
         self.group = group
@@ -28,7 +28,7 @@ class Dispatcher:
         self.slots = torch.tensor([by_owner.index(e) for e in range(len(owners))], device=device)
 
     def start(self, x_TH: Tensor, experts_TK: Tensor) -> Flight:
-        """Sorts the rows by expert and sends them on their way; ``experts_TK`` int64. Every rank of the group calls this."""
+        """Sorts rows by expert and sends them on their way; ``experts_TK`` int64. Every rank of the group calls it."""
         slots = self.slots[experts_TK].flatten()
         order = torch.argsort(slots, stable=True)
         counts = torch.bincount(slots, minlength=len(self.slots))

@@ -14,7 +14,7 @@ from shoal.workers.placement import Placement
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that take part in a collective. ``handle`` is None for a group of one, where every collective is a no-op."""
+    """Ranks that take part in a collective. ``handle`` is None for a group of one, where collectives are no-ops."""
 
     ranks: tuple[int, ...]
     index: int
@@ -64,7 +64,7 @@ class Mesh:
 
 
 def make_mesh(placement: Placement, rank: int = 0, device: torch.device | str = "cpu") -> Mesh:
-    """Builds the groups; every rank calls this after ``init_process_group``. One rank alone needs no torch.distributed."""
+    """Builds the groups; every rank calls this after ``init_process_group``. One rank alone needs none of it."""
     backend = "nccl" if torch.device(device).type == "cuda" else "gloo"
 
     def join(groups: Sequence[tuple[int, ...]]) -> Group | None:

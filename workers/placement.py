@@ -41,7 +41,7 @@ class Placement:
         return [self.experts[i :: self.set_size] for i in range(self.set_size)] if self.experts else []
 
     def owners(self, routed: int, shared: int) -> tuple[int, ...]:
-        """For each routed and then each dispatched shared expert: the place in its dispatch group of the rank that hosts it.
+        """The host of each routed and then each dispatched shared expert, as its place in the dispatch group.
 
         Routed experts lie in equal runs, in order; shared ones go round.
         """

@@ -47,9 +47,7 @@ def _as_batch(tokens: list[int]) -> PackedBatch:
     return PackedBatch(ids, torch.full_like(ids, IGNORE), torch.arange(len(tokens)), (0, len(tokens)))
 
 
-def _choose(
-    logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator
-) -> int:
+def _choose(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
     if temperature == 0:
         return int(logits.argmax())
     ordered, ids = logits.sort(descending=True, stable=True)

@@ -21,6 +21,7 @@ from shoal.workers.model import Transformer
 from shoal.workers.model.feedforward import MoELoad, named_views
 from shoal.workers.optimizer import MasterAdamW
 from shoal.workers.schedule import learning_rate
+from shoal.workers.validate import validate
 
 LOAD_RECORDS = 200  # about so many expert loads are recorded in a run
 BUCKET = 64 << 20  # bytes of gradients reduced at a time
@@ -103,7 +104,7 @@ class Trainer:
         }
 
     def _forward_backward(self, micro: list[PackedBatch]) -> tuple[Tensor, list[Tensor]]:
-        """Gradients of the global batch's loss from this rank's rows. Returns ``[cross entropy, balance]`` parts and counts."""
+        """Gradients of the global batch's loss from this rank's rows; ``[cross entropy, balance]`` parts and counts."""
         t = self.recipe.train
         targets = self._global_targets(micro)
         fractions = self._fractions(micro) if self._needs_fractions(micro) else None
@@ -160,27 +161,13 @@ class Trainer:
         loss, balance, square = self.mesh.world.all_reduce(torch.cat([losses, (squares * share).sum()[None]])).tolist()
         return loss, balance, math.sqrt(square) if square >= 0 else math.nan
 
-    # -- validation and sampling -------------------------------------------------------------------------------------
+    # -- validation -------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def evaluate(self) -> Record:
-        """Loss over whole validation documents: nats a token, and bits a byte of their text."""
+        """A record of the loss over whole validation documents."""
         t = self.recipe.train
         loader = ValLoader(self.corpus, t.sequence, t.eval_tokens, t.batch // t.accumulate, self._shard())
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for batch in loader:
-            batch = batch.to(self.device)
-            sums[0] += self.model.loss_sum(self.model(batch), batch.targets).double()
-            sums[1] += batch.targets_count
-        nats, predicted = self.mesh.world.all_reduce(sums).tolist()
-        return {
-            "kind": "eval",
-            "step": self.step,
-            "loss": nats / max(1.0, predicted),
-            "bits_per_byte": nats / math.log(2) / loader.bytes,
-            "tokens": loader.tokens,
-            "bytes": loader.bytes,
-        }
+        return {"kind": "eval", "step": self.step, **validate(self.model, loader)}
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -189,16 +176,16 @@ class Trainer:
         index_of = {id(p): i for i, p in enumerate(self.parameters.values())}
         out: dict[str, Tensor] = {}
         for name, parameter, part in named_views(self.model):
-            pick = (lambda t: t) if part is None else (lambda t, i=part: t[i])
-            out[f"model.{name}"] = pick(parameter.data)
+            out[f"model.{name}"] = parameter.data if part is None else parameter.data[part]
             for kind, tensor in self.optimizer.state_of(index_of[id(parameter)]):
-                out[f"optim.{kind}.{name}"] = pick(tensor)
+                out[f"optim.{kind}.{name}"] = tensor if part is None else tensor[part]
         return out
 
     def save(self) -> None:
         """Starts writing a checkpoint of this step, in the background."""
         assert self.checkpointer is not None
-        state = {"step": self.step, "seed": self.recipe.train.seed, "data": self.loader.state()}
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        state = {"step": self.step, "seed": self.recipe.train.seed, "dtype": dtype, "data": self.loader.state()}
         self.checkpointer.save(self.step, self.tensors(), state)
         self.saved_step = self.step
 
@@ -218,7 +205,14 @@ class Trainer:
     def _loader(self, state: dict[str, Any] | None) -> TrainLoader:
         t = self.recipe.train
         return TrainLoader(
-            self.corpus, t.sequence, t.batch, t.accumulate, t.seed, self.recipe.data.shuffle_groups, self._shard(), state
+            self.corpus,
+            t.sequence,
+            t.batch,
+            t.accumulate,
+            t.seed,
+            self.recipe.data.shuffle_groups,
+            self._shard(),
+            state,
         )
 
     def _shard(self) -> tuple[int | None, int]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from shoal.kernels.full import full_attention
 from torch import Tensor, nn
 
+from shoal.kernels.full import full_attention
 from shoal.kernels.nsa import BlockSizes, Layout, compress, make_layout, nsa_attention
 from shoal.kernels.rope import rope_tables, rotate
 from shoal.workers.config import AttentionTable, ModelTable, Recipe
@@ -80,8 +80,8 @@ class Compression(nn.Module):
 class NativeSparseAttention(nn.Module):
     """NSA: three branches with their own keys and values, mixed by a sigmoid gate per head (NSA eq. 5).
 
-    φ works on keys before RoPE, so that it sees the same block wherever the block stands; a compressed key is rotated at
-    the position of its block's first key.
+    φ works on keys before RoPE, so that it sees the same block wherever the block stands; a compressed key is rotated
+    at the position of its block's first key.
     """
 
     def __init__(self, model: ModelTable, table: AttentionTable) -> None:

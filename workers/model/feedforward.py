@@ -77,7 +77,7 @@ class MoE(nn.Module):
         return f"experts.{expert}" if expert < routed else f"shared.{expert - routed}"
 
     def forward(self, x_TH: Tensor, tokens_T: Tensor, load: MoELoad) -> Tensor:
-        """``[T, hidden] -> [T, hidden]``; every rank of the dispatch group takes part, with T = 0 where it has no tokens."""
+        """``[T, hidden] -> [T, hidden]``; every rank of the dispatch group takes part, those without tokens too."""
         routing = self._route(x_TH, tokens_T)
         experts, gates = self._with_shared(routing)
         flight = self.dispatcher.start(x_TH, experts)

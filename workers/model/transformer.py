@@ -29,7 +29,7 @@ class StepContext:
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each with its residual. A rank without an attention shard keeps the experts only."""
+    """Pre-norm attention and feed-forward, each with its residual. A rank without attention keeps the experts only."""
 
     def __init__(self, recipe: Recipe, layer: int, mesh: Mesh, device: torch.device) -> None:
         super().__init__()
@@ -79,11 +79,12 @@ class Transformer(nn.Module):
             self.layers = nn.ModuleList(Block(recipe, i, mesh, device) for i in range(m.layers))
         self.to(self.dtype)
         self.to_empty(device=device)
-        self._initialise()
+        if device.type != "meta":  # sizes without values
+            self._initialise()
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Each tensor from a generator seeded by the recipe's seed and its own name, so that any placement starts alike."""
+        """Each tensor from a generator seeded by the recipe's seed and its own name: any placement starts alike."""
         recipe = self.recipe
         for name, parameter, index in named_views(self):
             view = parameter if index is None else parameter[index]
@@ -116,7 +117,7 @@ class Transformer(nn.Module):
         return F.linear(hidden, weight)
 
     def loss_sum(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Cross entropy summed over the targets, nats, at least float32. Without an attention shard: 0, connected to the graph."""
+        """Cross entropy summed over the targets, nats, at least float32. Without attention: 0, tied to the graph."""
         wide = torch.promote_types(self.dtype, torch.float32)
         if not self.hosts_attention:
             return hidden.sum().to(wide)

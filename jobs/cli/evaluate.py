@@ -1,0 +1,59 @@
+"""``shoal evaluate``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shoal.jobs.cli.common import RUNS_DIR, Output, OutputOption, RunsDirOption, console, emit, grid
+
+
+def evaluate(
+    run: Annotated[str, typer.Argument(help="A run's folder, or its name.")],
+    tokens: Annotated[int | None, typer.Option(min=1, help="Validation tokens; default: the recipe's.")] = None,
+    data: Annotated[str | None, typer.Option(help="Another corpus folder, of the same tokenizer.")] = None,
+    step: Annotated[int | None, typer.Option(help="Checkpoint; default: the newest whole one.")] = None,
+    runs_dir: RunsDirOption = RUNS_DIR,
+    output: OutputOption = Output.table,
+) -> None:
+    """Measure a trained run on validation text, beside unigram and gzip on the same text.
+
+    Examples:
+
+      shoal evaluate tiny
+
+      shoal evaluate runs/tiny --tokens 1000000 -o json
+    """
+    from shoal.jobs.data.baselines import baselines
+    from shoal.jobs.evaluate import evaluate_model
+    from shoal.jobs.load import choose_step, find_run, load_trained
+
+    folder = find_run(run, runs_dir)
+    chosen, damaged = choose_step(folder, step)
+    for sentence in damaged:
+        typer.echo(sentence, err=True)
+    trained = load_trained(folder, chosen)
+    corpus = Path(data) if data else trained.corpus
+    result = evaluate_model(trained, corpus, tokens or trained.recipe.train.eval_tokens)
+    beside = baselines(corpus, tokens or trained.recipe.train.eval_tokens)
+    bits = {k: v for k, v in asdict(beside).items() if k.endswith("bits_per_byte")}
+    facts = {"run": str(folder.path), "step": chosen, **result, **bits}
+
+    def table() -> None:
+        rows = [
+            ("loss", f"{result['loss']:.4f} nats a token"),
+            ("bits per byte", f"{result['bits_per_byte']:.4f}"),
+            ("unigram", f"{bits['unigram_bits_per_byte']:.4f} bits per byte"),
+            ("gzip -9", f"{bits['gzip_bits_per_byte']:.4f} bits per byte"),
+            ("text", f"{result['tokens']:,} tokens, {result['bytes']:,} bytes, {beside.documents} documents"),
+            ("checkpoint", f"step {chosen} of {folder.path}"),
+        ]
+        lines = grid()
+        for row in rows:
+            lines.add_row(*row)
+        console().print(lines)
+
+    emit(facts, output, table)

@@ -1,0 +1,65 @@
+"""A trained model in this process: one rank, no Ray, weights from a run's newest whole checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shoal.jobs.run_folder import RunFolder
+from shoal.workers.checkpoint_files import checkpoint_path, last_good, read_state
+from shoal.workers.config import Recipe
+from shoal.workers.errors import NotFound
+
+if TYPE_CHECKING:
+    from shoal.workers.model import Transformer
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with the recipe and corpus it was trained with; ``step`` is the checkpoint's."""
+
+    model: Transformer
+    recipe: Recipe
+    corpus: Path
+    step: int
+
+
+def find_run(run: str, runs: Path) -> RunFolder:
+    """RUN as a folder, or as a name in ``runs``. Raises NotFound."""
+    for path in (Path(run), runs / run):
+        if (path / "recipe.toml").is_file():
+            return RunFolder(path)
+    raise NotFound(f"run {run!r} is neither a run's folder nor in {runs}: `shoal runs list` shows the runs")
+
+
+def choose_step(folder: RunFolder, step: int | None) -> tuple[int, list[str]]:
+    """The asked step, or that of the newest whole checkpoint; and what was skipped. Raises NotFound."""
+    checkpoints = folder.path / "checkpoints"
+    if step is not None:
+        if not checkpoint_path(checkpoints, step).is_dir():
+            raise NotFound(f"{folder.path} has no checkpoint of step {step}: leave --step out for the newest")
+        return step, []
+    good, damaged = last_good(checkpoints)
+    if good is None:
+        raise NotFound(f"{folder.path} has no whole checkpoint: train it first (shoal train --resume --name NAME)")
+    return good.step, damaged
+
+
+def load_trained(folder: RunFolder, step: int) -> Trained:
+    """Loads the weights on this process's device. The dtype is the checkpoint's; ranks and placement do not matter."""
+    import torch
+
+    from shoal.workers.checkpoint import Checkpointer
+    from shoal.workers.model import Transformer
+    from shoal.workers.model.feedforward import named_views
+
+    checkpoints = folder.path / "checkpoints"
+    saved, recipe = read_state(checkpoint_path(checkpoints, step)), folder.recipe()
+    train = recipe.train.model_copy(update={"dtype": saved.get("dtype", recipe.train.dtype)})
+    recipe = recipe.model_copy(update={"train": train, "parallel": type(recipe.parallel)()})
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = Transformer(recipe, device=device)
+    names = {f"model.{n}": (p.data if i is None else p.data[i]) for n, p, i in named_views(model)}
+    Checkpointer(checkpoints, 1, None, 1, 1).load(step, names)
+    return Trained(model.eval(), recipe, folder.corpus(), step)

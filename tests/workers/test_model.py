@@ -1,0 +1,168 @@
+"""The model: its MoE layer beside transformers', its parameters beside the estimate, documents, loss, samples."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import VOCAB, small_recipe
+
+from shoal.jobs.estimate import estimate
+from shoal.jobs.recipe import builtin_recipes, load_recipe
+from shoal.workers.config import Recipe
+from shoal.workers.data.batch import IGNORE, PackedBatch
+from shoal.workers.mesh import make_mesh
+from shoal.workers.model import Transformer
+from shoal.workers.model.feedforward import MoE, MoELoad, named_views
+from shoal.workers.placement import Placement
+from shoal.workers.sample import sample
+
+
+def packed(lengths: list[int], seed: int = 0) -> PackedBatch:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(VOCAB, (sum(lengths),), generator=generator)
+    targets = torch.full_like(tokens, IGNORE)
+    targets[:-1] = tokens[1:]
+    ends = torch.tensor(lengths).cumsum(0)
+    targets[ends - 1] = IGNORE
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    return PackedBatch(tokens, targets, positions, (0, *ends.tolist()))
+
+
+def small_model(**changes: object) -> Transformer:
+    return Transformer(Recipe.model_validate(small_recipe(**changes)))
+
+
+@pytest.mark.parametrize("shared", ["local", "dispatched"])
+def test_the_moe_layer_is_transformers_deepseek_v2(shared: str) -> None:
+    """The same weights in DeepseekV2Moe give the same outputs and gradients (its router works in float32)."""
+    modeling = pytest.importorskip("transformers.models.deepseek_v2.modeling_deepseek_v2")
+    config = pytest.importorskip("transformers").DeepseekV2Config(
+        hidden_size=32,
+        moe_intermediate_size=16,
+        num_experts=8,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        n_shared_experts=2,
+        routed_scaling_factor=1.0,
+        topk_method="greedy",
+        n_group=None,
+        topk_group=None,
+    )
+    recipe = Recipe.model_validate(small_recipe(train__dtype="float32", moe__shared=shared))
+    layer = MoE(recipe, make_mesh(Placement.of(recipe)), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    theirs = modeling.DeepseekV2Moe(config)
+    stack = layer.experts
+    apart = layer.shared if shared == "local" else stack
+    first = 0 if shared == "local" else 8
+    with torch.no_grad():
+        theirs.gate.weight.copy_(layer.centroids)
+        theirs.experts.gate_up_proj.copy_(stack.gate_up[:8].transpose(1, 2))
+        theirs.experts.down_proj.copy_(stack.down[:8].transpose(1, 2))
+        gate, up = apart.gate_up[first : first + 2].chunk(2, dim=-1)
+        theirs.shared_experts.gate_proj.weight.copy_(torch.cat(list(gate), 1).T)
+        theirs.shared_experts.up_proj.weight.copy_(torch.cat(list(up), 1).T)
+        theirs.shared_experts.down_proj.weight.copy_(torch.cat(list(apart.down[first : first + 2]), 0).T)
+    x = torch.randn(50, 32, generator=generator)
+    mine, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    out, want = layer(mine, torch.zeros(50, dtype=torch.int64), MoELoad(50)), theirs(other[None])[0]
+    torch.testing.assert_close(out, want, rtol=2e-5, atol=2e-5)
+    upstream = torch.randn(out.shape, generator=generator)
+    out.backward(upstream)
+    want.backward(upstream)
+    torch.testing.assert_close(mine.grad, other.grad, rtol=2e-4, atol=2e-5)
+    torch.testing.assert_close(layer.centroids.grad, theirs.gate.weight.grad, rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(
+        stack.gate_up.grad[:8].transpose(1, 2), theirs.experts.gate_up_proj.grad, rtol=2e-4, atol=2e-4
+    )
+
+
+@pytest.mark.parametrize("name", builtin_recipes())
+def test_the_estimate_counts_the_models_parameters(name: str) -> None:
+    recipe = load_recipe(name, overrides={"parallel.ranks": 1, "parallel.expert": 0, "parallel.placement": "colocated"})
+    counted = sum(p.numel() for p in Transformer(recipe, device="meta").parameters())
+    assert estimate(recipe).parameters.total == counted
+
+
+@pytest.mark.parametrize("kind", ["nsa", "full"])
+def test_a_document_does_not_see_its_neighbours(kind: str) -> None:
+    model = small_model(attention__kind=kind)
+    batch = packed([40, 1, 23, 64])
+    hidden = model(batch)
+    for start, end in zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False):
+        alone = PackedBatch(
+            batch.tokens[start:end], batch.targets[start:end], batch.positions[start:end], (0, end - start)
+        )
+        torch.testing.assert_close(model(alone), hidden[start:end], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["nsa", "full"])
+def test_a_token_does_not_see_later_ones(kind: str) -> None:
+    model = small_model(attention__kind=kind)
+    batch = packed([64])
+    changed = PackedBatch(batch.tokens.clone(), batch.targets, batch.positions, batch.cu_seqlens)
+    changed.tokens[40:] = (changed.tokens[40:] + 7) % VOCAB
+    before, after = model(batch), model(changed)
+    torch.testing.assert_close(before[:40], after[:40], rtol=1e-9, atol=1e-10)
+    assert not torch.allclose(before[40:], after[40:])
+
+
+@settings(max_examples=10, deadline=None)
+@given(lengths=st.lists(st.integers(1, 64), min_size=1, max_size=5), seed=st.integers(0, 1000))
+def test_loss_is_the_mean_cross_entropy_of_whole_documents(lengths: list[int], seed: int) -> None:
+    model = small_model()
+    batch = packed(lengths, seed)
+    hidden = model(batch)
+    log_probs = torch.log_softmax(model.logits(hidden), -1)
+    predicted = batch.targets != IGNORE
+    want = -log_probs[predicted].gather(1, batch.targets[predicted][:, None]).sum()
+    torch.testing.assert_close(model.loss_sum(hidden, batch.targets), want)
+    assert batch.targets_count == sum(n - 1 for n in lengths)
+
+
+def test_chunked_loss_has_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = small_model(), packed([64, 30])
+    model.loss_sum(model(batch), batch.targets).backward()
+    whole = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    monkeypatch.setattr("shoal.workers.model.transformer.LOSS_CHUNK", 13)
+    model.loss_sum(model(batch), batch.targets).backward()
+    chunked = [p.grad for p in model.parameters() if p.grad is not None]
+    for a, b in zip(whole, chunked, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_dtypes_and_placements_start_from_the_same_numbers() -> None:
+    wide, narrow = small_model(), small_model(train__dtype="float32")
+    for (name, p, i), (other, q, j) in zip(named_views(wide), named_views(narrow), strict=True):
+        assert name == other
+        a, b = (p if i is None else p[i]), (q if j is None else q[j])
+        torch.testing.assert_close(a.float(), b, rtol=1e-6, atol=0)
+
+
+def test_names_are_one_for_each_expert() -> None:
+    names = [name for name, _, _ in named_views(small_model())]
+    assert len(names) == len(set(names))
+    assert "layers.1.moe.experts.7.gate_up" in names and "layers.2.moe.shared.1.down" in names
+    assert not any(".experts.gate_up" in name for name in names)
+
+
+def test_greedy_samples_are_the_likeliest_tokens_and_seeds_decide_the_rest() -> None:
+    model = small_model()
+    prompt = [0, 5, 9]
+    greedy = sample(model, prompt, 5, temperature=0)
+    tokens = list(prompt)
+    for token in greedy:
+        ids = torch.tensor(tokens)
+        batch = PackedBatch(ids, torch.full_like(ids, IGNORE), torch.arange(len(ids)), (0, len(ids)))
+        assert token == int(model.logits(model(batch)[-1:])[0].argmax())
+        tokens.append(token)
+    assert sample(model, prompt, 12, seed=3) == sample(model, prompt, 12, seed=3)
+    assert sample(model, prompt, 12, seed=3) != sample(model, prompt, 12, seed=4)
+    assert sample(model, prompt, 12, temperature=1.0, top_k=1, seed=8)[:5] == greedy
+    assert len(sample(model, prompt * 20, 20)) == 20  # longer than the context of 64
