@@ -182,6 +182,7 @@ class Recipe(Table):
         _check_model(self)
         if self.attention.kind == "nsa":
             _check_blocks(self.attention)
+        _check_backends(self)
         _check_experts(self)
         _check_train(self)
         _check_parallel(self)
@@ -204,6 +205,12 @@ def _check_model(recipe: Recipe) -> None:
     dense = m.layers if not recipe.moe.experts else m.dense_layers
     if dense and not m.dense_hidden:
         raise ValueError(f"model.dense_hidden=0, but {dense} layers have a dense FFN: set model.dense_hidden")
+
+
+def _check_backends(recipe: Recipe) -> None:
+    for key, backend in (("attention.backend", recipe.attention.backend), ("moe.backend", recipe.moe.backend)):
+        if backend not in ("auto", "torch"):
+            raise ValueError(f"{key}={backend!r} is not there yet: set {key} to 'auto' or 'torch'")
 
 
 def _check_blocks(a: AttentionTable) -> None:
