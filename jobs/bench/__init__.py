@@ -1,1 +1,1 @@
-"""What is measured: one module a benchmark, run by `shoal bench NAME`."""
+"""Benchmarks: one module each, found by ``registry``; ``result`` holds what they share."""

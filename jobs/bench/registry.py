@@ -1,0 +1,35 @@
+"""The benchmarks there are. A benchmark is a module with ``run(settings) -> rows``; it is imported when it runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from shoal.jobs.bench.result import Document, Row, document
+
+BENCHMARKS = {
+    "train": ("shoal.jobs.bench.train", "Tokens/s of tiny under Ray, beside the same training without Ray."),
+    "startup": ("shoal.jobs.bench.startup", "Time from the command to the first step, and its parts."),
+    "memory": ("shoal.jobs.bench.memory", "Peak memory of a training run, over all its processes."),
+    "cli": ("shoal.jobs.bench.cli", "Time that shoal --help takes."),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure. None: the benchmark's own number of repeats or steps. ``say`` tells how far it is."""
+
+    data_dir: Path = Path("data")
+    repeats: int | None = None
+    steps: int | None = None
+    say: Callable[[str], None] = print
+
+
+def measure(name: str, settings: Settings) -> Document:
+    """Runs a benchmark and returns its result. Raises ShoalError for what it cannot do."""
+    before = os.getloadavg()[0]
+    rows: list[Row] = import_module(BENCHMARKS[name][0]).run(settings)
+    return document(name, rows, (before, os.getloadavg()[0]))
