@@ -41,7 +41,7 @@ class RankGroup:
             )
         self.threads = max(1, (os.cpu_count() or 1) // ranks) if session.local else 1
         actor = ray.remote(RankActor)
-        self.actors = [
+        self.actors: list[Any] = [
             actor.options(
                 num_cpus=1,
                 num_gpus=needs.get("GPU", 0),
@@ -90,22 +90,32 @@ class RankGroup:
         return list(ray.get(list(references)))
 
     def _reason(self, first: Exception, waiting: list[Any]) -> Exception:
-        """What to tell: a rank's own refusal before a death, and a death before what the others say of it."""
+        """What to tell: a death, which explains what the other ranks say, before a rank's refusal, before the rest."""
         import ray
 
-        errors = [first]
-        done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=LINGER) if waiting else ([], [])
-        for reference in done:
+        errors: list[Any] = [first]
+        # whoever is dead fails this call at once; whoever waits for the dead in a collective does not answer
+        waiting = waiting + self.call("pid")
+        while waiting and not any(isinstance(e, ray.exceptions.RayActorError) for e in errors):
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=LINGER)
+            if not done:
+                break
             try:
-                ray.get(reference)
+                ray.get(done)
             except ray.exceptions.RayError as error:
                 errors.append(error)
-        for error in errors:
-            cause = getattr(error, "cause", None)
-            if isinstance(cause, ShoalError):
-                return cause
-        dead = [e for e in errors if isinstance(e, ray.exceptions.RayActorError)]
-        return RankLost(_last_line(dead[0] if dead else errors[0]))
+        if isinstance(errors[-1], ray.exceptions.RayActorError):
+            return RankLost(self._death(errors[-1]))
+        refusals = [e.cause for e in errors if isinstance(getattr(e, "cause", None), ShoalError)]
+        return refusals[0] if refusals else RankLost(_last_line(errors[0]))
+
+    def _death(self, error: Any) -> str:
+        """Says which rank died. error: Ray's RayActorError."""
+        if error.actor_init_failed:
+            return f"a rank could not start ({_last_line(error)})"
+        ids = [actor._actor_id.hex() for actor in self.actors]
+        which = f"rank {ids.index(error.actor_id)}" if error.actor_id in ids else "a rank"
+        return f"the process of {which} died"
 
     def pids(self) -> list[int]:
         """Process ids of the ranks."""
@@ -127,9 +137,5 @@ class RankGroup:
 
 
 def _last_line(error: Exception) -> str:
-    import ray
-
-    if isinstance(error, ray.exceptions.RayActorError):
-        return "the process of a rank died"
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return lines[-1].strip()[:300] if lines else type(error).__name__

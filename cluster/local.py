@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import re
 import shutil
+import signal
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from shoal.workers.errors import ClusterRefused
 
 OBJECT_STORE = 160 << 20  # bytes; Ray carries calls and records only, tensors never pass through it
+ANSWER_SECONDS = 10.0  # a cluster whose address does not accept a connection within this time is not there
+# Seconds after which Ray's processes give up on a local GCS that is gone. With Ray's own 60, the agents of a run whose
+# driver was killed linger that long to report that their raylet died.
+GCS_GONE_SECONDS = "10"
+FOLDER = "shoal-ray-"
 
 
 @dataclass(frozen=True)
 class RaySession:
-    """A running Ray. ``dashboard`` is its address, or None; ``local`` says whether it lives and dies with this process."""
+    """A running Ray. ``dashboard``: its address or None; ``local``: whether it lives and dies with this process."""
 
     dashboard: str | None
     local: bool
@@ -29,30 +40,51 @@ class RaySession:
 def ray_session(ranks: int, dashboard: bool = True) -> Iterator[RaySession]:
     """Ray for the time of a ``with`` block.
 
-    Inside a cluster (``RAY_ADDRESS`` is set) joins it. Elsewhere starts a local one with a temporary folder of its own, so
-    that neither a crashed one's leftovers nor another user's Ray are in the way, and removes it at the end.
+    Inside a cluster (``RAY_ADDRESS`` is set) joins it. Elsewhere starts a local one with a temporary folder of its own,
+    so that neither a crashed one's leftovers nor another user's Ray are in the way, and removes it at the end.
+
+    Raises: ClusterRefused when Ray cannot be joined or started.
     """
+    address = os.environ.get("RAY_ADDRESS")
+    if address and address != "local":
+        _refuse_silent(address)
+        try:
+            yield _describe(_init(address=address).dashboard_url, local=False)
+        finally:
+            _shutdown()
+        return
+    with _folder() as folder:
+        try:
+            yield _describe(_start_local(folder, ranks, dashboard), local=True)
+        finally:
+            _shutdown()
+
+
+def _shutdown() -> None:
     import ray
 
-    if os.environ.get("RAY_ADDRESS"):
-        info = _init(address="auto")
-        try:
-            yield _describe(info.dashboard_url, local=False)
-        finally:
-            ray.shutdown()
+    ray.shutdown()
+
+
+def _refuse_silent(address: str) -> None:
+    """Refuses an address that nobody answers at; Ray itself would try for minutes. Other forms are left to Ray."""
+    match = re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d{1,5})", address)
+    if not match:
         return
-    folder = tempfile.mkdtemp(prefix="shoal-ray-", dir=_short_folder())
     try:
-        yield _describe(_start_local(folder, ranks, dashboard), local=True)
-    finally:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+        socket.create_connection((match[1], int(match[2])), timeout=ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ClusterRefused(
+            f"RAY_ADDRESS={address} does not answer ({why}): correct it, or unset it to start Ray on this machine"
+        ) from None
 
 
 def _start_local(folder: str, ranks: int, dashboard: bool) -> str | None:
-    # a small /dev/shm (containers give 64 MiB) makes Ray warn or fail: use the folder on disk then, nothing large is stored
+    # A small /dev/shm (containers give 64 MiB) makes Ray warn or fail: take the disk then, nothing large is stored.
     shared = Path("/dev/shm")
     enough = shared.is_dir() and shutil.disk_usage(shared).free > 2 * OBJECT_STORE
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", GCS_GONE_SECONDS)
     info = _init(
         address="local",
         num_cpus=max(os.cpu_count() or 1, ranks),
@@ -64,19 +96,27 @@ def _start_local(folder: str, ranks: int, dashboard: bool) -> str | None:
     return info.dashboard_url or None
 
 
-def _init(**options: object):  # type: ignore[no-untyped-def]
+def _init(**options: Any) -> Any:
+    """Ray's init, with its handlers of SIGTERM undone: whoever calls decides what a signal does."""
     import logging
 
     import ray
 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    before = signal.getsignal(signal.SIGTERM)
     try:
         return ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+    except SystemExit:  # what Ray makes of a SIGTERM meanwhile
+        raise KeyboardInterrupt from None
     except Exception as error:
-        where = options["address"]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        why = lines[0][:300].rstrip(".") if lines else type(error).__name__
         raise ClusterRefused(
-            f"Ray ({where}) did not start: {str(error).strip().splitlines()[0]}: run `shoal doctor` to see what is missing"
+            f"Ray ({options['address']}) did not start: {why}: run `shoal doctor` to see what is missing"
         ) from error
+    finally:
+        with contextlib.suppress(ValueError):  # only the main thread may, and only there Ray has
+            signal.signal(signal.SIGTERM, before)
 
 
 def _describe(dashboard: str | None, local: bool) -> RaySession:
@@ -85,6 +125,58 @@ def _describe(dashboard: str | None, local: bool) -> RaySession:
     resources = ray.cluster_resources()
     url = f"http://{dashboard}" if dashboard else None
     return RaySession(url, local, int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
+
+
+# The folder of a local Ray
+
+
+@contextmanager
+def _folder() -> Iterator[str]:
+    """A new temporary folder, removed at the end; those that killed processes left are removed now.
+
+    Its owner holds a lock (flock) on it, which ends with the process.
+    """
+    parent = _short_folder() or tempfile.gettempdir()
+    try:
+        folder, lock = _locked_folder(parent)
+    except OSError as error:
+        raise ClusterRefused(
+            f"Ray needs a folder in {parent}, which cannot be written ({error.strerror}): set TMPDIR to another one"
+        ) from error
+    try:
+        _sweep(Path(parent))
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _locked_folder(parent: str) -> tuple[str, int]:
+    while True:
+        folder = tempfile.mkdtemp(prefix=FOLDER, dir=parent)
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # somebody swept it before it was locked
+            continue
+        with contextlib.suppress(OSError):  # a file system may know no locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if Path(folder).is_dir():
+            return folder, lock
+        os.close(lock)
+
+
+def _sweep(parent: Path) -> None:
+    """Removes the folders of this user whose owners are dead."""
+    for folder in parent.glob(f"{FOLDER}*"):
+        with contextlib.suppress(OSError):
+            if folder.lstat().st_uid != os.getuid() or folder.is_symlink():
+                continue
+            lock = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 def _short_folder() -> str | None:

@@ -1,11 +1,11 @@
-"""Keeps a run going: starts its ranks, feeds them work, and starts them again from the last good checkpoint when one dies."""
+"""Keeps a run going: starts its ranks, feeds them work, and after a death goes on from the last good checkpoint."""
 
 from __future__ import annotations
 
 import signal
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,9 +13,9 @@ from typing import Any, Protocol
 from shoal.cluster.group import RankGroup, RankLost
 from shoal.cluster.local import RaySession
 from shoal.cluster.metrics import TrainMetrics
-from shoal.workers.checkpoint_files import last_good, list_checkpoints
+from shoal.workers.checkpoint_files import last_good, wait_for_writers
 from shoal.workers.config import Recipe
-from shoal.workers.errors import TrainingFailed
+from shoal.workers.errors import ShoalError, TrainingFailed
 
 CALL_SECONDS = 1.0  # work in one call to the ranks; two calls are in flight, so that no rank waits for the driver
 Record = dict[str, Any]
@@ -82,26 +82,33 @@ class Supervisor:
         self.step = 0
         self.failures = 0
 
-    def run(self, sample: SampleRequest | None = None) -> Outcome:
-        """Trains to the last step, or until stopped.
+    def run(self, sample: SampleRequest | None = None, resumed: bool = False) -> Outcome:
+        """Trains to the last step, or until stopped. resumed: says where the run goes on from.
 
         Raises: ``TrainingFailed`` when the numbers are not finite, or ranks failed too often in a row;
         ``ShoalError`` of whatever the ranks refuse.
         """
         with self.stop.listening():
+            start = self._starting_point()
+            if resumed:
+                where = f"going on from step {start}" if start else "no checkpoint to go on from, starting from step 0"
+                self._tell("resumed", where, start or 0)
             while True:
-                start = self._starting_point()
-                newest = self._newest()
                 try:
                     with RankGroup(self.recipe, self.session) as group:
                         group.connect()
                         self.step = group.build(str(self.corpus.resolve()), str(self.checkpoints.resolve()), start)
                         return self._train(group, sample)
                 except RankLost as lost:
-                    self._count_failure(str(lost), newest)
+                    reached, before = self.step, start
+                    start = self._starting_point()
+                    if self.stop.signal:
+                        return self._gave_up(str(lost), start or 0)
+                    self._count_failure(str(lost), reached, before or 0, start or 0)
 
     def _starting_point(self) -> int | None:
         """The step of the newest whole checkpoint, None for a fresh start; what was reported after it is void."""
+        wait_for_writers(self.checkpoints)
         good, damaged = last_good(self.checkpoints)
         step = good.step if good else None
         self.report.rewind(step or 0)
@@ -109,30 +116,36 @@ class Supervisor:
             self._tell("damaged", sentence, step or 0)
         return step
 
-    def _newest(self) -> int:
-        found = list_checkpoints(self.checkpoints)
-        return found[-1].step if found else 0
-
-    def _count_failure(self, why: str, newest_before: int) -> None:
+    def _count_failure(self, why: str, reached: int, before: int, start: int) -> None:
         """Goes on after a failure, unless there were too many without a new checkpoint between them."""
-        self.failures = 1 if self._newest() > newest_before else self.failures + 1
+        self.failures = 1 if start > before else self.failures + 1
         limit = self.recipe.parallel.max_failures
         if self.failures > limit:
             raise TrainingFailed(
-                f"{self.failures} failures in a row without a new checkpoint, more than parallel.max_failures={limit}: "
-                f"{why} at step {self.step}; the logs of the ranks say more, and --resume goes on once the cause is gone"
+                f"{self.failures} failures in a row without a new checkpoint, more than parallel.max_failures={limit} "
+                f"(the last one: {why} at step {reached}): remove the cause, and --resume goes on from step {start}"
             )
-        goes_on = f"going on from step {self._newest()} (failure {self.failures} of at most {limit} in a row)"
-        self._tell("recovered", f"{why}: {goes_on}", self.step)
+        goes_on = f"going on from step {start} (failure {self.failures} of at most {limit} in a row)"
+        self._tell("recovered", f"{why}: {goes_on}", start)
+
+    def _gave_up(self, why: str, start: int) -> Outcome:
+        """Ranks that die after the wish to stop are not started again; the newest checkpoint stands."""
+        text = f"stopped by signal {self.stop.signal} ({why}), the last checkpoint is of step {start}"
+        self._tell("stopped", text, start)
+        return Outcome(start, stopped=True)
 
     def _train(self, group: RankGroup, sample: SampleRequest | None) -> Outcome:
-        total = self.recipe.train.steps
+        total, every = self.recipe.train.steps, self.recipe.checkpoint.every
         calls: deque[tuple[int, list[Any]]] = deque()
         submitted, pace = self.step, 1
         while self.step < total:
-            while len(calls) < 2 and submitted < total and not self.stop.signal:
-                submitted = min(total, submitted + pace)
-                calls.append((submitted, group.call("run", submitted)))
+            # No call goes past a step that is saved: a checkpoint may stand only once its steps are on file here, for
+            # whoever goes on from it does not compute them again.
+            barrier = min(total, (self.step // every + 1) * every)
+            while len(calls) < 2 and submitted < barrier and not self.stop.signal:
+                due = submitted == self.step and submitted % every == 0
+                submitted = min(barrier, submitted + pace)
+                calls.append((submitted, group.call("run", submitted, due)))
             if not calls:
                 return self._stopped(group)
             until, references = calls.popleft()
@@ -151,15 +164,17 @@ class Supervisor:
             if record["kind"] == "train":
                 seconds = max(1e-4, record["step_seconds"])
             if record.get("event") == "failed":
-                group.get(group.call("settle"))
-                kept = self._newest()
-                where = f"checkpoint step-{kept} is the last good one" if kept else "there is no checkpoint yet"
-                raise TrainingFailed(f"training stopped at {record['text']}; {where}")
+                with suppress(ShoalError):  # a checkpoint that could not be written as well is the lesser news
+                    group.get(group.call("settle"))
+                good, _ = last_good(self.checkpoints)
+                where = f"checkpoint {good.path.name} is the last good one" if good else "there is no checkpoint yet"
+                raise TrainingFailed(f"training stopped at {record['text']}; {where}: lower train.learning_rate")
         return seconds
 
     def _stopped(self, group: RankGroup) -> Outcome:
         step = int(group.get(group.call("save"))[0])
-        self._tell("stopped", f"stopped by signal {self.stop.signal}, checkpoint step-{step} written", step)
+        written = f"checkpoint step-{step} written" if step else "before the first step"
+        self._tell("stopped", f"stopped by signal {self.stop.signal}, {written}", step)
         return Outcome(step, stopped=True)
 
     def _tell(self, event: str, text: str, step: int) -> None:

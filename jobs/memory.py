@@ -13,20 +13,27 @@ PROCESS = 400 << 20  # bytes of a rank's process before any tensor: Python, torc
 
 
 def refuse_what_does_not_fit(recipe: Recipe) -> None:
-    """Compares the recipe's estimate with the free memory; GPUs and clusters answer for themselves.
+    """Compares the recipe's estimate with the free memory; the memory of GPUs and clusters answers for itself.
 
-    Raises ClusterRefused when the ranks need more than there is.
+    Raises ClusterRefused when the ranks need more than there is, or GPUs and there are none.
     """
-    gpus = any(Path("/dev").glob("nvidia[0-9]*"))
-    if os.environ.get("RAY_ADDRESS") or recipe.parallel.device == "cuda" or (gpus and recipe.parallel.device == "auto"):
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    gpus, device = any(Path("/dev").glob("nvidia[0-9]*")), recipe.parallel.device
+    if device == "cuda" and not gpus:
+        raise ClusterRefused(
+            "parallel.device='cuda', and this machine has no NVIDIA GPU: set parallel.device to cpu or auto, "
+            "or name a cluster by RAY_ADDRESS"
+        )
+    if device == "cuda" or (gpus and device == "auto"):
         return
     kinds = count_memory(recipe, count_parameters(recipe)).values()
     needed = sum(kind.ranks * (kind.total + PROCESS) for kind in kinds)
     free = available_memory()
     if free and needed > free:
         raise ClusterRefused(
-            f"parallel.ranks={recipe.parallel.ranks} of this recipe need about {gib(needed)} in all, and this machine has "
-            f"{gib(free)} of memory free: lower parallel.ranks, train.batch or the model, or use a cluster"
+            f"parallel.ranks={recipe.parallel.ranks} of this recipe need about {gib(needed)} in all, and this machine "
+            f"has {gib(free)} of memory free: lower parallel.ranks, train.batch or the model, or use a cluster"
         )
 
 
@@ -38,11 +45,13 @@ def available_memory() -> int:
     except (OSError, KeyError, ValueError):
         return 0
     try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cache = int(stat["inactive_file"]) + int(stat["active_file"])  # the kernel gives it back when asked
+    except (OSError, ValueError, KeyError):
         return free
-    return min(free, max(0, limit - used))
+    return min(free, max(0, limit - used + cache))
 
 
 def gib(size: int) -> str:

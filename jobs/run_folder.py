@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import itertools
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,24 @@ class RunFolder:
             return Path(json.loads((self.path / "run.json").read_text())["corpus"])
         except (OSError, ValueError, KeyError, TypeError):
             raise InvalidInput(f"{self.path / 'run.json'} does not name the run's corpus: restore it") from None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder for one trainer, no longer than the process lives. Raises InvalidInput when it is held."""
+        lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise InvalidInput(
+                f"{self.path} is being trained by another process: let that end first, or choose another --name"
+            ) from None
+        except OSError:
+            pass  # a file system may know no locks
+        try:
+            yield
+        finally:
+            os.close(lock)
 
     def last_step(self) -> int:
         """Step of the newest checkpoint, 0 when there is none."""

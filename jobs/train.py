@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,10 +17,11 @@ from shoal.jobs.data.corpus import ensure_corpus
 from shoal.jobs.data.prepare import corpus_tokenizer
 from shoal.jobs.memory import refuse_what_does_not_fit
 from shoal.jobs.report import RunReport
+from shoal.jobs.report.journal import read_records
 from shoal.jobs.run_folder import RunFolder, check_same_corpus, new_run, write_identity
+from shoal.workers.checkpoint_files import last_good
 from shoal.workers.config import Recipe
 from shoal.workers.data.manifest import read_manifest
-from shoal.workers.errors import ShoalError
 
 SAMPLE_PROMPTS = {"stdlib": "def ", "shakespeare": "\n"}
 SAMPLE_TOKENS = 96
@@ -27,21 +30,21 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training run came to."""
+    """What a training run came to. ``evaluation``: its last validation; ``sample``: empty when none was made."""
 
     run: Path
     step: int
     stopped: bool
     evaluation: Record | None
-    prompt: str
-    sample: str
+    prompt: str = ""
+    sample: str = ""
 
 
 class _WithBaselines:
     """Puts the unigram and gzip figures of the same text beside each validation, and remembers the last one."""
 
     def __init__(self, report: RunReport, beside: Baselines, started: Callable[[], None]) -> None:
-        self.report, self.last, self.started = report, None, started
+        self.report, self.started = report, started
         self.beside = {k: v for k, v in asdict(beside).items() if k.endswith("bits_per_byte")}
         self.last: Record | None = None
 
@@ -60,18 +63,62 @@ class _WithBaselines:
 def train(
     recipe: Recipe, runs: Path, name: str | None, resume: RunFolder | None, data_root: Path, console: Console
 ) -> TrainResult:
-    """Trains ``recipe`` to its end in a run folder. Raises ShoalError for whatever cannot be done."""
+    """Trains ``recipe`` to its end in a run folder. SIGTERM is treated like Ctrl-C.
+
+    Raises: ShoalError for whatever cannot be done; KeyboardInterrupt when it is to end at once.
+    """
     started = time.monotonic()
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return _train(recipe, runs, name, resume, data_root, console, started)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _train(
+    recipe: Recipe,
+    runs: Path,
+    name: str | None,
+    resume: RunFolder | None,
+    data_root: Path,
+    console: Console,
+    started: float,
+) -> TrainResult:
     refuse_what_does_not_fit(recipe)
     corpus = resume.corpus() if resume else _corpus(recipe, data_root, console)
     manifest = read_manifest(corpus)
     if resume:
         check_same_corpus(resume, manifest.corpus_hash)
     folder = resume or new_run(runs, name, recipe)
-    write_identity(folder, recipe, corpus, manifest.corpus_hash)
-    console.print(f"run      {folder.path}", highlight=False)
-    console.print(f"corpus   {corpus}  {manifest.corpus_hash[:16]}  {_split_sizes(manifest)}", highlight=False)
-    return _supervised(recipe, folder, corpus, console, started, resume is not None)
+    with folder.locked():
+        if resume and _finished(folder, recipe):
+            console.print(f"{folder.path} is done: step {recipe.train.steps} of {recipe.train.steps}", highlight=False)
+            return TrainResult(folder.path, recipe.train.steps, False, _last_evaluation(folder))
+        write_identity(folder, recipe, corpus, manifest.corpus_hash)
+        console.print(f"run      {folder.path}", highlight=False)
+        console.print(f"corpus   {corpus}  {manifest.corpus_hash[:16]}  {_split_sizes(manifest)}", highlight=False)
+        try:
+            return _supervised(recipe, folder, corpus, console, started, resume is not None)
+        except KeyboardInterrupt:
+            _tell_how_to_resume(folder, console)
+            raise
+
+
+def _finished(folder: RunFolder, recipe: Recipe) -> bool:
+    """Whether the checkpoint of the last step is there and whole."""
+    if folder.last_step() < recipe.train.steps:
+        return False
+    good, _ = last_good(folder.path / "checkpoints")
+    return good is not None and good.step >= recipe.train.steps
+
+
+def _last_evaluation(folder: RunFolder) -> Record | None:
+    found = [r for r in read_records(folder.path / "metrics.jsonl") if r.get("kind") == "eval"]
+    return found[-1] if found else None
 
 
 def _supervised(
@@ -96,7 +143,9 @@ def _supervised(
             console.print(f"watch    {session.dashboard}", highlight=False)
         first = _Once(lambda: console.print(f"first step after {time.monotonic() - started:.1f} s", highlight=False))
         told = _WithBaselines(report, baselines(corpus, recipe.train.eval_tokens), first)
-        outcome = Supervisor(recipe, corpus, folder.path, told, session).run(request)
+        outcome = Supervisor(recipe, corpus, folder.path, told, session).run(request, resumed)
+        if outcome.stopped:
+            _tell_how_to_resume(folder, console)
     text = tokenizer.decode(outcome.sample)
     return TrainResult(folder.path, outcome.step, outcome.stopped, told.last, prompt, text)
 
@@ -131,10 +180,7 @@ def _split_sizes(manifest: Any) -> str:
     return ", ".join(f"{name} {part.tokens:,} tokens" for name, part in manifest.splits.items())
 
 
-def resume_hint(folder: Path, recipe: Recipe) -> str:
-    """The command that goes on with a run."""
-    runs = "" if folder.parent == Path("runs") else f" --runs-dir {folder.parent}"
-    return f"shoal train --resume --name {folder.name}{runs}"
-
-
-__all__ = ["ShoalError", "TrainResult", "resume_hint", "train"]
+def _tell_how_to_resume(folder: RunFolder, console: Console) -> None:
+    runs = "" if folder.path.parent == Path("runs") else f" --runs-dir {shlex.quote(str(folder.path.parent))}"
+    command = f"shoal train --resume --name {shlex.quote(folder.path.name)}{runs}"
+    console.print(f"go on with: {command}", highlight=False, markup=False, soft_wrap=True)

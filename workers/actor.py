@@ -1,4 +1,4 @@
-"""The Ray actor that hosts the shards of one rank. The driver imports this module, so torch comes in only inside calls."""
+"""The Ray actor that hosts the shards of one rank. The driver imports this module: torch comes in only inside calls."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.workers.config import Recipe
+from shoal.workers.errors import TrainingFailed
 from shoal.workers.placement import Placement
 
 if TYPE_CHECKING:
@@ -72,21 +73,27 @@ class RankActor:
             self.trainer.restore(step)
         return self.trainer.step
 
-    def run(self, until: int) -> list[Record]:
-        """Trains up to step ``until``, with validations and checkpoints on the way. Rank 0 returns the records.
+    def run(self, until: int, save: bool = False) -> list[Record]:
+        """Trains up to step ``until``, with validations on the way. Rank 0 returns the records.
 
-        A step whose numbers are not finite ends the call with a ``failed`` record on every rank.
+        save: first starts to write a checkpoint of the step reached, unless there is one. Whoever calls has filed the
+        records up to that step: they are not computed again by who goes on from the checkpoint.
+
+        Numbers that are not finite end the call with a ``failed`` record on every rank.
         """
         from shoal.workers.trainer import NotFinite
 
         trainer, records = self._ready(), []
-        # a second call may be in flight when a step fails: it must not go on from there
-        while trainer.step < until and not self.failed:
-            try:
+        try:
+            # a second call may be in flight when a step fails: it must not go on from there
+            if save and not self.failed:
+                trainer.save()
+            while trainer.step < until and not self.failed:
                 records += trainer.advance()
-            except NotFinite as error:
-                self.failed = True
-                records.append({"kind": "event", "step": trainer.step, "event": "failed", "text": str(error)})
+        except NotFinite as error:
+            self.failed = True
+            records += error.records
+            records.append({"kind": "event", "step": trainer.step, "event": "failed", "text": str(error)})
         return records if self.rank == 0 else []
 
     def evaluate(self) -> Record:
@@ -94,10 +101,17 @@ class RankActor:
         return self._ready().evaluate()
 
     def save(self) -> int:
-        """Writes a checkpoint of the step reached, unless there is one, and waits for it. Returns the step."""
+        """Writes a checkpoint of the step reached, unless there is one, and waits for it. Returns the step.
+
+        Raises: ``TrainingFailed`` on every rank when the weights are not finite.
+        """
+        from shoal.workers.trainer import NotFinite
+
         trainer = self._ready()
-        if trainer.saved_step != trainer.step:
+        try:
             trainer.save()
+        except NotFinite as error:
+            raise TrainingFailed(f"training stopped at {error}") from None
         trainer.settle()
         return trainer.step
 

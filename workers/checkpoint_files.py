@@ -26,6 +26,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -322,6 +323,16 @@ def clean_leftovers(folder: Path) -> None:
             path.rename(target)
         else:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def wait_for_writers(folder: Path, seconds: float = 60.0) -> None:
+    """Returns when no process holds a checkpoint in ``folder`` for writing, or after ``seconds``.
+
+    A rank that was told to die may publish its last checkpoint, and prune older ones, a moment later.
+    """
+    deadline = time.monotonic() + seconds
+    while any(_locked(path) for path in _entries(folder)) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _set_aside(path: Path, why: str) -> Path:

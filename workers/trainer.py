@@ -29,7 +29,14 @@ Record = dict[str, Any]
 
 
 class NotFinite(Exception):
-    """The loss or a gradient is not finite; the message names step and layer. Raised on every rank alike."""
+    """The loss, a gradient or a weight is not finite; the message names step and layer. Raised on every rank alike.
+
+    ``records``: what the step that failed had computed before.
+    """
+
+    def __init__(self, text: str, records: list[Record] | None = None) -> None:
+        super().__init__(text)
+        self.records = records or []
 
 
 class Trainer:
@@ -53,7 +60,10 @@ class Trainer:
             )
 
     def advance(self) -> list[Record]:
-        """A step, and the validation and checkpoint that are due after it; returns their records."""
+        """A step, and the validation that is due after it; returns their records.
+
+        Raises: ``NotFinite``; the trainer must not go on then.
+        """
         t = self.recipe.train
         record = self.train_step()
         load, last = record.pop("load"), self.step == t.steps
@@ -61,9 +71,11 @@ class Trainer:
         if load and (last or self.step % max(1, t.steps // LOAD_RECORDS) == 0):
             records.append({"kind": "load", "step": self.step, "load": load})
         if last or (t.eval_every and self.step % t.eval_every == 0):
-            records.append(self.evaluate())
-        if self.checkpointer and (last or self.step % self.recipe.checkpoint.every == 0):
-            self.save()
+            evaluation = self.evaluate()
+            if not math.isfinite(evaluation["loss"]):
+                where = self._bad_weight() or "the validation loss is not finite"
+                raise NotFinite(f"step {self.step}: {where}", records)
+            records.append(evaluation)
         return records
 
     # -- a step ------------------------------------------------------------------------------------------------------
@@ -182,12 +194,32 @@ class Trainer:
         return out
 
     def save(self) -> None:
-        """Starts writing a checkpoint of this step, in the background."""
+        """Starts writing a checkpoint of this step, in the background, unless there is one.
+
+        Raises: ``NotFinite`` on every rank when a weight is not finite on one; ``ShoalError`` of the previous one.
+        """
         assert self.checkpointer is not None
+        if self.saved_step == self.step:
+            return
+        if bad := self._bad_weight():
+            raise NotFinite(f"step {self.step}: {bad}")
         dtype = str(self.model.dtype).removeprefix("torch.")
         state = {"step": self.step, "seed": self.recipe.train.seed, "dtype": dtype, "data": self.loader.state()}
         self.checkpointer.save(self.step, self.tensors(), state)
         self.saved_step = self.step
+
+    def _bad_weight(self) -> str:
+        """Names the first layer with a weight that is not finite on any rank; else an empty string. Collective."""
+        layers = len(self.model.layers)
+        flags = torch.zeros(layers + 1, device=self.device)
+        for name, parameter in self.parameters.items():
+            layer = int(name.split(".")[1]) if name.startswith("layers.") else layers
+            flags[layer] += (~torch.isfinite(parameter).all()).float()
+        bad = [i for i, flag in enumerate(self.mesh.world.all_reduce(flags).tolist()) if flag]
+        if not bad:
+            return ""
+        where = f"layers.{bad[0]}" if bad[0] < layers else "the embedding or the head"
+        return f"a weight of {where} is not finite after the update"
 
     def settle(self) -> None:
         """Waits until no checkpoint is being written; raises what went wrong with it."""
@@ -204,13 +236,15 @@ class Trainer:
 
     def _loader(self, state: dict[str, Any] | None) -> TrainLoader:
         t = self.recipe.train
+        data = self.recipe.data
         return TrainLoader(
             self.corpus,
             t.sequence,
             t.batch,
             t.accumulate,
             t.seed,
-            self.recipe.data.shuffle_groups,
+            data.shuffle_groups,
+            data.shuffle_tokens,
             self._shard(),
             state,
         )

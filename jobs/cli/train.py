@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +26,9 @@ Examples:
 def train(
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", "-r", help="A built-in recipe or a TOML file; default: tiny.", autocompletion=complete_recipe),
+        typer.Option(
+            "--recipe", "-r", help="A built-in recipe or a TOML file; default: tiny.", autocompletion=complete_recipe
+        ),
     ] = None,
     sets: SetOption = None,
     data: Annotated[str | None, typer.Option(help="Corpus: stdlib, shakespeare, or a prepared folder.")] = None,
@@ -43,13 +46,12 @@ def train(
 
     from shoal.jobs.recipe import load_recipe
     from shoal.jobs.run_folder import RunFolder, check_same_recipe
-    from shoal.jobs.train import resume_hint
     from shoal.jobs.train import train as run_training
     from shoal.workers.errors import UsageError
 
     overrides = {
         "data.corpus": data,
-        "parallel.ranks": workers,
+        "parallel.ranks": workers or ranks_of(placement),
         "parallel.placement": placement,
         "train.steps": steps,
     }
@@ -65,11 +67,9 @@ def train(
         check_same_recipe(folder, checked)
     console = Console(stderr=output is Output.json)
     result = run_training(checked, runs_dir, name, folder, data_dir, console)
-    if result.stopped:
-        console.print(f"go on with: {resume_hint(RunFolder(result.run), checked)}", highlight=False)
 
     def table() -> None:
-        if result.stopped:
+        if not result.sample:
             return
         console.print(f"\n[bold]A sample[/bold] after step {result.step}:")
         console.print(result.prompt + result.sample, markup=False, highlight=False)
@@ -86,6 +86,12 @@ def train(
     emit(facts, output, table)
     if result.stopped:
         raise typer.Exit(130)
+
+
+def ranks_of(placement: str | None) -> int | None:
+    """The number of ranks that nA:mF names; it need not be repeated by --workers."""
+    match = re.fullmatch(r"(\d+)A:(\d+)F", placement or "")
+    return int(match[1]) + int(match[2]) if match else None
 
 
 train.__doc__ = f"{train.__doc__}\n{EXAMPLES}"
