@@ -85,7 +85,8 @@ class DataTable(Table):
     """What is trained on: a built-in corpus (``stdlib``, ``shakespeare``) or a folder of ``shoal data prepare``."""
 
     corpus: str = "stdlib"
-    shuffle_groups: int = Field(default=8, ge=1, description="Parquet row groups shuffled together")
+    shuffle_groups: int = Field(default=8, ge=1, description="Parquet row groups whose documents are shuffled together")
+    shuffle_tokens: int = Field(default=1 << 20, ge=1, description="tokens whose rows are shuffled together")
 
 
 class TrainTable(Table):

@@ -92,14 +92,14 @@ def epoch_of_documents(folder: Path, loader: TrainLoader, rows: int, sequence: i
 
 @pytest.mark.parametrize("sequence", [2, 7, 64, 1000])
 def test_an_epoch_is_every_document_once_and_every_token_predicted_once(corpus: Path, sequence: int) -> None:
-    loader = TrainLoader(corpus, sequence, 4, 2, seed=3, shuffle_groups=4, shard=(0, 1))
+    loader = TrainLoader(corpus, sequence, 4, 2, seed=3, shuffle_groups=4, shuffle_tokens=1, shard=(0, 1))
     found = epoch_of_documents(corpus, loader, 4, sequence)
     assert Counter(found) == Counter(map(tuple, documents(corpus, "train")))
 
 
 def test_targets_of_an_epoch_are_all_tokens_but_the_first_of_each_document(corpus: Path) -> None:
     total = read_manifest(corpus).splits["train"].tokens
-    loader = TrainLoader(corpus, total, 1, 1, seed=0, shuffle_groups=2, shard=(0, 1))  # a row is an epoch
+    loader = TrainLoader(corpus, total, 1, 1, seed=0, shuffle_groups=2, shuffle_tokens=1, shard=(0, 1))  # a row is an epoch
     for _ in range(3):
         (batch,) = loader.next()
         expected = Counter(token for document in documents(corpus, "train") for token in document[1:])
@@ -112,9 +112,10 @@ def test_the_stream_does_not_depend_on_the_number_of_shards(
 ) -> None:
     batch = micro * shards * data.draw(st.integers(1, 3))
     seed, groups = data.draw(st.integers(0, 99)), data.draw(st.integers(1, 20))
-    whole = TrainLoader(corpus, sequence, batch, micro, seed, groups, (0, 1))
-    parts = [TrainLoader(corpus, sequence, batch, micro, seed, groups, (r, shards)) for r in range(shards)]
-    experts_only = TrainLoader(corpus, sequence, batch, micro, seed, groups, (None, shards))
+    mixed = data.draw(st.integers(1, 2000))
+    whole = TrainLoader(corpus, sequence, batch, micro, seed, groups, mixed, (0, 1))
+    parts = [TrainLoader(corpus, sequence, batch, micro, seed, groups, mixed, (r, shards)) for r in range(shards)]
+    experts_only = TrainLoader(corpus, sequence, batch, micro, seed, groups, mixed, (None, shards))
     for _ in range(6):
         expected = whole.next()
         got = [part.next() for part in parts]
@@ -125,14 +126,14 @@ def test_the_stream_does_not_depend_on_the_number_of_shards(
 
 
 def test_accumulation_cuts_the_same_global_batch(corpus: Path) -> None:
-    one, four = (TrainLoader(corpus, 33, 8, m, 5, 3, (0, 1)) for m in (1, 4))
+    one, four = (TrainLoader(corpus, 33, 8, m, 5, 3, 700, (0, 1)) for m in (1, 4))
     for _ in range(10):
         assert same(join(four.next()), one.next()[0])
 
 
 @pytest.mark.parametrize("shard", [(0, 1), (1, 2), (None, 2)])
 def test_resuming_at_every_position_gives_the_same_batches(corpus: Path, shard: tuple[int | None, int]) -> None:
-    arguments = (corpus, 61, 6, 3, 11, 3)
+    arguments = (corpus, 61, 6, 3, 11, 3, 800)
     loader = TrainLoader(*arguments, shard)
     states, batches = [], []
     while loader.state()["epoch"] < 2:
@@ -145,11 +146,23 @@ def test_resuming_at_every_position_gives_the_same_batches(corpus: Path, shard: 
             assert all(same(a, b) for a, b in zip(resumed.next(), expected, strict=True))
 
 
+def test_rows_are_shuffled_among_those_that_follow_one_another(corpus: Path) -> None:
+    """20 rows at a time: the same rows as without shuffling, in another order, another one in each block."""
+    plain = TrainLoader(corpus, 25, 20, 1, 0, 4, 1, (0, 1))
+    mixed = TrainLoader(corpus, 25, 20, 1, 0, 4, 500, (0, 1))
+    orders = []
+    for _ in range(5):
+        before, after = (loader.next()[0].tokens.view(20, 25).tolist() for loader in (plain, mixed))
+        assert sorted(before) == sorted(after)
+        orders.append(tuple(before.index(row) for row in after))
+    assert len(set(orders)) == 5 and tuple(range(20)) not in orders
+
+
 def test_a_state_opens_on_another_number_of_shards(corpus: Path) -> None:
-    one = TrainLoader(corpus, 40, 4, 1, 0, 2, (0, 1))
+    one = TrainLoader(corpus, 40, 4, 1, 0, 2, 500, (0, 1))
     for _ in range(7):
         one.next()
-    two = [TrainLoader(corpus, 40, 4, 1, 0, 2, (r, 2), one.state()) for r in range(2)]
+    two = [TrainLoader(corpus, 40, 4, 1, 0, 2, 500, (r, 2), one.state()) for r in range(2)]
     for _ in range(5):
         assert same(join([loader.next()[0] for loader in two]), one.next()[0])
 
@@ -158,7 +171,7 @@ def test_seed_and_epoch_change_the_order_and_nothing_else(corpus: Path) -> None:
     total = read_manifest(corpus).splits["train"].tokens
 
     def epochs(seed: int) -> list[list[int]]:
-        loader = TrainLoader(corpus, total, 1, 1, seed, 2, (0, 1))
+        loader = TrainLoader(corpus, total, 1, 1, seed, 2, 1, (0, 1))
         return [loader.next()[0].tokens.tolist() for _ in range(2)]
 
     first, again, other = epochs(0), epochs(0), epochs(1)
@@ -182,17 +195,17 @@ def test_memory_holds_one_window(corpus: Path, monkeypatch: pytest.MonkeyPatch) 
         return table
 
     monkeypatch.setattr(loader_module, "read_row_group", counted)
-    loader = TrainLoader(corpus, 16, 1, 1, 0, 3, (0, 1))
+    loader = TrainLoader(corpus, 16, 1, 1, 0, 3, 1, (0, 1))
     assert len(read) == 3
     groups = read_manifest(corpus).parquet("train")[0].row_groups
     largest = 3 * (512 + max(map(len, documents(corpus, "train"))))
     while loader.state()["epoch"] == 0:
-        before, window = len(read), loader.state()["window"]
+        before, window = len(read), loader._stream.window
         loader.next()
-        entered = (loader.state()["window"] - window) % -(-groups // 3)
+        entered = (loader._stream.window - window) % -(-groups // 3)
         assert len(read) - before <= 3 * entered
-        assert len(loader._text.tokens) <= largest
-    assert loader._text.tokens.dtype == np.uint16
+        assert len(loader._stream._text.tokens) <= largest
+    assert loader._stream._text.tokens.dtype == np.uint16
 
 
 @given(sequence=st.integers(2, 200), batch=st.integers(1, 9), shards=st.integers(1, 4), tokens=st.integers(1, 3000))
@@ -238,10 +251,10 @@ def test_a_missing_or_cut_file_is_named(corpus: Path, tmp_path: Path) -> None:
     path = cut / "train-00000.parquet"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(InvalidInput, match=r"train-00000\.parquet is damaged .* bytes instead of"):
-        TrainLoader(cut, 8, 1, 1, 0, 8, (0, 1))
+        TrainLoader(cut, 8, 1, 1, 0, 8, 1, (0, 1))
     path.unlink()
     with pytest.raises(InvalidInput, match=r"train-00000\.parquet is missing: restore it"):
-        TrainLoader(cut, 8, 1, 1, 0, 8, (0, 1))
+        TrainLoader(cut, 8, 1, 1, 0, 8, 1, (0, 1))
     (cut / "val-00000.parquet").unlink()
     with pytest.raises(InvalidInput, match=r"val-00000\.parquet is missing: restore it"):
         ValLoader(cut, 8, 100, 1, (0, 1))
@@ -256,24 +269,24 @@ def test_flipped_bytes_are_found_before_a_model_sees_them(corpus: Path, tmp_path
     path.write_bytes(data)
     with pytest.raises(InvalidInput, match=rf"{split}-00000\.parquet is damaged"):
         if split == "train":
-            TrainLoader(folder, 8, 1, 1, 0, 100, (0, 1))
+            TrainLoader(folder, 8, 1, 1, 0, 100, 1, (0, 1))
         else:
             ValLoader(folder, 8, 10**6, 1, (0, 1))
 
 
 def test_a_state_of_other_data_or_another_order_is_refused(corpus: Path) -> None:
-    state = TrainLoader(corpus, 8, 1, 1, 0, 8, (0, 1)).state()
+    state = TrainLoader(corpus, 8, 1, 1, 0, 8, 1, (0, 1)).state()
     with pytest.raises(InvalidInput, match=r"train\.seed .*seed 1, was 0"):
-        TrainLoader(corpus, 8, 1, 1, 1, 8, (0, 1), state)
+        TrainLoader(corpus, 8, 1, 1, 1, 8, 1, (0, 1), state)
     with pytest.raises(InvalidInput, match=r"data\.shuffle_groups"):
-        TrainLoader(corpus, 8, 1, 1, 0, 4, (0, 1), state)
+        TrainLoader(corpus, 8, 1, 1, 0, 4, 1, (0, 1), state)
     with pytest.raises(InvalidInput, match=r"data\.corpus"):
-        TrainLoader(corpus, 8, 1, 1, 0, 8, (0, 1), {**state, "corpus": "0" * 64})
+        TrainLoader(corpus, 8, 1, 1, 0, 8, 1, (0, 1), {**state, "corpus": "0" * 64})
 
 
 def test_folders_that_are_no_corpus_are_refused(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="is not a prepared corpus"):
-        TrainLoader(tmp_path, 8, 1, 1, 0, 8, (0, 1))
+        TrainLoader(tmp_path, 8, 1, 1, 0, 8, 1, (0, 1))
     broken = copy(corpus, tmp_path / "broken")
     (broken / "manifest.json").write_text('{"format": "shoal-corpus", "version": 2}')
     with pytest.raises(InvalidInput, match=r"manifest\.json is damaged \(version"):

@@ -100,15 +100,47 @@ class _Windows:
         return _Text.of([documents[i] for i in shuffled])
 
 
+class _Stream:
+    """All documents of an epoch end to end, epoch after epoch, from a position (epoch, window, offset)."""
+
+    def __init__(self, windows: _Windows, epoch: int = 0, window: int = 0, offset: int = 0) -> None:
+        self._windows = windows
+        self.epoch, self.window, self.offset = epoch, window, offset
+        self._text = windows.load(epoch, window)
+
+    def take(self, count: int) -> list[_Cut]:
+        """The next ``count`` tokens, in a cut for each window they come from."""
+        cuts = []
+        while count:
+            self._enter()
+            stop = min(len(self._text), self.offset + count)
+            cuts.append(self._text.cut(self.offset, stop))
+            count -= stop - self.offset
+            self.offset = stop
+        return cuts
+
+    def _enter(self) -> None:
+        """Load the next window when this one is used up: not before, so that the position is in the window it names."""
+        if self.offset < len(self._text):
+            return
+        self.offset, self.window = 0, self.window + 1
+        if self.window == self._windows.count:
+            self.epoch, self.window = self.epoch + 1, 0
+        self._text = self._windows.load(self.epoch, self.window)
+
+
 class TrainLoader:
     """This shard's micro-batches of an endless stream of training rows.
 
     A global batch is ``batch`` rows of exactly ``sequence`` tokens; micro-batch m of M = ``accumulate`` is its m-th
     part, and shard r of R takes the r-th part of each micro-batch, so the rows do not depend on R. ``shard`` is (r, R);
     r = None is a rank without tokens. Each epoch lays all documents end to end in an order of its own. A document that
-    a row cuts goes on in the next row as a new piece, with positions from 0; each token of a document but its first is
-    the target of exactly one position in an epoch. ``state`` is that of another loader of the same corpus, seed and
-    ``shuffle_groups``: the stream goes on where that one stopped, whatever the two shards.
+    a row cuts goes on in the following row as a new piece, with positions from 0; each token of a document but its
+    first is the target of exactly one position in an epoch. Rows are shuffled among the ``shuffle_tokens`` tokens of
+    rows that follow one another, so that the rows of a long document do not make up a batch.
+
+    ``state`` is that of another loader of the same corpus, seed, sequence and shuffling: the rows go on where that one
+    stopped, whatever the two shards.
 
     Raises NotFound and InvalidInput for a folder that is no corpus, is damaged, or does not fit ``state``.
     """
@@ -121,6 +153,7 @@ class TrainLoader:
         accumulate: int,
         seed: int,
         shuffle_groups: int,
+        shuffle_tokens: int,
         shard: Shard,
         state: dict[str, Any] | None = None,
     ) -> None:
@@ -130,68 +163,59 @@ class TrainLoader:
                 f"train.batch={batch} does not divide into {accumulate} micro-batches over {shards} attention ranks: "
                 f"set train.batch to a multiple of {accumulate * shards}"
             )
-        self._rows = batch // accumulate // shards
+        self._share = batch // accumulate // shards
         self._sequence, self._accumulate, self._index, self._shards = sequence, accumulate, index, shards
-        self._windows = _Windows(folder, seed, shuffle_groups)
-        self._identity = {"corpus": self._windows.corpus_hash, "seed": seed, "shuffle_groups": shuffle_groups}
-        self._epoch = self._window = self._offset = 0
-        if state is not None:
-            self._go_to(folder, state)
-        self._text = self._windows.load(self._epoch, self._window)
+        self._size = max(1, shuffle_tokens // sequence)
+        windows = _Windows(folder, seed, shuffle_groups)
+        self._seed = seed
+        self._identity = {
+            "corpus": windows.corpus_hash,
+            "seed": seed,
+            "sequence": sequence,
+            "shuffle_groups": shuffle_groups,
+            "shuffle_tokens": shuffle_tokens,
+        }
+        place = self._checked(folder, state) if state is not None else {}
+        self._stream = _Stream(windows, **{k: place[k] for k in ("epoch", "window", "offset") if place})
+        self._block, self._row = place.get("block", 0), place.get("row", 0)
+        self._load_rows()
 
     def next(self) -> list[PackedBatch]:
-        """The ``accumulate`` micro-batches of the next global batch, each ``[rows * sequence]`` tokens, or none."""
-        mine = self._rows * self._sequence
+        """The ``accumulate`` micro-batches of the next global batch, each ``[share * sequence]`` tokens, or none."""
         batches = []
         for _ in range(self._accumulate):
-            if self._index is None:
-                self._advance(mine * self._shards)
-                batches.append(empty_batch())
-                continue
-            self._advance(mine * self._index)
-            batches.append(_pack(self._take(mine), self._sequence))
-            self._advance(mine * (self._shards - 1 - self._index))
+            rows = [self._next_row() for _ in range(self._share * self._shards)]
+            mine = [] if self._index is None else rows[self._share * self._index : self._share * (self._index + 1)]
+            batches.append(_pack([cut for row in mine for cut in row], self._sequence))
         return batches
 
     def state(self) -> dict[str, Any]:
-        """Where the stream stands, the same on all shards: JSON-able, a few numbers and the corpus's hash."""
-        return {**self._identity, "epoch": self._epoch, "window": self._window, "offset": self._offset}
+        """Where the rows stand, the same on all shards: JSON-able, a few numbers and the corpus's hash."""
+        return {**self._identity, **self._start, "block": self._block, "row": self._row}
 
-    def _go_to(self, folder: Path, state: dict[str, Any]) -> None:
-        names = {"corpus": f"data.corpus={folder}", "seed": "train.seed", "shuffle_groups": "data.shuffle_groups"}
+    def _load_rows(self) -> None:
+        """Cut the rows that are shuffled together."""
+        stream = self._stream
+        self._start = {"epoch": stream.epoch, "window": stream.window, "offset": stream.offset}
+        self._rows = [stream.take(self._sequence) for _ in range(self._size)]
+        self._order = np.random.default_rng([self._seed, self._block]).permutation(self._size)
+
+    def _next_row(self) -> list[_Cut]:
+        if self._row == self._size:
+            self._block, self._row = self._block + 1, 0
+            self._load_rows()
+        self._row += 1
+        return self._rows[self._order[self._row - 1]]
+
+    def _checked(self, folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+        names = {"corpus": f"data.corpus={folder}", "seed": "train.seed", "sequence": "train.sequence"}
         for key, value in self._identity.items():
             if state[key] != value:
                 raise InvalidInput(
-                    f"{names[key]} is not that of the data position to resume from "
+                    f"{names.get(key, f'data.{key}')} is not that of the data position to resume from "
                     f"({key} {value}, was {state[key]}): resume with the same one"
                 )
-        self._epoch, self._window, self._offset = state["epoch"], state["window"], state["offset"]
-
-    def _take(self, count: int) -> list[_Cut]:
-        cuts = []
-        while count:
-            self._enter()
-            stop = min(len(self._text), self._offset + count)
-            cuts.append(self._text.cut(self._offset, stop))
-            count -= stop - self._offset
-            self._offset = stop
-        return cuts
-
-    def _advance(self, count: int) -> None:
-        while count:
-            self._enter()
-            step = min(count, len(self._text) - self._offset)
-            self._offset += step
-            count -= step
-
-    def _enter(self) -> None:
-        """Load the next window when this one is used up: not before, so that the state stays in the window it names."""
-        if self._offset < len(self._text):
-            return
-        self._offset, self._window = 0, self._window + 1
-        if self._window == self._windows.count:
-            self._epoch, self._window = self._epoch + 1, 0
-        self._text = self._windows.load(self._epoch, self._window)
+        return state
 
 
 class ValLoader:
