@@ -1,0 +1,231 @@
+"""Ranks are killed with SIGKILL at chosen and at random moments: the run ends with an undisturbed run's bits."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from small import small_corpus, small_recipe
+from trained import assert_same_bits, events, flip_a_byte, poison, records, tensors
+
+from shoal.cluster import supervisor
+from shoal.cluster.group import RankGroup
+from shoal.cluster.local import RaySession, ray_session
+from shoal.cluster.supervisor import Outcome, SampleRequest, Supervisor
+from shoal.jobs.report import RunReport
+from shoal.workers.checkpoint_files import list_checkpoints
+from shoal.workers.config import Recipe
+from shoal.workers.errors import TrainingFailed
+
+STEPS = 12
+PLACEMENTS: dict[str, dict[str, Any]] = {
+    "colocated": {"parallel__ranks": 2},
+    "1A:1F": {"parallel__placement": "1A:1F"},
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_corpus(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[RaySession]:
+    with ray_session(2, dashboard=False) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    corpus: Path, session: RaySession, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """The folder of an uninterrupted run of a placement; each is trained once."""
+    done: dict[str, Path] = {}
+
+    def of(placement: str) -> Path:
+        if placement not in done:
+            done[placement] = tmp_path_factory.mktemp("undisturbed") / "run"
+            assert _train(placement, corpus, session, done[placement]).step == STEPS
+            assert events(done[placement]) == ["checkpoint"]
+        return done[placement]
+
+    return of
+
+
+def _train(
+    placement: str, corpus: Path, session: RaySession, run: Path, sample: bool = False, **changes: Any
+) -> Outcome:
+    tables = {"train__dtype": "float32", "train__steps": STEPS, "train__eval_every": 4, **PLACEMENTS[placement]}
+    recipe = Recipe.model_validate(small_recipe(**{**tables, **changes}))
+    run.mkdir(exist_ok=True, parents=True)
+    request = SampleRequest([1, 2], 4, {"temperature": 0.0}) if sample else None
+    with RunReport(run, recipe.train.steps, Console(quiet=True)) as report:
+        return Supervisor(recipe, corpus, run, report, session).run(request)
+
+
+class Killer:
+    """Makes groups whose ranks are killed right after certain calls to them: ``(method, how many before, rank)``."""
+
+    def __init__(self, *kills: tuple[str, int, int]) -> None:
+        self.kills = list(kills)
+        self.moment: Callable[[], object] = lambda: None
+        killer = self
+
+        class Group(RankGroup):
+            def connect(self) -> list[str]:
+                self.known = self.pids()
+                return super().connect()
+
+            def call(self, method: str, *arguments: Any) -> list[Any]:
+                references = super().call(method, *arguments)
+                killer.after(method, getattr(self, "known", []))
+                return references
+
+        self.group = Group
+
+    def after(self, method: str, pids: list[int]) -> None:
+        if not self.kills or self.kills[0][0] != method:
+            return
+        _, before, rank = self.kills[0]
+        if before:
+            self.kills[0] = (method, before - 1, rank)
+            return
+        self.kills.pop(0)
+        self.moment()
+        os.kill(pids[rank], signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("placement", "kills"),
+    [
+        pytest.param("colocated", [("join", 0, 1), ("build", 0, 0), ("run", 3, 1), ("save", 0, 0)], id="colocated"),
+        pytest.param("1A:1F", [("run", 4, 0), ("build", 0, 1), ("sample", 0, 1)], id="1A:1F"),
+    ],
+)
+def test_a_run_outlives_its_ranks(
+    placement: str,
+    kills: list[tuple[str, int, int]],
+    corpus: Path,
+    session: RaySession,
+    undisturbed: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Kills while the ranks join, build, train a step, write the last checkpoint, and write a sample."""
+    killer, reference = Killer(*kills), undisturbed(placement)
+    monkeypatch.setattr(supervisor, "RankGroup", killer.group)
+    outcome = _train(placement, corpus, session, tmp_path / "run", sample=True)
+    assert not killer.kills
+    assert outcome.step == STEPS
+    assert len(outcome.sample) == 4
+    assert events(tmp_path / "run").count("recovered") == len(kills)
+    assert_same_bits(tmp_path / "run", reference, STEPS)
+
+
+def test_killed_while_a_checkpoint_is_written(
+    corpus: Path,
+    session: RaySession,
+    undisturbed: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kill comes as soon as the first checkpoint's folder, or draft of one, is to be seen."""
+    checkpoints = tmp_path / "run" / "checkpoints"
+    seen: list[list[str]] = []
+
+    def being_written() -> None:
+        while not (found := [p.name for p in checkpoints.iterdir()]):
+            pass
+        seen.append(found)
+
+    killer, reference = Killer(("run", 2, 1)), undisturbed("colocated")
+    killer.moment = being_written
+    monkeypatch.setattr(supervisor, "RankGroup", killer.group)
+    monkeypatch.setattr(supervisor, "CALL_SECONDS", 1e-9)  # a step a call
+    _train("colocated", corpus, session, tmp_path / "run", checkpoint__every=1, checkpoint__keep=2)
+    assert seen
+    assert_same_bits(tmp_path / "run", reference, STEPS)
+    assert {p.name for p in checkpoints.iterdir()} == {"step-11", f"step-{STEPS}"}  # no half-written one is left
+
+
+def test_too_many_failures_end_the_run(
+    corpus: Path, session: RaySession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killer = Killer(("build", 0, 0), ("run", 0, 1))
+    monkeypatch.setattr(supervisor, "RankGroup", killer.group)
+    with pytest.raises(TrainingFailed, match=r"^2 failures in a row.*parallel\.max_failures=1.*rank 1 died.*--resume"):
+        _train("colocated", corpus, session, tmp_path / "run", parallel__max_failures=1)
+    assert events(tmp_path / "run") == ["recovered"]
+    assert TrainingFailed.exit_code == 1
+
+
+def test_a_poisoned_weight_stops_the_run(
+    corpus: Path, session: RaySession, undisturbed: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A NaN in layer 1 of 3: the step and the layer are named, and no later checkpoint is written."""
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed("colocated"), run)
+    shutil.rmtree(run / "checkpoints" / f"step-{STEPS}")
+    poison(run, 10, "layers.1.")
+    with pytest.raises(TrainingFailed, match=r"stopped at step 11: the output of layers\.1 is not finite.*step-10 is"):
+        _train("colocated", corpus, session, run)
+    assert [info.step for info in list_checkpoints(run / "checkpoints")] == [5, 10]
+    assert [record["step"] for record in records(run)] == list(range(1, 11))
+    assert events(run)[-1] == "failed"
+
+
+@pytest.mark.parametrize("rate", [1e30, 1e200])
+def test_a_wild_learning_rate_stops_the_run(rate: float, corpus: Path, session: RaySession, tmp_path: Path) -> None:
+    """Weights of 1e30 spoil the next step's loss; of 1e200, themselves (float32): neither is ever a checkpoint."""
+    run = tmp_path / "run"
+    named = r"stopped at step \d+: .*(layers\.\d|the embedding|the loss).* is not finite.*learning_rate"
+    with pytest.raises(TrainingFailed, match=named):
+        _train("colocated", corpus, session, run, train__learning_rate=rate, train__warmup=0, checkpoint__every=1)
+    for info in list_checkpoints(run / "checkpoints"):
+        assert all((abs(t) < float("inf")).all() for t in tensors(run, info.step).values())
+
+
+def test_a_damaged_checkpoint_is_named_and_skipped(
+    corpus: Path, session: RaySession, undisturbed: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed("colocated"), run)
+    damaged = flip_a_byte(run, STEPS)
+    _train("colocated", corpus, session, run)
+    told = [record["text"] for record in records(run, "event") if record["event"] == "damaged"]
+    assert len(told) == 1
+    assert damaged.name in told[0]
+    assert "using step-10" in told[0]
+    assert_same_bits(run, undisturbed("colocated"), STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_kills_at_random_moments(
+    placement: str,
+    corpus: Path,
+    session: RaySession,
+    undisturbed: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng, reference = random.Random(), undisturbed(placement)
+    methods = ["join", "build", "run", "run", "run", "save"]
+    for attempt in range(6):
+        run = tmp_path / f"run-{attempt}"
+        kills = [(rng.choice(methods), rng.randrange(2), rng.randrange(2)) for _ in range(2)]
+        kills = [(method, before if method == "run" else 0, rank) for method, before, rank in kills]
+        killer = Killer(*kills)
+        killer.moment = lambda: time.sleep(rng.uniform(0, 0.3))
+        monkeypatch.setattr(supervisor, "RankGroup", killer.group)
+        _train(placement, corpus, session, run, parallel__max_failures=10)
+        assert_same_bits(run, reference, STEPS)
