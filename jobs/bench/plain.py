@@ -46,7 +46,8 @@ def loop_step(recipe: Recipe, corpus: Path, mesh: Mesh) -> Step:
     optimizer = torch.optim.AdamW(
         model.parameters(), t.learning_rate, (t.beta1, t.beta2), t.adam_eps, t.weight_decay, fused=True
     )
-    loader = TrainLoader(corpus, t.sequence, t.batch, t.accumulate, t.seed, recipe.data.shuffle_groups, (0, 1))
+    shuffling = (recipe.data.shuffle_groups, recipe.data.shuffle_tokens)
+    loader = TrainLoader(corpus, t.sequence, t.batch, t.accumulate, t.seed, *shuffling, (0, 1))
 
     def step() -> float:
         (batch,) = loader.next()

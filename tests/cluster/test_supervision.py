@@ -44,9 +44,7 @@ def session() -> Iterator[RaySession]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(
-    corpus: Path, session: RaySession, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
+def undisturbed(corpus: Path, session: RaySession, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of an uninterrupted run of a placement; each is trained once."""
     done: dict[str, Path] = {}
 

@@ -52,7 +52,9 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
                 pass
         except mp.ProcessRaisedException as error:
             # a rank that lost its peer may be heard before the one that failed
-            raise mp.ProcessRaisedException((folder / "error").read_text(), error.error_index, error.error_pid) from None
+            raise mp.ProcessRaisedException(
+                (folder / "error").read_text(), error.error_index, error.error_pid
+            ) from None
         return [pickle.loads((folder / str(rank)).read_bytes()) for rank in range(world)]
 
 

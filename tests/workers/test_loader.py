@@ -99,7 +99,9 @@ def test_an_epoch_is_every_document_once_and_every_token_predicted_once(corpus: 
 
 def test_targets_of_an_epoch_are_all_tokens_but_the_first_of_each_document(corpus: Path) -> None:
     total = read_manifest(corpus).splits["train"].tokens
-    loader = TrainLoader(corpus, total, 1, 1, seed=0, shuffle_groups=2, shuffle_tokens=1, shard=(0, 1))  # a row is an epoch
+    loader = TrainLoader(
+        corpus, total, 1, 1, seed=0, shuffle_groups=2, shuffle_tokens=1, shard=(0, 1)
+    )  # a row is an epoch
     for _ in range(3):
         (batch,) = loader.next()
         expected = Counter(token for document in documents(corpus, "train") for token in document[1:])
