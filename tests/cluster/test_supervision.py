@@ -104,8 +104,10 @@ class Killer:
 @pytest.mark.parametrize(
     ("placement", "kills"),
     [
-        pytest.param("colocated", [("join", 0, 1), ("build", 0, 0), ("run", 3, 1), ("save", 0, 0)], id="colocated"),
-        pytest.param("1A:1F", [("run", 4, 0), ("build", 0, 1), ("sample", 0, 1)], id="1A:1F"),
+        pytest.param("colocated", [("build", 0, 0), ("run", 3, 1)], id="colocated"),
+        pytest.param("1A:1F", [("run", 4, 0)], id="1A:1F"),
+        pytest.param("colocated", [("join", 0, 1), ("save", 0, 0)], id="ends of a run", marks=pytest.mark.slow),
+        pytest.param("1A:1F", [("build", 0, 1), ("sample", 0, 1)], id="1A:1F ends", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_outlives_its_ranks(

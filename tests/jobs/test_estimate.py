@@ -104,19 +104,19 @@ def test_keys_read_is_what_counting_query_by_query_gives(
 def test_parts_add_up_by_hand() -> None:
     """`tiny`, layer by layer, as the weights are shaped."""
     p = estimate(load_recipe("tiny")).parameters
-    q, kv, out, gate = 256 * 8 * 32, 3 * 2 * 256 * 2 * 32, 8 * 32 * 256, 256 * 64 + 64 * 24
+    q, kv, out, gate = 128 * 4 * 32, 3 * 2 * 128 * 2 * 32, 4 * 32 * 128, 128 * 64 + 64 * 12
     assert p.attention == 4 * (q + kv + out + gate)
     assert p.compression == 4 * 2 * 2 * (16 * 32 + 16 * 32 * 64 + 64 * 32)
-    assert p.embedding == 4096 * 256
-    assert p.dense_ffn == 3 * 256 * 640
-    assert (p.routed_experts, p.shared_experts) == (3 * 16 * 3 * 256 * 128, 3 * 3 * 256 * 128)
-    assert (p.router, p.norms) == (3 * 16 * 256, 9 * 256)
-    assert p.total - p.active == 3 * 12 * 3 * 256 * 128
+    assert p.embedding == 2 * 2048 * 128
+    assert p.dense_ffn == 3 * 128 * 320
+    assert (p.routed_experts, p.shared_experts) == (3 * 16 * 3 * 128 * 64, 3 * 3 * 128 * 64)
+    assert (p.router, p.norms) == (3 * 16 * 128, 9 * 128)
+    assert p.total - p.active == 3 * 12 * 3 * 128 * 64
 
 
 def test_full_attention_of_the_mean_query_reads_half_the_keys() -> None:
     recipe = load_recipe("tiny-full")
-    assert estimate(recipe).flops.attention == 2 * 4 * 8 * 64 * (512 + 1) / 2
+    assert estimate(recipe).flops.attention == 2 * 4 * 4 * 64 * (512 + 1) / 2
     assert estimate(recipe).flops.compression == 0
 
 

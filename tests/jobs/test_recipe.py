@@ -111,7 +111,7 @@ REFUSED = [
     ("name=A b", "name='A b'", "lower-case"),
     ("train.seed=0x8000000000000000", "train.seed=9223372036854775808", "64 bits"),
     ("moe.top_k=17", "moe.top_k=17", "moe.experts=16"),
-    ("model.kv_heads=3", "model.kv_heads=3", "divisor of 8"),
+    ("model.kv_heads=3", "model.kv_heads=3", "divisor of 4"),
     ("attention.cmp_block=12", "attention.cmp_block=12", "set attention.cmp_block to"),
     ("parallel.ranks=3", "3 ", "set parallel.ranks or parallel.expert"),
     ("parallel.placement=2B", "parallel.placement='2B'", "2A:2F"),

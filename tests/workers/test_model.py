@@ -78,7 +78,10 @@ def test_the_moe_layer_is_transformers_deepseek_v2(shared: str) -> None:
     torch.testing.assert_close(mine.grad, other.grad, rtol=2e-4, atol=2e-5)
     torch.testing.assert_close(layer.centroids.grad, theirs.gate.weight.grad, rtol=2e-4, atol=2e-4)
     torch.testing.assert_close(
-        stack.gate_up.grad[:8].transpose(1, 2), theirs.experts.gate_up_proj.grad, rtol=2e-4, atol=2e-4
+        stack.gate_up.grad[:8].transpose(1, 2),  # type: ignore[index]
+        theirs.experts.gate_up_proj.grad,
+        rtol=2e-4,
+        atol=2e-4,
     )
 
 

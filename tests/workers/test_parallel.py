@@ -117,7 +117,7 @@ def test_accumulation_is_the_same_batch(corpus: Path) -> None:
 @pytest.mark.parametrize("attention", ["nsa", "full"])
 @pytest.mark.parametrize("router", ["softmax", "hash"])
 def test_every_kind_of_layer_runs_disaggregated(corpus: Path, attention: str, router: str) -> None:
-    changes = {"attention__kind": attention, "moe__router": router}
+    changes: dict[str, Any] = {"attention__kind": attention, "moe__router": router}
     changes |= {"moe__top_k": 1} if router == "hash" else {"moe__normalize_gates": True}
     one = _one_rank(small_recipe(**changes), corpus, 2)
     _check(one, _ranks(small_recipe(**changes, **PLACEMENTS["1A:2F"]), corpus, 2), 1e-9)
