@@ -20,13 +20,13 @@ from shoal.workers.errors import ClusterRefused
 
 OBJECT_STORE = 160 << 20  # bytes; Ray carries calls and records only, tensors never pass through it
 ANSWER_SECONDS = 10.0  # a cluster whose address does not accept a connection within this time is not there
-# Seconds after which the driver gives up on a local GCS that is gone (a signal to the whole process group ends it first).
+# Seconds after which the driver gives up on a local GCS that is gone (a signal to the process group ends it first).
 # Of Ray's other processes the raylet and the ranks die with the driver at once; two small agents try to report their
 # raylet's death for a minute (ray/_private/process_watcher.py), then they end too.
 GCS_GONE_SECONDS = "10"
 FOLDER = "shoal-ray-"
 
-# Ray prints a paragraph to standard output, which may be JSON's, whenever a rank dies; the supervisor says it in a line.
+# Ray prints a paragraph to standard output, which may be JSON, whenever a rank dies; the supervisor says it in a line.
 # Ray reads this when it is imported.
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^A worker died or was killed")
 
