@@ -1,0 +1,107 @@
+"""NSA's forward pass in Triton: the branches one after the other, then their sum by the gates."""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from shoal.kernels.nsa.layout import Layout
+from shoal.kernels.nsa.triton_choose import ChooseTuning, choose_blocks
+from shoal.kernels.nsa.triton_gather import Tuning, selected_by_block
+from shoal.kernels.nsa.triton_select import padded
+from shoal.kernels.nsa.triton_span import SpanTuning, span_attention
+from shoal.kernels.nsa.triton_tables import make_tables
+
+
+@dataclass(frozen=True)
+class ForwardTuning:
+    """One for each kernel; they change speed, never results (beyond rounding)."""
+
+    cmp: SpanTuning = field(default_factory=SpanTuning)
+    near: SpanTuning = field(default_factory=lambda: SpanTuning(rows=64, keys=32, warps=4))
+    choose: ChooseTuning = field(default_factory=ChooseTuning)
+    gather: Tuning = field(default_factory=Tuning)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What a forward pass returns: the output, and what a backward pass would need of the branches.
+
+    out: ``[T, H, E]``. cmp, slc, win: outputs of the branches, ``[T, H, E]``, without gates; cmp_lse, slc_lse,
+    win_lse: ``[T, H]`` float32. blocks: ``[T, KV, n]`` int32, of :func:`choose_blocks`.
+    """
+
+    out: Tensor
+    cmp: Tensor
+    cmp_lse: Tensor
+    slc: Tensor
+    slc_lse: Tensor
+    win: Tensor
+    win_lse: Tensor
+    blocks: Tensor
+
+
+def nsa_forward(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    k_slc: Tensor,
+    v_slc: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    gates: Tensor,
+    layout: Layout,
+    scale: float,
+    tuning: ForwardTuning | None = None,
+) -> Forward:
+    """``o_t = Σ_c g_t^c · Attn(q_t, K_t^c, V_t^c)`` (NSA eq. 5), from the arguments of ``nsa_attention``.
+
+    q, keys and values are of one dtype, bfloat16, float16 or float32; gates: ``[T, H, 3]``, of any. scale: above 0.
+    """
+    tuning = tuning or ForwardTuning()
+    q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = (
+        x.contiguous() for x in (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
+    )
+    tables, sizes = make_tables(layout), layout.sizes
+    cmp, cmp_lse = span_attention(q, k_cmp, v_cmp, tables.cmp, scale, tuning=tuning.cmp)
+    blocks = choose_blocks(q, k_cmp, cmp_lse, tables, scale, tuning.choose)
+    # Forced blocks lie side by side for neighbouring queries: dense tiles read them. The others are gathered.
+    forced = span_attention(q, k_slc, v_slc, tables.local, scale, also=tables.initial, tuning=tuning.near)
+    slc, slc_lse = forced
+    others = blocks[..., sizes.slc_initial + sizes.slc_local :]
+    if others.shape[-1]:
+        slc, slc_lse = selected_by_block(
+            q, k_slc, v_slc, others, tables, scale, own=False, beside=forced, tuning=tuning.gather
+        )
+    win, win_lse = span_attention(q, k_win, v_win, tables.window, scale, tuning=tuning.near)
+    return Forward(mix(cmp, slc, win, gates), cmp, cmp_lse, slc, slc_lse, win, win_lse, blocks)
+
+
+def mix(cmp: Tensor, slc: Tensor, win: Tensor, gates: Tensor) -> Tensor:
+    """Sum of three ``[T, H, E]`` by gates ``[T, H, 3]``, all contiguous; in float32, rounded once."""
+    out = torch.empty_like(cmp)
+    rows, dim = cmp.shape[0] * cmp.shape[1], cmp.shape[2]
+    if rows:
+        tile = 32
+        _mix_kernel[(triton.cdiv(rows, tile),)](
+            cmp, slc, win, gates, out, rows, E=dim, EP=padded(dim), TILE=tile, num_warps=4
+        )
+    return out
+
+
+@triton.jit
+def _mix_kernel(cmp, slc, win, gates, out, rows, E: tl.constexpr, EP: tl.constexpr, TILE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    o_e = tl.arange(0, EP)
+    inside = row < rows
+    mask = inside[:, None] & (o_e < E)[None, :]
+    at = row[:, None] * E + o_e[None, :]
+    total = tl.load(gates + row * 3, mask=inside, other=0.0).to(tl.float32)[:, None] * tl.load(cmp + at, mask, 0.0)
+    total += tl.load(gates + row * 3 + 1, mask=inside, other=0.0).to(tl.float32)[:, None] * tl.load(slc + at, mask, 0.0)
+    total += tl.load(gates + row * 3 + 2, mask=inside, other=0.0).to(tl.float32)[:, None] * tl.load(win + at, mask, 0.0)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)

@@ -1,0 +1,105 @@
+"""What the Triton kernels read about a packed batch: per token and per block, on the device, built once for a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from shoal.kernels.nsa.layout import BlockSizes, Layout
+
+
+@dataclass(frozen=True)
+class Span:
+    """Contiguous keys of each query, ``low ≤ key < high``: two ``[T]`` int32 tensors; empty where ``high ≤ low``."""
+
+    low: Tensor
+    high: Tensor
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Index tables of one packed batch, all int32.
+
+    starts: ``[T]``, first token of each token's document. block_base: ``[T]``, selection blocks of the documents
+    before it, so that ``block_base[t] + j`` numbers the blocks of the pack. block_first: ``[B]``, first token of each
+    selection block of the pack. window, local, initial, cmp: the spans of each query; ``initial`` ends where
+    ``local``, the forced blocks that end with the query's own, begins; ``cmp`` counts compression blocks of the pack.
+    """
+
+    cu_seqlens: tuple[int, ...]
+    sizes: BlockSizes
+    starts: Tensor
+    block_base: Tensor
+    block_first: Tensor
+    window: Span
+    local: Span
+    initial: Span
+    cmp: Span
+
+    @property
+    def tokens(self) -> int:
+        """T, the tokens of the pack."""
+        return self.cu_seqlens[-1]
+
+    @property
+    def blocks(self) -> int:
+        """B, the selection blocks of the pack."""
+        return self.block_first.numel()
+
+    def blocks_within(self, start: int, stop: int) -> int:
+        """How many blocks queries ``start … stop - 1`` may see, all together."""
+        return sum(self._seen(start, stop))
+
+    def longest_within(self, start: int, stop: int) -> int:
+        """How many blocks one of the queries ``start … stop - 1`` may see at most."""
+        return max(self._seen(start, stop), default=0)
+
+    def _seen(self, start: int, stop: int) -> list[int]:
+        """Of each document that has queries in ``start … stop - 1``: its blocks before ``stop``."""
+        return [
+            self.sizes.slc_blocks(min(high, stop) - low)
+            for low, high in pairwise(self.cu_seqlens)
+            if low < stop and high > start
+        ]
+
+
+def make_tables(layout: Layout) -> Tables:
+    """The tables of a layout; the last few are remembered."""
+    return _make_tables(layout.cu_seqlens, layout.sizes, layout.device)
+
+
+@lru_cache(maxsize=8)
+def _make_tables(cu_seqlens: tuple[int, ...], sizes: BlockSizes, device: torch.device) -> Tables:
+    lengths = torch.tensor([stop - start for start, stop in pairwise(cu_seqlens)], dtype=torch.int64)
+    slc = torch.tensor([sizes.slc_blocks(n) for n in lengths.tolist()], dtype=torch.int64)
+    cmp = torch.tensor([sizes.cmp_blocks(n) for n in lengths.tolist()], dtype=torch.int64)
+    firsts = torch.tensor(cu_seqlens[:-1], dtype=torch.int64)
+    starts = torch.repeat_interleave(firsts, lengths)
+    block_base = torch.repeat_interleave(slc.cumsum(0) - slc, lengths)
+    cmp_base = torch.repeat_interleave(cmp.cumsum(0) - cmp, lengths)
+    block = torch.arange(int(slc.sum())) - torch.repeat_interleave(slc.cumsum(0) - slc, slc)
+    token = torch.arange(cu_seqlens[-1])
+    position = token - starts
+    own = position // sizes.slc_block
+    local = starts + (own - sizes.slc_local + 1).clamp(min=0) * sizes.slc_block
+    initial = torch.minimum(starts + sizes.slc_initial * sizes.slc_block, local)
+    ended = ((position + 1 - sizes.cmp_block).div(sizes.cmp_stride, rounding_mode="floor") + 1).clamp(min=0)
+
+    def put(x: Tensor) -> Tensor:
+        return x.to(torch.int32).to(device)
+
+    return Tables(
+        cu_seqlens=cu_seqlens,
+        sizes=sizes,
+        starts=put(starts),
+        block_base=put(block_base),
+        block_first=put(torch.repeat_interleave(firsts, slc) + block * sizes.slc_block),
+        window=Span(put(torch.maximum(starts, token + 1 - sizes.window)), put(token + 1)),
+        local=Span(put(local), put(token + 1)),
+        initial=Span(put(starts), put(initial)),
+        cmp=Span(put(cmp_base), put(cmp_base + ended)),
+    )
