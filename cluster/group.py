@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +38,9 @@ class RankGroup:
                 f"the cluster had no room for {ranks} ranks of {needs} within {PLACE_TIMEOUT:.0f} s: "
                 f"add nodes or lower parallel.ranks"
             )
-        self.threads = max(1, (os.cpu_count() or 1) // ranks) if session.local else 1
+        # ranks on each rank's machine, which share its cores
+        nodes = ray.util.placement_group_table(self.place)["bundles_to_node_id"]
+        self.neighbours = [list(nodes.values()).count(nodes[rank]) for rank in range(ranks)]
         actor = ray.remote(RankActor)
         self.actors: list[Any] = [
             actor.options(
@@ -62,7 +63,12 @@ class RankGroup:
     def connect(self) -> list[str]:
         """Forms the process group; returns what each rank runs on."""
         address = self.get([self.actors[0].open_store.remote()])[0] if len(self.actors) > 1 else ("", 0)
-        return self.get(self.call("join", address, self.threads, self.device))
+        return self.get(
+            [
+                actor.join.remote(address, self.recipe.parallel.threads, here, self.device)
+                for actor, here in zip(self.actors, self.neighbours, strict=True)
+            ]
+        )
 
     def build(self, corpus: str, checkpoints: str | None, step: int | None) -> int:
         """Builds the shards on every rank; returns the step they stand at."""

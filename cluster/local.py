@@ -10,6 +10,8 @@ import shutil
 import signal
 import socket
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,15 +22,24 @@ from shoal.workers.errors import ClusterRefused
 
 OBJECT_STORE = 160 << 20  # bytes; Ray carries calls and records only, tensors never pass through it
 ANSWER_SECONDS = 10.0  # a cluster whose address does not accept a connection within this time is not there
-# Seconds after which the driver gives up on a local GCS that is gone (a signal to the process group ends it first).
-# Of Ray's other processes the raylet and the ranks die with the driver at once; two small agents try to report their
-# raylet's death for a minute (ray/_private/process_watcher.py), then they end too.
+# Seconds after which the driver gives up on a local GCS that is gone. When the driver itself is killed, the raylet and
+# the ranks die with it at once; two small agents try to report their raylet's death for a minute
+# (ray/_private/process_watcher.py), then they end too.
 GCS_GONE_SECONDS = "10"
 FOLDER = "shoal-ray-"
+LONGEST = 20  # characters of the folder above it: 83 more follow in the paths of Ray's sockets, which end at 103 or 107
 
-# Ray prints a paragraph to standard output, which may be JSON, whenever a rank dies; the supervisor says it in a line.
-# Ray reads this when it is imported.
+# Ray prints a paragraph to standard output, which may be JSON, whenever a rank dies, and a traceback to standard error
+# for a failed call whose result nobody asked for; the supervisor says both in a line. Ray reads this when imported.
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^A worker died or was killed")
+if not os.environ.get("SHOAL_TRACEBACK"):
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+
+# Who stops a job may signal all of its processes at once (a terminal, Slurm, systemd). Ray's must go on until the
+# ranks have saved, so they are started deaf to these, and killed at the end; Ray itself makes them deaf to SIGINT.
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGHUP}
+GRACE = 0.3  # seconds from the driver's leaving the cluster to the end of Ray's processes
+LEAVE_SECONDS = 10.0  # a driver that takes longer to leave is not waited for
 
 
 @dataclass(frozen=True)
@@ -62,13 +73,60 @@ def ray_session(ranks: int, dashboard: bool = True) -> Iterator[RaySession]:
         try:
             yield _describe(_start_local(folder, ranks, dashboard), local=True)
         finally:
-            _shutdown()
+            _end_local(folder)
 
 
 def _shutdown() -> None:
     import ray
 
     ray.shutdown()
+
+
+def _end_local(folder: str) -> None:
+    """Leaves the local cluster and ends all of its processes, those included that Ray would leave to themselves."""
+    import psutil
+    import ray
+
+    processes = _processes_of(folder)
+
+    def kill() -> None:
+        # Ray would wait a second for each of them; what the driver has to tell them, it tells before
+        until = time.monotonic() + LEAVE_SECONDS
+        while ray.is_initialized() and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(GRACE)
+        for process in processes:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    _shutdown()
+    killer.join()
+    until = time.monotonic() + 2  # the end of a process takes a moment, in which it may still write to its folder
+    while time.monotonic() < until and any(map(_runs, processes)):
+        time.sleep(0.01)
+
+
+def _processes_of(folder: str) -> list[Any]:
+    """Ray's processes, which this one started for the session in ``folder``, and all that they started."""
+    import psutil
+
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if any(folder in word for word in child.cmdline()):
+                found += [child, *child.children(recursive=True)]
+    return found
+
+
+def _runs(process: Any) -> bool:
+    import psutil
+
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
 
 
 def _refuse_silent(address: str) -> None:
@@ -88,31 +146,39 @@ def _refuse_silent(address: str) -> None:
 def _start_local(folder: str, ranks: int, dashboard: bool) -> str | None:
     # A small /dev/shm (containers give 64 MiB) makes Ray warn or fail: take the disk then, nothing large is stored.
     shared = Path("/dev/shm")
-    enough = shared.is_dir() and shutil.disk_usage(shared).free > 2 * OBJECT_STORE
+    enough = os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > 2 * OBJECT_STORE
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", GCS_GONE_SECONDS)
-    info = _init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, ranks),
-        object_store_memory=OBJECT_STORE,
-        include_dashboard=dashboard,
-        _temp_dir=folder,
-        _plasma_directory=None if enough else folder,
-    )
+    # Ray runs workers at niceness 15: whatever else wakes up on the machine then interrupts a rank in mid-step.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    temporary = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = folder  # what Ray's processes leave when they are killed goes with the folder
+    try:
+        info = _init(
+            address="local",
+            num_cpus=ranks,  # Ray starts as many workers at once; a rank needs one, whatever cores it uses
+            object_store_memory=OBJECT_STORE,
+            include_dashboard=None if dashboard else False,  # None: a dashboard that does not come up is done without
+            _temp_dir=folder,
+            _plasma_directory=None if enough else folder,
+        )
+    finally:
+        os.environ.pop("TMPDIR")
+        if temporary is not None:
+            os.environ["TMPDIR"] = temporary
     return info.dashboard_url or None
 
 
 def _init(**options: Any) -> Any:
-    """Ray's init, with its handlers of SIGTERM undone: whoever calls decides what a signal does."""
+    """Ray's init, with its handler of SIGTERM undone: whoever calls decides what a signal does."""
     import logging
 
     import ray
 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     before = signal.getsignal(signal.SIGTERM)
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # processes inherit it; ours arrive afterwards
     try:
         return ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
-    except SystemExit:  # what Ray makes of a SIGTERM meanwhile
-        raise KeyboardInterrupt from None
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         why = lines[0][:300].rstrip(".") if lines else type(error).__name__
@@ -122,6 +188,7 @@ def _init(**options: Any) -> Any:
     finally:
         with contextlib.suppress(ValueError):  # only the main thread may, and only there Ray has
             signal.signal(signal.SIGTERM, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 def _describe(dashboard: str | None, local: bool) -> RaySession:
@@ -185,6 +252,6 @@ def _sweep(parent: Path) -> None:
 
 
 def _short_folder() -> str | None:
-    """Ray's sockets lie in its folder, and a socket's path has at most 107 characters: a long TMPDIR is passed over."""
+    """Ray's sockets lie in its folder, and their paths are bounded: a long TMPDIR is passed over."""
     default = tempfile.gettempdir()
-    return "/tmp" if len(default) > 30 and os.access("/tmp", os.W_OK) else None
+    return "/tmp" if len(default) > LONGEST and os.access("/tmp", os.W_OK) else None

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shoal.cluster.group import RankGroup, RankLost
-from shoal.cluster.local import RaySession
+from shoal.cluster.local import STOP_SIGNALS, RaySession
 from shoal.cluster.metrics import TrainMetrics
 from shoal.workers.checkpoint_files import last_good, wait_for_writers
 from shoal.workers.config import Recipe
-from shoal.workers.errors import ShoalError, TrainingFailed
+from shoal.workers.errors import InvalidInput, ShoalError, TrainingFailed
 
 CALL_SECONDS = 1.0  # work in one call to the ranks; two calls are in flight, so that no rank waits for the driver
 Record = dict[str, Any]
@@ -33,14 +33,14 @@ class Report(Protocol):
 
 @dataclass
 class Stop:
-    """A wish to stop: set by the first SIGINT or SIGTERM; a second one ends the process at once."""
+    """A wish to stop: set by the first SIGINT, SIGTERM or SIGHUP; a second one ends the process at once."""
 
     signal: int = 0
 
     @contextmanager
     def listening(self) -> Iterator[Stop]:
-        """Catches the two signals for the time of a ``with`` block."""
-        before = {s: signal.signal(s, self._caught) for s in (signal.SIGINT, signal.SIGTERM)}
+        """Catches the signals for the time of a ``with`` block."""
+        before = {s: signal.signal(s, self._caught) for s in (signal.SIGINT, *heard())}
         try:
             yield self
         finally:
@@ -51,6 +51,11 @@ class Stop:
         if self.signal:
             raise KeyboardInterrupt
         self.signal = number
+
+
+def heard() -> list[signal.Signals]:
+    """The signals that stop a run, without those that whoever started it wants ignored (nohup)."""
+    return [s for s in STOP_SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
 
 
 @dataclass
@@ -81,6 +86,7 @@ class Supervisor:
         self.stop = Stop()
         self.step = 0
         self.failures = 0
+        self.resumed = False
 
     def run(self, sample: SampleRequest | None = None, resumed: bool = False) -> Outcome:
         """Trains to the last step, or until stopped. resumed: says where the run goes on from.
@@ -88,6 +94,7 @@ class Supervisor:
         Raises: ``TrainingFailed`` when the numbers are not finite, or ranks failed too often in a row;
         ``ShoalError`` of whatever the ranks refuse.
         """
+        self.resumed = resumed
         with self.stop.listening():
             start = self._starting_point()
             if resumed:
@@ -107,9 +114,16 @@ class Supervisor:
                     self._count_failure(str(lost), reached, before or 0, start or 0)
 
     def _starting_point(self) -> int | None:
-        """The step of the newest whole checkpoint, None for a fresh start; what was reported after it is void."""
+        """The step of the newest whole checkpoint, None for a fresh start; what was reported after it is void.
+
+        Raises InvalidInput when a resumed run has checkpoints and none is whole: a fresh start would lose its history.
+        """
         wait_for_writers(self.checkpoints)
         good, damaged = last_good(self.checkpoints)
+        if self.resumed and damaged and not good:
+            raise InvalidInput(
+                f"{self.checkpoints} holds no whole checkpoint ({damaged[0]}): restore one, or start a new run"
+            )
         step = good.step if good else None
         self.report.rewind(step or 0)
         for sentence in damaged:
@@ -137,7 +151,7 @@ class Supervisor:
     def _train(self, group: RankGroup, sample: SampleRequest | None) -> Outcome:
         total, every = self.recipe.train.steps, self.recipe.checkpoint.every
         calls: deque[tuple[int, list[Any]]] = deque()
-        submitted, pace = self.step, 1
+        submitted, pace, told = self.step, 1, False
         while self.step < total:
             # No call goes past a step that is saved: a checkpoint may stand only once its steps are on file here, for
             # whoever goes on from it does not compute them again.
@@ -146,19 +160,24 @@ class Supervisor:
                 due = submitted == self.step and submitted % every == 0
                 submitted = min(barrier, submitted + pace)
                 calls.append((submitted, group.call("run", submitted, due)))
+            if self.stop.signal and not told:
+                told = True
+                self._tell("stopping", f"signal {self.stop.signal}: saving, then stopping; again: at once", self.step)
             if not calls:
                 return self._stopped(group)
             until, references = calls.popleft()
             seconds = self._take(group, group.get(references)[0])
-            self.step, pace = until, max(1, int(CALL_SECONDS / seconds))
+            self.step = until
+            if seconds:
+                pace = max(1, int(CALL_SECONDS / seconds))
         group.get(group.call("save"))
         self._tell("checkpoint", f"checkpoint step-{self.step} written", self.step)
         text = group.get(group.call("sample", sample.prompt, sample.count, sample.options))[0] if sample else []
         return Outcome(self.step, stopped=False, sample=text)
 
     def _take(self, group: RankGroup, records: list[Record]) -> float:
-        """Reports records; returns the time of the last step in seconds."""
-        seconds = CALL_SECONDS
+        """Reports records; returns the time of the last step in seconds, 0 when none was recorded."""
+        seconds = 0.0
         for record in records:
             self._tell_all(record)
             if record["kind"] == "train":
@@ -168,7 +187,9 @@ class Supervisor:
                     group.get(group.call("settle"))
                 good, _ = last_good(self.checkpoints)
                 where = f"checkpoint {good.path.name} is the last good one" if good else "there is no checkpoint yet"
-                raise TrainingFailed(f"training stopped at {record['text']}; {where}: lower train.learning_rate")
+                raise TrainingFailed(
+                    f"training stopped at {record['text']}; {where}: lower train.learning_rate in a new run"
+                )
         return seconds
 
     def _stopped(self, group: RankGroup) -> Outcome:

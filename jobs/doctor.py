@@ -16,6 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from shoal.workers.machine import cgroup, cores
+
 GIB = 2**30
 PROBE_SECONDS = 30  # torch imports in about 2 s; a cold disk may take ten times that
 RAY_PORTS = {6379: "Ray's head (GCS)", 8265: "Ray's dashboard"}
@@ -125,31 +127,20 @@ def _megablocks() -> Check:
 
 
 def _cores() -> Check:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    allowed = _cgroup("cpu.max").split()
-    if len(allowed) == 2 and allowed[0] != "max":
-        cores = min(cores, max(1, round(int(allowed[0]) / int(allowed[1]))))
-    if cores < 2:
+    found = cores()
+    if found < 2:
         return Check("cores", "warn", "1", "two ranks will share it; give this machine or container 2 cores or more")
-    return Check("cores", "ok", str(cores))
+    return Check("cores", "ok", str(found))
 
 
 def _memory() -> Check:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = _cgroup("memory.max").strip()
+    limit = cgroup("memory.max").strip()
     total = min(total, int(limit)) if limit.isdigit() else total
     found = f"{total / GIB:.1f} GiB"
     if total < 3 * GIB:
         return Check("memory", "warn", found, "two ranks of tiny want 3 GiB: free some, or take one rank (--workers 1)")
     return Check("memory", "ok", found)
-
-
-def _cgroup(name: str) -> str:
-    """A limit of the container that this runs in (cgroup v2), or an empty text."""
-    try:
-        return Path("/sys/fs/cgroup", name).read_text()
-    except OSError:
-        return ""
 
 
 def _shared_memory() -> Check:

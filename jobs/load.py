@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shoal.jobs.run_folder import RunFolder
-from shoal.workers.checkpoint_files import checkpoint_path, last_good, read_state
+from shoal.workers.checkpoint_files import checkpoint_path, last_good, read_state, verify
 from shoal.workers.config import Recipe
-from shoal.workers.errors import NotFound
+from shoal.workers.errors import InvalidInput, NotFound
 
 if TYPE_CHECKING:
     from shoal.workers.model import Transformer
@@ -34,11 +34,14 @@ def find_run(run: str, runs: Path) -> RunFolder:
 
 
 def choose_step(folder: RunFolder, step: int | None) -> tuple[int, list[str]]:
-    """The asked step, or that of the newest whole checkpoint; and what was skipped. Raises NotFound."""
+    """The asked step, or that of the newest whole checkpoint; and what was skipped. Raises NotFound, InvalidInput."""
     checkpoints = folder.path / "checkpoints"
     if step is not None:
-        if not checkpoint_path(checkpoints, step).is_dir():
+        path = checkpoint_path(checkpoints, step)
+        if not path.is_dir():
             raise NotFound(f"{folder.path} has no checkpoint of step {step}: leave --step out for the newest")
+        if problems := verify(path):
+            raise InvalidInput(f"{path} is damaged ({'; '.join(problems)}): leave --step out for the newest whole one")
         return step, []
     good, damaged = last_good(checkpoints)
     if good is None:

@@ -17,7 +17,7 @@ def refuse_what_does_not_fit(recipe: Recipe) -> None:
 
     Raises ClusterRefused when the ranks need more than there is, or GPUs and there are none.
     """
-    if os.environ.get("RAY_ADDRESS"):
+    if os.environ.get("RAY_ADDRESS", "local") not in ("", "local"):
         return
     gpus, device = any(Path("/dev").glob("nvidia[0-9]*")), recipe.parallel.device
     if device == "cuda" and not gpus:

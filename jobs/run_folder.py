@@ -7,6 +7,7 @@ import fcntl
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from shoal.jobs.recipe import load_recipe, recipe_to_toml
+from shoal.jobs.report.journal import read_records
 from shoal.workers.checkpoint_files import list_checkpoints
 from shoal.workers.config import Recipe
-from shoal.workers.errors import InvalidInput, NotFound
+from shoal.workers.errors import InvalidInput, NotFound, UsageError
 
 MAY_CHANGE = ("name", "description", "parallel", "checkpoint")  # what a resumed run may have otherwise
 
@@ -70,21 +72,27 @@ class RunFolder:
 
 
 def new_run(runs: Path, name: str | None, recipe: Recipe) -> RunFolder:
-    """Makes a folder: NAME if given and free, else the recipe's name with the first free number."""
-    if name is not None:
-        folder = RunFolder(runs / name)
-        if folder.path.exists():
-            raise InvalidInput(f"{folder.path} exists: go on with it by --resume, or choose another --name")
-        _make(folder)
-        return folder
-    for number in itertools.count(1):
-        folder = RunFolder(runs / (recipe.name if number == 1 else f"{recipe.name}-{number}"))
-        try:
-            _make(folder)
-        except FileExistsError:
-            continue
-        return folder
-    raise AssertionError
+    """Makes a folder: NAME if given and free, else the recipe's name with the first free number.
+
+    A folder of that NAME which holds nothing is free. Raises InvalidInput, UsageError.
+    """
+    if name is not None and (not name or Path(name).name != name):
+        raise UsageError(f"--name {name!r} is not a plain folder name: the run's folder is --runs-dir/NAME")
+    names = (recipe.name if number == 1 else f"{recipe.name}-{number}" for number in itertools.count(1))
+    with refusing(runs):
+        runs.mkdir(parents=True, exist_ok=True)
+    for each in [name] if name is not None else names:
+        folder = RunFolder(runs / each)
+        with refusing(folder.path):
+            if _made(folder.path, reuse=name is not None):
+                return folder
+    raise InvalidInput(f"{runs / (name or '')} exists: go on with it by --resume, or choose another --name")
+
+
+def discard_unused(folder: RunFolder) -> None:
+    """Removes the folder of a run that was refused before anything was recorded."""
+    if not folder.last_step() and not any(read_records(folder.path / "metrics.jsonl")):
+        shutil.rmtree(folder.path, ignore_errors=True)
 
 
 def write_identity(folder: RunFolder, recipe: Recipe, corpus: Path, corpus_hash: str) -> None:
@@ -135,20 +143,30 @@ class refusing:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError) and not isinstance(error, FileExistsError):
-            remedy = self.REMEDIES.get(error.errno or 0, "make it writable or choose another --runs-dir")
+        if isinstance(error, OSError):
+            remedy = self.REMEDIES.get(error.errno or 0, "make it a writable folder or choose another --runs-dir")
             raise InvalidInput(f"{self.path} cannot be written ({error.strerror}): {remedy}") from error
 
 
-def _make(folder: RunFolder) -> None:
-    with refusing(folder.path):
-        folder.path.parent.mkdir(parents=True, exist_ok=True)
-        folder.path.mkdir()
-        probe = folder.path / ".probe"
-        with probe.open("wb") as file:
-            file.write(bytes(4096))
-            os.fsync(file.fileno())
-        probe.unlink()
+def _made(path: Path, reuse: bool) -> bool:
+    """Makes a run's folder and tries whether it can be written; False when there is one. reuse: take an empty one."""
+    try:
+        path.mkdir()
+    except FileExistsError:
+        if not reuse or not path.is_dir() or any(path.iterdir()):
+            return False
+    try:
+        probe = path / ".probe"
+        try:
+            with probe.open("wb") as file:
+                file.write(bytes(4096))
+                os.fsync(file.fileno())
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError:
+        path.rmdir()
+        raise
+    return True
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:

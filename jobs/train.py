@@ -18,10 +18,12 @@ from shoal.jobs.data.prepare import corpus_tokenizer
 from shoal.jobs.memory import refuse_what_does_not_fit
 from shoal.jobs.report import RunReport
 from shoal.jobs.report.journal import read_records
-from shoal.jobs.run_folder import RunFolder, check_same_corpus, new_run, write_identity
-from shoal.workers.checkpoint_files import last_good
+from shoal.jobs.report.run import draw_missing
+from shoal.jobs.run_folder import RunFolder, check_same_corpus, discard_unused, new_run, write_identity
+from shoal.workers.checkpoint_files import last_good, read_state
 from shoal.workers.config import Recipe
 from shoal.workers.data.manifest import read_manifest
+from shoal.workers.errors import InvalidInput, ShoalError
 
 SAMPLE_PROMPTS = {"stdlib": "def ", "shakespeare": "\n"}
 SAMPLE_TOKENS = 96
@@ -53,7 +55,8 @@ class _WithBaselines:
         if record["kind"] == "eval":
             record = self.last = {**record, **self.beside}
         self.report.record(record)
-        self.started()
+        if record["kind"] == "train":
+            self.started()
 
     def rewind(self, step: int) -> None:
         """Passes it on."""
@@ -63,16 +66,19 @@ class _WithBaselines:
 def train(
     recipe: Recipe, runs: Path, name: str | None, resume: RunFolder | None, data_root: Path, console: Console
 ) -> TrainResult:
-    """Trains ``recipe`` to its end in a run folder. SIGTERM is treated like Ctrl-C.
+    """Trains ``recipe`` to its end in a run folder. SIGTERM and SIGHUP are treated like Ctrl-C.
 
     Raises: ShoalError for whatever cannot be done; KeyboardInterrupt when it is to end at once.
     """
     started = time.monotonic()
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    from shoal.cluster.supervisor import heard
+
+    before = {number: signal.signal(number, _interrupt) for number in heard()}
     try:
         return _train(recipe, runs, name, resume, data_root, console, started)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _interrupt(_number: int, _frame: object) -> None:
@@ -91,21 +97,39 @@ def _train(
     refuse_what_does_not_fit(recipe)
     corpus = resume.corpus() if resume else _corpus(recipe, data_root, console)
     manifest = read_manifest(corpus)
+    if not manifest.splits["val"].documents:
+        raise InvalidInput(f"{corpus} holds no validation documents: prepare it again with a larger --val-fraction")
     if resume:
         check_same_corpus(resume, manifest.corpus_hash)
+        _check_history(resume, recipe)
     folder = resume or new_run(runs, name, recipe)
     with folder.locked():
         if resume and _finished(folder, recipe):
+            draw_missing(folder.path)
             console.print(f"{folder.path} is done: step {recipe.train.steps} of {recipe.train.steps}", highlight=False)
             return TrainResult(folder.path, recipe.train.steps, False, _last_evaluation(folder))
-        write_identity(folder, recipe, corpus, manifest.corpus_hash)
         console.print(f"run      {folder.path}", highlight=False)
         console.print(f"corpus   {corpus}  {manifest.corpus_hash[:16]}  {_split_sizes(manifest)}", highlight=False)
         try:
+            write_identity(folder, recipe, corpus, manifest.corpus_hash)
             return _supervised(recipe, folder, corpus, console, started, resume is not None)
         except KeyboardInterrupt:
             _tell_how_to_resume(folder, console)
             raise
+        except ShoalError:
+            if not resume:
+                discard_unused(folder)
+            raise
+
+
+def _check_history(folder: RunFolder, recipe: Recipe) -> None:
+    """Refuses to start a run from step 0 that has come so far that its checkpoints must be somewhere."""
+    steps = [r["step"] for r in read_records(folder.path / "metrics.jsonl") if r.get("kind") == "train"]
+    if steps and steps[-1] > 2 * recipe.checkpoint.every and not folder.last_step():
+        raise InvalidInput(
+            f"{folder.path} was trained to step {steps[-1]}, and its checkpoints are gone: "
+            f"restore {folder.path / 'checkpoints'}, or start a new run with another --name"
+        )
 
 
 def _finished(folder: RunFolder, recipe: Recipe) -> bool:
@@ -143,11 +167,21 @@ def _supervised(
             console.print(f"watch    {session.dashboard}", highlight=False)
         first = _Once(lambda: console.print(f"first step after {time.monotonic() - started:.1f} s", highlight=False))
         told = _WithBaselines(report, baselines(corpus, recipe.train.eval_tokens), first)
+        recipe = _with_saved_dtype(recipe, folder)
         outcome = Supervisor(recipe, corpus, folder.path, told, session).run(request, resumed)
         if outcome.stopped:
             _tell_how_to_resume(folder, console)
     text = tokenizer.decode(outcome.sample)
     return TrainResult(folder.path, outcome.step, outcome.stopped, told.last, prompt, text)
+
+
+def _with_saved_dtype(recipe: Recipe, folder: RunFolder) -> Recipe:
+    """The recipe with the dtype that the run was begun in, where it leaves that to the device."""
+    good, _ = last_good(folder.path / "checkpoints")
+    if recipe.train.dtype != "auto" or good is None:
+        return recipe
+    saved = read_state(good.path).get("dtype", "auto")
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"dtype": saved})})
 
 
 class _Once:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.workers.config import Recipe
 from shoal.workers.errors import TrainingFailed
+from shoal.workers.machine import cores
 from shoal.workers.placement import Placement
 
 if TYPE_CHECKING:
@@ -41,11 +42,19 @@ class RankActor:
         self.store = TCPStore(host, 0, self.ranks, is_master=True, wait_for_workers=False)
         return host, int(self.store.port)
 
-    def join(self, address: tuple[str, int], threads: int, device: str) -> str:
-        """Joins the process group; returns what the rank runs on."""
+    def join(self, address: tuple[str, int], threads: int, here: int, device: str) -> str:
+        """Joins the process group; returns what the rank runs on.
+
+        threads: of this process, 0 for this machine's cores divided by ``here``, the ranks on it.
+
+        Raises: what torch.distributed raises when the ranks do not meet.
+        """
+        # cuBLAS keeps to one result only with a workspace of its own; it reads this when CUDA starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         import torch
         import torch.distributed as dist
 
+        threads = threads or max(1, cores() // here)
         torch.set_num_threads(threads)
         if self.ranks > 1:
             if self.store is None:
@@ -85,6 +94,7 @@ class RankActor:
 
         trainer, records = self._ready(), []
         try:
+            trainer.check_saving()
             # a second call may be in flight when a step fails: it must not go on from there
             if save and not self.failed:
                 trainer.save()

@@ -116,6 +116,11 @@ class Checkpointer:
         if pending:
             pending.result()
 
+    @property
+    def done(self) -> bool:
+        """Whether the last checkpoint, if any, is written, or has failed: ``wait`` returns at once."""
+        return self._pending is None or self._pending.done()
+
     def load(self, step: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Fills ``tensors`` in place with what was saved under their names, and returns the saved state.
 
@@ -223,6 +228,7 @@ class Checkpointer:
         return [value for value, _ in outcomes]
 
     def _failure(self, step: int, error: BaseException) -> ShoalError:
+        """InvalidInput where the disk refused, which a person can mend; else ShoalError."""
         rank, (cause, remedy) = self.rank, _cause(error)
         if isinstance(error, CheckpointException):
             rank = min(error.failures)
@@ -232,7 +238,8 @@ class Checkpointer:
         before = ", ".join(info.path.name for info in files.list_checkpoints(self.folder))
         kept = f"earlier ones are untouched ({before})" if before else "there is no earlier one"
         path = files.checkpoint_path(self.folder, step)
-        return ShoalError(f"checkpoint {path} could not be written ({cause}{where}), {kept}: {remedy}")
+        kind = InvalidInput if remedy in _REMEDIES.values() else ShoalError
+        return kind(f"checkpoint {path} could not be written ({cause}{where}), {kept}: {remedy}")
 
 
 class _Failed(Exception):

@@ -25,6 +25,7 @@ import os
 import re
 import secrets
 import shutil
+import socket
 import stat
 import time
 from collections.abc import Iterator
@@ -235,8 +236,13 @@ def prepare_folder(folder: Path) -> None:
     Raises:
         InvalidInput: nothing can be written there.
     """
+    if not folder.parent.exists():  # the driver made it: this is another machine, or it was removed
+        raise InvalidInput(
+            f"{folder.parent} is not there on {socket.gethostname()}, where rank 0 runs: "
+            "put the runs on a file system that all nodes share"
+        )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         clean_leftovers(folder)
         with draft(folder, 0):
             pass

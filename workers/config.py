@@ -124,6 +124,11 @@ class ParallelTable(Table):
     expert: int = Field(default=0, ge=0, description="ranks that share one set of experts; 0: all expert ranks")
     context: int = Field(default=1, ge=1, description="ranks that share one sequence")
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = Field(
+        default=0,
+        ge=0,
+        description="CPU threads of a rank (the last bits depend on them); 0: cores over the ranks of a machine",
+    )
     max_failures: int = Field(
         default=3, ge=0, description="failures in a row, without a new checkpoint between them, that end a run"
     )
@@ -253,6 +258,11 @@ def _check_experts(recipe: Recipe) -> None:
             f"moe.experts={moe.experts} does not divide into balance.device_groups={balance.device_groups}: "
             f"set balance.device_groups to a divisor of {moe.experts}"
         )
+    if moe.normalize_gates and moe.top_k == 1:
+        raise ValueError(
+            "moe.normalize_gates=true with moe.top_k=1 makes every gate 1, and the router learns nothing: "
+            "set moe.normalize_gates to false"
+        )
     if moe.router == "hash" and moe.top_k != 1:
         raise ValueError(f"moe.top_k={moe.top_k} with moe.router='hash', which picks one expert: set moe.top_k to 1")
 
@@ -294,6 +304,11 @@ def _check_parallel(recipe: Recipe) -> None:
         if not recipe.moe.experts:
             raise ValueError(
                 f"parallel.placement={p.placement!r} needs experts, and moe.experts=0: set it to colocated"
+            )
+        if recipe.model.dense_layers >= recipe.model.layers:
+            raise ValueError(
+                f"parallel.placement={p.placement!r} needs a layer with experts, and "
+                f"model.dense_layers={recipe.model.dense_layers} leaves none of {recipe.model.layers}: lower it"
             )
     elif p.expert and p.ranks % p.expert:
         raise ValueError(

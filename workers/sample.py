@@ -51,6 +51,7 @@ def _choose(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, 
     if temperature == 0:
         return int(logits.argmax())
     ordered, ids = logits.sort(descending=True, stable=True)
-    weights = torch.softmax(ordered / temperature, -1)
+    weights = torch.softmax((ordered - ordered[0]) / temperature, -1)  # finite for any temperature
     keep = (weights.cumsum(-1) - weights < top_p) & (torch.arange(len(weights)) < (top_k or len(weights)))
+    keep[0] = True
     return int(ids[torch.multinomial(weights * keep, 1, generator=generator)])

@@ -85,7 +85,7 @@ class Trainer:
         t, started = self.recipe.train, time.perf_counter()
         self.step += 1
         # every step has its own seed: random numbers do not depend on what ran before, so a resumed run draws the same
-        torch.manual_seed(t.seed * 1_000_003 + self.step)
+        torch.manual_seed((t.seed * 1_000_003 + self.step) % 2**63)
         micro = [batch.to(self.device) for batch in self.loader.next()]
         losses, counts = self._forward_backward(micro)
         gradients = self.optimizer.gradients()
@@ -220,6 +220,11 @@ class Trainer:
             return ""
         where = f"layers.{bad[0]}" if bad[0] < layers else "the embedding or the head"
         return f"a weight of {where} is not finite after the update"
+
+    def check_saving(self) -> None:
+        """Raises what went wrong with the last checkpoint, if that is known by now; does not wait for it."""
+        if self.checkpointer and self.checkpointer.done:
+            self.checkpointer.wait()
 
     def settle(self) -> None:
         """Waits until no checkpoint is being written; raises what went wrong with it."""

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from shoal.jobs.bench.command import environment, output_of, shoal_command
+from shoal.jobs.bench.command import environment, failure, output_of, shoal_command
 from shoal.jobs.bench.registry import Settings
 from shoal.jobs.bench.result import Row, time_row
 from shoal.workers.errors import TrainingFailed
@@ -46,8 +46,15 @@ def wall_ms(command: Sequence[str]) -> float:
 
 
 def heavy_imports(arguments: Sequence[str]) -> list[str]:
-    """Which of torch and Ray a Python command line imports, by Python's own account (``-X importtime``)."""
+    """Which of torch and Ray a Python command line imports, by Python's own account (``-X importtime``).
+
+    Raises TrainingFailed with the last line that is not part of that account when the command fails.
+    """
     command = [sys.executable, "-X", "importtime", *arguments]
-    said = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True).stderr
-    names = {line.rpartition("|")[2].strip() for line in said.splitlines() if line.startswith("import time:")}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment())
+    account, mark = result.stderr.splitlines(), "import time:"
+    if result.returncode:
+        said = "\n".join(line for line in account if not line.startswith(mark))
+        raise TrainingFailed(failure(command, result.returncode, said or result.stdout))
+    names = {line.rpartition("|")[2].strip() for line in account if line.startswith(mark)}
     return [name for name in HEAVY if name in names]

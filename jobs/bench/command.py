@@ -35,7 +35,7 @@ def output_of(command: Sequence[str]) -> str:
     """Runs a command to its end; its standard output. Raises TrainingFailed with its last line when it fails."""
     result = subprocess.run(command, capture_output=True, text=True, env=environment())
     if result.returncode:
-        raise TrainingFailed(_failure(command, result.returncode, result.stderr or result.stdout))
+        raise TrainingFailed(failure(command, result.returncode, result.stderr or result.stdout))
     return result.stdout
 
 
@@ -67,7 +67,7 @@ def wait_for_step(process: subprocess.Popen[bytes], metrics: Path, log: Path) ->
         if train_records(metrics):
             return time.time()
         if ended:
-            raise TrainingFailed(_failure(process.args, process.returncode, log.read_text(errors="replace")))  # type: ignore[arg-type]
+            raise TrainingFailed(failure(process.args, process.returncode, log.read_text(errors="replace")))  # type: ignore[arg-type]
         time.sleep(0.01)
 
 
@@ -85,7 +85,8 @@ def prepared(data_dir: Path, recipe: str = "tiny") -> Path:
     return ensure_corpus(checked.data.corpus, checked.model.vocab, data_dir)
 
 
-def _failure(command: Sequence[str], code: int, said: str) -> str:
+def failure(command: Sequence[str], code: int, said: str) -> str:
+    """One sentence on a command that ended with ``code``, with the last line of what it said."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     last = lines[-1][:300] if lines else "no word"
     return f"`{' '.join(map(str, command))}` ended with {code} ({last}): run it to see why"

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from shoal.jobs.bench.command import shoal_command, started
+from shoal.jobs.bench.command import failure, shoal_command, started
 from shoal.jobs.bench.registry import Settings
 from shoal.jobs.bench.result import Row, value_row
 from shoal.workers.errors import ClusterRefused, TrainingFailed
@@ -46,7 +46,8 @@ def run(settings: Settings) -> list[Row]:
                 phase.take(sample(process.pid))
                 time.sleep(EVERY)
         if process.returncode:
-            raise TrainingFailed(f"`{' '.join(command)}` ended with {process.returncode}: run it to see why")
+            # the log goes with the folder: its last line is all that a person will see
+            raise TrainingFailed(failure(command, process.returncode, log.read_text(errors="replace")))
     return rows(preparing, training)
 
 

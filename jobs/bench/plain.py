@@ -1,5 +1,6 @@
-"""Training in one process without Ray, to compare with: ``python -m shoal.jobs.bench.plain KIND CORPUS STEPS``.
+"""Training in one process without Ray, to compare with: ``python -m shoal.jobs.bench.plain KIND CORPUS STEPS THREADS``.
 
+THREADS is how many the process computes with.
 Prints a JSON list: when each step ended, in seconds since 1970. ``trainer`` runs the class that Ray's actors run.
 ``loop`` is what one would write by hand over the same model and batches: backward, clip, ``torch.optim.AdamW``.
 """
@@ -7,7 +8,6 @@ Prints a JSON list: when each step ended, in seconds since 1970. ``trainer`` run
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -78,13 +78,13 @@ def ends(kind: str, recipe: Recipe, corpus: Path, steps: int) -> list[float]:
     return times
 
 
-def main(kind: str, corpus: str, steps: str) -> None:
-    """Trains ``tiny`` on one rank, with the threads that a single rank has under Ray."""
+def main(kind: str, corpus: str, steps: str, threads: str) -> None:
+    """Trains ``tiny`` on one rank."""
     import torch
 
     from shoal.jobs.recipe import load_recipe
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(int(threads))
     recipe = load_recipe("tiny", overrides={"parallel.ranks": 1, "train.steps": int(steps)})
     print(json.dumps(ends(kind, recipe, Path(corpus), int(steps))))
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import shoal
+from shoal.workers.machine import cores
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -70,20 +71,27 @@ def document(benchmark: str, rows: Sequence[Row], load: Sequence[float]) -> Docu
         "dirty": dirty,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "load_average": [round(value, 2) for value in load],
-        "rows": list(rows),
+        "rows": [_rounded(row) for row in rows],
     }
 
 
 def write(result: Document, folder: Path) -> Path:
-    """Writes ``folder/BENCHMARK.json`` at once: what was there stays until the new file is whole."""
+    """Writes ``folder/BENCHMARK.json`` at once: what was there stays until the new file is whole.
+
+    Raises ValueError for figures that are not finite.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result['benchmark']}.json"
     with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False, encoding="utf-8") as file:
         part = Path(file.name)
-        json.dump(_rounded(result), file, indent=2, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
-    part.chmod(0o644)
-    part.replace(path)
+        try:
+            json.dump(result, file, indent=2, ensure_ascii=False, allow_nan=False)
+            file.write("\n")
+            file.close()
+            part.chmod(0o644)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
     return path
 
 
@@ -117,11 +125,6 @@ def _verdict(row: Row) -> str:
     if "target" not in row:
         return ""
     return f"{row['target']:g}: {'met' if row['ratio'] >= row['target'] else 'MISSED'}"
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def device() -> str:

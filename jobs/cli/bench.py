@@ -10,8 +10,9 @@ from typing import Annotated
 import typer
 
 from shoal.jobs.bench.registry import BENCHMARKS, Settings, measure
-from shoal.jobs.bench.result import cores, table, write
+from shoal.jobs.bench.result import table, write
 from shoal.jobs.cli.common import Output, OutputOption, console, emit, grid
+from shoal.workers.machine import cores
 
 app = typer.Typer(
     help="Run a benchmark and write its results.",

@@ -19,7 +19,7 @@ def evaluate(
     runs_dir: RunsDirOption = RUNS_DIR,
     output: OutputOption = Output.table,
 ) -> None:
-    """Measure a trained run on validation text, beside unigram and gzip on the same text.
+    """Measure a trained model in bits per byte, beside unigram and gzip on the same text.
 
     Examples:
 

@@ -21,7 +21,7 @@ def generate(
     runs_dir: RunsDirOption = RUNS_DIR,
     output: OutputOption = Output.table,
 ) -> None:
-    """Generate text from a trained run.
+    """Continue a text with a trained model.
 
     Examples:
 

@@ -83,7 +83,7 @@ def root(
 
     - `shoal train --recipe tiny --name first` trains on this machine
 
-    - `shoal train --recipe tiny --workers 4 --set train.steps=500`
+    - `shoal train --recipe tiny --workers 4 --set train.steps=1000`
 
     - `shoal generate first --prompt "def main("` continues a text
 

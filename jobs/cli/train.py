@@ -41,9 +41,8 @@ def train(
     data_dir: Annotated[Path, typer.Option(help="Where prepared corpora lie.")] = Path("data"),
     output: OutputOption = Output.table,
 ) -> None:
-    """Train a recipe on this machine, or inside the Ray cluster that RAY_ADDRESS names."""
-    from rich.console import Console
-
+    """Train a model from a recipe, or resume a run: here, or inside the Ray cluster that RAY_ADDRESS names."""
+    from shoal.jobs.cli.lasting import Lasting
     from shoal.jobs.recipe import load_recipe
     from shoal.jobs.run_folder import RunFolder, check_same_recipe
     from shoal.jobs.train import train as run_training
@@ -51,7 +50,7 @@ def train(
 
     overrides = {
         "data.corpus": data,
-        "parallel.ranks": workers or ranks_of(placement),
+        "parallel.ranks": ranks_of(placement) if workers is None else workers,
         "parallel.placement": placement,
         "train.steps": steps,
     }
@@ -65,16 +64,16 @@ def train(
     checked = load_recipe(source, sets or (), overrides)
     if folder:
         check_same_recipe(folder, checked)
-    console = Console(stderr=output is Output.json)
+    console = Lasting(stderr=output is Output.json, markup=False)
     result = run_training(checked, runs_dir, name, folder, data_dir, console)
 
     def table() -> None:
-        if not result.sample:
-            return
-        console.print(f"\n[bold]A sample[/bold] after step {result.step}:")
-        console.print(result.prompt + result.sample, markup=False, highlight=False)
-        console.print(f"\n{result.run}/ holds metrics.jsonl, loss.png, checkpoints/ and TensorBoard events.")
-        console.print(f"More text: shoal generate {result.run} --prompt 'class '", highlight=False)
+        if result.sample:
+            console.print(f"\nA sample after step {result.step}:", style="bold")
+            console.print(result.prompt + result.sample, highlight=False)
+        if not result.stopped:
+            console.print(f"\n{result.run}/ holds metrics.jsonl, loss.png, checkpoints/ and TensorBoard events.")
+            console.print(f"More text: shoal generate {result.run} --prompt 'class '", highlight=False)
 
     facts = {
         "run": str(result.run),

@@ -214,7 +214,7 @@ class _Build:
         if train == 0:
             raise InvalidInput(
                 f"the input holds {val} document{'s' * (val > 1)}, too few to split for validation: "
-                "cut a long file into documents with --separator, give more, or set --val-fraction 0"
+                "cut a long file into documents with --separator, give more, or raise --val-fraction"
             )
 
     def manifest(self, name: str) -> Manifest:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from shoal.jobs.report.journal import Record
 
-STYLES = {"recovered": "yellow", "failed": "red", "stopped": "yellow", "checkpoint": "dim"}
+STYLES = {"recovered": "yellow", "failed": "red", "stopping": "yellow", "stopped": "yellow", "checkpoint": "dim"}
 
 
 class View(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Self
 from rich.console import Console
 
 from shoal.jobs.report.journal import Journal, Record
-from shoal.jobs.report.progress import STYLES, make_view
+from shoal.jobs.report.progress import STYLES, View, make_view
 
 if TYPE_CHECKING:
     from shoal.jobs.report.events import EventLog
@@ -30,7 +31,7 @@ class RunReport:
     - event: event, text
 
     metrics.jsonl is the run's record, so a failure to write it raises InvalidInput. Events files and plots can be made
-    again from it: a failure to write them is said once, and the run goes on.
+    again from it: a failure to write them is said once, and the run goes on; so it does when ``console`` fails.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class RunReport:
         self.run_dir = run_dir
         self._restart_at = None if resume_step is None else resume_step + 1
         self._journal = Journal(run_dir / "metrics.jsonl", resume_step)
-        self._view = make_view(console, total_steps, resume_step or 0, clock)
+        self._view: View | None = make_view(console, total_steps, resume_step or 0, clock)
         self._events: EventLog | None = None
         self._events_failed = False
         self._plot_every = plot_every
@@ -59,11 +60,11 @@ class RunReport:
         self._journal.append(record)
         kind = record["kind"]
         if kind == "train":
-            self._view.train(record)
+            self._show(lambda view: view.train(record))
         elif kind == "eval":
-            self._view.say(_validation(record))
+            self._say(_validation(record))
         elif kind == "event":
-            self._view.say(f"step {record['step']}: {record['text']}", STYLES.get(record["event"], ""))
+            self._say(f"step {record['step']}: {record['text']}", STYLES.get(record["event"], ""))
         if kind != "event":
             self._to_events(lambda events: events.write(record))
         if self._clock() - self._plotted_at >= self._plot_every:
@@ -72,7 +73,7 @@ class RunReport:
     def rewind(self, step: int) -> None:
         """The run went back to ``step``: what was reported of later steps is removed, events excepted."""
         self._journal.rewind(step)
-        self._view.rewind(step)
+        self._show(lambda view: view.rewind(step))
         self._restart_at = step + 1
         if self._events is not None:
             self._to_events(lambda events: events.restart(step + 1))
@@ -83,7 +84,7 @@ class RunReport:
             return
         self._closed = True
         self._plot()
-        self._view.close()
+        self._show(lambda view: view.close())
         self._journal.close()
         if self._events is not None:
             self._events.close()
@@ -95,6 +96,18 @@ class RunReport:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _say(self, text: str, style: str = "") -> None:
+        self._show(lambda view: view.say(text, style))
+
+    def _show(self, show: Callable[[View], None]) -> None:
+        """Shows something, as long as it can be shown: a full disk under the output is no reason to end a run."""
+        if self._view is None:
+            return
+        try:
+            show(self._view)
+        except OSError:
+            self._view = None
 
     def _to_events(self, write: Callable[[EventLog], None]) -> None:
         if self._events_failed:
@@ -108,7 +121,7 @@ class RunReport:
             write(self._events)
         except OSError as error:
             self._events_failed = True
-            self._view.say(f"TensorBoard events are no longer written ({error.strerror}); metrics.jsonl is", "yellow")
+            self._say(f"TensorBoard events are no longer written ({error.strerror}); metrics.jsonl is", "yellow")
 
     def _plot(self) -> None:
         self._plotted_at = self._clock()
@@ -117,7 +130,7 @@ class RunReport:
 
             draw(self.run_dir)
         except Exception as error:  # whatever is wrong with a picture, the run it shows is worth more
-            self._view.say(f"the plots in {self.run_dir} were not drawn ({error})", "yellow")
+            self._say(f"the plots in {self.run_dir} were not drawn ({error})", "yellow")
 
 
 def _validation(record: Record) -> str:
@@ -130,3 +143,12 @@ def _validation(record: Record) -> str:
         if record.get(key) is not None
     ]
     return text + (f" ({', '.join(beside)})" if beside else "")
+
+
+def draw_missing(run_dir: Path) -> None:
+    """Draws the plots of a run that ended before it could; a failure leaves them out."""
+    from shoal.jobs.report.plots import draw
+
+    if not (run_dir / "loss.png").exists():
+        with contextlib.suppress(Exception):
+            draw(run_dir)

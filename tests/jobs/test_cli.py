@@ -47,7 +47,7 @@ def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
     assert "HEAVY []" in out
 
 
-@pytest.mark.parametrize("command", ["data", "config", "runs", "doctor"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_answers_help_with_the_line_that_lists_it(command: str) -> None:
     result = run(command, "--help")
     assert result.returncode == 0, result.stderr

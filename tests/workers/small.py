@@ -62,6 +62,6 @@ def small_recipe(**changes: Any) -> dict[str, Any]:
     }
     for key, value in changes.items():
         table, _, name = key.partition("__")
-        tables[table][name] = value
+        tables.setdefault(table, {})[name] = value
     Recipe.model_validate(tables)
     return tables

@@ -1,0 +1,163 @@
+"""``shoal train`` from end to end: what a run leaves, and that it goes on after it was interrupted or damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from shell import processes_in, shoal, started, steps_done, wait_until
+from small import small_corpus, small_recipe
+from trained import assert_same_bits, events, flip_a_byte, records
+
+from shoal.jobs.recipe import recipe_to_toml
+from shoal.workers.checkpoint_files import list_checkpoints
+from shoal.workers.config import Recipe
+
+STEPS = 120
+TRAIN = ("train", "--recipe", "small.toml")
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as a user has it: a recipe, and its prepared corpus."""
+    folder = tmp_path_factory.mktemp("here")
+    corpus = small_corpus(folder)
+    recipe = Recipe.model_validate(
+        small_recipe(
+            train__dtype="float32", train__steps=STEPS, train__eval_every=50, data__corpus=str(corpus),
+            parallel__ranks=2, checkpoint__every=20,
+        )
+    )  # fmt: skip
+    (folder / "small.toml").write_text(recipe_to_toml(recipe))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def temporary() -> Iterator[Path]:
+    """TMPDIR of the commands: it must be empty after them. Short, since Ray's sockets lie in it."""
+    folder = Path("/tmp", f"shoal{os.getpid()}")
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def whole(here: Path, temporary: Path) -> Path:
+    """A run that nothing disturbed, on two ranks; its command must have printed JSON and nothing but JSON."""
+    result = shoal(*TRAIN, "--name", "whole", "-o", "json", cwd=here, TMPDIR=str(temporary))
+    assert result.returncode == 0, result.stderr
+    said = json.loads(result.stdout)
+    assert (said["run"], said["step"], said["stopped"]) == ("runs/whole", STEPS, False)
+    assert said["evaluation"]["bits_per_byte"] < said["evaluation"]["unigram_bits_per_byte"]
+    assert said["sample"]
+    assert "first step after" in result.stderr
+    return here / "runs" / "whole"
+
+
+def test_a_run_leaves_what_the_readme_names_and_nothing_else(whole: Path, temporary: Path) -> None:
+    names = {path.name for path in whole.iterdir() if not path.name.startswith("events.out.tfevents.")}
+    assert names == {"recipe.toml", "run.json", "metrics.jsonl", "checkpoints", "loss.png", "expert_load.png"}
+    assert [info.step for info in list_checkpoints(whole / "checkpoints")] == [80, 100, 120]
+    assert (whole / "checkpoints" / "step-120" / "manifest.json").is_file()
+    assert [record["step"] for record in records(whole)] == list(range(1, STEPS + 1))
+    assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list(temporary.iterdir()) == []
+
+
+def test_interrupted_twice_and_resumed_a_run_ends_with_the_same_bits(here: Path, whole: Path, temporary: Path) -> None:
+    """Ctrl-C and SIGTERM reach the whole process group, as from a terminal and a scheduler; nohup ignores SIGHUP."""
+    run = here / "runs" / "stopped"
+    for command, number in [(TRAIN, signal.SIGINT), (("train", "--resume"), signal.SIGTERM)]:
+        before = steps_done(run)
+        with started(*command, "--name", "stopped", cwd=here, TMPDIR=str(temporary)) as process:
+            wait_until(lambda: steps_done(run) > before, process)  # noqa: B023
+            os.killpg(process.pid, number)
+            stdout, stderr = process.communicate(timeout=240)
+        assert process.returncode == 130, stdout + stderr
+        assert "go on with: shoal train --resume --name stopped\n" in stdout
+        assert before < steps_done(run) < STEPS
+        assert list_checkpoints(run / "checkpoints")[-1].step == steps_done(run)
+        assert processes_in(temporary) == []
+    before = steps_done(run)
+    with started(
+        "train", "--resume", "--name", "stopped", cwd=here, before=["nohup"], TMPDIR=str(temporary)
+    ) as process:  # fmt: skip
+        wait_until(lambda: steps_done(run) > before, process)
+        os.killpg(process.pid, signal.SIGHUP)  # the terminal is closed
+        stdout, stderr = process.communicate(timeout=240)
+    assert process.returncode == 0, stdout + stderr
+    assert events(run) == ["stopping", "stopped", "resumed", "stopping", "stopped", "resumed", "checkpoint"]
+    assert_same_bits(run, whole, STEPS)
+    assert list(temporary.iterdir()) == []
+
+
+def test_resumed_on_other_ranks_from_the_checkpoint_before_a_damaged_one(
+    here: Path, whole: Path, temporary: Path
+) -> None:
+    run = here / "runs" / "damaged"
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "checkpoints" / "step-120")
+    file = flip_a_byte(run, 100)
+    result = shoal(
+        "train", "--resume", "--name", "damaged", "--placement", "1A:2F", cwd=here, TMPDIR=str(temporary)
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert file.name in result.stdout
+    assert "going on from step 80" in result.stdout
+    assert events(run)[-3:] == ["damaged", "resumed", "checkpoint"]
+    mine, theirs = records(run), records(whole)
+    assert [r["step"] for r in mine] == list(range(1, STEPS + 1))
+    assert mine[:80] == theirs[:80]
+    assert [r["loss"] for r in mine[80:]] == pytest.approx([r["loss"] for r in theirs[80:]], rel=1e-3)
+
+
+def test_a_damaged_checkpoint_is_not_loaded_even_when_it_is_asked_for(here: Path, whole: Path) -> None:
+    run = here / "runs" / "spoilt"
+    shutil.copytree(whole, run)
+    file = flip_a_byte(run, 100)
+    result = shoal("generate", "spoilt", "--step", "100", cwd=here)
+    assert (result.returncode, result.stdout) == (3, "")
+    assert file.name in result.stderr
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_keeps_its_history(here: Path, whole: Path) -> None:
+    run = here / "runs" / "lost"
+    shutil.copytree(whole, run)
+    for step in (80, 100, 120):
+        flip_a_byte(run, step)
+    before = (run / "metrics.jsonl").read_bytes()
+    result = shoal("train", "--resume", "--name", "lost", cwd=here)
+    assert result.returncode == 3, result
+    assert "runs/lost/checkpoints holds no whole checkpoint" in result.stderr
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_is_left_as_it_is(here: Path, whole: Path, temporary: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
+    result = shoal("train", "--resume", "--name", "whole", cwd=here, TMPDIR=str(temporary))
+    assert result.returncode == 0, result.stderr
+    assert f"runs/whole is done: step {STEPS} of {STEPS}" in result.stdout
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()} == before
+
+
+def test_evaluate_measures_what_training_measured(here: Path, whole: Path) -> None:
+    result = shoal("evaluate", "whole", "-o", "json", cwd=here)
+    assert result.returncode == 0, result.stderr
+    said, trained = json.loads(result.stdout), records(whole, "eval")[-1]
+    assert said["step"] == trained["step"] == STEPS
+    for key in ("loss", "bits_per_byte"):
+        assert said[key] == pytest.approx(trained[key], rel=1e-5)
+    assert said["unigram_bits_per_byte"] == trained["unigram_bits_per_byte"]
+
+
+def test_generate_continues_the_prompt_the_same_way_with_the_same_seed(here: Path, whole: Path) -> None:
+    command = ("generate", "runs/whole", "--prompt", "shoal of", "--tokens", "20", "-o", "json")
+    first, second, other = (json.loads(shoal(*command, "--seed", s, cwd=here).stdout) for s in "112")
+    assert first == second
+    assert first["text"] != other["text"]
+    assert first["prompt"] == "shoal of"
