@@ -1,0 +1,334 @@
+"""Attention over a contiguous span of keys per query for Hopper, in Gluon: products run under the softmax.
+
+The twin of :func:`shoal.kernels.nsa.triton_span.span_attention` for long spans that rise with the queries, as those of
+compressed keys do. A producer warp copies tiles of queries, keys and values with TMA; two warpgroups of consumers
+share the keys and values, each for 64 rows (queries times group) of its own, and take turns at the tensor cores.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from shoal.kernels.nsa.triton_select import LOG2E
+from shoal.kernels.nsa.triton_tables import Span
+
+ROWS = 64
+"""Rows of a warpgroup's matrix products."""
+
+
+def supported(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether :func:`gluon_span_attention` takes these: Hopper, 16 bits, dimensions 64 or 128, groups of 2^i ≤ 64."""
+    group, rest = divmod(q.shape[1], k.shape[1])
+    return (
+        q.is_cuda
+        and torch.cuda.get_device_capability(q.device) == (9, 0)
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and {q.shape[2], v.shape[2]} <= {64, 128}
+        and rest == 0
+        and 1 <= group <= ROWS
+        and group & (group - 1) == 0
+    )
+
+
+def gluon_span_attention(q: Tensor, k: Tensor, v: Tensor, span: Span, scale: float) -> tuple[Tensor, Tensor]:
+    """Each query's attention over the keys of its span; what ``span_attention`` returns.
+
+    q: ``[T, H, D]``, k: ``[C, KV, D]``, v: ``[C, KV, E]``, contiguous, of one dtype, as :func:`supported` says. Returns
+    ``[T, H, E]`` in q's dtype and the log-sum-exp of the scaled scores, ``[T, H]`` float32, -inf over no keys (and
+    the output is 0). scale: above 0.
+    """
+    if not supported(q, k, v):
+        raise ValueError(f"not for {q.dtype} {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} on {q.device}")
+    tokens, heads, dim = q.shape
+    keys, kv, dim_v = v.shape
+    lse = q.new_empty(tokens, heads, dtype=torch.float32)
+    if not tokens or not keys:
+        return q.new_zeros(tokens, heads, dim_v), lse.fill_(float("-inf"))
+    out = q.new_empty(tokens, heads, dim_v)
+    group = heads // kv
+    tile, block = ROWS // group, 128
+    tiles = triton.cdiv(tokens, 2 * tile)
+    _span_kernel[(min(tiles * kv, _multiprocessors(q.device)),)](
+        _descriptor(q, [tile, group, dim]),
+        _descriptor(k.view(keys, kv * dim), [block, dim]),
+        _descriptor(v.view(keys, kv * dim_v), [block, dim_v]),
+        _descriptor(out, [tile, group, dim_v]),
+        span.low,
+        span.high,
+        lse,
+        scale * LOG2E,
+        tokens,
+        tiles,
+        KV=kv,
+        G=group,
+        D=dim,
+        E=dim_v,
+        TILE=tile,
+        BN=block,
+        num_warps=4,
+    )
+    return out, lse
+
+
+@lru_cache(maxsize=8)
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
+    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
+    return TensorDescriptor.from_tensor(x, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
+
+
+@gluon.jit
+def _ring(tensor, SLOTS: gl.constexpr, READERS: gl.constexpr):
+    """Buffers of tiles, each with a barrier that says it is filled and one that says all readers are done with it."""
+    buffers = gl.allocate_shared_memory(tensor.dtype, [SLOTS] + tensor.block_type.shape, tensor.layout)  # noqa: RUF005
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=READERS)
+    return buffers, full, empty
+
+
+@gluon.jit
+def _fetch(tensor, at, ring, slot, lap):
+    """Copy a tile of ``tensor`` to a slot of a ring that has gone around ``lap`` times."""
+    mbarrier.wait(ring[2].index(slot), (lap & 1) ^ 1)
+    mbarrier.expect(ring[1].index(slot), tensor.block_type.nbytes)
+    tma.async_copy_global_to_shared(tensor, at, ring[1].index(slot), ring[0].index(slot))
+
+
+@gluon.jit
+def _laps(tiles, KV: gl.constexpr):
+    """How many tiles this program takes: its own number's, and every one a grid further on."""
+    return gl.cdiv(tiles * KV - gl.program_id(0), gl.num_programs(0))
+
+
+@gluon.jit
+def _tile(low, high, idx, tokens, tiles, KV: gl.constexpr, TOKENS: gl.constexpr, BN: gl.constexpr):
+    """Of tile ``idx``: its first query, head, first key, tiles of keys, at least one, and the keys all queries see."""
+    # The last queries of a document have the longest spans of compressed keys: they begin first.
+    first, h = (tiles - 1 - idx // KV) * TOKENS, idx % KV
+    t = first + gl.arange(0, TOKENS, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    inside = (t >= 0) & (t < tokens)
+    b_low = gl.load(low + t, mask=inside, other=0)
+    b_high = gl.load(high + t, mask=inside, other=0)
+    some = b_high > b_low
+    end = gl.max(gl.where(some, b_high, 0), 0)
+    begin = gl.minimum(gl.min(gl.where(some, b_low, 2147483647), 0), end)
+    full_high = gl.min(gl.where(inside, b_high, 2147483647), 0)
+    return first, h, begin, gl.maximum(gl.cdiv(end - begin, BN), 1), gl.max(b_low, 0), full_high
+
+
+@gluon.jit
+def _producer(q, k, v, q_ring, k_ring, v_ring, low, high, tokens, tiles, KV, G, TILE, BN, STAGES):
+    """Fill the rings: of each tile its queries, in two halves, then keys, each with the values before it."""
+    D: gl.constexpr = k.block_type.shape[1]
+    E: gl.constexpr = v.block_type.shape[1]
+    i = 0
+    for lap in range(_laps(tiles, KV)):
+        idx = gl.program_id(0) + lap * gl.num_programs(0)
+        t, h, key, count, _, _ = _tile(low, high, idx, tokens, tiles, KV, 2 * TILE, BN)
+        for c in gl.static_range(2):
+            _fetch(q, [t + c * TILE, h * G, 0], q_ring, c, lap)
+        for n in range(count):
+            _fetch(k, [key + n * BN, h * D], k_ring, i % STAGES, i // STAGES)
+            _fetch(v, [key + n * BN, h * E], v_ring, i % STAGES, i // STAGES)
+            i += 1
+
+
+@gluon.jit
+def _softmax(s, key, t, m, total, low, high, tokens, full_low, full_high, scale, BN: gl.constexpr, S: gl.constexpr):
+    """A step of the online softmax over scores ``[ROWS, BN]``; masks where some query does not see some key."""
+    if (key < full_low) | (key + BN > full_high):
+        b_low = gl.load(low + t, mask=t < tokens, other=0)
+        b_high = gl.load(high + t, mask=t < tokens, other=0)
+        keys = key + gl.arange(0, BN, layout=gl.SliceLayout(0, S))
+        s = gl.where((keys[None, :] >= b_low[:, None]) & (keys[None, :] < b_high[:, None]), s, float("-inf"))
+    m_new = gl.maximum(m, gl.max(s, 1) * scale)
+    # A row without any key yet has m = -inf; 0 in its place keeps exp2(-inf - m) at 0 instead of NaN.
+    base = gl.where(m_new == float("-inf"), 0.0, m_new)
+    fade = gl.exp2(m - base)
+    p = gl.exp2(s * scale - base[:, None])
+    return p, m_new, total * fade + gl.sum(p, 1), fade
+
+
+@gluon.jit
+def _scores(q, k_ring, i, turn, C: gl.constexpr, BN: gl.constexpr, S: gl.constexpr, STAGES: gl.constexpr):
+    """Begin the product of queries ``[ROWS, D]`` and the keys of step i, once this consumer's turn has come."""
+    mbarrier.wait(turn.index(C), (i & 1) ^ (1 - C))
+    k = k_ring[0].index(i % STAGES).permute((1, 0))
+    M: gl.constexpr = q.shape[0]
+    zeros = gl.zeros([M, BN], gl.float32, S)
+    return warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _consumer(
+    C, q_ring, k_ring, v_ring, o_smem, turn, o, low, high, lse, scale, tokens, tiles, KV, G, TILE, BN, STAGES
+):
+    """The softmax and products of one half of each tile."""
+    D: gl.constexpr = k_ring[0].shape[2]
+    E: gl.constexpr = v_ring[0].shape[2]
+    M: gl.constexpr = TILE * G
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E, 16])
+    P: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    r = gl.arange(0, M, layout=gl.SliceLayout(1, S))
+    q = q_ring[0].index(C).reshape([M, D])
+    i = 0
+    idx = gl.program_id(0)
+    first, h, key, count, full_low, full_high = _tile(low, high, idx, tokens, tiles, KV, 2 * TILE, BN)
+    for lap in range(_laps(tiles, KV)):
+        t = first + C * TILE + r // G
+        rows = (t.to(gl.int64) * KV + h) * G + r % G
+        mbarrier.wait(q_ring[1].index(C), lap & 1)
+        mbarrier.wait(k_ring[1].index(i % STAGES), i // STAGES & 1)
+        s = _scores(q, k_ring, i, turn, C, BN, S, STAGES)
+        mbarrier.arrive(turn.index(1 - C))
+        s = warpgroup_mma_wait(0, [s])
+        mbarrier.arrive(k_ring[2].index(i % STAGES))
+        m = gl.full([M], float("-inf"), gl.float32, gl.SliceLayout(1, S))
+        total = gl.zeros([M], gl.float32, gl.SliceLayout(1, S))
+        p, m, total, _ = _softmax(s, key, t, m, total, low, high, tokens, full_low, full_high, scale, BN, S)
+        acc = gl.zeros([M, E], gl.float32, ACC)
+        b_p = gl.convert_layout(p.to(q.dtype), P)
+        mbarrier.wait(k_ring[1].index((i + 1) % STAGES), (i + 1) // STAGES & 1, pred=count > 1)
+        for n in range(1, count):
+            # The scores of this step and the output of the one before are multiplied in the background.
+            s = _scores(q, k_ring, i + 1, turn, C, BN, S, STAGES)
+            mbarrier.wait(v_ring[1].index(i % STAGES), i // STAGES & 1)
+            acc = warpgroup_mma(b_p, v_ring[0].index(i % STAGES), acc, is_async=True)
+            mbarrier.arrive(turn.index(1 - C))
+            s = warpgroup_mma_wait(1, [s])
+            mbarrier.arrive(k_ring[2].index((i + 1) % STAGES))
+            key += BN
+            p, m, total, fade = _softmax(s, key, t, m, total, low, high, tokens, full_low, full_high, scale, BN, S)
+            # A branch has to stand between softmax and wait, else ptxas moves the wait before the softmax.
+            mbarrier.wait(k_ring[1].index((i + 2) % STAGES), (i + 2) // STAGES & 1, pred=n + 1 < count)
+            acc, p, fade, total = warpgroup_mma_wait(0, [acc, p, fade, total])
+            mbarrier.arrive(v_ring[2].index(i % STAGES))
+            acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, ACC))[:, None]
+            b_p = gl.convert_layout(p.to(q.dtype), P)
+            i += 1
+        mbarrier.arrive(q_ring[2].index(C))
+        mbarrier.wait(v_ring[1].index(i % STAGES), i // STAGES & 1)
+        acc = warpgroup_mma(b_p, v_ring[0].index(i % STAGES), acc, is_async=True)
+        idx += gl.num_programs(0)
+        at = [first + C * TILE, h * G, 0]
+        first, h, key, count, full_low, full_high = _tile(low, high, idx, tokens, tiles, KV, 2 * TILE, BN)
+        acc = warpgroup_mma_wait(0, [acc])
+        mbarrier.arrive(v_ring[2].index(i % STAGES))
+        i += 1
+        none = total == 0.0
+        gl.store(lse + rows, gl.where(none, float("-inf"), (m + gl.log2(total)) * 0.6931471805599453), mask=t < tokens)
+        share = gl.convert_layout(1.0 / gl.where(none, 1.0, total), gl.SliceLayout(1, ACC))
+        tma.store_wait(0)
+        o_smem.index(C).reshape([M, E]).store((acc * share[:, None]).to(q.dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(o, at, o_smem.index(C))
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _span_kernel(
+    q,
+    k,
+    v,
+    o,
+    low,
+    high,
+    lse,
+    scale,
+    tokens,
+    tiles,
+    KV: gl.constexpr,
+    G: gl.constexpr,
+    D: gl.constexpr,
+    E: gl.constexpr,
+    TILE: gl.constexpr,
+    BN: gl.constexpr,
+):
+    """Programs take tiles of 2 · TILE queries and a key head in turn, until there is none left."""
+    STAGES: gl.constexpr = 2
+    FIRST: gl.constexpr = 0
+    SECOND: gl.constexpr = 1
+    q_ring = _ring(q, 2, 1)
+    k_ring = _ring(k, STAGES, 2)
+    v_ring = _ring(v, STAGES, 2)
+    o_smem = gl.allocate_shared_memory(o.dtype, [2, TILE, G, E], o.layout)
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for c in gl.static_range(2):
+        mbarrier.init(turn.index(c), count=1)
+    fence_async_shared()
+    # Steps through rings and turns are counted from 0 by each of the three on its own; all count alike.
+    gl.warp_specialize(
+        [
+            (
+                _consumer,
+                (
+                    FIRST,
+                    q_ring,
+                    k_ring,
+                    v_ring,
+                    o_smem,
+                    turn,
+                    o,
+                    low,
+                    high,
+                    lse,
+                    scale,
+                    tokens,
+                    tiles,
+                    KV,
+                    G,
+                    TILE,
+                    BN,
+                    STAGES,
+                ),
+            ),
+            (
+                _consumer,
+                (
+                    SECOND,
+                    q_ring,
+                    k_ring,
+                    v_ring,
+                    o_smem,
+                    turn,
+                    o,
+                    low,
+                    high,
+                    lse,
+                    scale,
+                    tokens,
+                    tiles,
+                    KV,
+                    G,
+                    TILE,
+                    BN,
+                    STAGES,
+                ),
+            ),
+            (_producer, (q, k, v, q_ring, k_ring, v_ring, low, high, tokens, tiles, KV, G, TILE, BN, STAGES)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
