@@ -1,0 +1,1 @@
+"""The inference service: text over HTTP and gRPC, in front of engines."""
