@@ -33,12 +33,12 @@ def importance(p_cmp: Tensor, blocks: int, sizes: BlockSizes) -> Tensor:
 def select(scores: Tensor, positions: Tensor, sizes: BlockSizes) -> Tensor:
     """The ``n`` best blocks of each query, forced ones counted (NSA eq. 11); of equals, the lower index.
 
-    scores: ``[KV, rows, blocks]`` importance, ``blocks > n``; it is overwritten. positions: ``[rows]`` int64, each
-    query's position in its document. Returns a bool mask of the same shape; blocks that begin after the query are
-    never kept, so that early queries keep fewer than n.
+    scores: ``[…, blocks]`` importance, ``blocks > n``, such as ``[KV, rows, blocks]``; it is overwritten. positions:
+    int64, each query's position in its document; ``[…]`` or what broadcasts to it. Returns a bool mask of the shape of
+    scores; blocks that begin after the query are never kept, so that early queries keep fewer than n.
     """
     block = torch.arange(scores.shape[-1], device=scores.device)
-    own = torch.div(positions, sizes.slc_block, rounding_mode="floor")[:, None]
+    own = torch.div(positions, sizes.slc_block, rounding_mode="floor")[..., None]
     forced = (block < sizes.slc_initial) | (block > own - sizes.slc_local)
     scores.masked_fill_(forced, torch.inf).masked_fill_(block > own, -torch.inf)
     worst = scores.topk(sizes.slc_count, dim=-1, sorted=True).values[..., -1:]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,8 +32,38 @@ def block_sizes(table: AttentionTable) -> BlockSizes:
     )
 
 
+@dataclass(frozen=True)
+class Projected:
+    """Queries, keys, values and gates of a packed batch, as an NSA layer makes them of its input.
+
+    q: ``[T, H, d_qk]``, rotated. k_cmp, v_cmp: ``[T, KV, D]``, what φ takes: not rotated. k_slc, k_win: rotated. gates:
+    ``[T, H, 3]``, after the sigmoid.
+    """
+
+    q: Tensor
+    k_cmp: Tensor
+    v_cmp: Tensor
+    k_slc: Tensor
+    v_slc: Tensor
+    k_win: Tensor
+    v_win: Tensor
+    gates: Tensor
+
+
+class Attending(Protocol):
+    """What the attention layers of one forward pass share, and what they attend to: the batch itself, or a cache."""
+
+    def full(self, layer: FullAttention, x_TH: Tensor) -> Tensor:
+        """``[T, H, d_v]``, before the output projection."""
+        ...
+
+    def nsa(self, layer: NativeSparseAttention, x_TH: Tensor) -> Tensor:
+        """``[T, H, d_v]``, before the output projection."""
+        ...
+
+
 class AttentionContext:
-    """What every attention layer of a step shares: rotations, and NSA's block layout of the batch."""
+    """Attention within a packed batch: rotations, and NSA's block layout."""
 
     def __init__(self, recipe: Recipe, batch: PackedBatch, dtype: torch.dtype) -> None:
         model = recipe.model
@@ -40,6 +73,16 @@ class AttentionContext:
         if recipe.attention.kind == "nsa":
             self.layout: Layout = make_layout(batch.cu_seqlens, block_sizes(recipe.attention), batch.tokens.device)
             self.cmp_rotation = rope_tables(self.layout.cmp_positions, model.head_dim, model.rope_base, dtype=tables)
+
+    def full(self, layer: FullAttention, x_TH: Tensor) -> Tensor:
+        q, k, v = layer.project(x_TH, self.rotation)
+        return full_attention(q, k, v, self.cu_seqlens, layer.scale)
+
+    def nsa(self, layer: NativeSparseAttention, x_TH: Tensor) -> Tensor:
+        p = layer.project(x_TH, self.rotation)
+        k_cmp = rotate(layer.compress_k(p.k_cmp, self.layout), *self.cmp_rotation)
+        v_cmp = layer.compress_v(p.v_cmp, self.layout)
+        return nsa_attention(p.q, k_cmp, v_cmp, p.k_slc, p.v_slc, p.k_win, p.v_win, p.gates, self.layout, layer.scale)
 
 
 class FullAttention(nn.Module):
@@ -53,14 +96,21 @@ class FullAttention(nn.Module):
         self.wv = nn.Linear(model.hidden, model.kv_heads * model.v_dim, bias=False)
         self.wo = nn.Linear(model.heads * model.v_dim, model.hidden, bias=False)
 
-    def forward(self, x_TH: Tensor, context: AttentionContext) -> Tensor:
-        """``[T, hidden] -> [T, hidden]``."""
+    @property
+    def scale(self) -> float:
+        """Factor on the scores."""
+        return float(self.model.head_dim**-0.5)
+
+    def project(self, x_TH: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """q ``[T, H, d_qk]``, k ``[T, KV, d_qk]``, v ``[T, KV, d_v]`` of ``[T, hidden]``; q and k rotated."""
         m, tokens = self.model, len(x_TH)
-        q = rotate(self.wq(x_TH).view(tokens, m.heads, m.head_dim), *context.rotation)
-        k = rotate(self.wk(x_TH).view(tokens, m.kv_heads, m.head_dim), *context.rotation)
-        v = self.wv(x_TH).view(tokens, m.kv_heads, m.v_dim)
-        out = full_attention(q, k, v, context.cu_seqlens, m.head_dim**-0.5)
-        return self.wo(out.reshape(tokens, m.heads * m.v_dim))
+        q = rotate(self.wq(x_TH).view(tokens, m.heads, m.head_dim), *rotation)
+        k = rotate(self.wk(x_TH).view(tokens, m.kv_heads, m.head_dim), *rotation)
+        return q, k, self.wv(x_TH).view(tokens, m.kv_heads, m.v_dim)
+
+    def forward(self, x_TH: Tensor, context: Attending) -> Tensor:
+        """``[T, hidden] -> [T, hidden]``."""
+        return self.wo(context.full(self, x_TH).flatten(1))
 
 
 class Compression(nn.Module):
@@ -96,16 +146,21 @@ class NativeSparseAttention(nn.Module):
         self.gate_in = nn.Linear(model.hidden, GATE_HIDDEN, bias=False)
         self.gate_out = nn.Linear(GATE_HIDDEN, BRANCHES * model.heads, bias=False)
 
-    def forward(self, x_TH: Tensor, context: AttentionContext) -> Tensor:
-        """``[T, hidden] -> [T, hidden]``."""
-        m, tokens, layout = self.model, len(x_TH), context.layout
-        q = rotate(self.wq(x_TH).view(tokens, m.heads, m.head_dim), *context.rotation)
+    @property
+    def scale(self) -> float:
+        """Factor on the scores."""
+        return float(self.model.head_dim**-0.5)
+
+    def project(self, x_TH: Tensor, rotation: tuple[Tensor, Tensor]) -> Projected:
+        """What the branches read, of ``[T, hidden]``."""
+        m, tokens = self.model, len(x_TH)
+        q = rotate(self.wq(x_TH).view(tokens, m.heads, m.head_dim), *rotation)
         keys = self.wk(x_TH).view(tokens, BRANCHES * m.kv_heads, m.head_dim).split(m.kv_heads, dim=1)
         values = self.wv(x_TH).view(tokens, BRANCHES * m.kv_heads, m.v_dim).split(m.kv_heads, dim=1)
-        k_cmp = rotate(self.compress_k(keys[0], layout), *context.cmp_rotation)
-        v_cmp = self.compress_v(values[0], layout)
-        k_slc, k_win = (rotate(k, *context.rotation) for k in keys[1:])
+        k_slc, k_win = (rotate(k, *rotation) for k in keys[1:])
         gates = torch.sigmoid(self.gate_out(F.silu(self.gate_in(x_TH)))).view(tokens, m.heads, BRANCHES)
-        scale = m.head_dim**-0.5
-        out = nsa_attention(q, k_cmp, v_cmp, k_slc, values[1], k_win, values[2], gates, layout, scale)
-        return self.wo(out.reshape(tokens, m.heads * m.v_dim))
+        return Projected(q, keys[0], values[0], k_slc, values[1], k_win, values[2], gates)
+
+    def forward(self, x_TH: Tensor, context: Attending) -> Tensor:
+        """``[T, hidden] -> [T, hidden]``."""
+        return self.wo(context.nsa(self, x_TH).flatten(1))

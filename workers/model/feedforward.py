@@ -41,11 +41,12 @@ class MoELoad:
     """What the MoE layers of a step count and need to know: filled during a forward pass, layer by layer.
 
     tokens: T of the balance losses, over all ranks and micro-batches. fractions: f of each layer where it is known
-    beforehand (accumulation), else it is taken from this micro-batch of all ranks.
+    beforehand (accumulation), else it is taken from this micro-batch of all ranks. balance: False for no losses, and
+    counts of this dispatch group only, which cost no exchange.
     """
 
-    def __init__(self, tokens: int, fractions: list[Tensor] | None = None) -> None:
-        self.tokens, self.fractions = tokens, fractions
+    def __init__(self, tokens: int, fractions: list[Tensor] | None = None, balance: bool = True) -> None:
+        self.tokens, self.fractions, self.balance = tokens, fractions, balance
         self.counts: list[Tensor] = []
         self.losses: list[Tensor] = []
 
@@ -114,6 +115,9 @@ class MoE(nn.Module):
 
     def _count(self, routing: Routing, counts: Tensor, load: MoELoad) -> None:
         """Adds this layer's load and its part of the balance losses."""
+        if not load.balance:
+            load.counts.append(counts)
+            return
         if self.mesh.dispatch.size < self.mesh.world.size:
             counts = self.mesh.world.all_reduce(counts.clone())
         layer = len(load.counts)

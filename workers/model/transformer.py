@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from shoal.workers.config import Recipe
 from shoal.workers.data.batch import IGNORE, PackedBatch
 from shoal.workers.mesh import Mesh, make_mesh
-from shoal.workers.model.attention import AttentionContext, FullAttention, NativeSparseAttention
+from shoal.workers.model.attention import Attending, AttentionContext, FullAttention, NativeSparseAttention
 from shoal.workers.model.feedforward import DenseFFN, MoE, MoELoad, named_views
 from shoal.workers.placement import Placement
 
@@ -20,12 +20,16 @@ LOSS_CHUNK = 4096  # tokens whose logits exist at one time
 
 
 class StepContext:
-    """What all layers of one forward pass share."""
+    """What all layers of one forward pass share. attention: what they attend to; None for the batch itself."""
 
-    def __init__(self, model: Transformer, batch: PackedBatch, load: MoELoad | None = None) -> None:
+    def __init__(
+        self, model: Transformer, batch: PackedBatch, load: MoELoad | None = None, attention: Attending | None = None
+    ) -> None:
         self.batch = batch
         self.load = load or MoELoad(max(1, len(batch.tokens)))
-        self.attention = AttentionContext(model.recipe, batch, model.dtype) if model.hosts_attention else None
+        self.attention = attention
+        if attention is None and model.hosts_attention:
+            self.attention = AttentionContext(model.recipe, batch, model.dtype)
 
 
 class Block(nn.Module):
@@ -99,9 +103,9 @@ class Transformer(nn.Module):
             noise = torch.randn(view.shape, generator=generator, device=view.device, dtype=torch.float32)
             view.copy_(noise.to(wide) * std)
 
-    def forward(self, batch: PackedBatch, load: MoELoad | None = None) -> Tensor:
+    def forward(self, batch: PackedBatch, load: MoELoad | None = None, attention: Attending | None = None) -> Tensor:
         """Final hidden states ``[T, hidden]``, normed; ``[0, hidden]`` on a rank without an attention shard."""
-        context = StepContext(self, batch, load)
+        context = StepContext(self, batch, load, attention)
         if self.hosts_attention:
             x = self.embedding(batch.tokens)
         else:

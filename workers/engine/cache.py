@@ -1,0 +1,209 @@
+"""The paged caches of a model's layers, and attention over them for the tokens of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from shoal.kernels.nsa.layout import BlockSizes
+from shoal.kernels.nsa.paged import (
+    DecodeTables,
+    PagedCache,
+    compress_blocks,
+    decode_tables,
+    make_cache,
+    paged_decode,
+    paged_prefill,
+    store_rows,
+)
+from shoal.kernels.paged_full import paged_full_decode, paged_full_prefill
+from shoal.kernels.rope import rope_tables, rotate
+from shoal.workers.config import Recipe
+from shoal.workers.model.attention import FullAttention, NativeSparseAttention, Projected, block_sizes
+
+SINGLE = 8  # chunks of at most this many tokens are computed as single queries, all sequences together
+
+
+@dataclass(frozen=True)
+class Part:
+    """The tokens of one sequence in a step: ``tokens`` stand at ``start …``. far: its pages from the start on; near:
+    its pages from page number ``near_start`` on; both reach to its last token."""
+
+    tokens: tuple[int, ...]
+    start: int
+    far: SequenceOf[int]
+    near: SequenceOf[int]
+    near_start: int
+
+    @property
+    def stop(self) -> int:
+        """Position after the last token."""
+        return self.start + len(self.tokens)
+
+
+def sizes_of(recipe: Recipe) -> BlockSizes:
+    """NSA's block sizes; full attention has pages only, of ``slc_block`` tokens."""
+    page = recipe.attention.slc_block
+    return block_sizes(recipe.attention) if recipe.attention.kind == "nsa" else BlockSizes(page, page, page, 1, 0, 1, 1)
+
+
+def reach(recipe: Recipe) -> int:
+    """Tokens before a position whose near pages are read: the window's, or those of unfinished compression blocks."""
+    a = recipe.attention
+    return max(a.window, a.cmp_block) - 1 if a.kind == "nsa" else 0
+
+
+def page_bytes(recipe: Recipe, itemsize: int) -> tuple[int, int]:
+    """Bytes of a far and of a near page, over all layers."""
+    m, a = recipe.model, recipe.attention
+    row = m.layers * m.kv_heads * (m.head_dim + m.v_dim) * itemsize
+    if a.kind == "full":
+        return a.slc_block * row, 0
+    return (a.slc_block + a.slc_block // a.cmp_stride) * row, 2 * a.slc_block * row
+
+
+def make_caches(recipe: Recipe, far: int, near: int, dtype: torch.dtype, device: torch.device) -> list[PagedCache]:
+    """Empty pages, a cache a layer. Full attention uses the pages of the selected branch alone: ``near`` is 0."""
+    m, sizes = recipe.model, sizes_of(recipe)
+    dims = (m.head_dim, m.v_dim)
+    return [make_cache(far, near, m.kv_heads, dims, sizes, dtype, device) for _ in range(m.layers)]
+
+
+class StepTables:
+    """Where the tokens of a step are written to and what they read, on the device, for all layers.
+
+    Tokens lie in the order of the parts; those of short parts must come first.
+    """
+
+    def __init__(self, recipe: Recipe, parts: SequenceOf[Part], dtype: torch.dtype, device: torch.device) -> None:
+        self.recipe, self.parts, self.device = recipe, parts, device
+        self.sizes, self.nsa = sizes_of(recipe), recipe.attention.kind == "nsa"
+        page, model = self.sizes.slc_block, recipe.model
+        positions = [np.arange(p.start, p.stop) for p in parts]
+        self.positions = self._put(_join(positions))
+        self.tokens = self._put(_join([np.asarray(p.tokens) for p in parts]))
+        self.row = self._put(_join([at % page for at in positions]))
+        self.far = self._put(_join([np.asarray(p.far)[at // page] for p, at in zip(parts, positions, strict=True)]))
+        wide = torch.promote_types(dtype, torch.float32)
+        self.rotation = rope_tables(self.positions, model.head_dim, model.rope_base, dtype=wide)
+        if self.nsa:
+            near = [np.asarray(p.near)[at // page - p.near_start] for p, at in zip(parts, positions, strict=True)]
+            self.near = self._put(_join(near))
+            self._compressed(wide)
+        self.singles = [p for p in parts if len(p.tokens) <= SINGLE]
+        self.chunks = parts[len(self.singles) :]
+        assert all(len(p.tokens) > SINGLE for p in self.chunks), "short parts come first"
+        self.single_tokens = sum(len(p.tokens) for p in self.singles)
+        self.decode = self._decode_tables() if self.singles else None
+        self.prefill = [(p, self._put(np.asarray(p.far)), self._put(np.asarray(p.near))) for p in self.chunks]
+
+    def _put(self, x: np.ndarray) -> Tensor:
+        return torch.from_numpy(x.astype(np.int64)).to(self.device, non_blocking=True)
+
+    def _compressed(self, wide: torch.dtype) -> None:
+        """The compressed rows that end in this step: where they go, and the raw rows that φ reads."""
+        self.compressed = 0
+        if not self.parts:
+            return
+        s, page = self.sizes, self.sizes.slc_block
+        per, first = page // s.cmp_stride, s.cmp_block // s.cmp_stride - 1
+        rows, far, raw_at, raw_page = [], [], [], []
+        for p in self.parts:
+            ended = np.arange(max(p.start // s.cmp_stride, first), p.stop // s.cmp_stride)
+            keys = (ended[:, None] + 1) * s.cmp_stride - s.cmp_block + np.arange(s.cmp_block)
+            rows.append(ended)
+            far.append(np.asarray(p.far)[ended // per])
+            raw_at.append(keys)
+            raw_page.append(np.asarray(p.near)[keys // page - p.near_start])
+        row, raw = _join(rows), np.concatenate(raw_at)
+        self.compressed = len(row)
+        self.cmp_far, self.cmp_row = self._put(_join(far)), self._put(row % per)
+        self.raw_page, self.raw_row = self._put(np.concatenate(raw_page)), self._put(raw % page)
+        starts = self._put(raw[:, 0])
+        self.cmp_rotation = rope_tables(starts, self.recipe.model.head_dim, self.recipe.model.rope_base, dtype=wide)
+
+    def _decode_tables(self) -> DecodeTables:
+        far = _pad([p.far for p in self.singles])
+        near = _pad([p.near for p in self.singles])
+        first = np.asarray([p.near_start * self.sizes.slc_block for p in self.singles])
+        of = np.repeat(np.arange(len(self.singles)), [len(p.tokens) for p in self.singles])
+        at, kv = self.positions[: self.single_tokens], self.recipe.model.kv_heads
+        return decode_tables(at, self._put(far[of]), self._put(near[of]), self._put(first[of]), kv, self.sizes)
+
+
+class PagedAttention:
+    """Attention of the tokens of a step over the caches, which it writes them to first. ``Attending``, for serving."""
+
+    def __init__(self, tables: StepTables, caches: dict[nn.Module, PagedCache]) -> None:
+        self.tables, self.caches = tables, caches
+
+    def full(self, layer: FullAttention, x_TH: Tensor) -> Tensor:
+        """``[T, hidden] -> [T, H, d_v]``."""
+        t, cache = self.tables, self.caches[layer]
+        q, k, v = layer.project(x_TH, t.rotation)
+        store_rows(cache.k_slc, t.far, t.row, k)
+        store_rows(cache.v_slc, t.far, t.row, v)
+        out = q.new_empty(*q.shape[:2], v.shape[-1])
+        at = t.single_tokens
+        if t.decode:
+            keys = cache.k_slc, cache.v_slc
+            out[:at] = paged_full_decode(q[:at], *keys, t.decode.positions, t.decode.far, layer.scale)
+        for part, far, _ in t.prefill:
+            rows = slice(at, at + len(part.tokens))
+            out[rows] = paged_full_prefill(q[rows], cache.k_slc, cache.v_slc, part.start, far, layer.scale)
+            at = rows.stop
+        return out
+
+    def nsa(self, layer: NativeSparseAttention, x_TH: Tensor) -> Tensor:
+        """``[T, hidden] -> [T, H, d_v]``."""
+        t, cache = self.tables, self.caches[layer]
+        p = layer.project(x_TH, t.rotation)
+        self._store(layer, p, cache)
+        out = p.q.new_empty(*p.q.shape[:2], p.v_slc.shape[-1])
+        at = t.single_tokens
+        if t.decode:
+            out[:at] = paged_decode(p.q[:at], p.gates[:at], cache, t.decode, t.sizes, layer.scale)
+        for part, far, near in t.prefill:
+            rows, first = slice(at, at + len(part.tokens)), part.near_start * t.sizes.slc_block
+            out[rows] = paged_prefill(
+                p.q[rows], p.gates[rows], cache, part.start, far, near, first, t.sizes, layer.scale
+            )
+            at = rows.stop
+        return out
+
+    def _store(self, layer: NativeSparseAttention, p: Projected, cache: PagedCache) -> None:
+        t = self.tables
+        for pages, kept, values in (
+            (t.far, cache.k_slc, p.k_slc),
+            (t.far, cache.v_slc, p.v_slc),
+            (t.near, cache.k_win, p.k_win),
+            (t.near, cache.v_win, p.v_win),
+            (t.near, cache.k_raw, p.k_cmp),
+            (t.near, cache.v_raw, p.v_cmp),
+        ):
+            store_rows(kept, pages, t.row, values)
+        if t.compressed:
+            raw = (x[t.raw_page, :, t.raw_row].permute(2, 0, 1, 3) for x in (cache.k_raw, cache.v_raw))
+            k_cmp, v_cmp = (
+                compress_blocks(blocks, phi.position, phi.w1, phi.w2)
+                for blocks, phi in zip(raw, (layer.compress_k, layer.compress_v), strict=True)
+            )
+            store_rows(cache.k_cmp, t.cmp_far, t.cmp_row, rotate(k_cmp, *t.cmp_rotation))
+            store_rows(cache.v_cmp, t.cmp_far, t.cmp_row, v_cmp)
+
+
+def _join(parts: SequenceOf[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+def _pad(lists: SequenceOf[SequenceOf[int]]) -> np.ndarray:
+    """Rows of one length, filled up with their own first page, which is theirs to read."""
+    table = np.zeros((len(lists), max(map(len, lists))), np.int64)
+    for row, pages in zip(table, lists, strict=True):
+        row[:] = pages[0] if pages else 0
+        row[: len(pages)] = pages
+    return table

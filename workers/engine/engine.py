@@ -1,0 +1,195 @@
+"""The engine of one rank: requests in, tokens out, a step at a time."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from shoal.kernels.nsa.paged import PagedCache
+from shoal.workers.data.batch import IGNORE, PackedBatch
+from shoal.workers.engine.cache import SINGLE, PagedAttention, Part, StepTables, make_caches, page_bytes, reach
+from shoal.workers.engine.request import Busy, Finish, Limits, Load, Output, Request, Sampling, Token
+from shoal.workers.engine.sampling import accepted, choose, spans
+from shoal.workers.engine.scheduler import Chunk, Scheduler
+from shoal.workers.engine.sequence import Pools, Sequence
+from shoal.workers.errors import ClusterRefused, InvalidInput
+from shoal.workers.model import Transformer
+from shoal.workers.model.feedforward import MoELoad
+
+CACHED_SEQUENCES = 2  # near pages kept for prefixes, in sequences for each one that runs
+
+
+class Engine:
+    """Continuous batching over a model with paged caches. Not thread-safe: one thread calls it.
+
+    With several ranks every rank steps at the same time, those without requests too: the experts are shared.
+    """
+
+    def __init__(self, model: Transformer, limits: Limits, memory: int | None = None) -> None:
+        """memory: bytes that the caches may take; None for what all sequences need at full context.
+
+        Raises ClusterRefused when the pages of one sequence at full context do not fit.
+        """
+        self.model, self.limits = model, limits
+        recipe = model.recipe
+        self.context, self.device = recipe.model.context, next(model.parameters()).device
+        self.pools = self._make_pools(memory)
+        self.scheduler = Scheduler(limits, self.pools, self.context)
+        self.sequences: dict[str, Sequence] = {}
+        self._load = Load(capacity=limits.sequences, pages=self.pools.far.size)
+        self._experts: list[torch.Tensor] = []
+        if model.hosts_attention:
+            layers: list[Any] = [block.attention for block in model.layers]
+            caches = make_caches(recipe, self.pools.far.size, self.pools.near.size, model.dtype, self.device)
+            self._caches: dict[nn.Module, PagedCache] = dict(zip(layers, caches, strict=True))
+
+    def _make_pools(self, memory: int | None) -> Pools:
+        recipe, limits = self.model.recipe, self.limits
+        page, back = recipe.attention.slc_block, reach(recipe)
+        whole = -(-self.context // page)
+        near = 0
+        if back:
+            each = -(-back // page) + 2
+            near = limits.sequences * each * (1 + CACHED_SEQUENCES) + -(-limits.step // page)
+        far = limits.pages or limits.sequences * whole
+        if memory is not None:
+            far_bytes, near_bytes = page_bytes(recipe, self.model.dtype.itemsize)
+            far = min(far, max(0, memory - near * near_bytes) // far_bytes)
+        if far < whole:
+            raise ClusterRefused(
+                f"{far} pages of {page} tokens are fewer than a sequence of model.context={self.context} needs "
+                f"({whole}): give the cache more memory or pages, or lower serve.sequences"
+            )
+        return Pools(far, near, page, back, limits.prefix_cache)
+
+    def add(self, request: Request) -> None:
+        """Queues a request.
+
+        Raises InvalidInput when it can never be computed, Busy when the queue is full.
+        """
+        longest = len(request.prompt) + request.sampling.max_tokens
+        if not request.prompt:
+            raise InvalidInput("the prompt is empty: give at least one token")
+        if longest > self.context:
+            raise InvalidInput(
+                f"prompt and max_tokens come to {len(request.prompt)} + {request.sampling.max_tokens} tokens, more "
+                f"than the model's context of {self.context}: shorten the prompt or lower max_tokens"
+            )
+        vocab = self.model.recipe.model.vocab
+        if not all(0 <= t < vocab for t in request.prompt):
+            raise InvalidInput(
+                f"the prompt holds token ids outside 0 … {vocab - 1}: encode it with this model's tokenizer"
+            )
+        if request.id in self.sequences:
+            raise InvalidInput(f"request id {request.id!r} is in use: give each request its own")
+        if len(self.scheduler.waiting) >= self.limits.waiting and not request.generated:
+            raise Busy(f"{len(self.scheduler.waiting)} requests wait already: try again a little later")
+        sequence = Sequence(request, self.pools)
+        self.sequences[request.id] = sequence
+        self.scheduler.add(sequence)
+
+    def cancel(self, request: str) -> bool:
+        """Ends a request and frees its pages; False when there is none of this id (any more)."""
+        sequence = self.sequences.pop(request, None)
+        if sequence is not None:
+            self.scheduler.remove(sequence)
+        return sequence is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to compute."""
+        return bool(self.sequences)
+
+    @torch.inference_mode()
+    def step(self) -> list[Output]:
+        """Computes one step and returns the news, in no particular order. Collective over the ranks of the model."""
+        began = time.perf_counter()
+        chunks = self.scheduler.plan() if self.model.hosts_attention else []
+        chunks.sort(key=lambda c: c.size > SINGLE)  # short ones first, as StepTables wants them
+        prompt = sum(min(c.count, max(0, len(c.sequence.request.prompt) - c.sequence.computed)) for c in chunks)
+        tokens = self._compute(chunks)
+        outputs = [self._take(chunk, new) for chunk, new in zip(chunks, tokens, strict=True)]
+        self._count(chunks, outputs, prompt, time.perf_counter() - began)
+        return [o for o in outputs if o.tokens or o.finish]
+
+    def load(self) -> Load:
+        """How busy this engine is."""
+        return replace(
+            self._load,
+            waiting=len(self.scheduler.waiting),
+            running=len(self.scheduler.running),
+            pages_used=self.pools.far.size - self.pools.far.free,
+            pages_cached=self.pools.far.cached,
+            preemptions_total=self.scheduler.preemptions,
+            cached_tokens_total=self.scheduler.cached,
+            expert_tokens=tuple(tuple(counts.tolist()) for counts in self._experts),
+        )
+
+    def _compute(self, chunks: list[Chunk]) -> list[list[Token]]:
+        """Of each chunk the tokens chosen after its last token and after each guess; none if it ends before."""
+        tables = StepTables(self.model.recipe, [_part(c) for c in chunks], self.model.dtype, self.device)
+        ids = tables.tokens
+        batch = PackedBatch(ids, torch.full_like(ids, IGNORE), tables.positions, (0, len(ids)))
+        load = MoELoad(max(1, len(ids)), balance=False)
+        attention = PagedAttention(tables, self._caches) if self.model.hosts_attention else None
+        hidden = self.model(batch, load, attention)
+        self._experts = [a + b for a, b in zip(self._experts, load.counts, strict=True)] or load.counts
+        rows: list[int] = []
+        places: list[int] = []
+        samplings: list[Sampling] = []
+        for chunk, span in zip(chunks, spans([c.size for c in chunks]), strict=True):
+            if chunk.samples:
+                rows += range(span.start + chunk.count - 1, span.stop)
+                samplings += [chunk.sequence.request.sampling] * (1 + len(chunk.guesses))
+                places += range(chunk.sequence.generated, chunk.sequence.generated + 1 + len(chunk.guesses))
+        if not rows:
+            return [[] for _ in chunks]
+        logits = self.model.logits(hidden[torch.tensor(rows, device=self.device)])
+        chosen = choose(logits, samplings, places)
+        counts = [1 + len(c.guesses) if c.samples else 0 for c in chunks]
+        return [chosen[span] for span in spans(counts)]
+
+    def _take(self, chunk: Chunk, tokens: list[Token]) -> Output:
+        """Adds to a sequence what came out of its chunk; ends it if that was its end."""
+        sequence = chunk.sequence
+        sequence.advance(chunk.count)
+        if not chunk.samples:
+            return Output(sequence.request.id)
+        right = accepted(chunk.guesses, tokens)
+        sampling, new, finish = sequence.request.sampling, [], None
+        for token in tokens[: right + 1]:
+            if token.id in sampling.stop_tokens:
+                finish = Finish.stop
+                break
+            new.append(token)
+            sequence.tokens.append(token.id)
+            if sequence.generated >= sampling.max_tokens:
+                finish = Finish.length
+                break
+        sequence.advance(min(right, len(new)))  # guesses that came true are in the cache
+        if finish:
+            self.cancel(sequence.request.id)
+        told, sequence.told = sequence.told, True
+        return Output(sequence.request.id, tuple(new), finish, 0 if told else sequence.cached)
+
+    def _count(self, chunks: list[Chunk], outputs: list[Output], prompt: int, seconds: float) -> None:
+        was, guessed = self._load, [(c, o) for c, o in zip(chunks, outputs, strict=True) if c.guesses]
+        self._load = replace(
+            was,
+            steps_total=was.steps_total + 1,
+            step_seconds_total=was.step_seconds_total + seconds,
+            prompt_tokens_total=was.prompt_tokens_total + prompt,
+            generated_tokens_total=was.generated_tokens_total + sum(len(o.tokens) for o in outputs),
+            proposed_tokens_total=was.proposed_tokens_total + sum(len(c.guesses) for c, _ in guessed),
+            accepted_tokens_total=was.accepted_tokens_total + sum(max(0, len(o.tokens) - 1) for _, o in guessed),
+        )
+
+
+def _part(chunk: Chunk) -> Part:
+    s = chunk.sequence
+    tokens = (*s.tokens[s.computed : s.computed + chunk.count], *chunk.guesses)
+    return Part(tokens, s.computed, s.far, s.near, s.near_start)

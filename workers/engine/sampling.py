@@ -1,0 +1,95 @@
+"""Choosing tokens: each from one uniform number that its request's seed and its place in the answer decide.
+
+So a token does not depend on what else is in the batch, and a request that is computed again gives the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from shoal.workers.engine.request import Sampling, Token
+
+_MASK = (1 << 64) - 1
+
+
+def uniform(seed: int, place: int) -> float:
+    """A number in [0, 1) for the token at ``place`` of an answer: two rounds of SplitMix64's mixing function."""
+    x = seed & _MASK
+    for step in (0x9E3779B97F4A7C15, (place + 1) * 0xD1B54A32D192ED03):
+        x = (x + step) & _MASK
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+        x ^= x >> 31
+    return (x >> 11) / (1 << 53)
+
+
+def choose(logits: Tensor, samplings: Sequence[Sampling], places: Sequence[int]) -> list[Token]:
+    """A token for each row of ``logits [N, V]``, as that row's sampling says. places: its place in the answer."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    ids = logits.argmax(-1)
+    drawn = [i for i, s in enumerate(samplings) if s.temperature > 0]
+    if drawn:
+        index = torch.tensor(drawn, device=logits.device)
+        numbers = [uniform(samplings[i].seed, places[i]) for i in drawn]
+        ids[index] = _draw(logits[index], [samplings[i] for i in drawn], numbers)
+    return _with_logprobs(logits, ids, samplings)
+
+
+def _draw(logits: Tensor, samplings: Sequence[Sampling], numbers: Sequence[float]) -> Tensor:
+    """Inverse-transform sampling among the tokens that are kept, likeliest first; of equals, the lower id first."""
+
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
+
+    ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
+    gap = (ordered - ordered[:, :1]).double()  # finite, also divided by the smallest temperature
+    p = torch.softmax((gap / column([s.temperature for s in samplings])).nan_to_num(neginf=-1e300), -1)
+    place = torch.arange(p.shape[-1], device=p.device)
+    kept = place < column([s.top_k or p.shape[-1] for s in samplings])
+    kept &= p >= column([s.min_p for s in samplings]) * p[:, :1]
+    # top_p counts the mass of what the other two leave
+    p = p * kept
+    total = p.cumsum(-1)
+    kept &= total - p < column([s.top_p for s in samplings]) * total[:, -1:]
+    kept[:, 0] = True
+    total = (p * kept).cumsum(-1)
+    # the first place whose running total exceeds the number; rounding must not lead past the last that is kept
+    at = (total <= column(numbers) * total[:, -1:]).sum(-1, keepdim=True)
+    last = kept.sum(-1, keepdim=True) - 1
+    return ids.gather(-1, torch.minimum(at, last))[:, 0]
+
+
+def _with_logprobs(logits: Tensor, ids: Tensor, samplings: Sequence[Sampling]) -> list[Token]:
+    chosen = ids.tolist()
+    asked = [i for i, s in enumerate(samplings) if s.logprobs is not None]
+    if not asked:
+        return [Token(i) for i in chosen]
+    tokens = [Token(i) for i in chosen]
+    rows = torch.tensor(asked, device=logits.device)
+    logprobs = torch.log_softmax(logits[rows], -1)
+    most = min(logits.shape[-1], max(samplings[i].logprobs or 0 for i in asked))
+    best, which = (x.tolist() for x in logprobs.topk(most, dim=-1))
+    own = logprobs.gather(-1, ids[rows][:, None])[:, 0].tolist()
+    for row, i in enumerate(asked):
+        count = samplings[i].logprobs or 0
+        tokens[i] = Token(chosen[i], own[row], tuple(zip(which[row][:count], best[row][:count], strict=True)))
+    return tokens
+
+
+def accepted(guesses: Sequence[int], tokens: Sequence[Token]) -> int:
+    """How many guesses came true: ``tokens`` are what was chosen after the last token and after each guess."""
+    return next(
+        (n for n, (guess, token) in enumerate(zip(guesses, tokens, strict=False)) if guess != token.id), len(guesses)
+    )
+
+
+def spans(sizes: Sequence[int]) -> list[slice]:
+    """Slices of consecutive runs of these sizes."""
+    ends = [0]
+    for size in sizes:
+        ends.append(ends[-1] + size)
+    return [slice(a, b) for a, b in pairwise(ends)]

@@ -1,0 +1,122 @@
+"""Which tokens of which requests are computed in the next step."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from shoal.workers.engine.request import Limits
+from shoal.workers.engine.sequence import Pools, Sequence
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive tokens of one sequence, from its first one that is not in the cache.
+
+    count: tokens of the sequence. guesses: tokens computed after them, in the hope that they are what comes.
+    """
+
+    sequence: Sequence
+    count: int
+    guesses: tuple[int, ...] = ()
+
+    @property
+    def samples(self) -> bool:
+        """Whether the sequence's next token comes out of this chunk."""
+        return self.count == self.sequence.remaining
+
+    @property
+    def size(self) -> int:
+        """Tokens to compute."""
+        return self.count + len(self.guesses)
+
+
+class Scheduler:
+    """Continuous batching. Sequences that generate come first, then prompts, in chunks, in the order of arrival.
+
+    When pages run out the sequence that came last gives up all of its pages, and is computed again later; the first one
+    never does, so that somebody always gets on. preemptions: how often that was. cached: tokens found in the cache.
+    """
+
+    def __init__(self, limits: Limits, pools: Pools, context: int) -> None:
+        self.limits, self.pools, self.context = limits, pools, context
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.preemptions = self.cached = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Puts a sequence at the end of the queue."""
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forgets a sequence, which ended or was cancelled, and frees its pages."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            sequence.release()
+        else:
+            self.waiting.remove(sequence)
+
+    def plan(self) -> list[Chunk]:
+        """The chunks of the next step; their pages are reserved."""
+        budget = self.limits.step
+        chunks: list[Chunk] = []
+        for prefilling in (False, True):
+            for sequence in [s for s in self.running if (s.remaining > 1) == prefilling]:
+                if budget and sequence in self.running:  # it may have been preempted for one before it
+                    chunk = self._chunk(sequence, budget)
+                    if self._make_room(sequence, sequence.computed + chunk.size, chunks):
+                        chunks.append(chunk)
+                        budget -= chunk.size
+        chunks = [c for c in chunks if c.sequence in self.running]
+        while budget and self.waiting and len(self.running) < self.limits.sequences:
+            admitted = self._admit(budget)
+            if not admitted:
+                break
+            chunks.append(admitted)
+            budget -= admitted.size
+        return chunks
+
+    def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
+        count = min(sequence.remaining, budget)
+        return Chunk(sequence, count, self._guesses(sequence, budget - count) if count == sequence.remaining else ())
+
+    def _guesses(self, sequence: Sequence, budget: int) -> tuple[int, ...]:
+        """Guesses that neither leave the context nor come after the last token that may be generated."""
+        left = sequence.request.sampling.max_tokens - sequence.generated - 1
+        room = self.context - len(sequence.tokens)
+        count = min(self.limits.speculate, left, room, budget)
+        return tuple(sequence.ngrams.propose(count)) if count > 0 and sequence.generated else ()
+
+    def _make_room(self, sequence: Sequence, upto: int, chunks: list[Chunk]) -> bool:
+        """Reserves pages, if need be those of sequences that came later. False when this one had to give way itself."""
+        while not sequence.fits(upto):
+            last = self.running[-1]
+            self._preempt(last)
+            chunks[:] = [c for c in chunks if c.sequence is not last]
+            if last is sequence:
+                return False
+        sequence.reserve(upto)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        sequence.release()
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1
+
+    def _admit(self, budget: int) -> Chunk | None:
+        """Starts the first sequence that waits, if there are pages for all of its tokens."""
+        sequence = self.waiting[0]
+        sequence.adopt_prefix()
+        chunk = self._chunk(sequence, budget)
+        near = sequence.computed + min(sequence.remaining, self.limits.step)
+        if sequence.missing(len(sequence.tokens))[0] > self.pools.far.free or not sequence.fits(
+            max(near, sequence.computed + chunk.size)
+        ):
+            sequence.release()
+            return None
+        sequence.reserve(sequence.computed + chunk.size)
+        self.waiting.popleft()
+        self.running.append(sequence)
+        self.cached += sequence.computed
+        return chunk
