@@ -41,7 +41,7 @@ class Engine:
         self.scheduler = Scheduler(limits, self.pools, self.context)
         self.sequences: dict[str, Sequence] = {}
         self._load = Load(capacity=limits.sequences, pages=self.pools.far.size)
-        self._experts: list[torch.Tensor] = []
+        self._experts: list[Any] = []
         if model.hosts_attention:
             layers: list[Any] = [block.attention for block in model.layers]
             caches = make_caches(recipe, self.pools.far.size, self.pools.near.size, model.dtype, self.device)
@@ -137,7 +137,8 @@ class Engine:
         load = MoELoad(max(1, len(ids)), balance=False)
         attention = PagedAttention(tables, self._caches) if self.model.hosts_attention else None
         hidden = self.model(batch, load, attention)
-        self._experts = [a + b for a, b in zip(self._experts, load.counts, strict=True)] or load.counts
+        known = self._experts or [0] * len(load.counts)
+        self._experts = [a + b for a, b in zip(known, load.counts, strict=True)]
         rows: list[int] = []
         places: list[int] = []
         samplings: list[Sampling] = []

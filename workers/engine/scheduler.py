@@ -13,17 +13,14 @@ from shoal.workers.engine.sequence import Pools, Sequence
 class Chunk:
     """Consecutive tokens of one sequence, from its first one that is not in the cache.
 
-    count: tokens of the sequence. guesses: tokens computed after them, in the hope that they are what comes.
+    count: tokens of the sequence. samples: whether they are its last, so that the next token comes out of them.
+    guesses: tokens computed after them, in the hope that they are what comes.
     """
 
     sequence: Sequence
     count: int
+    samples: bool
     guesses: tuple[int, ...] = ()
-
-    @property
-    def samples(self) -> bool:
-        """Whether the sequence's next token comes out of this chunk."""
-        return self.count == self.sequence.remaining
 
     @property
     def size(self) -> int:
@@ -78,7 +75,8 @@ class Scheduler:
 
     def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
         count = min(sequence.remaining, budget)
-        return Chunk(sequence, count, self._guesses(sequence, budget - count) if count == sequence.remaining else ())
+        samples = count == sequence.remaining
+        return Chunk(sequence, count, samples, self._guesses(sequence, budget - count) if samples else ())
 
     def _guesses(self, sequence: Sequence, budget: int) -> tuple[int, ...]:
         """Guesses that neither leave the context nor come after the last token that may be generated."""

@@ -1,0 +1,299 @@
+"""The engine against the plain loop: whatever is batched, cached, guessed, preempted or cancelled, the same tokens."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import VOCAB, small_recipe
+
+from shoal.workers.config import Recipe
+from shoal.workers.engine.engine import Engine
+from shoal.workers.engine.request import Busy, Finish, Limits, Output, Request, Sampling, Token
+from shoal.workers.engine.sampling import choose
+from shoal.workers.errors import ClusterRefused, InvalidInput
+from shoal.workers.model import Transformer
+from shoal.workers.sample import sample
+
+CONTEXT = 64
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return _model(train__dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def full() -> Transformer:
+    return _model(train__dtype="float32", attention__kind="full")
+
+
+def _model(**changes: Any) -> Transformer:
+    return Transformer(Recipe.model_validate(small_recipe(**changes))).eval()
+
+
+def _run(engine: Engine, cancel: dict[str, int] | None = None) -> dict[str, list[Output]]:
+    """Steps to the end; ``cancel``: requests that are cancelled once that many of their tokens are known."""
+    news: dict[str, list[Output]] = {}
+    while engine.busy:
+        for output in engine.step():
+            news.setdefault(output.request, []).append(output)
+        for name, count in (cancel or {}).items():
+            if len(_ids(news.get(name, []))) >= count:
+                engine.cancel(name)
+    return news
+
+
+def _ids(outputs: list[Output]) -> list[int]:
+    return [token.id for output in outputs for token in output.tokens]
+
+
+def _nothing_leaked(engine: Engine) -> None:
+    assert not engine.scheduler.running and not engine.scheduler.waiting
+    for pool in (engine.pools.far, engine.pools.near):
+        assert pool.free == pool.size
+        assert all(pool.is_free(page) for page in range(pool.size))
+
+
+class Mix:
+    """A random mix of requests: shared and repeated beginnings, all lengths, stop tokens; and an engine's limits."""
+
+    def __init__(self, rng: random.Random) -> None:
+        start = [rng.randrange(VOCAB) for _ in range(40)]
+        self.requests = [self._request(str(i), start, rng) for i in range(rng.randint(1, 6))]
+        self.limits = Limits(
+            sequences=rng.choice([1, 2, 8]),
+            step=rng.choice([1, 3, 16, 200]),
+            pages=rng.choice([0, 8, 9, 14]),  # 8 pages hold one sequence at full context
+            speculate=rng.choice([0, 0, 3]),
+            prefix_cache=rng.random() < 0.7,
+        )
+        self.late = rng.sample(self.requests, rng.randint(0, len(self.requests) - 1))
+
+    def _request(self, name: str, start: list[int], rng: random.Random) -> Request:
+        prompt = start[: rng.randint(0, 40)] + [rng.randrange(VOCAB) for _ in range(rng.choice([0, 1, 9]))]
+        prompt = prompt or [1]
+        most = rng.randint(1, min(15, CONTEXT - len(prompt)))
+        stops = tuple(rng.sample(range(VOCAB), rng.choice([0, 0, 40])))
+        return Request(name, tuple(prompt), Sampling(most, temperature=0.0, stop_tokens=stops))
+
+    def check(self, model: Transformer) -> None:
+        engine = Engine(model, self.limits)
+        for request in self.requests:
+            if request not in self.late:
+                engine.add(request)
+        news: dict[str, list[Output]] = {}
+        late = list(self.late)
+        while engine.busy or late:
+            if late:
+                engine.add(late.pop())
+            for output in engine.step():
+                news.setdefault(output.request, []).append(output)
+        for request in self.requests:
+            self._same_as_the_loop(model, request, news[request.id])
+        _nothing_leaked(engine)
+
+    def _same_as_the_loop(self, model: Transformer, request: Request, outputs: list[Output]) -> None:
+        s = request.sampling
+        want = sample(model, list(request.prompt), s.max_tokens, temperature=0.0)
+        stop = next((i for i, t in enumerate(want) if t in s.stop_tokens), None)
+        assert _ids(outputs) == want[:stop], (request, self.limits)
+        assert [o.finish for o in outputs if o.finish] == [Finish.length if stop is None else Finish.stop]
+        assert outputs[-1].finish
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_greedy_tokens_are_those_of_the_loop(seed: int, model: Transformer) -> None:
+    Mix(random.Random(seed)).check(model)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_greedy_tokens_of_full_attention(seed: int, full: Transformer) -> None:
+    Mix(random.Random(seed)).check(full)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("start", range(0, 1000, 100))
+def test_greedy_tokens_of_1000_mixes(start: int, model: Transformer) -> None:
+    for seed in range(start, start + 100):
+        Mix(random.Random(1000 + seed)).check(model)
+
+
+@pytest.fixture
+def requests() -> list[Request]:
+    rng = random.Random(5)
+    return [
+        Request(str(i), tuple(rng.randrange(VOCAB) for _ in range(rng.randint(1, 30))), Sampling(20, seed=i, top_p=0.9))
+        for i in range(6)
+    ]
+
+
+@pytest.mark.parametrize(
+    "limits", [Limits(sequences=1), Limits(step=5), Limits(speculate=4), Limits(pages=12), Limits(prefix_cache=False)]
+)
+def test_drawn_tokens_do_not_depend_on_the_batch(limits: Limits, model: Transformer, requests: list[Request]) -> None:
+    want, got = (self_run(Engine(model, x), requests) for x in (Limits(), limits))
+    assert got == want
+
+
+def self_run(engine: Engine, requests: list[Request]) -> dict[str, list[int]]:
+    for request in requests:
+        engine.add(request)
+    return {name: _ids(outputs) for name, outputs in _run(engine).items()}
+
+
+def test_a_replay_goes_on_where_it_was(model: Transformer, requests: list[Request]) -> None:
+    """An engine that gets what another had generated already reports the rest, and only that."""
+    whole = self_run(Engine(model, Limits()), requests)
+    again = [Request(r.id, r.prompt, r.sampling, tuple(whole[r.id][: 3 * i])) for i, r in enumerate(requests)]
+    rest = self_run(Engine(model, Limits(waiting=1)), again)
+    assert {name: [*whole[name][: 3 * i], *rest[name]] for i, name in enumerate(whole)} == whole
+
+
+def test_cancelled_requests_free_their_pages(model: Transformer, requests: list[Request]) -> None:
+    engine = Engine(model, Limits(sequences=4))
+    want = self_run(Engine(model, Limits()), requests)
+    for request in requests:
+        engine.add(request)
+    news = _run(engine, cancel={"0": 3, "2": 1, "5": 0})
+    for name in ("1", "3", "4"):
+        assert _ids(news[name]) == want[name]
+    assert _ids(news["0"]) == want["0"][:3]
+    assert not engine.cancel("0")
+    _nothing_leaked(engine)
+
+
+def test_prefixes_are_found_again(model: Transformer) -> None:
+    """A second request with the same beginning computes only the rest; what was cached is reported once."""
+    engine, prompt = Engine(model, Limits()), tuple(range(2, 42))
+    first = self_run(engine, [Request("a", prompt, Sampling(5, temperature=0.0))])
+    engine.add(Request("b", prompt, Sampling(5, temperature=0.0)))
+    news = _run(engine)["b"]
+    assert _ids(news) == first["a"]
+    assert [o.cached for o in news] == [32, 0, 0, 0, 0]  # 5 whole pages of 8, of which one token must be computed: 4
+    assert engine.load().cached_tokens_total == 32
+
+
+def test_guesses_save_steps(model: Transformer) -> None:
+    """A prompt that the model itself wrote and that repeats is guessed well."""
+    text = [7, 8, 9]
+    text += sample(model, text, 45, temperature=0.0)
+    steps = []
+    for guesses in (0, 4):
+        engine = Engine(model, Limits(speculate=guesses))
+        got = self_run(engine, [Request("a", tuple(text[:24]), Sampling(24, temperature=0.0))])
+        assert got["a"] == text[24:48]
+        steps.append(engine.load().steps_total)
+    load = engine.load()
+    assert load.accepted_tokens_total <= load.proposed_tokens_total
+    assert steps[1] == steps[0] - load.accepted_tokens_total
+    assert load.accepted_tokens_total > 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "most", "named"),
+    [
+        ((), 1, "the prompt is empty"),
+        (tuple(range(60)), 5, r"60 \+ 5 tokens, more than the model's context of 64"),
+        ((1, VOCAB), 1, f"outside 0 … {VOCAB - 1}"),
+        ((1, -1), 1, "outside 0"),
+    ],
+)
+def test_impossible_requests_are_refused(prompt: tuple[int, ...], most: int, named: str, model: Transformer) -> None:
+    engine = Engine(model, Limits())
+    with pytest.raises(InvalidInput, match=named):
+        engine.add(Request("a", prompt, Sampling(most)))
+    assert not engine.busy
+
+
+def test_a_full_queue_and_a_used_name_are_refused(model: Transformer) -> None:
+    engine = Engine(model, Limits(waiting=2))
+    for name in ("a", "b"):
+        engine.add(Request(name, (1,), Sampling(1)))
+    with pytest.raises(Busy, match="2 requests wait already"):
+        engine.add(Request("c", (1,), Sampling(1)))
+    with pytest.raises(InvalidInput, match="'a' is in use"):
+        engine.add(Request("a", (1,), Sampling(1)))
+    assert set(_run(engine)) == {"a", "b"}
+    engine.add(Request("a", (1,), Sampling(1)))
+
+
+def test_too_little_memory_is_refused(model: Transformer) -> None:
+    with pytest.raises(ClusterRefused, match=r"fewer than a sequence of model\.context=64 needs"):
+        Engine(model, Limits(), memory=1000)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("max_tokens", 0), ("temperature", -1), ("temperature", math.nan), ("temperature", math.inf), ("top_k", -1),
+     ("top_p", 0), ("top_p", 1.1), ("min_p", -0.1), ("min_p", 2), ("seed", 2**64), ("logprobs", 21)],
+)  # fmt: skip
+def test_absurd_sampling_is_refused(key: str, value: Any) -> None:
+    with pytest.raises(InvalidInput, match=f"^{key}="):
+        Sampling(**{"max_tokens": 1, key: value})
+
+
+# Sampling
+
+
+def _drawn(logits: torch.Tensor, **options: Any) -> Iterator[Token]:
+    many = 4000
+    samplings = [Sampling(1, seed=seed, **options) for seed in range(many)]
+    return iter(choose(logits.expand(many, -1), samplings, [0] * many))
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, 5),
+        ({"top_k": 2}, 2),
+        ({"top_p": 0.6}, 2),  # 0.4 + 0.3
+        ({"min_p": 0.3}, 3),  # of 0.4: 0.12
+        ({"top_k": 4, "top_p": 0.7, "min_p": 0.1}, 2),  # 0.4 + 0.3 of 0.95
+        ({"temperature": 0.5}, 5),
+        ({"top_p": 1e-9}, 1),
+    ],
+)
+def test_tokens_come_as_often_as_they_should(options: dict[str, Any], kept: int) -> None:
+    p = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15], dtype=torch.float64)
+    logits = p.log() + 3
+    tempered = torch.softmax(p.log() / options.get("temperature", 1.0), -1)
+    best = tempered.argsort(descending=True)[:kept]
+    want = torch.zeros(5, dtype=torch.float64)
+    want[best] = tempered[best] / tempered[best].sum()
+    got = torch.zeros(5, dtype=torch.float64)
+    for token in _drawn(logits, **options):
+        got[token.id] += 1 / 4000
+    assert ((got == 0) == (want == 0)).all()
+    assert (got - want).abs().max() < 4 * 0.5 / 4000**0.5  # four standard deviations at most
+
+
+@given(
+    st.lists(st.floats(-(2.0**99), 2.0**99, width=32), min_size=1, max_size=9), st.floats(0, 100), st.integers(0, 12)
+)
+@settings(deadline=None)
+def test_any_logits_give_a_token(logits: list[float], temperature: float, top_k: int) -> None:
+    sampling = Sampling(1, temperature=temperature, top_k=top_k, top_p=0.9, min_p=0.01, logprobs=3)
+    (token,) = choose(torch.tensor([logits]), [sampling], [7])
+    assert 0 <= token.id < len(logits)
+    if temperature == 0:
+        assert logits[token.id] == max(logits)
+
+
+def test_logprobs_are_those_of_the_model() -> None:
+    """Whatever temperature and top_k do to the choice."""
+    logits = torch.tensor([[1.0, 3.0, 2.0, -torch.inf]])
+    (token,) = choose(logits, [Sampling(1, temperature=5.0, top_k=2, seed=3, logprobs=2)], [0])
+    exact = torch.log_softmax(logits[0], -1)
+    assert token.logprob == pytest.approx(exact[token.id].item())
+    assert [i for i, _ in token.top] == [1, 2]
+    assert [p for _, p in token.top] == pytest.approx(exact[[1, 2]].tolist())
+    (token,) = choose(logits, [Sampling(1, logprobs=None)], [0])
+    assert math.isnan(token.logprob) and token.top == ()
