@@ -19,9 +19,12 @@ class RankLost(Exception):
 
 
 class RankGroup:
-    """The actors of one run, in rank order. Use as a context manager: leaving it ends every actor."""
+    """The actors of one run, in rank order. Use as a context manager: leaving it ends every actor.
 
-    def __init__(self, recipe: Recipe, session: RaySession) -> None:
+    kind: their class. calls: how many calls an actor answers at a time.
+    """
+
+    def __init__(self, recipe: Recipe, session: RaySession, kind: type[RankActor] = RankActor, calls: int = 1) -> None:
         import ray
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -41,12 +44,13 @@ class RankGroup:
         # ranks on each rank's machine, which share its cores
         nodes = ray.util.placement_group_table(self.place)["bundles_to_node_id"]
         self.neighbours = [list(nodes.values()).count(nodes[rank]) for rank in range(ranks)]
-        actor = ray.remote(RankActor)
+        actor = ray.remote(kind)
         self.actors: list[Any] = [
             actor.options(
                 num_cpus=1,
                 num_gpus=needs.get("GPU", 0),
                 max_restarts=0,
+                max_concurrency=calls,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self.place, placement_group_bundle_index=rank),
             ).remote(rank, ranks)
             for rank in range(ranks)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shoal.jobs.run_folder import RunFolder
-from shoal.workers.checkpoint_files import checkpoint_path, last_good, read_state, verify
+from shoal.workers.checkpoint_files import checkpoint_path, last_good, verify
 from shoal.workers.config import Recipe
 from shoal.workers.errors import InvalidInput, NotFound
 
@@ -53,16 +53,10 @@ def load_trained(folder: RunFolder, step: int) -> Trained:
     """Loads the weights on this process's device. The dtype is the checkpoint's; ranks and placement do not matter."""
     import torch
 
-    from shoal.workers.checkpoint import Checkpointer
-    from shoal.workers.model import Transformer
-    from shoal.workers.model.feedforward import named_views
+    from shoal.workers.weights import load_model
 
-    checkpoints = folder.path / "checkpoints"
-    saved, recipe = read_state(checkpoint_path(checkpoints, step)), folder.recipe()
-    train = recipe.train.model_copy(update={"dtype": saved.get("dtype", recipe.train.dtype)})
-    recipe = recipe.model_copy(update={"train": train, "parallel": type(recipe.parallel)()})
+    recipe = folder.recipe()
+    recipe = recipe.model_copy(update={"parallel": type(recipe.parallel)()})
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = Transformer(recipe, device=device)
-    names = {f"model.{n}": (p.data if i is None else p.data[i]) for n, p, i in named_views(model)}
-    Checkpointer(checkpoints, 1, None, 1, 1).load(step, names)
-    return Trained(model.eval(), recipe, folder.corpus(), step)
+    model = load_model(recipe, folder.path / "checkpoints", step, device=device)
+    return Trained(model, model.recipe, folder.corpus(), step)

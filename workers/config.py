@@ -157,6 +157,20 @@ class CheckpointTable(Table):
     keep: int = Field(default=3, ge=1, description="newest checkpoints kept")
 
 
+class ServeTable(Table):
+    """What an engine takes on, a rank with an attention shard each."""
+
+    sequences: int = Field(default=32, ge=1, description="requests computed together")
+    step_tokens: int = Field(default=512, ge=1, description="tokens of one step; longer prompts are cut into chunks")
+    waiting: int = Field(default=256, ge=1, description="requests in the queue; more are refused")
+    pages: int = Field(default=0, ge=0, description="cache pages of slc_block tokens; 0: all that memory allows")
+    memory: float = Field(
+        default=0.8, gt=0, le=1, description="share of the memory that is free once the weights are loaded"
+    )
+    speculate: int = Field(default=0, ge=0, le=32, description="n-gram guesses a sequence and step; 0: none")
+    prefix_cache: bool = True
+
+
 class Recipe(Table):
     """A whole recipe. ``Recipe.model_validate(dict)`` checks every key and every combination of keys."""
 
@@ -170,6 +184,7 @@ class Recipe(Table):
     train: TrainTable
     parallel: ParallelTable = ParallelTable()
     checkpoint: CheckpointTable = CheckpointTable()
+    serve: ServeTable = ServeTable()
 
     @model_validator(mode="before")
     @classmethod

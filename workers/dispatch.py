@@ -69,6 +69,7 @@ class Flight:
     exchange: _Exchange | None
     sent: Tensor
     regroup: Tensor | None
+    back: _Exchange | None = None
 
     def expert_counts(self) -> Tensor:
         """``[experts]`` int64: tokens that chose each expert, over the whole dispatch group."""
@@ -81,13 +82,19 @@ class Flight:
             rows = _Permute.apply(_Wait.apply(rows, self.exchange), self.regroup, _inverse(self.regroup))
         return rows, self.dispatcher.local_counts(self.matrix)
 
-    def combine(self, results: Tensor, gates_TK: Tensor) -> Tensor:
-        """Brings results home and adds them up, weighted: ``[T, H]``. The order of the sum is that of the choices."""
-        if self.exchange is not None and self.regroup is not None:
-            results = _Permute.apply(results, _inverse(self.regroup), self.regroup)
-            back = self.exchange.reverse()
-            results = _Wait.apply(_Start.apply(results, back), back)
-        rows = _Permute.apply(results, _inverse(self.order), self.order)
+    def give_back(self, results: Tensor) -> Tensor:
+        """Sends results home; what it returns may be read by :meth:`combine` only."""
+        if self.exchange is None or self.regroup is None:
+            return results
+        results = _Permute.apply(results, _inverse(self.regroup), self.regroup)
+        self.back = self.exchange.reverse()
+        return _Start.apply(results, self.back)
+
+    def combine(self, returned: Tensor, gates_TK: Tensor) -> Tensor:
+        """Waits for the results and adds them up, weighted: ``[T, H]``. The order of the sum is that of the choices."""
+        if self.back is not None:
+            returned = _Wait.apply(returned, self.back)
+        rows = _Permute.apply(returned, _inverse(self.order), self.order)
         tokens, k = gates_TK.shape
         return torch.bmm(gates_TK.to(rows.dtype)[:, None], rows.view(tokens, k, rows.shape[1]))[:, 0]
 

@@ -23,3 +23,18 @@ def cgroup(name: str) -> str:
         return (CGROUP / name).read_text()
     except OSError:
         return ""
+
+
+def free_memory(device: str) -> int:
+    """Bytes that a process may still take: of the GPU it uses, or of this machine and its cgroup."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0])
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    limit, used = cgroup("memory.max").strip(), cgroup("memory.current").strip()
+    if limit and used and limit.isdigit() and used.isdigit():
+        free = min(free, max(0, int(limit) - int(used)))
+    return free

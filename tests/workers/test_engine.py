@@ -139,27 +139,27 @@ def requests() -> list[Request]:
     "limits", [Limits(sequences=1), Limits(step=5), Limits(speculate=4), Limits(pages=12), Limits(prefix_cache=False)]
 )
 def test_drawn_tokens_do_not_depend_on_the_batch(limits: Limits, model: Transformer, requests: list[Request]) -> None:
-    want, got = (self_run(Engine(model, x), requests) for x in (Limits(), limits))
+    want, got = (_tokens_of(Engine(model, x), requests) for x in (Limits(), limits))
     assert got == want
 
 
-def self_run(engine: Engine, requests: list[Request]) -> dict[str, list[int]]:
+def _tokens_of(engine: Engine, requests: list[Request], again: bool = False) -> dict[str, list[int]]:
     for request in requests:
-        engine.add(request)
+        engine.add(request, again)
     return {name: _ids(outputs) for name, outputs in _run(engine).items()}
 
 
 def test_a_replay_goes_on_where_it_was(model: Transformer, requests: list[Request]) -> None:
     """An engine that gets what another had generated already reports the rest, and only that."""
-    whole = self_run(Engine(model, Limits()), requests)
+    whole = _tokens_of(Engine(model, Limits()), requests)
     again = [Request(r.id, r.prompt, r.sampling, tuple(whole[r.id][: 3 * i])) for i, r in enumerate(requests)]
-    rest = self_run(Engine(model, Limits(waiting=1)), again)
+    rest = _tokens_of(Engine(model, Limits(waiting=1)), again, again=True)
     assert {name: [*whole[name][: 3 * i], *rest[name]] for i, name in enumerate(whole)} == whole
 
 
 def test_cancelled_requests_free_their_pages(model: Transformer, requests: list[Request]) -> None:
     engine = Engine(model, Limits(sequences=4))
-    want = self_run(Engine(model, Limits()), requests)
+    want = _tokens_of(Engine(model, Limits()), requests)
     for request in requests:
         engine.add(request)
     news = _run(engine, cancel={"0": 3, "2": 1, "5": 0})
@@ -173,7 +173,7 @@ def test_cancelled_requests_free_their_pages(model: Transformer, requests: list[
 def test_prefixes_are_found_again(model: Transformer) -> None:
     """A second request with the same beginning computes only the rest; what was cached is reported once."""
     engine, prompt = Engine(model, Limits()), tuple(range(2, 42))
-    first = self_run(engine, [Request("a", prompt, Sampling(5, temperature=0.0))])
+    first = _tokens_of(engine, [Request("a", prompt, Sampling(5, temperature=0.0))])
     engine.add(Request("b", prompt, Sampling(5, temperature=0.0)))
     news = _run(engine)["b"]
     assert _ids(news) == first["a"]
@@ -188,7 +188,7 @@ def test_guesses_save_steps(model: Transformer) -> None:
     steps = []
     for guesses in (0, 4):
         engine = Engine(model, Limits(speculate=guesses))
-        got = self_run(engine, [Request("a", tuple(text[:24]), Sampling(24, temperature=0.0))])
+        got = _tokens_of(engine, [Request("a", tuple(text[:24]), Sampling(24, temperature=0.0))])
         assert got["a"] == text[24:48]
         steps.append(engine.load().steps_total)
     load = engine.load()

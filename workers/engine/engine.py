@@ -18,7 +18,7 @@ from shoal.workers.engine.scheduler import Chunk, Scheduler
 from shoal.workers.engine.sequence import Pools, Sequence
 from shoal.workers.errors import ClusterRefused, InvalidInput
 from shoal.workers.model import Transformer
-from shoal.workers.model.feedforward import MoELoad
+from shoal.workers.model.feedforward import MoELoad, Stages, interleave
 
 CACHED_SEQUENCES = 2  # near pages kept for prefixes, in sequences for each one that runs
 
@@ -42,6 +42,8 @@ class Engine:
         self.sequences: dict[str, Sequence] = {}
         self._load = Load(capacity=limits.sequences, pages=self.pools.far.size)
         self._experts: list[Any] = []
+        placement = model.mesh.placement
+        self._apart = bool(placement.experts) and set(placement.attention) != set(placement.experts)
         if model.hosts_attention:
             layers: list[Any] = [block.attention for block in model.layers]
             caches = make_caches(recipe, self.pools.far.size, self.pools.near.size, model.dtype, self.device)
@@ -66,8 +68,8 @@ class Engine:
             )
         return Pools(far, near, page, back, limits.prefix_cache)
 
-    def add(self, request: Request) -> None:
-        """Queues a request.
+    def add(self, request: Request, again: bool = False) -> None:
+        """Queues a request. again: it was accepted before, by an engine that is gone; a full queue takes it too.
 
         Raises InvalidInput when it can never be computed, Busy when the queue is full.
         """
@@ -86,7 +88,7 @@ class Engine:
             )
         if request.id in self.sequences:
             raise InvalidInput(f"request id {request.id!r} is in use: give each request its own")
-        if len(self.scheduler.waiting) >= self.limits.waiting and not request.generated:
+        if len(self.scheduler.waiting) >= self.limits.waiting and not again:
             raise Busy(f"{len(self.scheduler.waiting)} requests wait already: try again a little later")
         sequence = Sequence(request, self.pools)
         self.sequences[request.id] = sequence
@@ -105,13 +107,17 @@ class Engine:
         return bool(self.sequences)
 
     @torch.inference_mode()
-    def step(self) -> list[Output]:
-        """Computes one step and returns the news, in no particular order. Collective over the ranks of the model."""
+    def step(self, requests: int = 1) -> list[Output]:
+        """Computes one step and returns the news, in no particular order. Collective over the ranks of the model.
+
+        requests: how many there are over all ranks. From two on, and where attention and experts have ranks of their
+        own, the step is computed as two halves by turns, so that neither side waits for the other.
+        """
         began = time.perf_counter()
         chunks = self.scheduler.plan() if self.model.hosts_attention else []
         chunks.sort(key=lambda c: c.size > SINGLE)  # short ones first, as StepTables wants them
         prompt = sum(min(c.count, max(0, len(c.sequence.request.prompt) - c.sequence.computed)) for c in chunks)
-        tokens = self._compute(chunks)
+        tokens = self._compute(chunks, 2 if requests > 1 and self._apart else 1)
         outputs = [self._take(chunk, new) for chunk, new in zip(chunks, tokens, strict=True)]
         self._count(chunks, outputs, prompt, time.perf_counter() - began)
         return [o for o in outputs if o.tokens or o.finish]
@@ -129,20 +135,14 @@ class Engine:
             expert_tokens=tuple(tuple(counts.tolist()) for counts in self._experts),
         )
 
-    def _compute(self, chunks: list[Chunk]) -> list[list[Token]]:
+    def _compute(self, chunks: list[Chunk], parts: int) -> list[list[Token]]:
         """Of each chunk the tokens chosen after its last token and after each guess; none if it ends before."""
-        tables = StepTables(self.model.recipe, [_part(c) for c in chunks], self.model.dtype, self.device)
-        ids = tables.tokens
-        batch = PackedBatch(ids, torch.full_like(ids, IGNORE), tables.positions, (0, len(ids)))
-        load = MoELoad(max(1, len(ids)), balance=False)
-        attention = PagedAttention(tables, self._caches) if self.model.hosts_attention else None
-        hidden = self.model(batch, load, attention)
-        known = self._experts or [0] * len(load.counts)
-        self._experts = [a + b for a, b in zip(known, load.counts, strict=True)]
+        hidden = torch.cat(interleave([self._forward(chunks[part::parts]) for part in range(parts)]))
+        order = [chunk for part in range(parts) for chunk in chunks[part::parts]]
         rows: list[int] = []
         places: list[int] = []
         samplings: list[Sampling] = []
-        for chunk, span in zip(chunks, spans([c.size for c in chunks]), strict=True):
+        for chunk, span in zip(order, spans([c.size for c in order]), strict=True):
             if chunk.samples:
                 rows += range(span.start + chunk.count - 1, span.stop)
                 samplings += [chunk.sequence.request.sampling] * (1 + len(chunk.guesses))
@@ -151,8 +151,21 @@ class Engine:
             return [[] for _ in chunks]
         logits = self.model.logits(hidden[torch.tensor(rows, device=self.device)])
         chosen = choose(logits, samplings, places)
-        counts = [1 + len(c.guesses) if c.samples else 0 for c in chunks]
-        return [chosen[span] for span in spans(counts)]
+        counts = spans([1 + len(c.guesses) if c.samples else 0 for c in order])
+        found = {id(chunk): chosen[span] for chunk, span in zip(order, counts, strict=True)}
+        return [found[id(chunk)] for chunk in chunks]
+
+    def _forward(self, chunks: list[Chunk]) -> Stages:
+        """Hidden states ``[tokens, hidden]`` of chunks, short ones first."""
+        tables = StepTables(self.model.recipe, [_part(c) for c in chunks], self.model.dtype, self.device)
+        ids = tables.tokens
+        batch = PackedBatch(ids, torch.full_like(ids, IGNORE), tables.positions, (0, len(ids)))
+        load = MoELoad(max(1, len(ids)), balance=False)
+        attention = PagedAttention(tables, self._caches) if self.model.hosts_attention else None
+        hidden = yield from self.model.stages(batch, load, attention)
+        known = self._experts or [0] * len(load.counts)
+        self._experts = [a + b for a, b in zip(known, load.counts, strict=True)]
+        return hidden
 
     def _take(self, chunk: Chunk, tokens: list[Token]) -> Output:
         """Adds to a sequence what came out of its chunk; ends it if that was its end."""

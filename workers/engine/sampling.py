@@ -31,34 +31,52 @@ def choose(logits: Tensor, samplings: Sequence[Sampling], places: Sequence[int])
     """A token for each row of ``logits [N, V]``, as that row's sampling says. places: its place in the answer."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     ids = logits.argmax(-1)
-    drawn = [i for i, s in enumerate(samplings) if s.temperature > 0]
-    if drawn:
-        index = torch.tensor(drawn, device=logits.device)
-        numbers = [uniform(samplings[i].seed, places[i]) for i in drawn]
-        ids[index] = _draw(logits[index], [samplings[i] for i in drawn], numbers)
+    for draw, rows in ((_draw_any, _rows(samplings, cut=False)), (_draw_likely, _rows(samplings, cut=True))):
+        if rows:
+            index = torch.tensor(rows, device=logits.device)
+            numbers = [uniform(samplings[i].seed, places[i]) for i in rows]
+            ids[index] = draw(logits[index], [samplings[i] for i in rows], numbers)
     return _with_logprobs(logits, ids, samplings)
 
 
-def _draw(logits: Tensor, samplings: Sequence[Sampling], numbers: Sequence[float]) -> Tensor:
+def _rows(samplings: Sequence[Sampling], cut: bool) -> list[int]:
+    """Rows that are drawn from all tokens, or, with ``cut``, from the likely ones, which takes a sort."""
+    drawn = ((i, s) for i, s in enumerate(samplings) if s.temperature > 0)
+    return [i for i, s in drawn if cut == (s.top_k > 0 or s.top_p < 1 or s.min_p > 0)]
+
+
+def _probabilities(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """Softmax at each row's temperature, float64."""
+    gap = (logits - logits.amax(-1, keepdim=True)).double()  # at most 0: no temperature makes infinities of it
+    return torch.softmax((gap / _column(gap, [s.temperature for s in samplings])).nan_to_num(neginf=-1e300), -1)
+
+
+def _column(like: Tensor, values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]
+
+
+def _draw_any(logits: Tensor, samplings: Sequence[Sampling], numbers: Sequence[float]) -> Tensor:
+    """Inverse-transform sampling over all tokens in the order of their ids."""
+    total = _probabilities(logits, samplings).cumsum(-1)
+    at = torch.searchsorted(total, _column(total, numbers) * total[:, -1:], right=True)
+    return at.clamp(max=logits.shape[-1] - 1)[:, 0]
+
+
+def _draw_likely(logits: Tensor, samplings: Sequence[Sampling], numbers: Sequence[float]) -> Tensor:
     """Inverse-transform sampling among the tokens that are kept, likeliest first; of equals, the lower id first."""
-
-    def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
-
     ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
-    gap = (ordered - ordered[:, :1]).double()  # finite, also divided by the smallest temperature
-    p = torch.softmax((gap / column([s.temperature for s in samplings])).nan_to_num(neginf=-1e300), -1)
+    p = _probabilities(ordered, samplings)
     place = torch.arange(p.shape[-1], device=p.device)
-    kept = place < column([s.top_k or p.shape[-1] for s in samplings])
-    kept &= p >= column([s.min_p for s in samplings]) * p[:, :1]
+    kept = place < _column(p, [s.top_k or p.shape[-1] for s in samplings])
+    kept &= p >= _column(p, [s.min_p for s in samplings]) * p[:, :1]
     # top_p counts the mass of what the other two leave
     p = p * kept
     total = p.cumsum(-1)
-    kept &= total - p < column([s.top_p for s in samplings]) * total[:, -1:]
+    kept &= total - p < _column(p, [s.top_p for s in samplings]) * total[:, -1:]
     kept[:, 0] = True
     total = (p * kept).cumsum(-1)
     # the first place whose running total exceeds the number; rounding must not lead past the last that is kept
-    at = (total <= column(numbers) * total[:, -1:]).sum(-1, keepdim=True)
+    at = (total <= _column(p, numbers) * total[:, -1:]).sum(-1, keepdim=True)
     last = kept.sum(-1, keepdim=True) - 1
     return ids.gather(-1, torch.minimum(at, last))[:, 0]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,27 @@ from shoal.kernels.moe.router import Routing
 from shoal.workers.config import Recipe
 from shoal.workers.dispatch import Dispatcher
 from shoal.workers.mesh import Mesh
+
+Stages = Generator[None, None, Tensor]
+"""A computation that pauses where it would wait for other ranks, so that another one can go on meanwhile."""
+
+
+def run(stages: Stages) -> Tensor:
+    """Runs a computation to its end without pauses."""
+    return interleave([stages])[0]
+
+
+def interleave(computations: Sequence[Stages]) -> list[Tensor]:
+    """Runs computations by turns, from pause to pause. All ranks must take the same turns."""
+    results: dict[int, Tensor] = {}
+    while len(results) < len(computations):
+        for i, stages in enumerate(computations):
+            if i not in results:
+                try:
+                    next(stages)
+                except StopIteration as end:
+                    results[i] = end.value
+    return [results[i] for i in range(len(computations))]
 
 
 class DenseFFN(nn.Module):
@@ -79,6 +100,10 @@ class MoE(nn.Module):
 
     def forward(self, x_TH: Tensor, tokens_T: Tensor, load: MoELoad) -> Tensor:
         """``[T, hidden] -> [T, hidden]``; every rank of the dispatch group takes part, those without tokens too."""
+        return run(self.stages(x_TH, tokens_T, load))
+
+    def stages(self, x_TH: Tensor, tokens_T: Tensor, load: MoELoad) -> Stages:
+        """The same, with a pause while the results are on their way home."""
         routing = self._route(x_TH, tokens_T)
         experts, gates = self._with_shared(routing)
         flight = self.dispatcher.start(x_TH, experts)
@@ -86,8 +111,10 @@ class MoE(nn.Module):
         rows, counts = flight.arrive()
         if self.mesh.hosts_experts:
             rows = grouped_ffn(rows, counts, self.experts.gate_up, self.experts.down)
-        out = flight.combine(rows, gates)
+        returned = flight.give_back(rows)
         self._count(routing, flight.expert_counts()[: self.table.experts], load)
+        yield
+        out = flight.combine(returned, gates)
         return out if local is None else out + local
 
     def _route(self, x: Tensor, tokens: Tensor) -> Routing:

@@ -13,7 +13,7 @@ from shoal.workers.config import Recipe
 from shoal.workers.data.batch import IGNORE, PackedBatch
 from shoal.workers.mesh import Mesh, make_mesh
 from shoal.workers.model.attention import Attending, AttentionContext, FullAttention, NativeSparseAttention
-from shoal.workers.model.feedforward import DenseFFN, MoE, MoELoad, named_views
+from shoal.workers.model.feedforward import DenseFFN, MoE, MoELoad, Stages, named_views, run
 from shoal.workers.placement import Placement
 
 LOSS_CHUNK = 4096  # tokens whose logits exist at one time
@@ -52,13 +52,19 @@ class Block(nn.Module):
 
     def forward(self, x_TH: Tensor, context: StepContext) -> Tensor:
         """``[T, hidden] -> [T, hidden]``."""
-        if not self.hosts_attention:
-            return x_TH if self.moe is None else x_TH + self.moe(x_TH, context.batch.tokens, context.load)
-        x_TH = x_TH + self.attention(self.attention_norm(x_TH), context.attention)
-        normed = self.ffn_norm(x_TH)
+        return run(self.stages(x_TH, context))
+
+    def stages(self, x_TH: Tensor, context: StepContext) -> Stages:
+        """The same, with a pause while experts' results are on their way."""
+        normed = x_TH
+        if self.hosts_attention:
+            x_TH = x_TH + self.attention(self.attention_norm(x_TH), context.attention)
+            normed = self.ffn_norm(x_TH)
+            if self.moe is None:
+                return x_TH + self.ffn(normed)
         if self.moe is None:
-            return x_TH + self.ffn(normed)
-        return x_TH + self.moe(normed, context.batch.tokens, context.load)
+            return x_TH
+        return x_TH + (yield from self.moe.stages(normed, context.batch.tokens, context.load))
 
 
 class Transformer(nn.Module):
@@ -106,14 +112,25 @@ class Transformer(nn.Module):
     def forward(self, batch: PackedBatch, load: MoELoad | None = None, attention: Attending | None = None) -> Tensor:
         """Final hidden states ``[T, hidden]``, normed; ``[0, hidden]`` on a rank without an attention shard."""
         context = StepContext(self, batch, load, attention)
-        if self.hosts_attention:
-            x = self.embedding(batch.tokens)
-        else:
-            device = batch.tokens.device
-            x = torch.zeros(0, self.recipe.model.hidden, dtype=self.dtype, device=device).requires_grad_()
+        x = self._embed(batch)
         for layer in self.layers:
             x = layer(x, context)
         return self.norm(x) if self.hosts_attention else x
+
+    def stages(self, batch: PackedBatch, load: MoELoad, attention: Attending | None) -> Stages:
+        """:meth:`forward`, with a pause while experts' results are on their way; hooks of layers do not see it."""
+        context = StepContext(self, batch, load, attention)
+        x = self._embed(batch)
+        for layer in self.layers:
+            assert isinstance(layer, Block)
+            x = yield from layer.stages(x, context)
+        return self.norm(x) if self.hosts_attention else x
+
+    def _embed(self, batch: PackedBatch) -> Tensor:
+        if self.hosts_attention:
+            return self.embedding(batch.tokens)
+        device = batch.tokens.device
+        return torch.zeros(0, self.recipe.model.hidden, dtype=self.dtype, device=device).requires_grad_()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[T, hidden] -> [T, vocab]`` in the model's dtype."""

@@ -1,0 +1,192 @@
+"""Engines over real ranks: any placement gives one rank's tokens, and streams outlive ranks that are killed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small import VOCAB, small_recipe
+
+from shoal.cluster.engines import Engines
+from shoal.cluster.local import RaySession, ray_session
+from shoal.workers.checkpoint import Checkpointer
+from shoal.workers.config import Recipe
+from shoal.workers.engine.request import Request, Sampling
+from shoal.workers.errors import ClusterRefused, InvalidInput
+from shoal.workers.model import Transformer
+from shoal.workers.model.feedforward import named_views
+from shoal.workers.sample import sample
+
+STEP = 7
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return Transformer(Recipe.model_validate(small_recipe(train__dtype="float32"))).eval()
+
+
+@pytest.fixture(scope="module")
+def checkpoints(model: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "checkpoints"
+    writer = Checkpointer(folder, 1, None, 0, 1)
+    tensors = {f"model.{n}": (p.data if i is None else p.data[i]) for n, p, i in named_views(model)}
+    writer.save(STEP, tensors, {"step": STEP, "dtype": "float32"})
+    writer.wait()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[RaySession]:
+    with ray_session(4, dashboard=False) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[Request]:
+    rng = random.Random(3)
+    return [
+        Request(f"r{i}", tuple(rng.randrange(VOCAB) for _ in range(rng.randint(1, 40))), Sampling(20, temperature=0.0))
+        for i in range(10)
+    ]
+
+
+@pytest.fixture(scope="module")
+def wanted(model: Transformer, requests: list[Request]) -> list[list[int]]:
+    return [sample(model, list(r.prompt), r.sampling.max_tokens, temperature=0.0) for r in requests]
+
+
+async def _ask(engines: Engines, request: Request, seen: Callable[[int], object] = lambda count: None) -> list[int]:
+    tokens: list[int] = []
+    async with aclosing(engines.generate(request)) as news:
+        async for output in news:
+            tokens += [token.id for token in output.tokens]
+            seen(len(tokens))
+    return tokens
+
+
+def _with_engines(
+    recipe: dict[str, Any], checkpoints: Path, session: RaySession, work: Callable[[Engines], Coroutine[Any, Any, Any]]
+) -> Any:
+    async def whole() -> Any:
+        engines = Engines(Recipe.model_validate(recipe), str(checkpoints), STEP, session)
+        await engines.start()
+        try:
+            return await work(engines)
+        finally:
+            await engines.close()
+
+    return asyncio.run(whole())
+
+
+PLACEMENTS = [
+    pytest.param({"parallel__ranks": 1}, id="1"),
+    pytest.param({"parallel__ranks": 2}, id="2"),
+    pytest.param({"parallel__placement": "1A:1F"}, id="1A:1F"),
+    pytest.param({"parallel__placement": "2A:2F"}, id="2A:2F", marks=pytest.mark.slow),
+    pytest.param({"parallel__placement": "1A:2F", "moe__shared": "dispatched"}, id="1A:2F", marks=pytest.mark.slow),
+    pytest.param({"parallel__ranks": 4, "parallel__expert": 2}, id="4 in twos", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("changes", PLACEMENTS)
+def test_any_placement_gives_the_tokens_of_the_loop(
+    changes: dict[str, Any],
+    checkpoints: Path,
+    session: RaySession,
+    requests: list[Request],
+    wanted: list[list[int]],
+) -> None:
+    async def work(engines: Engines) -> None:
+        assert await asyncio.gather(*(_ask(engines, r) for r in requests)) == wanted
+        load = await engines.load()
+        assert load.generated_tokens_total == sum(map(len, wanted))
+        assert (load.running, load.waiting, load.pages_used) == (0, 0, 0)
+        prompts = sum(len(r.prompt) for r in requests)
+        computed = prompts - load.cached_tokens_total + load.generated_tokens_total - len(requests)
+        assert [sum(layer) for layer in load.expert_tokens] == [3 * computed] * 2  # top 3, in 2 layers with experts
+
+    _with_engines(small_recipe(train__dtype="float32", **changes), checkpoints, session, work)
+
+
+@pytest.mark.parametrize(("placement", "victim"), [("1A:1F", 1), ("1A:1F", 0), ("colocated", 1)])
+def test_streams_outlive_a_killed_rank(
+    placement: str,
+    victim: int,
+    checkpoints: Path,
+    session: RaySession,
+    requests: list[Request],
+    wanted: list[list[int]],
+) -> None:
+    """SIGKILL in the middle of all answers: no client sees a wrong, a missing or a repeated token."""
+
+    async def work(engines: Engines) -> None:
+        killed = []
+
+        def kill(count: int) -> None:
+            if count >= 5 and not killed:
+                killed.append(pids[victim])
+                os.kill(pids[victim], signal.SIGKILL)
+
+        pids = engines.pids()
+        asked = [_ask(engines, r, kill if r.id == "r4" else lambda count: None) for r in requests]
+        assert await asyncio.wait_for(asyncio.gather(*asked), 120) == wanted
+        assert killed and engines.restarts == 1
+        assert not set(engines.pids()) & set(pids)
+        assert await _ask(engines, requests[0]) == wanted[0]
+
+    changes = {"parallel__ranks": 2, "parallel__placement": placement, "train__dtype": "float32"}
+    _with_engines(small_recipe(**changes), checkpoints, session, work)
+
+
+def test_ranks_that_fail_too_often_end_the_streams(
+    checkpoints: Path, session: RaySession, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work(engines: Engines) -> None:
+        pids = engines.pids()
+
+        def kill(count: int) -> None:
+            os.kill(pids[0], signal.SIGKILL)
+
+        with pytest.raises(ClusterRefused, match=r"failed 1 times in a row, more than parallel\.max_failures=0"):
+            await asyncio.wait_for(_ask(engines, requests[0], kill), 60)
+        with pytest.raises(ClusterRefused, match="max_failures=0"):
+            await _ask(engines, requests[1])
+        with pytest.raises(ClusterRefused, match="max_failures=0"):
+            await engines.load()
+
+    recipe = small_recipe(train__dtype="float32", parallel__max_failures=0)
+    _with_engines(recipe, checkpoints, session, work)
+
+
+def test_a_closed_stream_frees_its_pages(
+    checkpoints: Path, session: RaySession, requests: list[Request], wanted: list[list[int]]
+) -> None:
+    async def work(engines: Engines) -> None:
+        async with aclosing(engines.generate(requests[0])) as news:
+            async for _ in news:
+                break
+        others = await asyncio.gather(*(_ask(engines, r) for r in requests[1:]))
+        assert others == wanted[1:]
+        load = await engines.load()
+        assert (load.running, load.pages_used) == (0, 0)
+        assert load.generated_tokens_total < sum(map(len, wanted))
+        with pytest.raises(InvalidInput, match="the prompt is empty"):
+            await _ask(engines, Request("empty", (), Sampling(1)))
+        assert await _ask(engines, requests[0]) == wanted[0]
+
+    _with_engines(small_recipe(train__dtype="float32"), checkpoints, session, work)
+
+
+def test_weights_of_another_model_are_refused(checkpoints: Path, session: RaySession) -> None:
+    async def work(engines: Engines) -> None:
+        raise AssertionError("the engines started")
+
+    with pytest.raises(InvalidInput, match="checkpoint"):
+        _with_engines(small_recipe(train__dtype="float32", model__hidden=40), checkpoints, session, work)

@@ -1,0 +1,95 @@
+"""The Ray actor that serves one rank of a model: its shards, and an engine that steps along with the other ranks'."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shoal.workers.actor import RankActor
+from shoal.workers.config import Recipe
+from shoal.workers.engine.request import Limits, Load, Output, Request
+from shoal.workers.placement import Placement
+
+if TYPE_CHECKING:
+    from shoal.workers.engine.loop import Agree, EngineLoop
+    from shoal.workers.mesh import Mesh
+
+THREADS = 32  # calls that an actor answers at once: two wait for news and for the end, the others take an instant
+
+
+class EngineActor(RankActor):
+    """One rank that serves. Requests and tokens come and go by Ray calls, activations by torch.distributed."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        super().__init__(rank, ranks)
+        self.loop: EngineLoop | None = None
+
+    def open(self, recipe: dict[str, Any], checkpoints: str, step: int, device: str) -> int:
+        """Loads this rank's weights and begins to step; all ranks must. Returns the model's parameters on this rank."""
+        import torch
+
+        from shoal.workers.engine.engine import Engine
+        from shoal.workers.engine.loop import EngineLoop
+        from shoal.workers.machine import free_memory
+        from shoal.workers.mesh import make_mesh
+        from shoal.workers.weights import load_model
+
+        checked = Recipe.model_validate(recipe)
+        mesh = make_mesh(Placement.of(checked), self.rank, device)
+        model = load_model(checked, Path(checkpoints), step, mesh, torch.device(device))
+        memory = int(free_memory(device) * checked.serve.memory / (1 if device == "cuda" else self.ranks))
+        self.loop = EngineLoop(Engine(model, limits_of(checked), memory), _agree(mesh))
+        return sum(p.numel() for p in model.parameters())
+
+    def submit(self, request: Request, again: bool = False) -> None:
+        """Queues a request. again: it was accepted before, by an engine that is gone: a full queue takes it too.
+
+        Raises: InvalidInput, Busy.
+        """
+        self._running().submit(request, again)
+
+    def cancel(self, request: str) -> bool:
+        """Ends a request; False when it has ended."""
+        return self._running().cancel(request)
+
+    def take(self, seconds: float) -> list[Output]:
+        """News since the last call; waits for some, no longer than ``seconds``."""
+        return self._running().take(seconds)
+
+    def load(self) -> Load:
+        """How busy this rank is."""
+        return self._running().load()
+
+    def watch(self) -> None:
+        """Returns when the engine has ended; raises when that was an error."""
+        self._running().wait()
+
+    def stop(self) -> None:
+        """Ends the engine after its step; all ranks end together."""
+        self._running().stop()
+
+    def _running(self) -> EngineLoop:
+        assert self.loop is not None, "open() comes first"
+        return self.loop
+
+
+def limits_of(recipe: Recipe) -> Limits:
+    """A recipe's ``[serve]`` table as an engine takes it."""
+    s = recipe.serve
+    return Limits(s.sequences, s.step_tokens, s.waiting, s.pages, s.speculate, s.prefix_cache)
+
+
+def _agree(mesh: Mesh) -> Agree:
+    """Asks all ranks at the beginning of a step."""
+    import torch
+    import torch.distributed as dist
+
+    if mesh.checkpoint is None:
+        return lambda requests, stop: (requests, stop)
+
+    def agree(requests: int, stop: bool) -> tuple[int, bool]:
+        sums = torch.tensor([requests, stop], dtype=torch.int64)
+        dist.all_reduce(sums, group=mesh.checkpoint)  # gloo: on the host, whatever the device
+        return int(sums[0]), bool(sums[1])
+
+    return agree

@@ -1,0 +1,34 @@
+"""A model's weights out of a checkpoint: every rank reads what it hosts, whatever ranks wrote it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shoal.workers.checkpoint import Checkpointer
+from shoal.workers.checkpoint_files import checkpoint_path, read_state
+from shoal.workers.config import Recipe
+from shoal.workers.mesh import Mesh
+from shoal.workers.model import Transformer
+from shoal.workers.model.feedforward import named_views
+
+
+def load_model(
+    recipe: Recipe, checkpoints: Path, step: int, mesh: Mesh | None = None, device: torch.device | str = "cpu"
+) -> Transformer:
+    """The model of a rank, ready to infer. Its dtype is the checkpoint's. Nothing in the folder is changed.
+
+    Raises: InvalidInput for a checkpoint of other sizes.
+    """
+    saved = read_state(checkpoint_path(checkpoints, step))
+    train = recipe.train.model_copy(update={"dtype": saved.get("dtype", recipe.train.dtype)})
+    model = Transformer(recipe.model_copy(update={"train": train}), mesh, device)
+    tensors: dict[str, Any] = {
+        f"model.{name}": parameter.data if index is None else parameter.data[index]
+        for name, parameter, index in named_views(model)
+    }
+    # Rank 1 of a world of 1: it reads by itself, and does not tidy up the folder as rank 0 would.
+    Checkpointer(checkpoints, 1, None, 1, 1).load(step, tensors)
+    return model.eval()
