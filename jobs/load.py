@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,6 +49,26 @@ def choose_step(folder: RunFolder, step: int | None) -> tuple[int, list[str]]:
     if good is None:
         raise NotFound(f"{folder.path} has no whole checkpoint: train it first (shoal train --resume --name NAME)")
     return good.step, damaged
+
+
+def serving_recipe(folder: RunFolder, sets: Sequence[str] | None, workers: int | None, placement: str | None) -> Recipe:
+    """The recipe of a run as its model is to be served: on one rank, unless told otherwise.
+
+    Raises InvalidInput for what does not fit together.
+    """
+    from shoal.jobs.recipe import load_recipe
+
+    alone = workers is None and placement is None
+    split = re.fullmatch(r"(\d+)A:\d+F", placement or "")
+    overrides = {
+        "parallel.ranks": 1 if alone else workers,
+        "parallel.placement": placement or "colocated",
+        "parallel.expert": 0,
+        # nothing is trained: a batch that divides over any attention ranks
+        "train.accumulate": 1,
+        "train.batch": int(split[1]) if split else workers or 1,
+    }
+    return load_recipe(folder.recipe_file, sets or (), overrides)
 
 
 def load_trained(folder: RunFolder, step: int) -> Trained:

@@ -11,7 +11,8 @@ import typer
 
 from shoal.jobs.bench.registry import BENCHMARKS, Settings, measure
 from shoal.jobs.bench.result import table, write
-from shoal.jobs.cli.common import Output, OutputOption, console, emit, grid
+from shoal.jobs.cli.common import RUNS_DIR, Output, OutputOption, RunsDirOption, console, emit, grid
+from shoal.workers.errors import UsageError
 from shoal.workers.machine import cores
 
 app = typer.Typer(
@@ -67,8 +68,70 @@ def _command(name: str) -> Callable[..., None]:
     return bench
 
 
+@app.command("serve")
+def serve(
+    run: Annotated[str | None, typer.Argument(help="A run to serve: its folder, or its name.")] = None,
+    url: Annotated[str | None, typer.Option(help="Ask this server (http://HOST:PORT/v1) instead.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model to ask for; default: the server's first.")] = None,
+    token_file: Annotated[Path | None, typer.Option(help="A file with the bearer token.")] = None,
+    concurrency: Annotated[str, typer.Option(help="Requests at once, one load after another.")] = "",
+    rate: Annotated[str, typer.Option(help="Requests a second, at random times (Poisson).")] = "",
+    mix: Annotated[str, typer.Option(help="PROMPT:OUTPUT*WEIGHT tokens, several with commas.")] = "64:32*3,256:64*1",
+    text: Annotated[Path | None, typer.Option(help="Cut prompts from this file; default: the run's text.")] = None,
+    requests: Annotated[int | None, typer.Option(min=1, help="Requests of each load.")] = None,
+    duration: Annotated[float | None, typer.Option(min=0.1, help="Seconds of each load; default: 20.")] = None,
+    warmup: Annotated[int | None, typer.Option(min=0, help="Requests before each load, not counted.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.8,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same requests at the same times.")] = 0,
+    baseline: Annotated[bool, typer.Option("--baseline", help="Also measure one request at a time, plainly.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for serve.json.")] = Path("benchmarks/results"),
+    plot: Annotated[Path, typer.Option(help="The picture to draw.")] = Path("benchmarks/serve.png"),
+    runs_dir: RunsDirOption = RUNS_DIR,
+    output: OutputOption = Output.table,
+) -> None:
+    """Latencies and tokens/s of a server, under one load after another.
+
+    Without --concurrency and --rate the loads are 1, 4, 16 and 64 requests at once.
+
+    Examples:
+
+    - `shoal bench serve tiny --baseline`
+
+    - `shoal bench serve --url http://127.0.0.1:8000/v1 --concurrency 1,8 --rate 2,4 --mix 512:64 --duration 60`
+    """
+    from shoal.jobs.bench import serve_view
+    from shoal.jobs.bench.load import Limits, parse_mix
+    from shoal.jobs.bench.serve import LIMITS, Level, ServeSettings
+
+    levels = [Level(concurrency=int(n)) for n in _numbers("--concurrency", concurrency, whole=True)]
+    levels += [Level(rate=n) for n in _numbers("--rate", rate)]
+    settings = ServeSettings(
+        say=_say, run=run, runs_dir=runs_dir, url=url, model=model, token_file=token_file, mix=parse_mix(mix),
+        text=text, limits=Limits(requests, duration) if duration or requests else LIMITS, warmup=warmup,
+        temperature=temperature, seed=seed, baseline=baseline, levels=tuple(levels) or ServeSettings.levels,
+    )  # fmt: skip
+    _warn_when_busy()
+    result = measure("serve", settings)
+    path = write(result, out)
+    serve_view.draw(result, plot)
+    emit(result, output, lambda: console().print(serve_view.table(result)))
+    _say(f"written to {path} and {plot}")
+
+
+def _numbers(option: str, text: str, whole: bool = False) -> list[float]:
+    """Numbers above 0 with commas between them. Raises UsageError."""
+    try:
+        found = [float(int(part) if whole else float(part)) for part in text.split(",") if text]
+    except ValueError:
+        found = [0.0]
+    if not all(0 < number < float("inf") for number in found):
+        raise UsageError(f"{option} {text!r} is no list of {'whole ' * whole}numbers above 0: write it like 1,4,16")
+    return found
+
+
 for _name in BENCHMARKS:
-    app.command(_name)(_command(_name))
+    if _name != "serve":  # it has options of its own
+        app.command(_name)(_command(_name))
 
 
 def _warn_when_busy() -> None:

@@ -2,56 +2,78 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from shoal.jobs.cli.common import RUNS_DIR, Output, OutputOption, RunsDirOption, emit
+from shoal.jobs.cli.common import RUNS_DIR, Output, RunsDirOption, SetOption, emit
 
 
 def generate(
     run: Annotated[str, typer.Argument(help="A run's folder, or its name.")],
     prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "",
+    source: Annotated[Path | None, typer.Option("--input", help="Prompts: .jsonl or .parquet.")] = None,
+    target: Annotated[Path | None, typer.Option("--output", help="Answers: .jsonl or .parquet.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Keep the k likeliest tokens; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Keep the likeliest tokens up to this mass.")] = 0.95,
+    min_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Drop less than this share of the likeliest.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
     step: Annotated[int | None, typer.Option(help="Checkpoint; default: the newest whole one.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Ranks for --input; default: 1, without Ray.")] = None,
+    placement: Annotated[str | None, typer.Option(help="Of these ranks: colocated, or nA:mF.")] = None,
+    sets: SetOption = None,
     runs_dir: RunsDirOption = RUNS_DIR,
-    output: OutputOption = Output.table,
+    output: Annotated[Output, typer.Option("-o", "--format", help="How to print the result.")] = Output.table,
 ) -> None:
-    """Continue a text with a trained model.
+    """Continue a text with a trained model, or answer a file of prompts.
+
+    A file has a column (Parquet) or key (JSON lines) `prompt`, and if you like `id`, `max_tokens`, `temperature` and
+    `seed`. A job that was interrupted goes on when it is given again.
 
     Examples:
 
       shoal generate tiny --prompt "class "
 
       shoal generate runs/tiny --prompt "def main" --temperature 0 -o json
+
+      shoal generate tiny --input prompts.jsonl --output answers.parquet
     """
-    from shoal.jobs.data.prepare import corpus_tokenizer
-    from shoal.jobs.load import choose_step, find_run, load_trained
+    from shoal.jobs.generate import check_files
+    from shoal.workers.engine.request import Sampling
+
+    check_files(source, target, prompt)
+    sampling = Sampling(tokens, temperature, top_k, top_p, min_p, seed)
+    from shoal.jobs.load import choose_step, find_run
 
     folder = find_run(run, runs_dir)
     chosen, damaged = choose_step(folder, step)
     for sentence in damaged:
         typer.echo(sentence, err=True)
+    if source and target:
+        from shoal.jobs.cli.lasting import Lasting
+        from shoal.jobs.generate import answer_file
+        from shoal.jobs.load import serving_recipe
+
+        recipe = serving_recipe(folder, sets, workers, placement)
+        summary = answer_file(folder, chosen, recipe, source, target, sampling, Lasting(stderr=True))
+        facts = {"run": str(folder.path), "step": chosen, "output": str(target), **asdict(summary)}
+        said = f"{target}: {summary.rows} answers, {summary.failed} of them errors, {summary.tokens} new tokens"
+        emit(facts, output, lambda: typer.echo(said))
+        return
+    from shoal.jobs.generate import continue_text
+    from shoal.jobs.load import load_trained
+
     trained = load_trained(folder, chosen)
-    tokenizer = corpus_tokenizer(trained.corpus)
-    ids = [int(t) for t in tokenizer.encode([prompt])[0][:-1]]
 
-    from shoal.workers.sample import sample
+    def show(piece: str) -> None:
+        if output is Output.table:
+            typer.echo(piece, nl=False)
 
-    new = sample(
-        trained.model,
-        ids,
-        tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        stop=tokenizer.eos,
-    )
-    text = tokenizer.decode(new)
-    facts = {"run": str(folder.path), "step": chosen, "prompt": prompt, "text": text, "tokens": len(new)}
-    emit(facts, output, lambda: typer.echo(prompt + text))
+    show(prompt)
+    text, count = continue_text(trained, prompt, sampling, show)
+    facts = {"run": str(folder.path), "step": chosen, "prompt": prompt, "text": text, "tokens": count}
+    emit(facts, output, lambda: typer.echo(""))

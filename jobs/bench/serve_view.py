@@ -1,0 +1,102 @@
+"""What ``jobs/bench/serve.py`` found, as a table and as a picture. Drawing loads matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shoal.jobs.bench.result import Document, Row
+from shoal.jobs.cli.common import grid
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+TIMES = {"ttft_ms": "TTFT", "tpot_ms": "TPOT", "request_ms": "request"}  # ms, in the order of the table
+LOADS = {"concurrency": "requests at once", "rate": "requests a second"}
+
+
+def table(result: Document) -> Table:
+    """A line a load: requests, tokens/s beside the baseline's, and the median and 99th percentile of each time."""
+    times = [f"{name} {p}" for name in TIMES.values() for p in ("p50", "p99")]
+    out = grid("load", "requests", "failed", "tokens/s", "x plain", *(f"{t} ms" for t in times), right=range(1, 11))
+    for row in result["rows"]:
+        failed = ", ".join(f"{count} x {error}" for error, count in row.get("errors", {}).items())
+        ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
+        spreads = [_ms(row.get(key, {}).get(p)) for key in TIMES for p in ("p50", "p99")]
+        name = row["what"].removeprefix("an output token, ")
+        out.add_row(name, str(row["requests"]), failed, _ms(row["output_tokens_per_second"]), ratio, *spreads)
+    return out
+
+
+def _ms(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def draw(result: Document, path: Path) -> None:
+    """Writes a PNG: tokens/s, TTFT and TPOT over the loads, a row of panels for each way to load. Raises OSError."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".part")
+    figure = _figure(result["rows"])
+    FigureCanvasAgg(figure)
+    try:
+        figure.savefig(draft, format="png", dpi=120)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _figure(rows: Sequence[Row]) -> Figure:
+    from matplotlib.figure import Figure
+
+    kinds = [kind for kind in LOADS if any(kind in row for row in rows)]
+    figure = Figure(figsize=(12, 0.8 + 3.4 * len(kinds)), layout="constrained")
+    panels = figure.subplots(len(kinds), 3, squeeze=False)
+    for line, kind in zip(panels, kinds, strict=True):
+        loads = sorted((row for row in rows if kind in row), key=lambda row: float(row[kind]))
+        _throughput(line[0], kind, loads)
+        for panel, key in zip(line[1:], ("ttft_ms", "tpot_ms"), strict=True):
+            _times(panel, kind, loads, key)
+    about = next(row for row in rows if "server" in row)
+    figure.suptitle(f"{about['server']}, prompt:output tokens {about['mix']}", fontsize=13, fontweight="bold")
+    return figure
+
+
+def _throughput(panel: Axes, kind: str, rows: Sequence[Row]) -> None:
+    from shoal.jobs.report.plots import BLUE, GREY
+
+    rates = [row["output_tokens_per_second"] for row in rows]
+    panel.plot([row[kind] for row in rows], rates, "o-", color=BLUE, label="all requests together")
+    if "baseline_ms" in rows[0]:
+        plain = 1e3 / rows[0]["baseline_ms"]
+        panel.axhline(plain, color=GREY, linestyle="--", label=f"{rows[0]['baseline']}, {plain:,.0f}")
+    _finish(panel, kind, rows, "Output tokens per second")
+
+
+def _times(panel: Axes, kind: str, rows: Sequence[Row], key: str) -> None:
+    from shoal.jobs.report.plots import BLUE, ORANGE
+
+    known = [row for row in rows if row[key]]  # answers of one token have no TPOT
+    for p, colour in (("p50", BLUE), ("p99", ORANGE)):
+        panel.plot([row[kind] for row in known], [row[key][p] for row in known], "o-", color=colour, label=p)
+    _finish(panel, kind, known, f"{TIMES[key]}, ms")
+
+
+def _finish(panel: Axes, kind: str, rows: Sequence[Row], title: str) -> None:
+    from matplotlib.ticker import NullLocator
+
+    loads = [row[kind] for row in rows]
+    if loads:
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(loads, [f"{load:g}" for load in loads])
+        panel.xaxis.set_minor_locator(NullLocator())
+    panel.set_ylim(0, 1.08 * panel.get_ylim()[1])
+    panel.set_title(title, fontsize=11)
+    panel.set_xlabel(LOADS[kind])
+    panel.grid(alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False)

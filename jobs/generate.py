@@ -1,0 +1,109 @@
+"""Text from a trained model: one answer, streamed, or a file of prompts. One process, or ranks on Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shoal.workers.config import Recipe
+from shoal.workers.engine.request import Request, Sampling
+from shoal.workers.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from shoal.jobs.batch import Summary
+    from shoal.jobs.load import Trained
+    from shoal.jobs.run_folder import RunFolder
+    from shoal.jobs.serve.client import Client
+    from shoal.workers.engine.request import Limits
+
+
+def continue_text(trained: Trained, prompt: str, sampling: Sampling, show: Callable[[str], object]) -> tuple[str, int]:
+    """The text that follows ``prompt`` and its number of tokens; ``show`` is given every piece as it comes.
+
+    Raises InvalidInput when prompt and ``sampling.max_tokens`` do not fit into the model's context.
+    """
+    from shoal.jobs.data.prepare import corpus_tokenizer
+    from shoal.jobs.serve.text import TextStream
+    from shoal.workers.engine.engine import Engine
+
+    tokenizer = corpus_tokenizer(trained.corpus)
+    ids = tuple(int(t) for t in tokenizer.encode([prompt])[0][:-1])
+    engine = Engine(trained.model, replace(_limits(trained.recipe), sequences=1))
+    engine.add(Request("text", ids, replace(sampling, stop_tokens=(tokenizer.eos,))))
+    stream, pieces, count = TextStream(tokenizer), [], 0
+    while engine.busy:
+        for output in engine.step():
+            count += len(output.tokens)
+            pieces.append(stream.push(output.tokens).text)
+            if output.finish:
+                pieces.append(stream.end().text)
+            show("".join(pieces[-2:]) if output.finish else pieces[-1])
+    return "".join(pieces), count
+
+
+def answer_file(
+    folder: RunFolder, step: int, recipe: Recipe, source: Path, target: Path, sampling: Sampling, console: Console
+) -> Summary:
+    """Answers the prompts of a file with the model of a run's ``step``; see ``shoal.jobs.batch``.
+
+    recipe: where the model runs: in this process for one rank, else on Ray.
+    """
+    from shoal.jobs.batch import Engine, open_batch
+    from shoal.jobs.data.prepare import corpus_tokenizer
+
+    tokenizer = corpus_tokenizer(folder.corpus())
+    sampling = replace(sampling, stop_tokens=(tokenizer.eos,))
+
+    async def work() -> Summary:
+        async with _client(folder, step, recipe) as client:
+            engine = Engine(client.generate, tokenizer, recipe.model.context)
+            many = 2 * recipe.serve.sequences * recipe.parallel.attention_ranks  # some wait, so that none is idle
+            return await batch.run(engine, console, many)
+
+    with open_batch(source, target, sampling, f"{folder.path.name} step {step}") as batch:
+        return asyncio.run(work())
+
+
+@asynccontextmanager
+async def _client(folder: RunFolder, step: int, recipe: Recipe) -> AsyncGenerator[Client, None]:
+    if recipe.parallel.ranks > 1:
+        from shoal.cluster.engines import Engines
+        from shoal.cluster.local import ray_session
+
+        with ray_session(recipe.parallel.ranks, dashboard=False) as session:
+            engines = Engines(recipe, str((folder.path / "checkpoints").resolve()), step, session)
+            await engines.start()
+            try:
+                yield engines
+            finally:
+                await engines.close()
+        return
+    from shoal.jobs.load import load_trained
+    from shoal.jobs.serve.engines import InProcess
+    from shoal.workers.engine.engine import Engine
+
+    process = InProcess(Engine(load_trained(folder, step).model, _limits(recipe)))
+    try:
+        yield process
+    finally:
+        await process.close()
+
+
+def _limits(recipe: Recipe) -> Limits:
+    from shoal.workers.engine.actor import limits_of
+
+    return limits_of(recipe)
+
+
+def check_files(source: Path | None, target: Path | None, prompt: str) -> None:
+    """Raises UsageError unless both files are given, or neither; a prompt does not go with files."""
+    if (source is None) != (target is None):
+        raise UsageError("--input and --output belong together: give both, or neither")
+    if source and prompt:
+        raise UsageError("--prompt does not go with --input, whose rows are the prompts: leave one out")
