@@ -11,6 +11,7 @@ TORCH_INDEX ?=
 RECIPE ?= tiny
 
 BIN := .venv/bin
+PROTO := shoal/jobs/serve/proto/shoal/v1/inference.proto
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 # pip compiles everything on one core. This compiles, on all of them, what is not plainly unused; the rest is compiled
 # when it is imported, so a failure here costs time only.
@@ -18,7 +19,7 @@ UNUSED := /(tests?|testing|rllib|networkx|pip|setuptools|physics|lexers|fx_passe
 COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '$(UNUSED)' .venv/lib || true
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev train test test-all check lint types imports format clean
+.PHONY: help install dev train serve test test-all check lint types imports proto format clean
 .DELETE_ON_ERROR:
 
 help:  ## list what can be made
@@ -27,6 +28,9 @@ help:  ## list what can be made
 
 train: .venv/installed  ## install what a run needs, and train the tiny recipe here, on the CPU if need be
 	$(BIN)/shoal train --recipe $(RECIPE)
+
+serve: .venv/installed-serve  ## install what serving needs as well, and serve the run that `make train` made
+	$(BIN)/shoal serve $(RECIPE)
 
 test: .venv/installed-dev  ## install the tools as well, and run the tests
 	$(BIN)/python -m pytest
@@ -46,6 +50,13 @@ types: .venv/installed-dev
 
 imports: .venv/installed-dev
 	$(BIN)/lint-imports
+
+# Generated code refuses older packages than its own generator: hence an old one, in an environment of its own.
+proto:  ## generate the gRPC code again, after a change of inference.proto
+	$(PYTHON) -m venv .venv-proto
+	.venv-proto/bin/pip install --quiet grpcio-tools==1.66.2 'protobuf<5.28' 'setuptools<80'
+	.venv-proto/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. $(PROTO)
+	rm -rf .venv-proto
 
 format: .venv/installed-dev  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
@@ -78,7 +89,12 @@ $(BIN)/python:
 	@$(COMPILE)
 	@touch $@
 
+.venv/installed-serve: pyproject.toml .venv/constraints.txt
+	$(PIP) -c .venv/constraints.txt -e ".[serve]"
+	@$(COMPILE)
+	@touch .venv/installed $@
+
 .venv/installed-dev: pyproject.toml .venv/constraints.txt
 	$(PIP) -c .venv/constraints.txt -e ".[dev]"
 	@$(COMPILE)
-	@touch .venv/installed $@
+	@touch .venv/installed .venv/installed-serve $@

@@ -40,6 +40,7 @@ class Lazy:
 COMMANDS = {
     "train": Lazy("train:train", "Train a model from a recipe, or resume a run.", TRAIN),
     "generate": Lazy("generate:generate", "Continue a text with a trained model.", TRAIN),
+    "serve": Lazy("serve:serve", "Serve a trained model over HTTP and gRPC.", TRAIN),
     "evaluate": Lazy("evaluate:evaluate", "Measure a trained model in bits per byte.", TRAIN),
     "data": Lazy("data:app", "Prepare, show and verify corpora.", PREPARE),
     "config": Lazy("config:app", "Show and check recipes, with what they cost.", PREPARE),
@@ -73,7 +74,7 @@ def root(
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Train DeepSeekMoE language models with Native Sparse Attention, as one Ray application.
+    """Train and serve DeepSeekMoE language models with Native Sparse Attention, as one Ray application.
 
     Examples:
 
@@ -86,6 +87,8 @@ def root(
     - `shoal train --recipe tiny --workers 4 --set train.steps=1000`
 
     - `shoal generate first --prompt "def main("` continues a text
+
+    - `shoal serve first` answers over HTTP, as OpenAI's API, and gRPC
 
     - `shoal runs show first -o json` prints how the run went
 

@@ -1,0 +1,105 @@
+"""``shoal serve``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from shoal.jobs.cli.common import INTERRUPTED, RUNS_DIR, RunsDirOption, SetOption
+
+if TYPE_CHECKING:
+    from shoal.jobs.serve.client import ModelInfo
+
+# What starts the engines, as ``module:function``; see jobs/serve/app.py.
+ENGINES = "shoal.jobs.serve.engines:open_engines"
+NEEDS = ("fastapi", "uvicorn", "grpc", "grpc_health", "grpc_reflection")
+
+EXAMPLES = """
+Examples:
+
+  shoal serve tiny
+
+  shoal serve runs/tiny --step 200 --port 8080 --grpc-port 9090
+
+  shoal serve tiny --host 0.0.0.0 --token-file token.txt --tls-cert cert.pem --tls-key key.pem
+"""
+
+
+def serve(
+    run: Annotated[str, typer.Argument(help="A run's folder, or its name.")],
+    step: Annotated[int | None, typer.Option(help="Checkpoint; default: the newest whole one.")] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; all but loopback want a token and TLS.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="HTTP.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(min=1, max=65535, help="gRPC.")] = 9000,
+    token_file: Annotated[
+        Path | None, typer.Option(help="A file of bearer tokens, one a line; default: SHOAL_API_TOKEN, else none.")
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM).")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM, no passphrase).")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Open to others without a token or TLS.")] = False,
+    name: Annotated[str | None, typer.Option(help="Model name that clients use; default: the run's.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Ranks (parallel.ranks).")] = None,
+    placement: Annotated[str | None, typer.Option(help="colocated, or nA:mF, such as 2A:2F.")] = None,
+    drain: Annotated[float, typer.Option(min=0, help="Seconds that requests have to end when stopped.")] = 30.0,
+    sets: SetOption = None,
+    runs_dir: RunsDirOption = RUNS_DIR,
+) -> None:
+    """Serve a trained model over HTTP (as OpenAI's API) and gRPC: here, or in the Ray cluster that RAY_ADDRESS names.
+
+    SIGTERM and Ctrl-C let requests under way end; a second one does not.
+    """
+    _check_installed()
+    from shoal.cluster.serving import Listen
+    from shoal.jobs.cli.lasting import Lasting
+    from shoal.jobs.load import choose_step, find_run, serving_recipe
+    from shoal.jobs.serve.gate import Settings
+    from shoal.jobs.serve.service import examples, read_tokens, run_service
+
+    tokens = read_tokens(token_file)
+    listen = Listen(host, port, grpc_port, *(path and path.resolve() for path in (tls_cert, tls_key)))
+    listen.check(bool(tokens), insecure)
+    folder = find_run(run, runs_dir)
+    recipe = serving_recipe(folder, sets, workers, placement)
+    chosen, damaged = choose_step(folder, step)
+    for sentence in damaged:
+        typer.echo(sentence, err=True)
+    console = Lasting(markup=False, highlight=False, soft_wrap=True)
+
+    def ready(model: ModelInfo) -> None:
+        console.print(
+            f"serving  {model.name}: step {model.step}, {model.parameters:,} parameters, context {model.context:,}"
+        )
+        console.print(f"http     {listen.url}/v1\ngrpc     {listen.grpc}")
+        console.print("try      {}\n         {}".format(*examples(listen, model.name, bool(tokens))))
+
+    options: dict[str, Any] = {
+        "run": str(folder.path.resolve()),
+        "step": chosen,
+        "name": name or folder.path.resolve().name,
+        "recipe": recipe.model_dump(),
+    }
+    ended = run_service(
+        ENGINES, options, listen, Settings(tokens=tokens), ranks=recipe.parallel.ranks, ready=ready,
+        told=console.print, drain=drain,
+    )  # fmt: skip
+    import signal
+
+    if ended == signal.SIGINT:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _check_installed() -> None:
+    from importlib.util import find_spec
+
+    from shoal.workers.errors import InvalidInput
+
+    missing = [package for package in NEEDS if find_spec(package) is None]
+    if missing:
+        raise InvalidInput(f"shoal serve needs {', '.join(missing)}, not installed here: pip install 'shoal[serve]'")
+
+
+serve.__doc__ = f"{serve.__doc__}\n{EXAMPLES}"

@@ -1,0 +1,1 @@
+"""The gRPC interface: ``shoal/v1/inference.proto``, and what is generated from it (``make proto``)."""
