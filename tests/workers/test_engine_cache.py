@@ -32,16 +32,16 @@ ATTENTION = st.sampled_from(
 )
 
 
-def model_of(attention: dict[str, Any], **changes: Any) -> Transformer:
+def model_of(attention: dict[str, Any], device: str = "cpu", **changes: Any) -> Transformer:
     table = {**small_recipe(**changes), "attention": attention}
-    return Transformer(Recipe.model_validate(table)).eval()
+    return Transformer(Recipe.model_validate(table), device=device).eval()
 
 
 def whole(model: Transformer, tokens: list[int]) -> torch.Tensor:
     """Hidden states of one training forward."""
     ids = torch.tensor(tokens)
     batch = PackedBatch(ids, torch.full_like(ids, IGNORE), torch.arange(len(ids)), (0, len(ids)))
-    hidden: torch.Tensor = model(batch)
+    hidden: torch.Tensor = model(batch.to(next(model.parameters()).device))
     return hidden
 
 
@@ -51,12 +51,13 @@ class Cached:
     def __init__(self, model: Transformer, texts: list[list[int]], rng: random.Random) -> None:
         recipe = model.recipe
         self.model, self.pools = model, Pools(FAR, NEAR, recipe.attention.slc_block, reach(recipe))
+        self.device = next(model.parameters()).device
         for pool in (self.pools.far, self.pools.near):
             rng.shuffle(pool._empty)
-        caches = make_caches(recipe, FAR, NEAR, model.dtype, torch.device("cpu"))
+        caches = make_caches(recipe, FAR, NEAR, model.dtype, self.device)
         for cache in caches:
             for tensor in vars(cache).values():
-                tensor.normal_(generator=torch.Generator().manual_seed(1))
+                tensor.normal_(generator=torch.Generator(self.device).manual_seed(1))
         self.caches = dict(zip((b.attention for b in model.layers), caches, strict=True))  # type: ignore[arg-type,union-attr]
         self.sequences = [
             Sequence(Request(str(i), tuple(t), Sampling(max_tokens=1)), self.pools) for i, t in enumerate(texts)
@@ -72,7 +73,7 @@ class Cached:
             s.reserve(s.computed + sizes[i])
             tokens = tuple(s.tokens[s.computed : s.computed + sizes[i]])
             parts.append(Part(tokens, s.computed, list(s.far), list(s.near), s.near_start))
-        tables = StepTables(self.model.recipe, parts, self.model.dtype, torch.device("cpu"))
+        tables = StepTables(self.model.recipe, parts, self.model.dtype, self.device)
         batch = PackedBatch(
             tables.tokens, torch.full_like(tables.tokens, IGNORE), tables.positions, (0, len(tables.tokens))
         )

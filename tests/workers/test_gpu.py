@@ -1,13 +1,16 @@
-"""Training on a GPU: bfloat16 follows float32, float32 follows the CPU, and deterministic runs give the same bits."""
+"""On a GPU: bfloat16 follows float32, float32 follows the CPU, deterministic runs give the same bits; and the paged
+caches of serving give the logits of a training forward."""
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small import small_corpus, small_recipe
+from small import VOCAB, small_corpus, small_recipe
+from test_engine_cache import Cached, model_of, whole
 
 from shoal.workers.config import Recipe
 from shoal.workers.mesh import make_mesh
@@ -58,3 +61,22 @@ def test_deterministic_runs_give_the_same_bits(dtype: str, corpus: Path, monkeyp
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     first, second = (_losses(corpus, "cuda", train__dtype=dtype, train__deterministic=True) for _ in range(2))
     assert first == second
+
+
+@pytest.mark.parametrize("kind", ["nsa", "full"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.03)])
+@torch.no_grad()
+def test_paged_caches_give_the_logits_of_a_training_forward(kind: str, dtype: str, tolerance: float) -> None:
+    """In chunks, then token by token, with another sequence beside it. Where rounding swaps an expert or a block for
+    an equally good one a position differs by more: hence the median over the positions."""
+    attention = {"kind": kind, "cmp_block": 32, "cmp_stride": 16, "slc_block": 64, "slc_count": 4, "window": 100}
+    model = model_of(attention, "cuda", train__dtype=dtype, model__context=1024, model__head_dim=64, model__hidden=128)
+    rng = random.Random(4)
+    texts = [[rng.randrange(VOCAB) for _ in range(n)] for n in (700, 333)]
+    cached = Cached(model, texts, rng)
+    for first, second in ((500, 100), (150, 200), *[(1, 1)] * 33):
+        cached.compute({0: first, 1: second})
+    for text, rows in zip(texts, cached.hidden, strict=True):
+        got = model.logits(torch.cat(rows)).double()
+        want = model.logits(whole(model, text[: len(got)])).double()
+        assert ((got - want).norm(dim=-1) / want.norm(dim=-1)).median() < tolerance
