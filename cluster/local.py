@@ -31,7 +31,7 @@ LONGEST = 20  # characters of the folder above it: 83 more follow in the paths o
 
 # Ray prints a paragraph to standard output, which may be JSON, whenever a rank dies, and a traceback to standard error
 # for a failed call whose result nobody asked for; the supervisor says both in a line. Ray reads this when imported.
-os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^A worker died or was killed")
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^(A worker died or was killed|Task ServeController)")
 if not os.environ.get("SHOAL_TRACEBACK"):
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
 

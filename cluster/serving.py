@@ -116,7 +116,7 @@ def _check_certificate(certificate: Path, key: Path) -> None:
 def ray_serve(listen: Listen) -> Iterator[None]:
     """Ray Serve, with an HTTP proxy on the head node. Ray is running already; Serve is ended with the block.
 
-    Raises: ClusterRefused when Serve runs in this cluster already, or cannot be started.
+    Raises: ClusterRefused when Serve runs in this cluster already or cannot be started, or a port is taken.
     """
     from ray import serve
 
@@ -126,6 +126,8 @@ def ray_serve(listen: Listen) -> Iterator[None]:
             "Ray Serve runs in this cluster already, on ports of its own: "
             "end it with `serve shutdown`, or take another cluster"
         )
+    if _on_head_node():
+        listen.refuse_taken_ports()
     options: dict[str, Any] = {"host": listen.host, "port": listen.port}
     if listen.certificate:
         options |= {"ssl_keyfile": str(listen.key), "ssl_certfile": str(listen.certificate)}
@@ -138,6 +140,13 @@ def ray_serve(listen: Listen) -> Iterator[None]:
         yield
     finally:
         serve.shutdown()
+
+
+def _on_head_node() -> bool:
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    return any(node["NodeID"] == here and HEAD.keys() <= node["Resources"].keys() for node in ray.nodes())
 
 
 def deploy(application: Any, stopped: Callable[[], bool]) -> Any:

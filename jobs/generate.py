@@ -28,11 +28,10 @@ def continue_text(trained: Trained, prompt: str, sampling: Sampling, show: Calla
 
     Raises InvalidInput when prompt and ``sampling.max_tokens`` do not fit into the model's context.
     """
-    from shoal.jobs.data.prepare import corpus_tokenizer
     from shoal.jobs.serve.text import TextStream
     from shoal.workers.engine.engine import Engine
 
-    tokenizer = corpus_tokenizer(trained.corpus)
+    tokenizer = trained.folder.tokenizer()
     ids = tuple(int(t) for t in tokenizer.encode([prompt])[0][:-1])
     engine = Engine(trained.model, replace(_limits(trained.recipe), sequences=1))
     engine.add(Request("text", ids, replace(sampling, stop_tokens=(tokenizer.eos,))))
@@ -55,9 +54,8 @@ def answer_file(
     recipe: where the model runs: in this process for one rank, else on Ray.
     """
     from shoal.jobs.batch import Engine, open_batch
-    from shoal.jobs.data.prepare import corpus_tokenizer
 
-    tokenizer = corpus_tokenizer(folder.corpus())
+    tokenizer = folder.tokenizer()
     sampling = replace(sampling, stop_tokens=(tokenizer.eos,))
 
     async def work() -> Summary:

@@ -19,12 +19,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trained:
-    """A model with the recipe and corpus it was trained with; ``step`` is the checkpoint's."""
+    """A model with its recipe and the run that trained it; ``step`` is the checkpoint's."""
 
     model: Transformer
     recipe: Recipe
-    corpus: Path
+    folder: RunFolder
     step: int
+
+    @property
+    def corpus(self) -> Path:
+        """What it was trained on."""
+        return self.folder.corpus()
 
 
 def find_run(run: str, runs: Path) -> RunFolder:
@@ -81,4 +86,4 @@ def load_trained(folder: RunFolder, step: int) -> Trained:
     recipe = recipe.model_copy(update={"parallel": type(recipe.parallel)()})
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(recipe, folder.path / "checkpoints", step, device=device)
-    return Trained(model, model.recipe, folder.corpus(), step)
+    return Trained(model, model.recipe, folder, step)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shoal.jobs.recipe import load_recipe, recipe_to_toml
 from shoal.jobs.report.journal import read_records
@@ -20,12 +20,16 @@ from shoal.workers.checkpoint_files import list_checkpoints
 from shoal.workers.config import Recipe
 from shoal.workers.errors import InvalidInput, NotFound, UsageError
 
-MAY_CHANGE = ("name", "description", "parallel", "checkpoint")  # what a resumed run may have otherwise
+if TYPE_CHECKING:
+    from shoal.jobs.data.tokenizer import CorpusTokenizer
+
+TOKENIZER = "tokenizer.json"
+MAY_CHANGE = ("name", "description", "parallel", "checkpoint", "serve")  # what a resumed run may have otherwise
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """``runs/NAME``: recipe.toml, run.json (the corpus), metrics.jsonl, checkpoints, plots and TensorBoard events."""
+    """``runs/NAME``: recipe.toml, run.json (the corpus), tokenizer.json, metrics.jsonl, checkpoints, plots, events."""
 
     path: Path
 
@@ -41,11 +45,25 @@ class RunFolder:
         return load_recipe(self.recipe_file)
 
     def corpus(self) -> Path:
-        """The corpus that the run was trained on."""
+        """The corpus that the run was trained on, where it was, or where it is when both were moved together."""
         try:
-            return Path(json.loads((self.path / "run.json").read_text())["corpus"])
+            facts = json.loads((self.path / "run.json").read_text())
+            corpus, moved = Path(facts["corpus"]), self.path / facts.get("corpus_from_here", "no such folder")
         except (OSError, ValueError, KeyError, TypeError):
             raise InvalidInput(f"{self.path / 'run.json'} does not name the run's corpus: restore it") from None
+        return moved if not corpus.exists() and moved.exists() else corpus
+
+    def tokenizer(self) -> CorpusTokenizer:
+        """The run's own copy of the corpus's tokenizer; the corpus's itself for a run that has none."""
+        from shoal.jobs.data.prepare import corpus_tokenizer
+        from shoal.jobs.data.tokenizer import CorpusTokenizer, load_tokenizer
+
+        try:
+            entry = json.loads((self.path / "run.json").read_text())["tokenizer"]
+            own = load_tokenizer(self.path / TOKENIZER).tokenizer
+            return CorpusTokenizer(own, entry["bos"], entry["eos"], tuple(entry["added"]))
+        except (OSError, ValueError, KeyError, TypeError, NotFound):
+            return corpus_tokenizer(self.corpus())
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -96,12 +114,24 @@ def discard_unused(folder: RunFolder) -> None:
 
 
 def write_identity(folder: RunFolder, recipe: Recipe, corpus: Path, corpus_hash: str) -> None:
-    """Writes recipe.toml and run.json, each whole or not at all."""
-    facts = {"corpus": str(corpus.resolve()), "corpus_hash": corpus_hash}
-    for file, text in ((folder.recipe_file, recipe_to_toml(recipe)), (folder.path / "run.json", json.dumps(facts))):
+    """Writes recipe.toml, tokenizer.json and run.json, each whole or not at all: what serving the run takes."""
+    from shoal.workers.data.manifest import read_manifest
+
+    facts = {
+        "corpus": str(corpus.resolve()),
+        "corpus_from_here": os.path.relpath(corpus.resolve(), folder.path.resolve()),
+        "corpus_hash": corpus_hash,
+        "tokenizer": read_manifest(corpus).tokenizer.model_dump(),
+    }
+    files = {
+        folder.recipe_file: recipe_to_toml(recipe),
+        folder.path / TOKENIZER: (corpus / TOKENIZER).read_text("utf-8"),
+        folder.path / "run.json": json.dumps(facts),
+    }
+    for file, text in files.items():
         draft = file.with_name(f".{file.name}.tmp")
         with refusing(folder.path):
-            draft.write_text(text)
+            draft.write_text(text, "utf-8")
             draft.replace(file)
 
 

@@ -48,9 +48,9 @@ def serve(
     sets: SetOption = None,
     runs_dir: RunsDirOption = RUNS_DIR,
 ) -> None:
-    """Serve a trained model over HTTP (as OpenAI's API) and gRPC: here, or in the Ray cluster that RAY_ADDRESS names.
+    """Serve a trained model over HTTP and gRPC: here, or in the Ray cluster that RAY_ADDRESS names.
 
-    SIGTERM and Ctrl-C let requests under way end; a second one does not.
+    HTTP is OpenAI's API; gRPC describes itself. SIGTERM and Ctrl-C let requests under way end; a second one does not.
     """
     _check_installed()
     from shoal.cluster.serving import Listen

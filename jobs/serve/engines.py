@@ -27,11 +27,10 @@ async def open_engines(run: str, step: int, name: str, recipe: dict[str, Any]) -
 
     from shoal.cluster.engines import Engines
     from shoal.cluster.local import RaySession
-    from shoal.jobs.data.prepare import corpus_tokenizer
     from shoal.jobs.serve.app import Served
 
     folder, checked = RunFolder(Path(run)), Recipe.model_validate(recipe)
-    tokenizer = corpus_tokenizer(folder.corpus())
+    tokenizer = folder.tokenizer()
     resources = ray.cluster_resources()
     session = RaySession(None, False, int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
     engines = Engines(checked, str(folder.path / "checkpoints"), step, session)

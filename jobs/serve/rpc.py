@@ -38,12 +38,12 @@ RETRY_SECONDS = 1  # what a client is told to wait while the queue is full
 LONGEST_DETAILS = 1000  # characters of a sentence; details travel in HTTP/2 trailers, which peers bound at 8 KiB
 FINISH = {Finish.stop: pb.FINISH_REASON_STOP, Finish.length: pb.FINISH_REASON_LENGTH}
 
-# A client that vanished without closing its connection answers no ping, and its calls are cancelled.
 OPTIONS = {
     "grpc.so_reuseport": 0,  # a port that another process listens on is an error, not half of the calls
+    # a client that vanished without closing its connection answers no ping, and its calls are cancelled
     "grpc.keepalive_time_ms": 20_000,
     "grpc.keepalive_timeout_ms": 10_000,
-    "grpc.http2.min_ping_interval_without_data_ms": 5_000,
+    "grpc.http2.min_ping_interval_without_data_ms": 5_000,  # of a client's own pings
     "grpc.max_concurrent_streams": 1024,
 }
 
@@ -61,9 +61,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     def __init__(self, client: Client, info: ModelInfo, tokenizer: CorpusTokenizer, settings: Settings) -> None:
         self.client, self.info, self.tokenizer, self.settings = client, info, tokenizer, settings
+        self.answering: set[asyncio.Task[Any]] = set()  # what gRPC does for a call, to its status
 
     async def Generate(self, call: pb.GenerateRequest, context: Any) -> None:
         """Streams an answer. A call that ends early, for whatever reason, closes the generator and so the request."""
+        task = asyncio.current_task()
+        assert task is not None
+        self.answering.add(task)
+        task.add_done_callback(self.answering.discard)
         async with _statuses(context):
             await self._answer(call, context)
 
@@ -198,16 +203,17 @@ class _Guard(grpc.aio.ServerInterceptor):
     """Asks every call for a bearer token, health checks excepted."""
 
     def __init__(self, tokens: Collection[str]) -> None:
-        self.tokens = [f"Bearer {token}".encode() for token in tokens]
+        self.tokens = [token.encode() for token in tokens]
         self.refusal = grpc.unary_unary_rpc_method_handler(self._refuse)  # its status ends a call of any kind
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
         if details.method.startswith(f"/{health.SERVICE_NAME}/"):
             return await continuation(details)
         shown = [value for key, value in details.invocation_metadata if key == "authorization"]
-        given = (shown[0] if shown else "").encode(errors="replace")
-        known = [hmac.compare_digest(given, token) for token in self.tokens]  # all of them: it takes equally long
-        return await continuation(details) if any(known) else self.refusal
+        scheme, _, given = (shown[0] if shown else "").partition(" ")
+        # all are compared, each in constant time, so that the time taken tells nothing about any token
+        known = [hmac.compare_digest(given.encode(errors="replace"), token) for token in self.tokens]
+        return await continuation(details) if any(known) and scheme.lower() == "bearer" else self.refusal
 
     async def _refuse(self, _request: object, context: Any) -> None:
         await context.abort(
@@ -226,12 +232,12 @@ class RpcServer:
         self.ended = False
         self.health = health.aio.HealthServicer()
         self.server = grpc.aio.server(
-            interceptors=[_Guard(settings.tokens)] if settings.tokens else [],
+            interceptors=[] if settings.tokens is None else [_Guard(settings.tokens)],
             options=list({**OPTIONS, "grpc.max_receive_message_length": settings.largest_body}.items()),
             maximum_concurrent_rpcs=settings.most_calls + OTHERS,
         )
-        service = InferenceService(client, info, tokenizer, settings)
-        inference_pb2_grpc.add_InferenceServicer_to_server(service, self.server)
+        self.service = InferenceService(client, info, tokenizer, settings)
+        inference_pb2_grpc.add_InferenceServicer_to_server(self.service, self.server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self.server)
         try:
@@ -255,9 +261,11 @@ class RpcServer:
         await self.health.enter_graceful_shutdown()
 
     async def stop(self, seconds: float) -> None:
-        """Takes no more calls, gives those under way ``seconds`` to end, and ends."""
+        """Gives answers ``seconds`` to reach their clients, and ends. Who watches the health does so for ever."""
         self.ended = True
-        await self.server.stop(seconds)
+        if self.service.answering:
+            await asyncio.wait(self.service.answering, timeout=seconds)
+        await self.server.stop(0)
 
 
 def _credentials(certificate: Path, key: Path) -> Any:

@@ -139,3 +139,26 @@ def test_a_falling_curve_falls() -> None:
     assert filled == sorted(filled)
     assert (filled[0][0], filled[3][-1]) == (0, 3)
     assert plot([]) == []
+
+
+def test_a_run_moved_with_its_corpus_finds_it_and_needs_it_only_to_train(tmp_path: Path) -> None:
+    """A run carries its tokenizer; the corpus is found beside it again, wherever both went."""
+    from small import small_corpus, small_recipe
+
+    from shoal.jobs.data.prepare import corpus_tokenizer
+    from shoal.jobs.run_folder import RunFolder, write_identity
+    from shoal.workers.config import Recipe
+
+    before, after = tmp_path / "before", tmp_path / "after"
+    corpus, folder = small_corpus(before / "data"), RunFolder(before / "runs" / "first")
+    folder.path.mkdir(parents=True)
+    write_identity(folder, Recipe.model_validate(small_recipe()), corpus, "")
+    ids = corpus_tokenizer(corpus).encode(["the sea swims"])[0].tolist()
+    assert folder.corpus() == corpus
+    before.rename(after)
+    moved = RunFolder(after / "runs" / "first")
+    assert moved.corpus().samefile(after / "data" / "corpus")
+    (after / "data").rename(tmp_path / "elsewhere")
+    tokenizer = moved.tokenizer()
+    assert tokenizer.encode(["the sea swims"])[0].tolist() == ids
+    assert tokenizer.decode(ids) == "the sea swims"

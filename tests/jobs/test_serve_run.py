@@ -23,7 +23,7 @@ import psutil
 import pytest
 from shell import environment
 from small import small_corpus, small_recipe
-from test_serve_app import free_ports, patiently
+from serve_process import free_ports, patiently
 
 from shoal.jobs.data.prepare import corpus_tokenizer
 from shoal.jobs.run_folder import RunFolder, write_identity

@@ -61,7 +61,8 @@ def whole(here: Path, temporary: Path) -> Path:
 
 def test_a_run_leaves_what_the_readme_names_and_nothing_else(whole: Path, temporary: Path) -> None:
     names = {path.name for path in whole.iterdir() if not path.name.startswith("events.out.tfevents.")}
-    assert names == {"recipe.toml", "run.json", "metrics.jsonl", "checkpoints", "loss.png", "expert_load.png"}
+    files = {"recipe.toml", "run.json", "tokenizer.json", "metrics.jsonl", "loss.png", "expert_load.png"}
+    assert names == {*files, "checkpoints"}
     assert [info.step for info in list_checkpoints(whole / "checkpoints")] == [80, 100, 120]
     assert (whole / "checkpoints" / "step-120" / "manifest.json").is_file()
     assert [record["step"] for record in records(whole)] == list(range(1, STEPS + 1))
