@@ -7,12 +7,12 @@ would change nothing, silently), and so is a key that this service cannot honour
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from difflib import get_close_matches
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from shoal.jobs.recipe_errors import quote
+from shoal.jobs.recipe_errors import plain, quote
 from shoal.jobs.serve.refusal import Refusal
 from shoal.workers.engine.request import MOST_LOGPROBS
 
@@ -57,22 +57,11 @@ _NOTHING_SAID: dict[str, tuple[Any, ...]] = dict.fromkeys(
 )
 
 
-def _without(body: Any, nothing: dict[str, tuple[Any, ...]], unused: Sequence[str] = ()) -> Any:
-    """``body`` without keys that ask for nothing, and without ``unused`` ones.
-
-    Raises Refusal for a key of ``nothing`` that asks for something.
-    """
-    if not isinstance(body, dict):
-        return body
-    for key, values in nothing.items():
-        if body.get(key) is not None and body[key] not in values:
-            raise Refusal(f"{key}={quote(body[key])} cannot be honoured here: leave {key} out", key, "unsupported")
-    return {key: value for key, value in body.items() if key not in nothing and key not in unused}
-
-
 def _encodable(text: str) -> str:
-    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-        raise ValueError("holds half of a surrogate pair, which is no character: send whole characters")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair, which is no character: send whole characters") from None
     return text
 
 
@@ -80,9 +69,37 @@ Text = Annotated[str, AfterValidator(_encodable)]
 Count = Annotated[int, Field(ge=1)]
 
 
+# A list is refused at its first wrong entry: a body may hold a million of them.
+Texts = Annotated[list[Text], Field(fail_fast=True)]
+Ids = Annotated[list[int], Field(fail_fast=True)]
+
+
 class _Body(BaseModel):
+    """Keys that are not fields are refused, unless they ask for nothing, or are of no use here."""
+
     # strict: a number in quotes is a mistake, and true is no number.
     model_config = ConfigDict(strict=True, extra="forbid")
+    nothing: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    unused: ClassVar[tuple[str, ...]] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_keys_that_mean_something(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        found = {}
+        for key, value in body.items():
+            if key in cls.model_fields:
+                found[key] = value
+            elif key in cls.nothing:
+                if value is not None and value not in cls.nothing[key]:
+                    raise Refusal(f"{key}={quote(value)} cannot be honoured here: leave {key} out", key, "unsupported")
+            elif key not in cls.unused:
+                near = get_close_matches(key[:99], cls.model_fields, n=1)
+                remedy = f"did you mean {near[0]}" if near else "leave it out"
+                name = plain(key)
+                raise Refusal(f"{name}={quote(value)} is no key here: {remedy}", name, "unknown_parameter")
+        return found
 
 
 class StreamOptions(_Body):
@@ -95,22 +112,20 @@ class StreamOptions(_Body):
 class Asked(_Body):
     """What both calls have in common. null stands for a key's default."""
 
+    nothing = _NOTHING
+    unused = _ABOUT_CALLER
+
     model: Text
     temperature: float | None = Field(None, ge=0, le=2, description="0: always the likeliest token; default 1")
     top_p: float | None = Field(None, gt=0, le=1, description="keep the likeliest tokens up to this mass; default 1")
     top_k: int | None = Field(None, ge=0, description="keep the k likeliest tokens; default 0: all")
     min_p: float | None = Field(None, ge=0, le=1, description="drop tokens below this share of the likeliest")
     n: int | None = Field(None, ge=1, le=128, description="answers to each prompt; default 1")
-    stop: Text | Annotated[list[Text], Field(max_length=MOST_STOPS)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     seed: int | None = Field(None, ge=SMALLEST_SEED, le=LARGEST_SEED, description="the same seed, the same tokens")
     max_tokens: Count | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nothing(cls, body: Any) -> Any:
-        return _without(body, _NOTHING, _ABOUT_CALLER)
 
     @model_validator(mode="after")
     def _agrees(self) -> Asked:
@@ -136,7 +151,7 @@ class CompletionAsked(Asked):
     each chosen one. echo: the answer begins with the prompt.
     """
 
-    prompt: Text | list[Text] | list[int] | list[list[int]]
+    prompt: Text | Texts | Ids | Annotated[list[Ids], Field(fail_fast=True)]
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     echo: bool | None = None
 
@@ -168,13 +183,10 @@ class TextPart(_Body):
 class Message(_Body):
     """One message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    nothing = _NOTHING_SAID
 
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nothing(cls, body: Any) -> Any:
-        return _without(body, _NOTHING_SAID)
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True)]
 
     def text(self) -> str:
         """Its content, the parts one after the other."""
@@ -184,7 +196,7 @@ class Message(_Body):
 class ChatAsked(Asked):
     """POST /v1/chat/completions. max_tokens is max_completion_tokens' older name; by default the context is the end."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 
 from shoal.jobs.data.tokenizer import CorpusTokenizer
+from shoal.jobs.recipe_errors import quote
 from shoal.jobs.serve.answer import Call, asks, fitted
 from shoal.jobs.serve.api import Completion, CompletionAsked, CompletionChoice, CompletionLogprobs, Usage
 from shoal.jobs.serve.client import ModelInfo
@@ -41,7 +42,7 @@ async def completion_call(
 def _known(prompt: list[int], info: ModelInfo) -> list[int]:
     wrong = next((token for token in prompt if not 0 <= token < info.vocab), None)
     if wrong is not None:
-        raise Refusal(f"prompt holds the token id {wrong}: give ids from 0 to {info.vocab - 1}", "prompt")
+        raise Refusal(f"prompt holds the token id {quote(wrong)}: give ids from 0 to {info.vocab - 1}", "prompt")
     return prompt
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from shoal.jobs.data.tokenizer import CorpusTokenizer
+from shoal.jobs.recipe_errors import quote
 from shoal.jobs.serve.answer import Call, follow, usage
 from shoal.jobs.serve.api import (
     Asked,
@@ -52,6 +53,7 @@ _WORDS: dict[int | str, str] = {
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": words} for status, words in _WORDS.items()
 }
+_CALL = {**_ERRORS, 200: {"description": "the answer, or its chunks", "content": {"text/event-stream": {}}}}
 
 
 def make_app(client: Client, info: ModelInfo, tokenizer: CorpusTokenizer, settings: Settings) -> FastAPI:
@@ -65,8 +67,8 @@ def make_app(client: Client, info: ModelInfo, tokenizer: CorpusTokenizer, settin
     app.add_middleware(Gate, settings=settings)
     for kind in (RequestValidationError, HTTPException, ShoalError, Exception):
         app.add_exception_handler(kind, _answer_error)
-    app.post("/v1/completions", response_model=Completion, responses=_ERRORS)(service.completions)
-    app.post("/v1/chat/completions", response_model=Chat, responses=_ERRORS)(service.chat)
+    app.post("/v1/completions", response_model=Completion, responses=_CALL)(service.completions)
+    app.post("/v1/chat/completions", response_model=Chat, responses=_CALL)(service.chat)
     app.get("/v1/models", responses={401: _ERRORS[401]})(service.models)
     app.get("/v1/models/{name:path}", responses={key: _ERRORS[key] for key in (401, 404, "default")})(service.model)
     app.get("/healthz")(service.healthz)
@@ -76,9 +78,7 @@ def make_app(client: Client, info: ModelInfo, tokenizer: CorpusTokenizer, settin
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     """Errors nobody foresaw are logged by the server with their traceback; the client gets a sentence."""
-    schemas: dict[str, type[Asked]] = {"/v1/completions": CompletionAsked, "/v1/chat/completions": ChatAsked}
-    schema = schemas.get(request.url.path)
-    return problem(error, list(schema.model_fields) if schema else ()).response()
+    return problem(error).response()
 
 
 class Service:
@@ -132,7 +132,7 @@ class Service:
 
     def _find(self, name: str) -> None:
         if name != self._info.name:
-            raise NotFound(f"the model {name!a} is not served here: ask for {self._info.name!r}")
+            raise NotFound(f"the model {quote(name)} is not served here: ask for {self._info.name!r}")
 
     def _check(self, asked: Asked, prompts: int) -> None:
         self._find(asked.model)

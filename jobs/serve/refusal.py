@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from http import HTTPStatus
 from typing import Any
 
@@ -63,11 +62,11 @@ def busy(sentence: str) -> Problem:
     return Problem(429, sentence, "rate_limit_error", code="busy", headers=RETRY_AFTER)
 
 
-def problem(error: Exception, keys: Sequence[str] = ()) -> Problem:
-    """What ``error`` is to the client. keys: those of a body, to suggest one for a misspelt one."""
+def problem(error: Exception) -> Problem:
+    """What ``error`` is to the client."""
     match error:
         case RequestValidationError():
-            return _invalid(error.errors(), keys)
+            return _invalid(error.errors())
         case HTTPException():
             return _plain_http(error)
         case Refusal():
@@ -123,25 +122,21 @@ _BOUNDS = {
 }
 
 
-def _invalid(details: Sequence[Any], keys: Sequence[str]) -> Problem:
-    """The most telling of pydantic's errors: an unknown key first, since it is often why another key is missing."""
-    rank = {"extra_forbidden": 0, "value_error": 1}
-    detail = min(details, key=lambda detail: rank.get(detail["type"], 2))
+def _invalid(details: Sequence[Any]) -> Problem:
+    """The most telling of pydantic's errors: one that speaks for itself first."""
+    detail = min(details, key=lambda detail: detail["type"] != "value_error")
     path = detail["loc"][1:]  # without "body"
     if detail["type"] == "json_invalid":
         why = detail["ctx"]["error"]
         return Problem(400, f"the body is not JSON ({why} at character {path[0]}): send a JSON object in UTF-8")
     if not path:
         return Problem(400, "the body is not a JSON object: send one, with the header 'Content-Type: application/json'")
-    code = "unknown_parameter" if detail["type"] == "extra_forbidden" else None
-    return Problem(400, _sentence(detail, path, keys), param=plain(path[0]), code=code)
+    return Problem(400, _sentence(detail, path), param=plain(path[0]))
 
 
-def _sentence(detail: Any, path: Sequence[int | str], keys: Sequence[str]) -> str:
+def _sentence(detail: Any, path: Sequence[int | str]) -> str:
     kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
     union = next((i for i, part in enumerate(path) if part in _UNIONS), None)
-    if kind == "extra_forbidden" and union == len(path) - 1:  # not this call's key of that name
-        union = None
     if union is not None:
         path = path[: union + 1]
     key = ".".join(plain(part) for part in path)
@@ -149,11 +144,6 @@ def _sentence(detail: Any, path: Sequence[int | str], keys: Sequence[str]) -> st
         return f"{key} {context['error']}"
     if kind == "missing" and union is None:
         return f"{key} is missing and has no default: set {key}"
-    if kind == "extra_forbidden" and union is None:
-        near = get_close_matches(str(path[-1]), keys, n=1)
-        return (
-            f"{key}={quote(value)} is not a key of this call: {f'did you mean {near[0]}' if near else 'leave it out'}"
-        )
     if kind == "missing":
         return f"{key} is missing or incomplete: set {key} to {_UNIONS[str(path[-1])]}"
     if union is not None:
