@@ -127,7 +127,7 @@ def test_streams_outlive_a_killed_rank(
     """SIGKILL in the middle of all answers: no client sees a wrong, a missing or a repeated token."""
 
     async def work(engines: Engines) -> None:
-        killed = []
+        killed: list[int] = []
 
         def kill(count: int) -> None:
             if count >= 5 and not killed:

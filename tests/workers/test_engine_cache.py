@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import VOCAB, small_recipe
 
+from shoal.kernels.nsa.paged import PagedCache
 from shoal.workers.config import Recipe
 from shoal.workers.data.batch import IGNORE, PackedBatch
 from shoal.workers.engine.cache import PagedAttention, Part, StepTables, make_caches, reach
@@ -58,7 +59,8 @@ class Cached:
         for cache in caches:
             for tensor in vars(cache).values():
                 tensor.normal_(generator=torch.Generator(self.device).manual_seed(1))
-        self.caches = dict(zip((b.attention for b in model.layers), caches, strict=True))  # type: ignore[arg-type,union-attr]
+        layers: list[Any] = [block.attention for block in model.layers]
+        self.caches: dict[Any, PagedCache] = dict(zip(layers, caches, strict=True))
         self.sequences = [
             Sequence(Request(str(i), tuple(t), Sampling(max_tokens=1)), self.pools) for i, t in enumerate(texts)
         ]
