@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncGenerator, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -11,8 +13,8 @@ from shoal.cluster.group import RankGroup, RankLost
 from shoal.cluster.local import RaySession
 from shoal.workers.config import Recipe
 from shoal.workers.engine.actor import THREADS, EngineActor
-from shoal.workers.engine.request import Load, Output, Request
-from shoal.workers.errors import ClusterRefused, ShoalError
+from shoal.workers.engine.request import NOT_FINITE, EngineEnded, Finish, Load, Output, Request
+from shoal.workers.errors import ClusterRefused, InvalidInput, ShoalError
 from shoal.workers.placement import Placement
 
 NEWS_SECONDS = 10.0  # how long a call for news waits for some
@@ -20,12 +22,18 @@ NEWS_SECONDS = 10.0  # how long a call for news waits for some
 
 @dataclass
 class Flight:
-    """A request under way: what its stream has been given, or is to be told; and the rank that works on it."""
+    """A request under way.
+
+    request: under the id that the ranks know it by. tokens: what its stream has been given, or is about to be. rank:
+    who works on it. submitted: the call that handed it to the rank. crashes: ends of ranks since its last token.
+    """
 
     request: Request
-    rank: int = -1
     tokens: list[int] = field(default_factory=list)
-    news: asyncio.Queue[Output | Exception] = field(default_factory=asyncio.Queue)
+    news: asyncio.Queue[Output | ShoalError] = field(default_factory=asyncio.Queue)
+    rank: int = -1
+    submitted: Any = None
+    crashes: int = 0
 
     @property
     def left(self) -> int:
@@ -38,20 +46,23 @@ class Engines:
     computed again from its tokens: its stream goes on where it was, and no token is reported twice.
 
     Called from one event loop. More than ``parallel.max_failures`` failures in a row, without a new token between
-    them, end it.
+    them, end it; a request that saw so many without a token of its own is given up, since it may be the cause.
     """
 
     def __init__(self, recipe: Recipe, checkpoints: str, step: int, session: RaySession) -> None:
         self.recipe, self.checkpoints, self.step, self.session = recipe, checkpoints, step, session
         self.flights: dict[str, Flight] = {}
         self.failures = self.restarts = 0
-        self.parameters = 0
+        self._names: set[str] = set()
+        self._count = itertools.count()
         self._group: RankGroup | None = None
         self._ready = asyncio.Event()
         self._dead: ShoalError | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._cancels: set[asyncio.Task[None]] = set()
         self._recovery: asyncio.Task[None] | None = None
         self._broken: Exception | None = None  # why the present ranks are of no use any more
+        self._hurt = asyncio.Event()
         self._last = Load()
         self._groups = Placement.of(recipe).dispatch_groups()
 
@@ -64,10 +75,10 @@ class Engines:
         self._ready.set()
 
     async def close(self) -> None:
-        """Ends the ranks."""
-        self._dead = self._dead or ClusterRefused("the engines were ended: start them again")
+        """Ends the ranks, and every stream. Ranks that are being started are waited for, and then ended."""
+        self._give_up(ClusterRefused("the engines were ended: start them again"))
         if self._recovery:
-            self._recovery.cancel()
+            await self._recovery
         await self._close_group()
 
     def pids(self) -> list[int]:
@@ -76,27 +87,33 @@ class Engines:
 
     async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
         """See Client."""
-        flight = Flight(request)
         await self._settled()
-        if request.id in self.flights:
-            raise ValueError(f"request id {request.id!r} is in use")
-        self.flights[request.id] = flight
+        if request.id in self._names:
+            raise InvalidInput(f"request id {request.id!r} is in use: give each request its own")
+        # Known to the ranks by a number that never comes again: news of a request that was cancelled find nobody.
+        flight = Flight(replace(request, id=str(next(self._count))))
+        self._names.add(request.id)
+        self.flights[flight.request.id] = flight
+        ended = False
         try:
             await self._submit(flight)
-            while True:
+            while not ended:
                 output = await flight.news.get()
-                if isinstance(output, Exception):
+                if isinstance(output, ShoalError):
+                    ended = True
                     raise output
-                yield output
-                if output.finish:
-                    flight.rank = -1
-                    return
+                ended = output.finish is not None
+                if output.finish is Finish.error:
+                    raise ClusterRefused(NOT_FINITE)
+                yield replace(output, request=request.id)
         finally:
-            del self.flights[request.id]
-            self._cancel(flight)
+            self._names.discard(request.id)
+            self.flights.pop(flight.request.id, None)
+            if not ended:
+                self._cancel(flight)
 
     async def load(self) -> Load:
-        """See Client. While the ranks are started again, what was known before."""
+        """See Client. While the ranks are started again, what was known before; then totals begin at 0 again."""
         if self._dead:
             raise self._dead
         if self._group and self._ready.is_set():
@@ -113,27 +130,39 @@ class Engines:
 
     async def _settled(self) -> None:
         """Waits until the ranks work. Raises once they are gone for good."""
-        await self._ready.wait()
+        while not self._ready.is_set():
+            await self._ready.wait()
         if self._dead:
             raise self._dead
 
+    # Ranks
+
     async def _open(self) -> None:
-        self._group, self._broken = await asyncio.to_thread(self._start_ranks), None
+        starting = asyncio.create_task(asyncio.to_thread(self._start_ranks))
+        try:
+            group = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            # The thread goes on: what it starts must be ended too.
+            for started in await asyncio.gather(starting, return_exceptions=True):
+                if isinstance(started, RankGroup):
+                    await asyncio.to_thread(started.close)
+            raise
+        self._group, self._broken = group, None
+        self._hurt.clear()
         for rank in self._attention:
-            self._begin(self._deliver(self._group, rank))
-        for actor in self._group.actors:
-            self._begin(self._watch(self._group, actor))
+            self._begin(self._deliver(group, rank))
+        for actor in group.actors:
+            self._begin(self._watch(group, actor))
 
     def _start_ranks(self) -> RankGroup:
         group = RankGroup(self.recipe, self.session, EngineActor, THREADS)
         try:
             group.connect()
             options = (self.recipe.model_dump(), self.checkpoints, self.step, group.device)
-            counts = group.get(group.call("open", *options))
+            group.get(group.call("open", *options))
         except BaseException:
             group.close()
             raise
-        self.parameters = sum(counts)
         return group
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
@@ -150,7 +179,7 @@ class Engines:
                     if flight and flight.rank == rank:
                         flight.tokens += [token.id for token in output.tokens]
                         flight.news.put_nowait(output)
-                        self.failures = 0
+                        self.failures = flight.crashes = 0
         except _ray_errors() as error:
             self._lost(group, error)
 
@@ -160,56 +189,6 @@ class Engines:
         except _ray_errors() as error:
             self._lost(group, error)
 
-    def _lost(self, group: RankGroup, error: Exception) -> None:
-        """A rank is gone: the first who notices starts all of them again."""
-        if group is not self._group or self._dead:
-            return
-        self._broken = self._broken or error
-        if not self._recovery or self._recovery.done():
-            self._ready.clear()
-            self._recovery = asyncio.create_task(self._recover())
-
-    async def _recover(self) -> None:
-        why = _last_line(self._broken)
-        while True:
-            self.failures += 1
-            limit = self.recipe.parallel.max_failures
-            try:
-                if self.failures > limit:
-                    raise ClusterRefused(
-                        f"the ranks failed {self.failures} times in a row, more than parallel.max_failures={limit} "
-                        f"(the last time: {why}): remove the cause and start again"
-                    )
-                await self._close_group()
-                await self._open()
-                await self._again()
-                if self._broken is None:
-                    self.restarts += 1
-                    self._ready.set()
-                    return
-                why = _last_line(self._broken)
-            except _failures() as lost:
-                why = _last_line(lost)
-            except ShoalError as refusal:
-                self._give_up(refusal)
-                return
-
-    async def _again(self) -> None:
-        """Submits everything under way to the new ranks, with the tokens that were reported."""
-        for flight in self.flights.values():
-            flight.rank = -1
-        for flight in list(self.flights.values()):
-            if flight.request.id in self.flights:  # it may have been closed meanwhile
-                await self._place(flight, again=True)
-                if flight.request.id not in self.flights:
-                    self._cancel(flight)
-
-    def _give_up(self, refusal: ShoalError) -> None:
-        self._dead = refusal
-        self._ready.set()
-        for flight in self.flights.values():
-            flight.news.put_nowait(refusal)
-
     async def _close_group(self) -> None:
         tasks, group, self._group = list(self._tasks), self._group, None
         for task in tasks:
@@ -218,32 +197,123 @@ class Engines:
         if group:
             await asyncio.to_thread(group.close)
 
+    # Failures
+
+    def _lost(self, group: RankGroup, error: Exception) -> None:
+        """A rank is gone: the first who notices starts all of them again."""
+        if group is not self._group or self._dead:
+            return
+        self._broken = self._broken or error
+        self._hurt.set()
+        if not self._recovery or self._recovery.done():
+            self._ready.clear()
+            self._recovery = asyncio.create_task(self._recover())
+
+    async def _recover(self) -> None:
+        try:
+            while self._broken is not None and not self._dead:
+                self._count_failure(_last_line(self._broken))
+                await self._close_group()
+                try:
+                    await self._open()
+                    await self._again()
+                except _failures() as lost:
+                    self._broken = lost
+            self.restarts += 1
+            self._last = Load()  # totals of ranks that are gone
+            self._ready.set()
+        except ShoalError as refusal:
+            self._give_up(refusal)
+            await self._close_group()
+        except Exception as error:
+            self._give_up(ClusterRefused(f"the ranks could not be started again ({_last_line(error)})"))
+            await self._close_group()
+
+    def _count_failure(self, why: str) -> None:
+        """Raises ClusterRefused after too many in a row; gives up the requests that saw too many."""
+        self.failures += 1
+        limit = self.recipe.parallel.max_failures
+        if self.failures > limit:
+            raise ClusterRefused(
+                f"the ranks failed {self.failures} times in a row, more than parallel.max_failures={limit} "
+                f"(the last time: {why}): remove the cause and start again"
+            )
+        for name, flight in list(self.flights.items()):
+            flight.crashes += flight.rank >= 0
+            flight.rank = -1
+            if flight.crashes >= max(2, limit):
+                del self.flights[name]
+                refusal = f"the ranks failed {flight.crashes} times while they worked on this request ({why})"
+                flight.news.put_nowait(ClusterRefused(f"{refusal}: it is not tried again"))
+
+    async def _again(self) -> None:
+        """Submits everything under way to the new ranks, with the tokens that were reported."""
+        flights = list(self.flights.values())
+        placed = asyncio.gather(*(self._place(f, again=True) for f in flights), return_exceptions=True)
+        hurt = asyncio.create_task(self._hurt.wait())
+        either: set[asyncio.Future[Any]] = {placed, hurt}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        hurt.cancel()
+        if not placed.done():  # another rank is gone: some would not answer before their collectives time out
+            placed.cancel()
+            await asyncio.gather(placed, return_exceptions=True)
+            return
+        answers = placed.result()
+        for flight, answer in zip(flights, answers, strict=True):
+            refusal = getattr(answer, "cause", None)
+            if isinstance(refusal, ShoalError):
+                flight.news.put_nowait(refusal)
+            elif isinstance(answer, Exception):
+                raise answer
+
+    def _give_up(self, refusal: ShoalError) -> None:
+        self._dead = self._dead or refusal
+        self._ready.set()
+        for flight in self.flights.values():
+            flight.news.put_nowait(refusal)
+
+    # Requests
+
     async def _submit(self, flight: Flight) -> None:
+        """Raises the ShoalError of a rank that refuses the request. A rank that is gone is left to the recovery."""
+        import ray
+
         try:
             await self._place(flight)
         except _ray_errors() as error:
             cause = getattr(error, "cause", None)
             if isinstance(cause, ShoalError):
                 raise cause from None
-            # The rank is gone: the request is among those that are submitted again.
+            if not isinstance(error, ray.exceptions.RayActorError) and not isinstance(cause, EngineEnded):
+                raise ClusterRefused(f"a rank could not take the request ({_last_line(error)})") from None
 
-    async def _place(self, flight: Flight, again: bool = False) -> None:
-        """Gives a request to the rank that has least to do."""
-        group = self._group
-        if group is None:
-            return  # being started again
+    def _place(self, flight: Flight, again: bool = False) -> Any:
+        """Gives a request to the rank that has least to do; returns the call's answer, to be awaited."""
+        assert self._group is not None
         busy = dict.fromkeys(self._attention, 0)
         for other in self.flights.values():
             if other.rank in busy and other is not flight:
                 busy[other.rank] += other.left
         flight.rank = min(busy, key=lambda rank: busy[rank])
         request = replace(flight.request, generated=(*flight.request.generated, *flight.tokens))
-        await group.actors[flight.rank].submit.remote(request, again)
+        flight.submitted = self._group.actors[flight.rank].submit.remote(request, again)
+        return _answer(flight.submitted)
 
     def _cancel(self, flight: Flight) -> None:
         """Asks the rank to forget a request; nobody waits for the answer."""
-        if self._group and flight.rank >= 0 and self._ready.is_set():
-            self._group.actors[flight.rank].cancel.remote(flight.request.id)
+        if self._group and flight.rank >= 0:
+            task = asyncio.create_task(self._forget(self._group.actors[flight.rank], flight))
+            self._cancels.add(task)
+            task.add_done_callback(self._cancels.discard)
+
+    async def _forget(self, actor: Any, flight: Flight) -> None:
+        with suppress(*_ray_errors()):
+            await flight.submitted  # a rank answers many calls at once: a cancel may overtake its request
+            await actor.cancel.remote(flight.request.id)
+
+
+async def _answer(reference: Any) -> None:
+    await reference
 
 
 def _ray_errors() -> tuple[type[Exception], ...]:

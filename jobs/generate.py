@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from shoal.jobs.load import Trained
     from shoal.jobs.run_folder import RunFolder
     from shoal.jobs.serve.client import Client
-    from shoal.workers.engine.request import Limits
+    from shoal.workers.config import ServeTable
+    from shoal.workers.engine.engine import Engine
 
 
 def continue_text(trained: Trained, prompt: str, sampling: Sampling, show: Callable[[str], object]) -> tuple[str, int]:
@@ -29,11 +30,10 @@ def continue_text(trained: Trained, prompt: str, sampling: Sampling, show: Calla
     Raises InvalidInput when prompt and ``sampling.max_tokens`` do not fit into the model's context.
     """
     from shoal.jobs.serve.text import TextStream
-    from shoal.workers.engine.engine import Engine
 
     tokenizer = trained.folder.tokenizer()
     ids = tuple(int(t) for t in tokenizer.encode([prompt])[0][:-1])
-    engine = Engine(trained.model, replace(_limits(trained.recipe), sequences=1))
+    engine = _engine(trained, trained.recipe.serve.model_copy(update={"sequences": 1}))
     engine.add(Request("text", ids, replace(sampling, stop_tokens=(tokenizer.eos,))))
     stream, pieces, count = TextStream(tokenizer), [], 0
     while engine.busy:
@@ -53,14 +53,15 @@ def answer_file(
 
     recipe: where the model runs: in this process for one rank, else on Ray.
     """
-    from shoal.jobs.batch import Engine, open_batch
+    from shoal.jobs.batch import Engine as Answering
+    from shoal.jobs.batch import open_batch
 
     tokenizer = folder.tokenizer()
     sampling = replace(sampling, stop_tokens=(tokenizer.eos,))
 
     async def work() -> Summary:
         async with _client(folder, step, recipe) as client:
-            engine = Engine(client.generate, tokenizer, recipe.model.context)
+            engine = Answering(client.generate, tokenizer, recipe.model.context)
             many = 2 * recipe.serve.sequences * recipe.parallel.attention_ranks  # some wait, so that none is idle
             return await batch.run(engine, console, many)
 
@@ -84,19 +85,21 @@ async def _client(folder: RunFolder, step: int, recipe: Recipe) -> AsyncGenerato
         return
     from shoal.jobs.load import load_trained
     from shoal.jobs.serve.engines import InProcess
-    from shoal.workers.engine.engine import Engine
 
-    process = InProcess(Engine(load_trained(folder, step).model, _limits(recipe)))
+    process = InProcess(_engine(load_trained(folder, step, recipe), recipe.serve))
     try:
         yield process
     finally:
         await process.close()
 
 
-def _limits(recipe: Recipe) -> Limits:
+def _engine(trained: Trained, table: ServeTable) -> Engine:
     from shoal.workers.engine.actor import limits_of
+    from shoal.workers.engine.engine import Engine
+    from shoal.workers.machine import free_memory
 
-    return limits_of(recipe)
+    device = next(trained.model.parameters()).device.type
+    return Engine(trained.model, limits_of(table), int(free_memory(device) * table.memory))
 
 
 def check_files(source: Path | None, target: Path | None, prompt: str) -> None:

@@ -76,14 +76,19 @@ def serving_recipe(folder: RunFolder, sets: Sequence[str] | None, workers: int |
     return load_recipe(folder.recipe_file, sets or (), overrides)
 
 
-def load_trained(folder: RunFolder, step: int) -> Trained:
-    """Loads the weights on this process's device. The dtype is the checkpoint's; ranks and placement do not matter."""
+def load_trained(folder: RunFolder, step: int, recipe: Recipe | None = None) -> Trained:
+    """Loads the weights on this process's device. The dtype is the checkpoint's; ranks and placement do not matter.
+
+    recipe: to be served by; None for the run's.
+    """
     import torch
 
     from shoal.workers.weights import load_model
 
-    recipe = folder.recipe()
+    serving = recipe is not None
+    recipe = recipe or folder.recipe()
+    asked = recipe.parallel.device if serving else "auto"
     recipe = recipe.model_copy(update={"parallel": type(recipe.parallel)()})
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(recipe, folder.path / "checkpoints", step, device=device)
     return Trained(model, model.recipe, folder, step)

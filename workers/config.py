@@ -163,7 +163,11 @@ class ServeTable(Table):
     sequences: int = Field(default=32, ge=1, description="requests computed together")
     step_tokens: int = Field(default=512, ge=1, description="tokens of one step; longer prompts are cut into chunks")
     waiting: int = Field(default=256, ge=1, description="requests in the queue; more are refused")
-    pages: int = Field(default=0, ge=0, description="cache pages of slc_block tokens; 0: all that memory allows")
+    pages: int = Field(
+        default=0,
+        ge=0,
+        description="cache pages of slc_block tokens; 0: what all sequences need; memory may allow fewer",
+    )
     memory: float = Field(
         default=0.8, gt=0, le=1, description="share of the memory that is free once the weights are loaded"
     )

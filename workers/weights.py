@@ -24,7 +24,7 @@ def load_model(
     """
     saved = read_state(checkpoint_path(checkpoints, step))
     train = recipe.train.model_copy(update={"dtype": saved.get("dtype", recipe.train.dtype)})
-    model = Transformer(recipe.model_copy(update={"train": train}), mesh, device)
+    model = Transformer(recipe.model_copy(update={"train": train}), mesh, device, draw=False)
     tensors: dict[str, Any] = {
         f"model.{name}": parameter.data if index is None else parameter.data[index]
         for name, parameter, index in named_views(model)

@@ -128,8 +128,6 @@ async def _follow(client: Client, tokenizer: CorpusTokenizer, ask: Ask, index: i
     async with aclosing(client.generate(ask.request)) as outputs:
         async for output in outputs:
             cached = max(cached, output.cached)
-            if output.finish is Finish.cancelled:
-                break
             piece = text.push(output.tokens)
             if output.finish or text.stopped:
                 await tell(index, joined((piece, text.end())), Finish.stop if text.stopped else output.finish)

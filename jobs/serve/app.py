@@ -54,13 +54,16 @@ class Replica:
 
         Raises: whatever the factory raises; ClusterRefused when the gRPC port is taken.
         """
+        from shoal.cluster.serve_metrics import ServeMetrics
         from shoal.jobs.serve.http import make_app
+        from shoal.jobs.serve.measured import Measured
         from shoal.jobs.serve.rpc import RpcServer
 
         module, _, function = factory.partition(":")
         open_engines: Factory = getattr(import_module(module), function)
         self.served = await open_engines(**options)
-        self.intake = Intake(self.served.client)
+        self.measured = Measured(self.served.client, ServeMetrics(self.served.info.name))
+        self.intake = Intake(self.measured)
         known = self.intake, self.served.info, self.served.tokenizer, settings
         try:
             self.http = make_app(*known)
@@ -97,6 +100,7 @@ class Replica:
         """Serve awaits this once, after its last HTTP call. A constructor that raised has closed what it opened."""
         if hasattr(self, "rpc"):
             await self.rpc.stop(CLOSING)
+            await self.measured.close()
             await self.served.close()
 
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from shoal.jobs.run_folder import RunFolder
 from shoal.jobs.serve.client import ModelInfo
 from shoal.workers.checkpoint_files import checkpoint_path
 from shoal.workers.config import Recipe
-from shoal.workers.engine.request import Load, Output, Request
+from shoal.workers.engine.request import NOT_FINITE, EngineEnded, Finish, Load, Output, Request
+from shoal.workers.errors import ClusterRefused, InvalidInput, ShoalError
 
 if TYPE_CHECKING:
     from shoal.jobs.serve.app import Served
     from shoal.workers.engine.engine import Engine
+
+T = TypeVar("T")
 
 
 async def open_engines(run: str, step: int, name: str, recipe: dict[str, Any]) -> Served:
@@ -60,45 +64,61 @@ class InProcess:
         from shoal.workers.engine.loop import EngineLoop
 
         self.loop = EngineLoop(engine)
-        self._news: dict[str, asyncio.Queue[Output | Exception]] = {}
+        self._news: dict[str, asyncio.Queue[Output | ShoalError]] = {}
         self._pump: asyncio.Task[None] | None = None
 
     async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
         """See Client."""
-        queue: asyncio.Queue[Output | Exception] = asyncio.Queue()
+        if request.id in self._news:
+            raise InvalidInput(f"request id {request.id!r} is in use: give each request its own")
+        queue: asyncio.Queue[Output | ShoalError] = asyncio.Queue()
         self._news[request.id] = queue
         ended = False
         try:
-            await asyncio.to_thread(self.loop.submit, request)
+            await self._call(self.loop.submit, request)
             self._pump = self._pump or asyncio.create_task(self._deliver())
             while not ended:
                 output = await queue.get()
-                if isinstance(output, Exception):
+                if isinstance(output, ShoalError):
+                    ended = True
                     raise output
                 ended = output.finish is not None
+                if output.finish is Finish.error:
+                    raise ClusterRefused(NOT_FINITE)
                 yield output
         finally:
-            del self._news[request.id]
+            self._news.pop(request.id, None)
             if not ended:
-                await asyncio.to_thread(self.loop.cancel, request.id)
+                with suppress(ClusterRefused):
+                    await self._call(self.loop.cancel, request.id)
 
     async def load(self) -> Load:
         """See Client."""
-        return await asyncio.to_thread(self.loop.load)
+        return await self._call(self.loop.load)
 
     async def close(self) -> None:
-        """Ends the engine."""
+        """Ends the engine, and every stream."""
         self.loop.stop()
-        await asyncio.to_thread(self.loop.wait)
         if self._pump:
-            self._pump.cancel()
+            await self._pump
+        with suppress(EngineEnded):
+            await asyncio.to_thread(self.loop.wait)
+
+    async def _call(self, function: Callable[..., T], *arguments: Any) -> T:
+        try:
+            return await asyncio.to_thread(function, *arguments)
+        except EngineEnded as error:
+            raise ClusterRefused(f"{error}: start it again") from None
 
     async def _deliver(self) -> None:
-        try:
-            while True:
-                for output in await asyncio.to_thread(self.loop.take, 1.0):
-                    if output.request in self._news:
-                        self._news[output.request].put_nowait(output)
-        except RuntimeError as error:
-            for queue in self._news.values():
-                queue.put_nowait(error)
+        """Hands the news to the streams, until the engine ends."""
+        while True:
+            try:
+                outputs = await asyncio.to_thread(self.loop.take, 1.0)
+            except EngineEnded as error:
+                for queue in self._news.values():
+                    queue.put_nowait(ClusterRefused(f"{error}: start it again"))
+                return
+            for output in outputs:
+                if output.request in self._news:
+                    self._news[output.request].put_nowait(output)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -25,7 +25,7 @@ class Settings:
     stream.
     """
 
-    tokens: Sequence[str] | None = None
+    tokens: Sequence[str] | None = field(default=None, repr=False)
     largest_body: int = 4 << 20
     most_answers: int = 64
     most_calls: int = 1024

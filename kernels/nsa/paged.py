@@ -92,22 +92,22 @@ class DecodeTables:
 
 
 def decode_tables(
-    positions: Tensor, far: Tensor, near: Tensor, near_first: Tensor, kv: int, sizes: BlockSizes
+    positions: Tensor, far: Tensor, near: Tensor, near_first: Tensor, kv: int, sizes: BlockSizes, blind: bool = True
 ) -> DecodeTables:
     """Tables of N queries. positions: ``[N]``. far: ``[N, P]``, pages of the sequence from its start; near: ``[N, W]``,
-    pages from token ``near_first [N]`` on. All int64, on one device."""
+    pages from token ``near_first [N]`` on. All int64, on one device. blind: False promises that every query sees a
+    compressed row."""
     device, page = positions.device, sizes.slc_block
     t = positions[:, None]
     cmp = _visible_rows(far.shape[1], t, sizes)
     keys = near_first[:, None] + torch.arange(near.shape[1] * page, device=device)
-    blind = ~cmp.any(-1, keepdim=True)
     return DecodeTables(
         positions,
         by_head(far, kv),
         by_head(near, kv),
         _mask(cmp)[:, None, None],
         _mask((keys <= t) & (keys > t - sizes.window))[:, None, None],
-        blind[:, None, None] if bool((positions + 1 < sizes.cmp_block).any()) else None,
+        ~cmp.any(-1, keepdim=True)[:, None, None] if blind else None,
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from small import VOCAB, small_recipe
 
 from shoal.cluster.engines import Engines
@@ -146,7 +147,7 @@ def test_streams_outlive_a_killed_rank(
 
 
 def test_ranks_that_fail_too_often_end_the_streams(
-    checkpoints: Path, session: RaySession, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+    checkpoints: Path, session: RaySession, requests: list[Request]
 ) -> None:
     async def work(engines: Engines) -> None:
         pids = engines.pids()
@@ -182,6 +183,49 @@ def test_a_closed_stream_frees_its_pages(
         assert await _ask(engines, requests[0]) == wanted[0]
 
     _with_engines(small_recipe(train__dtype="float32"), checkpoints, session, work)
+
+
+def test_streams_that_are_closed_at_once_leave_nothing_on_the_ranks(
+    checkpoints: Path, session: RaySession, requests: list[Request], wanted: list[list[int]]
+) -> None:
+    """A cancel may reach a rank before its request does; and the id is free for another one."""
+
+    async def work(engines: Engines) -> None:
+        for _ in range(5):
+            tasks = [asyncio.create_task(_ask(engines, r)) for r in requests]
+            await asyncio.sleep(0)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        assert await asyncio.gather(*(_ask(engines, r) for r in requests)) == wanted
+        load = await engines.load()
+        assert (load.running, load.waiting, load.pages_used) == (0, 0, 0)
+        assert not engines.flights
+
+    _with_engines(small_recipe(train__dtype="float32"), checkpoints, session, work)
+
+
+def test_closing_ends_the_streams_and_the_ranks(
+    checkpoints: Path, session: RaySession, requests: list[Request]
+) -> None:
+    """Also while the ranks are being started again: nothing of them stays."""
+
+    async def work(engines: Engines) -> None:
+        pids = engines.pids()
+        streams = [asyncio.create_task(_ask(engines, r)) for r in requests]
+        await asyncio.sleep(0)
+        os.kill(pids[0], signal.SIGKILL)
+        while not engines._recovery:
+            await asyncio.sleep(0.01)
+        late = asyncio.create_task(_ask(engines, Request("late", (1,), Sampling(1))))
+        await asyncio.sleep(0.3)
+        await engines.close()
+        for answer in await asyncio.wait_for(asyncio.gather(*streams, late, return_exceptions=True), 20):
+            assert isinstance(answer, ClusterRefused) and "were ended" in str(answer)
+
+    _with_engines(small_recipe(train__dtype="float32", parallel__ranks=2), checkpoints, session, work)
+    groups = ray.util.placement_group_table().values()
+    assert {group["state"] for group in groups} <= {"REMOVED"}
 
 
 def test_weights_of_another_model_are_refused(checkpoints: Path, session: RaySession) -> None:

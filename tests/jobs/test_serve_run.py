@@ -21,9 +21,9 @@ import grpc
 import httpx
 import psutil
 import pytest
+from serve_process import free_ports, patiently
 from shell import environment
 from small import small_corpus, small_recipe
-from serve_process import free_ports, patiently
 
 from shoal.jobs.data.prepare import corpus_tokenizer
 from shoal.jobs.run_folder import RunFolder, write_identity

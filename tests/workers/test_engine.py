@@ -16,7 +16,7 @@ from small import VOCAB, small_recipe
 from shoal.workers.config import Recipe
 from shoal.workers.engine.engine import Engine
 from shoal.workers.engine.request import Busy, Finish, Limits, Output, Request, Sampling, Token
-from shoal.workers.engine.sampling import choose
+from shoal.workers.engine.sampling import NO_TOKEN, choose
 from shoal.workers.errors import ClusterRefused, InvalidInput
 from shoal.workers.model import Transformer
 from shoal.workers.sample import sample
@@ -232,15 +232,87 @@ def test_too_little_memory_is_refused(model: Transformer) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("max_tokens", 0), ("temperature", -1), ("temperature", math.nan), ("temperature", math.inf), ("top_k", -1),
-     ("top_p", 0), ("top_p", 1.1), ("min_p", -0.1), ("min_p", 2), ("seed", 2**64), ("logprobs", 21)],
-)  # fmt: skip
+    [
+        *[("max_tokens", value) for value in (0, 2**31)],
+        *[("temperature", value) for value in (-1, math.nan, math.inf)],
+        *[("top_k", value) for value in (-1, 10**400)],
+        *[("top_p", value) for value in (0, 1.1)],
+        *[("min_p", value) for value in (-0.1, 2)],
+        ("seed", 2**64),
+        ("logprobs", 21),
+    ],
+)
 def test_absurd_sampling_is_refused(key: str, value: Any) -> None:
     with pytest.raises(InvalidInput, match=f"^{key}="):
         Sampling(**{"max_tokens": 1, key: value})
 
 
+def test_guesses_take_nothing_from_other_sequences(model: Transformer) -> None:
+    """A step has room for 8 tokens, and each of 4 sequences could guess 7: all get on as without guesses, or faster."""
+    requests = [Request(str(i), (7, 8, 9, 7, 8, 9 + i), Sampling(24, temperature=0.0)) for i in range(4)]
+    steps = []
+    for guesses in (0, 7):
+        engine = Engine(model, Limits(step=8, speculate=guesses))
+        got = _tokens_of(engine, requests)
+        steps.append(engine.load().steps_total)
+    assert got == _tokens_of(Engine(model, Limits()), requests)
+    assert steps[1] <= steps[0]
+
+
+def test_prompts_are_found_after_other_long_ones() -> None:
+    """A long prompt rolls through near pages: it takes its own again, not those at the ends of other prompts."""
+    model = _model(train__dtype="float32", model__context=1024)
+    engine = Engine(model, Limits(sequences=2, step=32))
+    first = Request("a", tuple(range(2, 52)), Sampling(1, temperature=0.0))
+    _tokens_of(engine, [first])
+    _tokens_of(engine, [Request("b", tuple(i % 290 for i in range(1000)), Sampling(1))])
+    engine.add(Request("c", first.prompt, first.sampling))
+    assert _run(engine)["c"][0].cached == 48
+
+
+def test_cached_tokens_are_those_of_the_prompt(model: Transformer) -> None:
+    """A request that is computed again finds its answer's pages too: they are not the prompt's."""
+    engine, request = Engine(model, Limits()), Request("a", tuple(range(2, 22)), Sampling(40, temperature=0.0))
+    tokens = _tokens_of(engine, [request])["a"]
+    engine.add(Request("a", request.prompt, request.sampling, tuple(tokens[:30])), again=True)
+    news = _run(engine)["a"]
+    assert _ids(news) == tokens[30:]
+    assert news[0].cached == 20
+    assert engine.load().cached_tokens_total == 20
+
+
+def test_numbers_that_are_not_finite_end_their_request_alone() -> None:
+    """And leave nothing behind in the pages that others use next."""
+    model = _model(train__dtype="float32")
+    with torch.no_grad():
+        model.embedding.weight[5] = torch.nan
+    good = [Request(str(i), (7, 8 + i), Sampling(12, temperature=0.0)) for i in range(3)]
+    want = _tokens_of(Engine(model, Limits()), good)
+    engine = Engine(model, Limits(sequences=4, pages=9))  # few pages: they are used again
+    for _ in range(4):
+        for request in [*good, Request("bad", (7, 8, *range(20, 40), 5, 9, 9), Sampling(12, seed=3))]:
+            engine.add(request)
+        news = _run(engine)
+        assert [o.finish for o in news.pop("bad")] == [Finish.error]
+        assert {name: _ids(outputs) for name, outputs in news.items()} == want
+        _nothing_leaked(engine)
+
+
+def test_the_smallest_blocks() -> None:
+    small = {"cmp_block": 1, "cmp_stride": 1, "slc_block": 1, "slc_count": 3, "window": 1}
+    model = _model(train__dtype="float32", **{f"attention__{key}": value for key, value in small.items()})
+    request = Request("a", (7, 8, 9, 10), Sampling(12, temperature=0.0))
+    want = sample(model, list(request.prompt), 12, temperature=0.0)
+    assert _tokens_of(Engine(model, Limits(step=3, sequences=2)), [request]) == {"a": want}
+
+
 # Sampling
+
+
+def test_logits_that_are_not_numbers_give_no_token() -> None:
+    logits = torch.tensor([[1.0, torch.nan, 0.0], [1.0, 2.0, 0.0], [torch.inf, 0.0, 0.0]])
+    samplings = [Sampling(1, temperature=t, logprobs=1) for t in (1.0, 0.0, 0.0)]
+    assert [token.id for token in choose(logits, samplings, [0, 0, 0])] == [NO_TOKEN, 1, NO_TOKEN]
 
 
 def _drawn(logits: torch.Tensor, **options: Any) -> Iterator[Token]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.workers.actor import RankActor
-from shoal.workers.config import Recipe
+from shoal.workers.config import Recipe, ServeTable
 from shoal.workers.engine.request import Limits, Load, Output, Request
 from shoal.workers.placement import Placement
 
@@ -24,8 +24,8 @@ class EngineActor(RankActor):
         super().__init__(rank, ranks)
         self.loop: EngineLoop | None = None
 
-    def open(self, recipe: dict[str, Any], checkpoints: str, step: int, device: str) -> int:
-        """Loads this rank's weights and begins to step; all ranks must. Returns the model's parameters on this rank."""
+    def open(self, recipe: dict[str, Any], checkpoints: str, step: int, device: str) -> None:
+        """Loads this rank's weights and begins to step; all ranks must."""
         import torch
 
         from shoal.workers.engine.engine import Engine
@@ -38,8 +38,7 @@ class EngineActor(RankActor):
         mesh = make_mesh(Placement.of(checked), self.rank, device)
         model = load_model(checked, Path(checkpoints), step, mesh, torch.device(device))
         memory = int(free_memory(device) * checked.serve.memory / (1 if device == "cuda" else self.ranks))
-        self.loop = EngineLoop(Engine(model, limits_of(checked), memory), _agree(mesh))
-        return sum(p.numel() for p in model.parameters())
+        self.loop = EngineLoop(Engine(model, limits_of(checked.serve), memory), _agree(mesh))
 
     def submit(self, request: Request, again: bool = False) -> None:
         """Queues a request. again: it was accepted before, by an engine that is gone: a full queue takes it too.
@@ -73,9 +72,8 @@ class EngineActor(RankActor):
         return self.loop
 
 
-def limits_of(recipe: Recipe) -> Limits:
+def limits_of(s: ServeTable) -> Limits:
     """A recipe's ``[serve]`` table as an engine takes it."""
-    s = recipe.serve
     return Limits(s.sequences, s.step_tokens, s.waiting, s.pages, s.speculate, s.prefix_cache)
 
 

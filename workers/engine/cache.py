@@ -25,6 +25,7 @@ from shoal.kernels.rope import rope_tables, rotate
 from shoal.workers.config import Recipe
 from shoal.workers.model.attention import FullAttention, NativeSparseAttention, Projected, block_sizes
 
+COPIED = 1 << 26  # elements of keys that are copied at a time
 SINGLE = 8  # chunks of at most this many tokens are computed as single queries, all sequences together
 
 
@@ -54,7 +55,7 @@ def sizes_of(recipe: Recipe) -> BlockSizes:
 def reach(recipe: Recipe) -> int:
     """Tokens before a position whose near pages are read: the window's, or those of unfinished compression blocks."""
     a = recipe.attention
-    return max(a.window, a.cmp_block) - 1 if a.kind == "nsa" else 0
+    return max(a.window - 1, a.cmp_block - 1, 1) if a.kind == "nsa" else 0
 
 
 def page_bytes(recipe: Recipe, itemsize: int) -> tuple[int, int]:
@@ -98,7 +99,7 @@ class StepTables:
         self.chunks = parts[len(self.singles) :]
         assert all(len(p.tokens) > SINGLE for p in self.chunks), "short parts come first"
         self.single_tokens = sum(len(p.tokens) for p in self.singles)
-        self.decode = self._decode_tables() if self.singles else None
+        self.decode = self._decode_tables() if self.singles else []
         self.prefill = [(p, self._put(np.asarray(p.far)), self._put(np.asarray(p.near))) for p in self.chunks]
 
     def _put(self, x: np.ndarray) -> Tensor:
@@ -126,13 +127,28 @@ class StepTables:
         starts = self._put(raw[:, 0])
         self.cmp_rotation = rope_tables(starts, self.recipe.model.head_dim, self.recipe.model.rope_base, dtype=wide)
 
-    def _decode_tables(self) -> DecodeTables:
+    def _decode_tables(self) -> list[tuple[slice, DecodeTables]]:
+        """Of the single queries, as many at a time as let the copies of their keys stay small."""
         far = _pad([p.far for p in self.singles])
         near = _pad([p.near for p in self.singles])
         first = np.asarray([p.near_start * self.sizes.slc_block for p in self.singles])
         of = np.repeat(np.arange(len(self.singles)), [len(p.tokens) for p in self.singles])
-        at, kv = self.positions[: self.single_tokens], self.recipe.model.kv_heads
-        return decode_tables(at, self._put(far[of]), self._put(near[of]), self._put(first[of]), kv, self.sizes)
+        blind = any(p.start + 1 < self.sizes.cmp_block for p in self.singles)
+        kv, dim = self.recipe.model.kv_heads, self.recipe.model.head_dim
+        step = max(1, COPIED // (self._keys_read(far.shape[1]) * kv * dim))
+        tables = []
+        for start in range(0, self.single_tokens, step):
+            rows = slice(start, min(start + step, self.single_tokens))
+            read = self._put(far[of[rows]]), self._put(near[of[rows]]), self._put(first[of[rows]])
+            tables.append((rows, decode_tables(self.positions[rows], *read, kv, self.sizes, blind)))
+        return tables
+
+    def _keys_read(self, pages: int) -> int:
+        """Most keys that a branch copies for a query whose sequence has so many pages."""
+        s = self.sizes
+        return (
+            max(pages * (s.slc_block // s.cmp_stride), s.slc_count * s.slc_block) if self.nsa else pages * s.slc_block
+        )
 
 
 class PagedAttention:
@@ -149,9 +165,8 @@ class PagedAttention:
         store_rows(cache.v_slc, t.far, t.row, v)
         out = q.new_empty(*q.shape[:2], v.shape[-1])
         at = t.single_tokens
-        if t.decode:
-            keys = cache.k_slc, cache.v_slc
-            out[:at] = paged_full_decode(q[:at], *keys, t.decode.positions, t.decode.far, layer.scale)
+        for rows, d in t.decode:
+            out[rows] = paged_full_decode(q[rows], cache.k_slc, cache.v_slc, d.positions, d.far, layer.scale)
         for part, far, _ in t.prefill:
             rows = slice(at, at + len(part.tokens))
             out[rows] = paged_full_prefill(q[rows], cache.k_slc, cache.v_slc, part.start, far, layer.scale)
@@ -165,8 +180,8 @@ class PagedAttention:
         self._store(layer, p, cache)
         out = p.q.new_empty(*p.q.shape[:2], p.v_slc.shape[-1])
         at = t.single_tokens
-        if t.decode:
-            out[:at] = paged_decode(p.q[:at], p.gates[:at], cache, t.decode, t.sizes, layer.scale)
+        for rows, d in t.decode:
+            out[rows] = paged_decode(p.q[rows], p.gates[rows], cache, d, t.sizes, layer.scale)
         for part, far, near in t.prefill:
             rows, first = slice(at, at + len(part.tokens)), part.near_start * t.sizes.slc_block
             out[rows] = paged_prefill(

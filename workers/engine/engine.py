@@ -13,7 +13,7 @@ from shoal.kernels.nsa.paged import PagedCache
 from shoal.workers.data.batch import IGNORE, PackedBatch
 from shoal.workers.engine.cache import SINGLE, PagedAttention, Part, StepTables, make_caches, page_bytes, reach
 from shoal.workers.engine.request import Busy, Finish, Limits, Load, Output, Request, Sampling, Token
-from shoal.workers.engine.sampling import accepted, choose, spans
+from shoal.workers.engine.sampling import NO_TOKEN, accepted, choose, spans
 from shoal.workers.engine.scheduler import Chunk, Scheduler
 from shoal.workers.engine.sequence import Pools, Sequence
 from shoal.workers.errors import ClusterRefused, InvalidInput
@@ -30,7 +30,7 @@ class Engine:
     """
 
     def __init__(self, model: Transformer, limits: Limits, memory: int | None = None) -> None:
-        """memory: bytes that the caches may take; None for what all sequences need at full context.
+        """memory: bytes that the caches may take; None for no limit.
 
         Raises ClusterRefused when the pages of one sequence at full context do not fit.
         """
@@ -42,6 +42,7 @@ class Engine:
         self.sequences: dict[str, Sequence] = {}
         self._load = Load(capacity=limits.sequences, pages=self.pools.far.size)
         self._experts: list[Any] = []
+        self._accepted = 0
         placement = model.mesh.placement
         self._apart = bool(placement.experts) and set(placement.attention) != set(placement.experts)
         if model.hosts_attention:
@@ -58,7 +59,7 @@ class Engine:
             each = -(-back // page) + 2
             near = limits.sequences * each * (1 + CACHED_SEQUENCES) + -(-limits.step // page)
         far = limits.pages or limits.sequences * whole
-        if memory is not None:
+        if memory is not None and self.model.hosts_attention:
             far_bytes, near_bytes = page_bytes(recipe, self.model.dtype.itemsize)
             far = min(far, max(0, memory - near * near_bytes) // far_bytes)
         if far < whole:
@@ -170,6 +171,8 @@ class Engine:
     def _take(self, chunk: Chunk, tokens: list[Token]) -> Output:
         """Adds to a sequence what came out of its chunk; ends it if that was its end."""
         sequence = chunk.sequence
+        if any(token.id == NO_TOKEN for token in tokens):
+            return self._spoilt(sequence)
         sequence.advance(chunk.count)
         if not chunk.samples:
             return Output(sequence.request.id)
@@ -187,19 +190,36 @@ class Engine:
         sequence.advance(min(right, len(new)))  # guesses that came true are in the cache
         if finish:
             self.cancel(sequence.request.id)
+        self._accepted += right
         told, sequence.told = sequence.told, True
-        return Output(sequence.request.id, tuple(new), finish, 0 if told else sequence.cached)
+        return Output(sequence.request.id, tuple(new), finish, 0 if told else sequence.cached or 0)
+
+    def _spoilt(self, sequence: Sequence) -> Output:
+        """Ends a request whose logits are not finite, and cleans its pages: nothing finite comes out of them.
+
+        Pages that others hold too are theirs to clean: they end in the same way if it was these.
+        """
+        far, near = self.pools.far.sole(sequence.far), self.pools.near.sole(sequence.near)
+        for cache in self._caches.values():
+            for pages, tensors in (
+                (far, (cache.k_slc, cache.v_slc, cache.k_cmp, cache.v_cmp)),
+                (near, (cache.k_win, cache.v_win, cache.k_raw, cache.v_raw)),
+            ):
+                for tensor in tensors if pages else ():
+                    tensor[pages] = 0
+        self.cancel(sequence.request.id)
+        return Output(sequence.request.id, (), Finish.error)
 
     def _count(self, chunks: list[Chunk], outputs: list[Output], prompt: int, seconds: float) -> None:
-        was, guessed = self._load, [(c, o) for c, o in zip(chunks, outputs, strict=True) if c.guesses]
+        was = self._load
         self._load = replace(
             was,
             steps_total=was.steps_total + 1,
             step_seconds_total=was.step_seconds_total + seconds,
             prompt_tokens_total=was.prompt_tokens_total + prompt,
             generated_tokens_total=was.generated_tokens_total + sum(len(o.tokens) for o in outputs),
-            proposed_tokens_total=was.proposed_tokens_total + sum(len(c.guesses) for c, _ in guessed),
-            accepted_tokens_total=was.accepted_tokens_total + sum(max(0, len(o.tokens) - 1) for _, o in guessed),
+            proposed_tokens_total=was.proposed_tokens_total + sum(len(c.guesses) for c in chunks),
+            accepted_tokens_total=self._accepted,
         )
 
 

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from shoal.workers.engine.request import Load, Output, Request
+from shoal.workers.engine.request import EngineEnded, Load, Output, Request
 
 if TYPE_CHECKING:
     from shoal.workers.engine.engine import Engine
@@ -31,7 +31,7 @@ class EngineLoop:
         self._news: list[Output] = []
         self._changed = threading.Condition()
         self._wake = threading.Event()
-        self._stopping = False
+        self._stopping = self._ended = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -52,20 +52,20 @@ class EngineLoop:
     def take(self, seconds: float) -> list[Output]:
         """All news since the last call; waits for some, but no longer than ``seconds``.
 
-        Raises RuntimeError once the loop has ended by an error.
+        Raises EngineEnded once the loop has ended and all news were taken.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._news or not self._thread.is_alive() or self._error, seconds)
+            self._changed.wait_for(lambda: self._news or self._ended, seconds)
             news, self._news = self._news, []
-        if not news and self._error:
-            raise RuntimeError(f"the engine ended: {self._error}") from self._error
+        if not news and self._ended:
+            raise self._why()
         return news
 
     def wait(self) -> None:
-        """Returns when the loop has ended. Raises RuntimeError when that was an error."""
+        """Returns when the loop has ended. Raises EngineEnded when that was an error."""
         self._thread.join()
         if self._error:
-            raise RuntimeError(f"the engine ended: {self._error}") from self._error
+            raise self._why()
 
     def stop(self) -> None:
         """Ends the loop on all ranks after the step under way."""
@@ -81,8 +81,8 @@ class EngineLoop:
             try:
                 return result.result(timeout=1.0)
             except TimeoutError:
-                if not self._thread.is_alive() and not result.done():
-                    raise RuntimeError(f"the engine ended: {self._error}") from self._error
+                if self._ended and not result.done():
+                    raise self._why() from None
 
     def _run(self) -> None:
         try:
@@ -103,7 +103,13 @@ class EngineLoop:
             self._error = error
         finally:
             with self._changed:
+                self._ended = True
                 self._changed.notify_all()
+
+    def _why(self) -> EngineEnded:
+        if self._error is None:
+            return EngineEnded("the engine was stopped")
+        return EngineEnded(f"the engine ended by {type(self._error).__name__}: {self._error}")
 
     def _answer(self) -> None:
         while True:

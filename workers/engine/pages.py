@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -52,8 +52,8 @@ class PagePool:
         self._cached.pop(page, None)
         self._holders[page] += 1
 
-    def release(self, page: int) -> None:
-        """Lets go of a page, held before by this caller."""
+    def release(self, page: int, soon: bool = False) -> None:
+        """Lets go of a page, held before by this caller. soon: it is to be taken before all others with a content."""
         self._holders[page] -= 1
         assert self._holders[page] >= 0, f"page {page} released more often than held"
         if self._holders[page] == 0:
@@ -61,11 +61,20 @@ class PagePool:
                 self._empty.append(page)
             else:
                 self._cached[page] = None
+                self._cached.move_to_end(page, last=not soon)
 
     def publish(self, page: int, key: Key) -> None:
         """Says that a held page now holds the whole content that ``key`` names. A twin published before stays."""
         if self._keys[page] is None and key not in self._by_key:
             self._keys[page], self._by_key[key] = key, page
+
+    def sole(self, pages: Iterable[int]) -> list[int]:
+        """Those of the pages, held by the caller, that nobody else holds. They are not found any more."""
+        found = [page for page in pages if self._holders[page] == 1]
+        for page in found:
+            if self._keys[page] is not None:
+                self._forget(page)
+        return found
 
     def find(self, key: Key) -> int | None:
         """The page with this content."""

@@ -8,18 +8,23 @@ from enum import StrEnum
 from shoal.workers.errors import ClusterRefused, InvalidInput
 
 MOST_LOGPROBS = 20
+NOT_FINITE = "the model computed numbers that are not finite: its weights or its precision are at fault"
 
 
 class Busy(ClusterRefused):
     """The queue is full: the same request may be taken a little later."""
 
 
+class EngineEnded(RuntimeError):
+    """The engine does not run any more, by an error or because it was stopped."""
+
+
 class Finish(StrEnum):
-    """Why a request ended."""
+    """Why a request ended. error: the model's numbers were not finite."""
 
     stop = "stop"
     length = "length"
-    cancelled = "cancelled"
+    error = "error"
 
 
 @dataclass(frozen=True)
@@ -44,9 +49,9 @@ class Sampling:
     def __post_init__(self) -> None:
         """Raises InvalidInput with a sentence that names the key, the value and the remedy."""
         checks = (
-            ("max_tokens", self.max_tokens, self.max_tokens >= 1, "1 or more"),
+            ("max_tokens", self.max_tokens, 1 <= self.max_tokens < 2**31, "1 or more, below 2^31"),
             ("temperature", self.temperature, 0 <= self.temperature <= 100, "a number from 0 to 100"),
-            ("top_k", self.top_k, self.top_k >= 0, "0 (all tokens) or more"),
+            ("top_k", self.top_k, 0 <= self.top_k < 2**31, "0 (all tokens) or more, below 2^31"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", self.min_p, 0 <= self.min_p <= 1, "a number from 0 to 1"),
             ("seed", self.seed, -(2**63) <= self.seed < 2**64, "a 64-bit integer"),
@@ -83,8 +88,8 @@ class Token:
 
 @dataclass(frozen=True)
 class Output:
-    """News of a request: new tokens, in order; ``finish`` with the last of them. cached: prompt tokens that were not
-    computed because the prefix cache had them; it is told with the first news."""
+    """News of a request: new tokens, in order; ``finish`` with the last of them. cached: tokens of the prompt that were
+    not computed, because the prefix cache had them when it began; told with the first news."""
 
     request: str
     tokens: tuple[Token, ...] = ()
@@ -118,8 +123,8 @@ class Limits:
     """What an engine takes on. All counts are tokens unless said otherwise.
 
     sequences: requests computed together. step: tokens of one step, over all of them; a longer prompt is computed in
-    chunks. waiting: requests in the queue; more are refused. pages: cache pages of ``page`` tokens; 0 for as many as
-    all sequences need at full context. speculate: n-gram proposals a sequence and step; 0 for none.
+    chunks. waiting: requests in the queue; more are refused. pages: cache pages of l' tokens at most; 0 for as many as
+    all sequences need at full context. speculate: n-gram guesses a sequence and step; 0 for none.
     """
 
     sequences: int = 32

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from shoal.workers.engine.request import Sampling, Token
 
+NO_TOKEN = -1  # where the logits are not numbers
+ROWS = 64  # rows whose probabilities, float64, exist at one time
 _MASK = (1 << 64) - 1
 
 
@@ -28,15 +30,27 @@ def uniform(seed: int, place: int) -> float:
 
 
 def choose(logits: Tensor, samplings: Sequence[Sampling], places: Sequence[int]) -> list[Token]:
-    """A token for each row of ``logits [N, V]``, as that row's sampling says. places: its place in the answer."""
+    """A token for each row of ``logits [N, V]``, as that row's sampling says. places: its place in the answer.
+
+    A row that holds a NaN or +inf gives ``NO_TOKEN``.
+    """
+    tokens: list[Token] = []
+    for start in range(0, len(logits), ROWS):
+        rows = slice(start, start + ROWS)
+        tokens += _choose(logits[rows], samplings[rows], places[rows])
+    return tokens
+
+
+def _choose(logits: Tensor, samplings: Sequence[Sampling], places: Sequence[int]) -> list[Token]:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    ids = logits.argmax(-1)
+    best, ids = logits.max(-1)  # NaN, where there is one
+    spoilt = ~torch.isfinite(best)
     for draw, rows in ((_draw_any, _rows(samplings, cut=False)), (_draw_likely, _rows(samplings, cut=True))):
         if rows:
             index = torch.tensor(rows, device=logits.device)
             numbers = [uniform(samplings[i].seed, places[i]) for i in rows]
             ids[index] = draw(logits[index], [samplings[i] for i in rows], numbers)
-    return _with_logprobs(logits, ids, samplings)
+    return _with_logprobs(logits, ids.masked_fill(spoilt, NO_TOKEN), samplings)
 
 
 def _rows(samplings: Sequence[Sampling], cut: bool) -> list[int]:
@@ -91,7 +105,7 @@ def _with_logprobs(logits: Tensor, ids: Tensor, samplings: Sequence[Sampling]) -
     logprobs = torch.log_softmax(logits[rows], -1)
     most = min(logits.shape[-1], max(samplings[i].logprobs or 0 for i in asked))
     best, which = (x.tolist() for x in logprobs.topk(most, dim=-1))
-    own = logprobs.gather(-1, ids[rows][:, None])[:, 0].tolist()
+    own = logprobs.gather(-1, ids[rows][:, None].clamp(min=0))[:, 0].tolist()
     for row, i in enumerate(asked):
         count = samplings[i].logprobs or 0
         tokens[i] = Token(chosen[i], own[row], tuple(zip(which[row][:count], best[row][:count], strict=True)))

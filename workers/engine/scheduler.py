@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shoal.workers.engine.request import Limits
 from shoal.workers.engine.sequence import Pools, Sequence
@@ -32,7 +32,8 @@ class Scheduler:
     """Continuous batching. Sequences that generate come first, then prompts, in chunks, in the order of arrival.
 
     When pages run out the sequence that came last gives up all of its pages, and is computed again later; the first one
-    never does, so that somebody always gets on. preemptions: how often that was. cached: tokens found in the cache.
+    never does, so that somebody always gets on. preemptions: how often that was. cached: tokens of prompts
+    that were found in the cache.
     """
 
     def __init__(self, limits: Limits, pools: Pools, context: int) -> None:
@@ -60,30 +61,39 @@ class Scheduler:
         for prefilling in (False, True):
             for sequence in [s for s in self.running if (s.remaining > 1) == prefilling]:
                 if budget and sequence in self.running:  # it may have been preempted for one before it
-                    chunk = self._chunk(sequence, budget)
-                    if self._make_room(sequence, sequence.computed + chunk.size, chunks):
+                    chunk = _chunk(sequence, budget)
+                    if self._make_room(sequence, sequence.computed + chunk.count, chunks):
                         chunks.append(chunk)
-                        budget -= chunk.size
-        chunks = [c for c in chunks if c.sequence in self.running]
+                        budget -= chunk.count
         while budget and self.waiting and len(self.running) < self.limits.sequences:
             admitted = self._admit(budget)
             if not admitted:
                 break
             chunks.append(admitted)
-            budget -= admitted.size
-        return chunks
+            budget -= admitted.count
+        return self._with_guesses(chunks, budget)
 
-    def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
-        count = min(sequence.remaining, budget)
-        samples = count == sequence.remaining
-        return Chunk(sequence, count, samples, self._guesses(sequence, budget - count) if samples else ())
+    def _with_guesses(self, chunks: list[Chunk], budget: int) -> list[Chunk]:
+        """Adds guesses where the step has room left, and pages are free: they take nothing from what is certain."""
+        if not self.limits.speculate:
+            return chunks
+        guessing = []
+        for chunk in chunks:
+            sequence = chunk.sequence
+            guesses = self._guesses(sequence, budget) if chunk.samples and sequence.generated else ()
+            upto = sequence.computed + chunk.count + len(guesses)
+            if guesses and sequence.fits(upto):
+                sequence.reserve(upto)
+                budget -= len(guesses)
+                chunk = replace(chunk, guesses=guesses)
+            guessing.append(chunk)
+        return guessing
 
     def _guesses(self, sequence: Sequence, budget: int) -> tuple[int, ...]:
         """Guesses that neither leave the context nor come after the last token that may be generated."""
         left = sequence.request.sampling.max_tokens - sequence.generated - 1
-        room = self.context - len(sequence.tokens)
-        count = min(self.limits.speculate, left, room, budget)
-        return tuple(sequence.ngrams.propose(count)) if count > 0 and sequence.generated else ()
+        count = min(self.limits.speculate, left, self.context - len(sequence.tokens), budget)
+        return tuple(sequence.ngrams.propose(count)) if count > 0 else ()
 
     def _make_room(self, sequence: Sequence, upto: int, chunks: list[Chunk]) -> bool:
         """Reserves pages, if need be those of sequences that came later. False when this one had to give way itself."""
@@ -106,15 +116,20 @@ class Scheduler:
         """Starts the first sequence that waits, if there are pages for all of its tokens."""
         sequence = self.waiting[0]
         sequence.adopt_prefix()
-        chunk = self._chunk(sequence, budget)
+        chunk = _chunk(sequence, budget)
         near = sequence.computed + min(sequence.remaining, self.limits.step)
-        if sequence.missing(len(sequence.tokens))[0] > self.pools.far.free or not sequence.fits(
-            max(near, sequence.computed + chunk.size)
-        ):
+        if sequence.missing(len(sequence.tokens))[0] > self.pools.far.free or not sequence.fits(near):
             sequence.release()
             return None
-        sequence.reserve(sequence.computed + chunk.size)
+        sequence.reserve(sequence.computed + chunk.count)
         self.waiting.popleft()
         self.running.append(sequence)
-        self.cached += sequence.computed
+        if sequence.cached is None:
+            sequence.cached = min(sequence.computed, len(sequence.request.prompt))
+            self.cached += sequence.cached
         return chunk
+
+
+def _chunk(sequence: Sequence, budget: int) -> Chunk:
+    count = min(sequence.remaining, budget)
+    return Chunk(sequence, count, count == sequence.remaining)

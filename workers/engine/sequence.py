@@ -32,14 +32,15 @@ class Pools:
 class Sequence:
     """tokens: prompt and what was generated so far. computed: how many of them have their keys and values in pages.
 
-    cached: those that were found in the cache at the start. told: whether that was reported.
+    cached: those of the prompt that the cache had when the work began. told: whether that was reported.
     far: pages from the start. near: pages from page number ``near_start`` on, as many as are still read.
     """
 
     def __init__(self, request: Request, pools: Pools) -> None:
         self.request, self.pools = request, pools
         self.tokens = [*request.prompt, *request.generated]
-        self.computed = self.cached = 0
+        self.computed = 0
+        self.cached: int | None = None
         self.told = False
         self.far: list[int] = []
         self.near: deque[int] = deque()
@@ -114,7 +115,7 @@ class Sequence:
             self.pools.near.hold(page)
         self.far, self.near = list(far), deque(near)
         self.near_start = self._near_of(len(far)) if self.pools.reach else 0
-        self.computed = self.cached = len(far) * self.pools.page
+        self.computed = len(far) * self.pools.page
 
     def release(self) -> None:
         """Lets go of all pages; what was computed has to be computed again."""
@@ -127,7 +128,8 @@ class Sequence:
 
     def _drop_near(self, first: int) -> None:
         while self.near and self.near_start < first:
-            self.pools.near.release(self.near.popleft())
+            # Prompts that begin alike are found by the near pages at their ends: those in between go first.
+            self.pools.near.release(self.near.popleft(), soon=True)
             self.near_start += 1
 
 

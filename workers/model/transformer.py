@@ -73,7 +73,10 @@ class Transformer(nn.Module):
     On a rank that hosts experts only, the same calls run with zero tokens; the residual stream there has no rows.
     """
 
-    def __init__(self, recipe: Recipe, mesh: Mesh | None = None, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, recipe: Recipe, mesh: Mesh | None = None, device: torch.device | str = "cpu", draw: bool = True
+    ) -> None:
+        """draw: give the weights their initial values; False for those that are to be loaded."""
         super().__init__()
         device = torch.device(device)
         mesh = mesh or make_mesh(Placement(1, (0,), (0,) if recipe.moe.experts else (), 1))
@@ -89,7 +92,7 @@ class Transformer(nn.Module):
             self.layers = nn.ModuleList(Block(recipe, i, mesh, device) for i in range(m.layers))
         self.to(self.dtype)
         self.to_empty(device=device)
-        if device.type != "meta":  # sizes without values
+        if draw and device.type != "meta":  # sizes without values
             self._initialise()
 
     @torch.no_grad()

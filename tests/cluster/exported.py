@@ -1,0 +1,68 @@
+"""Reads what a service exports, where Prometheus would read it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import urllib.request
+from collections.abc import Callable, Coroutine, Mapping
+from functools import wraps
+from typing import Any
+
+import pytest
+
+PATIENCE = 60.0  # seconds; a machine may be busy
+Series = dict[str, float]
+
+
+def asynchronous(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Makes a test of a coroutine function."""
+
+    @wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 2 * PATIENCE))
+
+    return run
+
+
+def read(endpoint: str, model: str) -> Series:
+    """``{name{the other tags}: value}`` of what is exported for a model; the names without their common beginning."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        text = opener.open(endpoint, timeout=5).read().decode()
+    except OSError:
+        return {}
+    values = {}
+    for name, tags, value in re.findall(r"^ray_shoal_serve_(\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
+        own = dict(re.findall(r'(\w+)="([^"]*)"', tags))
+        if own["model"] == model:
+            rest = ",".join(f"{key}={own[key]}" for key in ("finish", "le", "layer", "expert") if own.get(key))
+            values[f"{name}{{{rest}}}" if rest else name] = float(value)
+    return values
+
+
+async def wait_for(
+    endpoint: str,
+    model: str,
+    true: Callable[[Series], object],
+    between: Callable[[], object] = lambda: None,
+    pause: float = 0.1,
+) -> Series:
+    """Reads until ``true``, calling ``between`` and pausing between two looks; fails with what it read last after a
+    minute."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        values = await asyncio.to_thread(read, endpoint, model)
+        if true(values):
+            return values
+        assert time.monotonic() < end, f"the endpoint has {values}"
+        between()
+        await asyncio.sleep(pause)
+
+
+async def wait_for_values(endpoint: str, model: str, expected: Mapping[str, float]) -> Series:
+    """Reads until these series have these values."""
+    return await wait_for(
+        endpoint, model, lambda got: all(got.get(key) == pytest.approx(expected[key], rel=1e-12) for key in expected)
+    )
