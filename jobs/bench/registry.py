@@ -14,6 +14,7 @@ BENCHMARKS = {
     "train": ("shoal.jobs.bench.train", "Tokens/s of tiny under Ray, beside the same training without Ray."),
     "startup": ("shoal.jobs.bench.startup", "Time from the command to the first step, and its parts."),
     "memory": ("shoal.jobs.bench.memory", "Peak memory of a training run, over all its processes."),
+    "engine": ("shoal.jobs.bench.engine", "What batching brings to generation, and NSA beside full attention."),
     "serve": ("shoal.jobs.bench.serve", "Latencies and tokens/s of a server, under one load after another."),
     "cli": ("shoal.jobs.bench.cli", "Time that shoal --help takes."),
 }

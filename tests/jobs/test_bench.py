@@ -445,3 +445,24 @@ def test_shoal_bench_prints_what_it_writes_and_nothing_else(tmp_path: Path) -> N
     assert ours["baseline_ms"] == cli.LIMIT_MS
     assert ours["ratio"] * ours["ms"] == pytest.approx(cli.LIMIT_MS, rel=1e-4)
     assert (ours["imports"], python["ms"] > 0) == ("neither torch nor ray", True)
+
+
+def test_the_engine_is_measured_beside_one_request_at_a_time_and_full_attention(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In small: the same work on both sides of every ratio."""
+    from shoal.jobs.bench import engine
+
+    for name, value in {"AT_ONCE": 4, "PROMPT": 8, "ANSWER": 6, "LENGTHS": {"cpu": ((512, 2),)}}.items():
+        monkeypatch.setattr(engine, name, value)
+    said: list[str] = []
+    batched, plain, decode = engine.run(Settings(repeats=1, steps=2, say=said.append))
+    assert [row["baseline"] for row in (batched, plain)] == [
+        "one request at a time, cached",
+        "one request at a time, plain loop",
+    ]
+    assert batched["ms"] == plain["ms"]
+    assert batched["target"] == 5.0
+    assert decode["baseline"] == "the same with full attention"
+    assert all(row["ratio"] == pytest.approx(row["baseline_ms"] / row["ms"]) for row in (batched, plain, decode))
+    assert len(said) == 3

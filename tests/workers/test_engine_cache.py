@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -74,7 +75,7 @@ class Cached:
             s = self.sequences[i]
             s.reserve(s.computed + sizes[i])
             tokens = tuple(s.tokens[s.computed : s.computed + sizes[i]])
-            parts.append(Part(tokens, s.computed, list(s.far), list(s.near), s.near_start))
+            parts.append(Part(tokens, s.computed, np.array(s.far), np.array(s.near), s.near_start))
         tables = StepTables(self.model.recipe, parts, self.model.dtype, self.device)
         batch = PackedBatch(
             tables.tokens, torch.full_like(tables.tokens, IGNORE), tables.positions, (0, len(tables.tokens))
@@ -156,9 +157,8 @@ def test_rejected_guesses_leave_no_trace() -> None:
         at = sequence.computed
         sequence.tokens[at + 1 : at + 4] = [0, 1, 2]
         sequence.reserve(at + 4)
-        part = Part(
-            tuple(sequence.tokens[at : at + 4]), at, list(sequence.far), list(sequence.near), sequence.near_start
-        )
+        held = np.array(sequence.far), np.array(sequence.near), sequence.near_start
+        part = Part(tuple(sequence.tokens[at : at + 4]), at, *held)
         tables = StepTables(model.recipe, [part], model.dtype, torch.device("cpu"))
         batch = PackedBatch(tables.tokens, tables.tokens, tables.positions, (0, 4))
         hidden = model(batch, MoELoad(1, balance=False), PagedAttention(tables, cached.caches))

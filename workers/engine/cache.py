@@ -36,8 +36,8 @@ class Part:
 
     tokens: tuple[int, ...]
     start: int
-    far: SequenceOf[int]
-    near: SequenceOf[int]
+    far: np.ndarray
+    near: np.ndarray
     near_start: int
 
     @property
@@ -88,11 +88,11 @@ class StepTables:
         self.positions = self._put(_join(positions))
         self.tokens = self._put(_join([np.asarray(p.tokens) for p in parts]))
         self.row = self._put(_join([at % page for at in positions]))
-        self.far = self._put(_join([np.asarray(p.far)[at // page] for p, at in zip(parts, positions, strict=True)]))
+        self.far = self._put(_join([p.far[at // page] for p, at in zip(parts, positions, strict=True)]))
         wide = torch.promote_types(dtype, torch.float32)
         self.rotation = rope_tables(self.positions, model.head_dim, model.rope_base, dtype=wide)
         if self.nsa:
-            near = [np.asarray(p.near)[at // page - p.near_start] for p, at in zip(parts, positions, strict=True)]
+            near = [p.near[at // page - p.near_start] for p, at in zip(parts, positions, strict=True)]
             self.near = self._put(_join(near))
             self._compressed(wide)
         self.singles = [p for p in parts if len(p.tokens) <= SINGLE]
@@ -100,7 +100,7 @@ class StepTables:
         assert all(len(p.tokens) > SINGLE for p in self.chunks), "short parts come first"
         self.single_tokens = sum(len(p.tokens) for p in self.singles)
         self.decode = self._decode_tables() if self.singles else []
-        self.prefill = [(p, self._put(np.asarray(p.far)), self._put(np.asarray(p.near))) for p in self.chunks]
+        self.prefill = [(p, self._put(p.far), self._put(p.near)) for p in self.chunks]
 
     def _put(self, x: np.ndarray) -> Tensor:
         return torch.from_numpy(x.astype(np.int64)).to(self.device, non_blocking=True)
@@ -117,9 +117,9 @@ class StepTables:
             ended = np.arange(max(p.start // s.cmp_stride, first), p.stop // s.cmp_stride)
             keys = (ended[:, None] + 1) * s.cmp_stride - s.cmp_block + np.arange(s.cmp_block)
             rows.append(ended)
-            far.append(np.asarray(p.far)[ended // per])
+            far.append(p.far[ended // per])
             raw_at.append(keys)
-            raw_page.append(np.asarray(p.near)[keys // page - p.near_start])
+            raw_page.append(p.near[keys // page - p.near_start])
         row, raw = _join(rows), np.concatenate(raw_at)
         self.compressed = len(row)
         self.cmp_far, self.cmp_row = self._put(_join(far)), self._put(row % per)
@@ -215,10 +215,10 @@ def _join(parts: SequenceOf[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
-def _pad(lists: SequenceOf[SequenceOf[int]]) -> np.ndarray:
+def _pad(lists: SequenceOf[np.ndarray]) -> np.ndarray:
     """Rows of one length, filled up with their own first page, which is theirs to read."""
     table = np.zeros((len(lists), max(map(len, lists))), np.int64)
     for row, pages in zip(table, lists, strict=True):
-        row[:] = pages[0] if pages else 0
+        row[len(pages) :] = pages[0] if len(pages) else 0
         row[: len(pages)] = pages
     return table

@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -226,4 +227,4 @@ class Engine:
 def _part(chunk: Chunk) -> Part:
     s = chunk.sequence
     tokens = (*s.tokens[s.computed : s.computed + chunk.count], *chunk.guesses)
-    return Part(tokens, s.computed, s.far, s.near, s.near_start)
+    return Part(tokens, s.computed, np.asarray(s.far), np.asarray(s.near), s.near_start)

@@ -137,6 +137,7 @@ class Ngrams:
     """Guesses what follows from what followed the last time that the same few tokens stood at the end."""
 
     SIZES = (3, 2)
+    NEWEST = 4096  # tokens of a prompt that are learned: all of a long one would hold up a step
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens  # the sequence's own list, which grows
@@ -154,7 +155,7 @@ class Ngrams:
 
     def _learn(self) -> None:
         """Notes what follows each n-gram; the one at the end is followed by nothing yet."""
-        for end in range(max(1, self._seen), len(self.tokens)):
+        for end in range(max(1, self._seen, len(self.tokens) - self.NEWEST), len(self.tokens)):
             for size in self.SIZES:
                 if end >= size:
                     self._after[tuple(self.tokens[end - size : end])] = end
