@@ -59,6 +59,7 @@ def examine(runs_dir: Path) -> list[Check]:
         *(_package(name, "training") for name in ("ray", "pyarrow", "tokenizers", "safetensors")),
         _triton(),
         _megablocks(),
+        _serving(),
         _cores(),
         _memory(),
         _shared_memory(),
@@ -114,6 +115,13 @@ def _triton() -> Check:
         return Check(
             "triton", "warn", "not installed", "on Linux: pip install triton; else the torch backends are used"
         )
+
+
+def _serving() -> Check:
+    missing = [name for name in ("fastapi", "uvicorn", "grpc_health", "grpc_reflection") if find_spec(name) is None]
+    if not missing:
+        return Check("serving", "ok", "installed")
+    return Check("serving", "warn", f"without {', '.join(missing)}", "for shoal serve: pip install 'shoal[serve]'")
 
 
 def _megablocks() -> Check:
