@@ -453,7 +453,8 @@ def test_the_engine_is_measured_beside_one_request_at_a_time_and_full_attention(
     """In small: the same work on both sides of every ratio."""
     from shoal.jobs.bench import engine
 
-    for name, value in {"AT_ONCE": 4, "PROMPT": 8, "ANSWER": 6, "LENGTHS": dict.fromkeys(("cpu", "cuda"), ((512, 2),))}.items():
+    lengths = dict.fromkeys(("cpu", "cuda"), ((512, 2),))
+    for name, value in {"AT_ONCE": 4, "PROMPT": 8, "ANSWER": 6, "LENGTHS": lengths}.items():
         monkeypatch.setattr(engine, name, value)
     said: list[str] = []
     batched, plain, decode = engine.run(Settings(repeats=1, steps=2, say=said.append))
