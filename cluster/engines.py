@@ -46,7 +46,8 @@ class Engines:
     computed again from its tokens: its stream goes on where it was, and no token is reported twice.
 
     Called from one event loop. More than ``parallel.max_failures`` failures in a row, without a new token between
-    them, end it; a request that saw so many without a token of its own is given up, since it may be the cause.
+    them, end it: ``dead`` then says why. A request that saw so many without a token of its own is given up, since it
+    may be the cause.
     """
 
     def __init__(self, recipe: Recipe, checkpoints: str, step: int, session: RaySession) -> None:
@@ -57,7 +58,7 @@ class Engines:
         self._count = itertools.count()
         self._group: RankGroup | None = None
         self._ready = asyncio.Event()
-        self._dead: ShoalError | None = None
+        self.dead: ShoalError | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._cancels: set[asyncio.Task[None]] = set()
         self._recovery: asyncio.Task[None] | None = None
@@ -114,8 +115,8 @@ class Engines:
 
     async def load(self) -> Load:
         """See Client. While the ranks are started again, what was known before; then totals begin at 0 again."""
-        if self._dead:
-            raise self._dead
+        if self.dead:
+            raise self.dead
         if self._group and self._ready.is_set():
             try:
                 loads = await asyncio.gather(*(self._group.actors[r].load.remote() for r in self._attention))
@@ -132,8 +133,8 @@ class Engines:
         """Waits until the ranks work. Raises once they are gone for good."""
         while not self._ready.is_set():
             await self._ready.wait()
-        if self._dead:
-            raise self._dead
+        if self.dead:
+            raise self.dead
 
     # Ranks
 
@@ -201,7 +202,7 @@ class Engines:
 
     def _lost(self, group: RankGroup, error: Exception) -> None:
         """A rank is gone: the first who notices starts all of them again."""
-        if group is not self._group or self._dead:
+        if group is not self._group or self.dead:
             return
         self._broken = self._broken or error
         self._hurt.set()
@@ -211,7 +212,7 @@ class Engines:
 
     async def _recover(self) -> None:
         try:
-            while self._broken is not None and not self._dead:
+            while self._broken is not None and not self.dead:
                 self._count_failure(_last_line(self._broken))
                 await self._close_group()
                 try:
@@ -267,7 +268,7 @@ class Engines:
                 raise answer
 
     def _give_up(self, refusal: ShoalError) -> None:
-        self._dead = self._dead or refusal
+        self.dead = self.dead or refusal
         self._ready.set()
         for flight in self.flights.values():
             flight.news.put_nowait(refusal)

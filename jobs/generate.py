@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shoal.workers.checkpoint_files import MANIFEST, checkpoint_path
 from shoal.workers.config import Recipe
-from shoal.workers.engine.request import Request, Sampling
-from shoal.workers.errors import UsageError
+from shoal.workers.engine.request import NOT_FINITE, Finish, Request, Sampling
+from shoal.workers.errors import ClusterRefused, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,9 +27,10 @@ if TYPE_CHECKING:
 
 
 def continue_text(trained: Trained, prompt: str, sampling: Sampling, show: Callable[[str], object]) -> tuple[str, int]:
-    """The text that follows ``prompt`` and its number of tokens; ``show`` is given every piece as it comes.
+    """The text that follows ``prompt`` and its number of tokens; ``show`` is given the prompt, then every piece.
 
-    Raises InvalidInput when prompt and ``sampling.max_tokens`` do not fit into the model's context.
+    Raises InvalidInput when prompt and ``sampling.max_tokens`` do not fit into the model's context, ClusterRefused when
+    the model's numbers are not finite.
     """
     from shoal.jobs.serve.text import TextStream
 
@@ -36,8 +39,11 @@ def continue_text(trained: Trained, prompt: str, sampling: Sampling, show: Calla
     engine = _engine(trained, trained.recipe.serve.model_copy(update={"sequences": 1}))
     engine.add(Request("text", ids, replace(sampling, stop_tokens=(tokenizer.eos,))))
     stream, pieces, count = TextStream(tokenizer), [], 0
+    show(prompt)
     while engine.busy:
         for output in engine.step():
+            if output.finish is Finish.error:
+                raise ClusterRefused(NOT_FINITE)
             count += len(output.tokens)
             pieces.append(stream.push(output.tokens).text)
             if output.finish:
@@ -65,7 +71,9 @@ def answer_file(
             many = 2 * recipe.serve.sequences * recipe.parallel.attention_ranks  # some wait, so that none is idle
             return await batch.run(engine, console, many)
 
-    with open_batch(source, target, sampling, f"{folder.path.name} step {step}") as batch:
+    manifest = checkpoint_path(folder.path / "checkpoints", step) / MANIFEST
+    weights = f"{folder.path.name} step {step} {hashlib.sha256(manifest.read_bytes()).hexdigest()[:16]}"
+    with open_batch(source, target, sampling, f"{weights} {recipe.model} {recipe.attention}") as batch:
         return asyncio.run(work())
 
 
@@ -102,8 +110,13 @@ def _engine(trained: Trained, table: ServeTable) -> Engine:
     return Engine(trained.model, limits_of(table), int(free_memory(device) * table.memory))
 
 
-def check_files(source: Path | None, target: Path | None, prompt: str) -> None:
-    """Raises UsageError unless both files are given, or neither; a prompt does not go with files."""
+def check_files(source: Path | None, target: Path | None, prompt: str, spread: bool) -> None:
+    """Raises UsageError unless both files are given, or neither; a prompt does not go with files.
+
+    spread: whether ranks or a recipe's keys are asked for, which go with files only.
+    """
+    if spread and not source:
+        raise UsageError("--workers, --placement and --set go with --input: leave them out, or give a file of prompts")
     if (source is None) != (target is None):
         raise UsageError("--input and --output belong together: give both, or neither")
     if source and prompt:

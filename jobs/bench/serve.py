@@ -48,7 +48,7 @@ from shoal.workers.machine import cores
 if TYPE_CHECKING:
     from shoal.jobs.run_folder import RunFolder
 
-PLAIN = "plain loop, one at a time"
+PLAIN = "plain loop without a cache, one at a time"
 MIX = "64:32*3,256:64*1"
 LIMITS = Limits(seconds=20.0)
 RATE_WARMUP = 8  # requests at once, and in all, before a load that is given as a rate

@@ -45,7 +45,7 @@ def generate(
     from shoal.jobs.generate import check_files
     from shoal.workers.engine.request import Sampling
 
-    check_files(source, target, prompt)
+    check_files(source, target, prompt, bool(workers or placement or sets))
     sampling = Sampling(tokens, temperature, top_k, top_p, min_p, seed)
     from shoal.jobs.load import choose_step, find_run
 
@@ -73,7 +73,6 @@ def generate(
         if output is Output.table:
             typer.echo(piece, nl=False)
 
-    show(prompt)
     text, count = continue_text(trained, prompt, sampling, show)
     facts = {"run": str(folder.path), "step": chosen, "prompt": prompt, "text": text, "tokens": count}
     emit(facts, output, lambda: typer.echo(""))

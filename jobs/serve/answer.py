@@ -12,6 +12,7 @@ from shoal.jobs.data.tokenizer import CorpusTokenizer
 from shoal.jobs.serve.api import LARGEST_SEED, Asked, PromptDetails, Usage
 from shoal.jobs.serve.client import Client, ModelInfo
 from shoal.jobs.serve.form import Form
+from shoal.jobs.serve.intake import Intake
 from shoal.jobs.serve.refusal import Refusal
 from shoal.jobs.serve.text import Piece, TextStream, joined
 from shoal.workers.engine.request import Finish, Request, Sampling
@@ -129,6 +130,8 @@ async def _follow(client: Client, tokenizer: CorpusTokenizer, ask: Ask, index: i
         async for output in outputs:
             cached = max(cached, output.cached)
             piece = text.push(output.tokens)
+            if text.stopped and not output.finish and isinstance(client, Intake):
+                client.stopped(ask.request.id)
             if output.finish or text.stopped:
                 await tell(index, joined((piece, text.end())), Finish.stop if text.stopped else output.finish)
                 return Cost(text.used, cached)

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from shoal.jobs.recipe_errors import plain, quote
 from shoal.jobs.serve.refusal import Refusal
+from shoal.jobs.serve.text import LONGEST_STOP
 from shoal.workers.engine.request import MOST_LOGPROBS
 
 MOST_STOPS = 4
@@ -131,6 +132,8 @@ class Asked(_Body):
     def _agrees(self) -> Asked:
         if "" in self.stops():
             raise Refusal("stop='' would end every answer at once: give texts of one character or more", "stop")
+        if any(len(stop) > LONGEST_STOP for stop in self.stops()):
+            raise Refusal(f"a stop text is longer than {LONGEST_STOP} characters: shorten it", "stop")
         if self.stream_options and not self.stream:
             raise Refusal("stream_options without stream=true means nothing: set stream=true too", "stream_options")
         return self

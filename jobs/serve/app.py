@@ -80,10 +80,14 @@ class Replica:
     async def check_health(self) -> None:
         """Serve asks this every few seconds and starts another replica when it raises.
 
-        Engines that die are not its business: they come back by themselves, and the requests with them.
+        Ranks that die are not its business: they come back by themselves, and the requests with them. Engines that were
+        given up do not; another replica begins with new ones.
         """
         if self.rpc.ended:
             raise RuntimeError("the gRPC server ended")
+        dead = getattr(self.served.client, "dead", None)
+        if dead:
+            raise dead
 
     async def drain(self, seconds: float) -> int:
         """Refuses new requests from now on; returns when none is under way, or after ``seconds``: how many are."""

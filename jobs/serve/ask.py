@@ -32,6 +32,9 @@ def main() -> int:
     asked = parser.parse_args()
     token = os.environ.get("SHOAL_API_TOKEN")
     sampling = pb.Sampling(max_tokens=asked.max_tokens, temperature=asked.temperature)
+    if asked.tls_ca and not asked.tls_ca.is_file():
+        print(f"--tls-ca {asked.tls_ca} does not exist: name a PEM file", file=sys.stderr)
+        return 3
     with open_channel(asked.address, asked.tls_ca) as channel:
         responses = inference_pb2_grpc.InferenceStub(channel).Generate(
             pb.GenerateRequest(text=asked.text, sampling=sampling),

@@ -32,7 +32,7 @@ from shoal.jobs.serve.gate import Gate, Settings
 from shoal.jobs.serve.refusal import Refusal, problem
 from shoal.jobs.serve.stream import Emit, EventStream, while_connected
 from shoal.jobs.serve.text import Piece, TokenNames, joined
-from shoal.workers.engine.request import Finish
+from shoal.workers.engine.request import Finish, Load
 from shoal.workers.errors import ClusterRefused, NotFound, ShoalError
 
 __all__ = ["Settings", "make_app"]
@@ -86,6 +86,7 @@ class Service:
 
     def __init__(self, client: Client, info: ModelInfo, tokenizer: CorpusTokenizer, settings: Settings) -> None:
         self._client, self._info, self._tokenizer, self._settings = client, info, tokenizer, settings
+        self._look: asyncio.Task[Load] | None = None
         self._names = TokenNames(tokenizer)
         self._model = Model(
             id=info.name,
@@ -124,7 +125,9 @@ class Service:
         """Calls can be taken: the engines answer, and are not shutting down."""
         try:
             async with asyncio.timeout(_READY_SECONDS):
-                await self._client.load()
+                if self._look is None or self._look.done():
+                    self._look = asyncio.create_task(self._client.load())
+                await asyncio.shield(self._look)  # however many ask, the engines are asked once at a time
         except TimeoutError:
             late = ClusterRefused(f"the engines did not answer within {_READY_SECONDS:g} s: see their logs")
             return problem(late).response()

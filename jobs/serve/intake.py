@@ -35,6 +35,12 @@ class Intake:
             if not self.running:
                 self._idle.set()
 
+    def stopped(self, request: str) -> None:
+        """As Measured's, where that is the client."""
+        tell = getattr(self.client, "stopped", None)
+        if tell:
+            tell(request)
+
     async def load(self) -> Load:
         """As Client's. Raises ClusterRefused once shut: whoever asks, asks whether to send requests."""
         self._refuse()

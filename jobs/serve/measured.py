@@ -36,6 +36,7 @@ class Measured:
         """Begins to look at the load of ``client``, every two seconds until ``close``; an event loop must run."""
         self.client, self.metrics = client, metrics
         self._clock = clock
+        self._stopped: set[str] = set()
         self._looking = asyncio.create_task(self._look_on())
 
     async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
@@ -65,7 +66,15 @@ class Measured:
             ended = "error"
             raise
         finally:
+            if ended == "cancelled" and request.id in self._stopped:
+                ended = "stop"
+                metrics.whole.observe(clock() - began)
+            self._stopped.discard(request.id)
             metrics.ended(ended)
+
+    def stopped(self, request: str) -> None:
+        """Says that the stream of a request is about to be closed because its text has ended, at a stop string."""
+        self._stopped.add(request)
 
     async def load(self) -> Load:
         """As Client's."""

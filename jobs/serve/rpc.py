@@ -24,7 +24,7 @@ from shoal.jobs.serve.client import Client, ModelInfo
 from shoal.jobs.serve.gate import Settings
 from shoal.jobs.serve.proto.shoal.v1 import inference_pb2 as pb
 from shoal.jobs.serve.proto.shoal.v1 import inference_pb2_grpc
-from shoal.jobs.serve.text import Piece
+from shoal.jobs.serve.text import LONGEST_STOP, Piece
 from shoal.workers.engine.request import Busy, Finish, Request, Sampling, Token
 from shoal.workers.errors import ClusterRefused, InvalidInput, NotFound
 
@@ -35,8 +35,11 @@ MAX_TOKENS = 16  # new tokens when a request does not say; OpenAI's default for 
 MOST_STOPS = 4
 OTHERS = 64  # calls beside those that generate: health, load, refusals
 RETRY_SECONDS = 1  # what a client is told to wait while the queue is full
-LONGEST_DETAILS = 1000  # characters of a sentence; details travel in HTTP/2 trailers, which peers bound at 8 KiB
+# Bytes of a sentence; details travel in HTTP/2 trailers, which peers bound at 8 KiB, and a byte may take three there.
+LONGEST_DETAILS = 2000
 FINISH = {Finish.stop: pb.FINISH_REASON_STOP, Finish.length: pb.FINISH_REASON_LENGTH}
+
+CHECK = f"/{health.SERVICE_NAME}/Check"
 
 OPTIONS = {
     "grpc.so_reuseport": 0,  # a port that another process listens on is an error, not half of the calls
@@ -166,8 +169,11 @@ def _sampling(asked: pb.Sampling, max_tokens: int, eos: int) -> Sampling:
 
 def _stops(call: pb.GenerateRequest) -> tuple[str, ...]:
     stops = tuple(call.stop)
-    if len(stops) > MOST_STOPS or "" in stops:
-        raise InvalidInput(f"stop holds {len(stops)} texts: give up to {MOST_STOPS}, none of them empty")
+    if len(stops) > MOST_STOPS or not all(0 < len(stop) <= LONGEST_STOP for stop in stops):
+        raise InvalidInput(
+            f"stop holds {len(stops)} texts, the longest of {max(map(len, stops))} characters: "
+            f"give up to {MOST_STOPS} of 1 to {LONGEST_STOP} characters"
+        )
     return stops
 
 
@@ -185,7 +191,8 @@ async def _statuses(context: Any) -> AsyncIterator[None]:
             log.exception("a gRPC call failed")
             details = "the service failed: its log says why"
         trailing = (("retry-after", str(RETRY_SECONDS)),) if isinstance(error, Busy) else ()
-        await context.abort(code, details[:LONGEST_DETAILS], trailing)
+        cut = details.encode(errors="replace")[:LONGEST_DETAILS].decode(errors="ignore")
+        await context.abort(code, cut, trailing)
 
 
 def _code(error: Exception) -> grpc.StatusCode:
@@ -200,14 +207,15 @@ def _code(error: Exception) -> grpc.StatusCode:
 
 
 class _Guard(grpc.aio.ServerInterceptor):
-    """Asks every call for a bearer token, health checks excepted."""
+    """Asks every call for a bearer token, but for Health/Check, which ends at once; a Watch lasts."""
 
     def __init__(self, tokens: Collection[str]) -> None:
         self.tokens = [token.encode() for token in tokens]
-        self.refusal = grpc.unary_unary_rpc_method_handler(self._refuse)  # its status ends a call of any kind
+        # For a stream of messages it does not wait for the first one: a call without a token holds no place.
+        self.refusal = grpc.stream_unary_rpc_method_handler(self._refuse)
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
-        if details.method.startswith(f"/{health.SERVICE_NAME}/"):
+        if details.method == CHECK:
             return await continuation(details)
         shown = [value for key, value in details.invocation_metadata if key == "authorization"]
         scheme, _, given = (shown[0] if shown else "").partition(" ")

@@ -12,6 +12,8 @@ UNKNOWN = "\ufffd"  # what bytes that are no UTF-8 decode to
 _UNSURE = 3  # bytes, at most, of a character that is not complete
 _SHORT, _LONG = 8, 64  # tokens after which the window moves on: between characters, and in any case
 
+LONGEST_STOP = 256  # characters of a stop string
+
 
 class Decoder:
     """The text of tokens, as they come: a character as soon as it is complete.

@@ -177,6 +177,29 @@ async def test_a_task_that_is_cancelled_counts_as_cancelled(endpoint: str, model
     assert "requests_total{finish=error}" not in values
 
 
+@asynchronous
+async def test_an_answer_that_a_stop_string_ended_counts_as_one(endpoint: str, model: str) -> None:
+    """The service closes the stream, as one that was cancelled: it says so before."""
+    outputs = Output("a", (Token(1),)), Output("a", (Token(2),))
+
+    class Endless:
+        async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
+            for output in outputs:
+                yield output
+            await asyncio.Event().wait()
+
+        async def load(self) -> Load:
+            return Load()
+
+    measured = Measured(Endless(), ServeMetrics(model))
+    async with aclosing(measured.generate(ask("a"))) as news:
+        assert [await anext(news), await anext(news)] == list(outputs)
+        measured.stopped("a")
+    await measured.close()
+    values = await wait_for_values(endpoint, model, {"requests_total{finish=stop}": 1, "request_seconds_count": 1})
+    assert "requests_total{finish=cancelled}" not in values
+
+
 class Stepwise(Engine):
     """An engine that waits before each step until it is let go on."""
 

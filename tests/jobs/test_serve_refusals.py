@@ -46,6 +46,7 @@ COMPLETION: list[tuple[dict[str, Any], str | None, str]] = [
     ({"seed": 1.0}, "seed", "seed=1.0 is not a whole number"),
     ({"stop": list("abcde")}, "stop", "a list of up to 4 texts"),
     ({"stop": ["a", ""]}, "stop", "stop='' would end every answer"),
+    ({"stop": "a" * 257}, "stop", "longer than 256 characters: shorten it"),
     ({"stop": 3}, "stop", "a text, or a list of up to 4 texts"),
     ({"logprobs": 21}, "logprobs", "set logprobs to at most 20"),
     ({"logprobs": True}, "logprobs", "logprobs=True is not a whole number"),

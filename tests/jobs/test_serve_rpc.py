@@ -134,7 +134,7 @@ async def test_an_answer_ends_before_a_stop_text_and_the_engine_with_it() -> Non
         ({"temperature": -1}, Code.INVALID_ARGUMENT, "temperature=-1.0 is out of range"),
         ({"logprobs": 21}, Code.INVALID_ARGUMENT, "logprobs=21 is out of range: set it to 0 to 20"),
         ({"stop": ["a"] * 5}, Code.INVALID_ARGUMENT, "stop holds 5 texts"),
-        ({"stop": [""]}, Code.INVALID_ARGUMENT, "none of them empty"),
+        ({"stop": [""]}, Code.INVALID_ARGUMENT, "of 1 to 256 characters"),
         ({"max_tokens": 1000}, Code.INVALID_ARGUMENT, "longer than the context"),
         ({"model": "other"}, Code.NOT_FOUND, "model='other' is not served here: set model to 'shoal-test'"),
     ],
@@ -287,6 +287,12 @@ async def test_a_token_is_asked_for_by_everything_but_health() -> None:
             ):
                 assert (await refused(call)).code() is Code.UNAUTHENTICATED
         assert not it.source.asked
+        watch = it.health.Watch(health_pb2.HealthCheckRequest(service=SERVICE))
+        assert (await refused(watch)).code() is Code.UNAUTHENTICATED
+        # Also before its request has come: who has no token holds no place among the calls.
+        silent = it.channel.stream_unary("/shoal.v1.Inference/Generate")()
+        async with asyncio.timeout(PATIENCE / 2):
+            assert await silent.code() is Code.UNAUTHENTICATED
         for token in ("first", "second"):
             metadata = (("authorization", f"Bearer {token}"),)
             assert (await answered(it.generate(metadata=metadata)))[1]

@@ -270,6 +270,21 @@ def test_prompts_are_found_after_other_long_ones() -> None:
     assert _run(engine)["c"][0].cached == 48
 
 
+def test_prompts_asked_twice_are_found_though_the_pools_are_full() -> None:
+    """Round after round of fresh prompts, each asked twice: the second time finds the first's pages."""
+    engine = Engine(_model(train__dtype="float32", model__context=256), Limits(sequences=4))
+    rng = random.Random(8)
+    for _ in range(12):
+        prompts = [tuple(rng.randrange(VOCAB) for _ in range(200)) for _ in range(5)]
+        for _ in range(2):
+            news = []
+            for i, prompt in enumerate(prompts):
+                engine.add(Request(str(i), prompt, Sampling(3, temperature=0.0)))
+                news.append(_run(engine)[str(i)][0].cached)
+        assert news == [192] * 5
+    assert engine.pools.near.free == engine.pools.near.size
+
+
 def test_cached_tokens_are_those_of_the_prompt(model: Transformer) -> None:
     """A request that is computed again finds its answer's pages too: they are not the prompt's."""
     engine, request = Engine(model, Limits()), Request("a", tuple(range(2, 22)), Sampling(40, temperature=0.0))

@@ -8,6 +8,7 @@ from enum import StrEnum
 from shoal.workers.errors import ClusterRefused, InvalidInput
 
 MOST_LOGPROBS = 20
+MOST_STOPS = 64
 NOT_FINITE = "the model computed numbers that are not finite: its weights or its precision are at fault"
 
 
@@ -55,6 +56,7 @@ class Sampling:
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", self.min_p, 0 <= self.min_p <= 1, "a number from 0 to 1"),
             ("seed", self.seed, -(2**63) <= self.seed < 2**64, "a 64-bit integer"),
+            ("stop_tokens", len(self.stop_tokens), len(self.stop_tokens) <= MOST_STOPS, f"{MOST_STOPS} ids at most"),
             ("logprobs", self.logprobs, 0 <= (self.logprobs or 0) <= MOST_LOGPROBS, f"0 to {MOST_LOGPROBS}"),
         )
         for name, value, fits, remedy in checks:

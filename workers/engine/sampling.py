@@ -72,12 +72,12 @@ def _column(like: Tensor, values: Sequence[float]) -> Tensor:
 def _draw_any(logits: Tensor, samplings: Sequence[Sampling], numbers: Sequence[float]) -> Tensor:
     """Inverse-transform sampling over all tokens in the order of their ids."""
     total = _probabilities(logits, samplings).cumsum(-1)
-    at = torch.searchsorted(total, _column(total, numbers) * total[:, -1:], right=True)
+    at = torch.searchsorted(total, (_column(total, numbers) * total[:, -1:]).contiguous(), right=True)
     return at.clamp(max=logits.shape[-1] - 1)[:, 0]
 
 
 def _draw_likely(logits: Tensor, samplings: Sequence[Sampling], numbers: Sequence[float]) -> Tensor:
-    """Inverse-transform sampling among the tokens that are kept, likeliest first; of equals, the lower id first."""
+    """Inverse-transform sampling among the likely tokens; of equally likely ones the lower ids are kept."""
     ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
     p = _probabilities(ordered, samplings)
     place = torch.arange(p.shape[-1], device=p.device)
@@ -88,11 +88,11 @@ def _draw_likely(logits: Tensor, samplings: Sequence[Sampling], numbers: Sequenc
     total = p.cumsum(-1)
     kept &= total - p < _column(p, [s.top_p for s in samplings]) * total[:, -1:]
     kept[:, 0] = True
-    total = (p * kept).cumsum(-1)
-    # the first place whose running total exceeds the number; rounding must not lead past the last that is kept
-    at = (total <= _column(p, numbers) * total[:, -1:]).sum(-1, keepdim=True)
-    last = kept.sum(-1, keepdim=True) - 1
-    return ids.gather(-1, torch.minimum(at, last))[:, 0]
+    # Drawn in the order of ids, as without a cut: rounding may swap the places of two that are equally likely.
+    total = torch.zeros_like(p).scatter_(-1, ids, p * kept).cumsum(-1)
+    at = torch.searchsorted(total, (_column(p, numbers) * total[:, -1:]).contiguous(), right=True)
+    last = torch.searchsorted(total, total[:, -1:].contiguous())  # the last that is kept: rounding must not lead past
+    return torch.minimum(at, last)[:, 0]
 
 
 def _with_logprobs(logits: Tensor, ids: Tensor, samplings: Sequence[Sampling]) -> list[Token]:

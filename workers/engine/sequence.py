@@ -47,6 +47,7 @@ class Sequence:
         self.near_start = 0
         self.ngrams = Ngrams(self.tokens)
         self._keys: list[Key] = []
+        self._ends = {(len(request.prompt) - 1) // pools.page}  # pages after which others may go on from here
 
     @property
     def generated(self) -> int:
@@ -116,6 +117,7 @@ class Sequence:
         self.far, self.near = list(far), deque(near)
         self.near_start = self._near_of(len(far)) if self.pools.reach else 0
         self.computed = len(far) * self.pools.page
+        self._ends.add(len(far))
 
     def release(self) -> None:
         """Lets go of all pages; what was computed has to be computed again."""
@@ -128,8 +130,9 @@ class Sequence:
 
     def _drop_near(self, first: int) -> None:
         while self.near and self.near_start < first:
-            # Prompts that begin alike are found by the near pages at their ends: those in between go first.
-            self.pools.near.release(self.near.popleft(), soon=True)
+            # A prefix is found again by the near pages before its end: others are the first to be overwritten.
+            ends = any(self._near_of(pages) <= self.near_start < pages for pages in self._ends)
+            self.pools.near.release(self.near.popleft(), soon=not ends)
             self.near_start += 1
 
 
