@@ -1,6 +1,7 @@
 """The choice of blocks in Triton: importance from compressed attention, summed over a group, then exact top-n.
 
-The scores of a chunk of queries exist at a time, ``[KV, chunk, blocks]`` float32; no weight of a compressed key does.
+The scores of a chunk of queries exist at a time, twice ``[KV, chunk, blocks]`` float32; no weight of a compressed key
+does. The second are shares in the next block, of the compressed keys that reach into it.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -23,9 +24,9 @@ class ChooseTuning:
 
     chunk: int = 8192
     rows: int = 128
-    blocks: int = 64
-    warps: int = 8
-    stages: int = 3
+    blocks: int = 16
+    warps: int = 4
+    stages: int = 2
     top_warps: int = 1
 
 
@@ -49,7 +50,8 @@ def choose_blocks(
     chunk = min(tuning.chunk, tokens)
     longest = tables.longest_within(0, tokens)
     width = triton.cdiv(max(longest, 1), tuning.blocks) * tuning.blocks
-    scores = torch.empty(kv, chunk, width, dtype=torch.float32, device=q.device)
+    scores = torch.empty(2, kv, chunk, width, dtype=torch.float32, device=q.device)
+    per_slc = sizes.slc_block // sizes.cmp_stride
     shape = {"KV": kv, "COUNT": n, "INITIAL": sizes.slc_initial, "LOCAL": sizes.slc_local, "BLOCK": sizes.slc_block}
     for start in range(0, tokens, max(chunk, 1)):
         rows = min(chunk, tokens - start)
@@ -73,7 +75,8 @@ def choose_blocks(
                 TILE=tile,
                 BJ=tuning.blocks,
                 PER_CMP=sizes.cmp_block // sizes.cmp_stride,
-                PER_SLC=sizes.slc_block // sizes.cmp_stride,
+                PER_SLC=per_slc,
+                PER_P=padded(per_slc, least=1),
                 PRECISION=precision(q.dtype),
                 num_warps=tuning.warps,
                 num_stages=tuning.stages,
@@ -96,31 +99,51 @@ def _importance_step(
     low,
     high,
     block,
-    offset,
     scale,
-    acc,
+    own,
+    carried,
+    inside,
+    width,
     MASK: tl.constexpr,
     h,
     KV,
+    GP,
+    TILE,
     D,
     D1,
     D2,
     BJ,
     PER_CMP,
     PER_SLC,
+    PER_P,
     PRECISION,
 ):
-    """Add the share of one compression block, ``offset`` from the first that begins in each of ``BJ`` blocks."""
-    columns = base + (block + tl.arange(0, BJ)) * PER_SLC + offset
-    if not MASK:
-        columns = tl.maximum(columns, base)  # of block 0 alone, and only where it is forced: its score is not read
-    held = (columns >= base) & (columns < tl.max(high, 0)) if MASK else tl.full([BJ], 1, tl.int1)
-    b_k, b_k2 = load_keys(k, columns.to(tl.int64) * KV + h, held, D, D1, D2)
-    p = tl.exp2(query_keys(b_q, b_q2, b_k, b_k2, D2, PRECISION) * scale - b_lse[:, None])
+    """Scores of ``BJ`` blocks from the compressed keys that begin in them: their own, and what the next block gets.
+
+    Compressed keys are the rows of the product, so that the sum over a group runs along a thread's own registers.
+    """
+    o_c = tl.arange(0, BJ * PER_P)
+    offset = o_c % PER_P
+    columns = base + (block + o_c // PER_P) * PER_SLC + offset
+    held = offset < PER_SLC
     if MASK:
-        p = tl.where((columns[None, :] >= low[:, None]) & (columns[None, :] < high[:, None]), p, 0.0)
-    shared = tl.minimum(tl.minimum(PER_CMP, offset + PER_CMP), PER_SLC - offset)
-    return acc + shared.to(tl.float32) * p
+        held = held & (columns < tl.max(high, 0))
+    b_k, b_k2 = load_rows(k, columns.to(tl.int64) * KV + h, held, D, D1, D2)
+    s = tl.dot(b_k, b_q, input_precision=PRECISION)
+    if D2 > 0:
+        s = tl.dot(b_k2, b_q2, s, input_precision=PRECISION)
+    p = tl.exp2(s * scale - b_lse[None, :])
+    if MASK:
+        p = tl.where((columns[:, None] >= low[None, :]) & (columns[:, None] < high[None, :]), p, 0.0)
+    p = tl.sum(tl.reshape(p, [BJ * PER_P, TILE, GP]), 2)
+    # A compressed key counts once for each piece of d keys that it shares with a block (NSA eq. 9).
+    shared = tl.where(held, tl.minimum(PER_CMP, PER_SLC - offset), 0)
+    above = tl.where(held, tl.maximum(PER_CMP - (PER_SLC - offset), 0), 0)
+    here = tl.sum(tl.reshape(p * shared.to(tl.float32)[:, None], [BJ, PER_P, TILE]), 1)
+    next_ = tl.sum(tl.reshape(p * above.to(tl.float32)[:, None], [BJ, PER_P, TILE]), 1)
+    at = (block + tl.arange(0, BJ))[:, None] + (tl.arange(0, TILE) * width)[None, :]
+    tl.store(own + at, here, mask=inside[None, :])
+    tl.store(carried + at, next_, mask=inside[None, :])
 
 
 @triton.jit
@@ -146,6 +169,7 @@ def _importance_kernel(
     BJ: tl.constexpr,
     PER_CMP: tl.constexpr,
     PER_SLC: tl.constexpr,
+    PER_P: tl.constexpr,
     PRECISION: tl.constexpr,
     KV: tl.constexpr,
     COUNT: tl.constexpr,
@@ -166,80 +190,28 @@ def _importance_kernel(
     if own < COUNT:
         return
     rows = (t.to(tl.int64) * KV + h) * G + o_r % GP
-    b_q, b_q2 = load_rows(q, rows, there, D, D1, D2)
+    b_q, b_q2 = load_keys(q, rows, there, D, D1, D2)
     # Rows that do not count weigh nothing: their log-sum-exp is infinite.
     b_lse = tl.load(lse + rows, mask=there, other=float("inf")) * 1.4426950408889634
     base = tl.load(low + first)
     b_high = tl.load(high + t, mask=mine, other=0)
     b_low = tl.where(mine, base, 0)
     fewest = tl.min(tl.where(mine, b_high, 2147483647), 0)
-    # Tiles of blocks that need no mask: those all rows see; but block 0 begins before the document's first key.
     tiles = tl.cdiv(own - LOCAL + 1, BJ)
-    begin = 0 if INITIAL > 0 else 1
-    clear = tl.minimum(tl.maximum((fewest - base) // (PER_SLC * BJ), begin), tiles)
-    OFFSETS: tl.constexpr = PER_CMP + PER_SLC - 1
-    out = scores + (h.to(tl.int64) * chunk + first - start + tl.arange(0, TILE)) * width
+    clear = tl.minimum(tl.maximum((fewest - base) // (PER_SLC * BJ), 0), tiles)
+    out = scores + (h.to(tl.int64) * chunk + first - start) * width
+    carried = scores + ((KV + h.to(tl.int64)) * chunk + first - start) * width
     inside = (first + tl.arange(0, TILE)) < stop
-    acc = tl.zeros([TILE * GP, BJ], tl.float32)
-    for i in range(begin * OFFSETS, clear * OFFSETS):
-        block, offset = i // OFFSETS * BJ, i % OFFSETS
-        acc = _importance_step(
-            b_q,
-            b_q2,
-            k,
-            b_lse,
-            base,
-            b_low,
-            b_high,
-            block,
-            offset + 1 - PER_CMP,
-            scale,
-            acc,
-            False,
-            h,
-            KV,
-            D,
-            D1,
-            D2,
-            BJ,
-            PER_CMP,
-            PER_SLC,
-            PRECISION,
+    for i in range(0, clear):
+        _importance_step(
+            *(b_q, b_q2, k, b_lse, base, b_low, b_high, i * BJ, scale, out, carried, inside, width, False),
+            *(h, KV, GP, TILE, D, D1, D2, BJ, PER_CMP, PER_SLC, PER_P, PRECISION),
         )
-        if offset == OFFSETS - 1:
-            summed = tl.sum(tl.reshape(acc, [TILE, GP, BJ]), 1)
-            tl.store(out[:, None] + block + tl.arange(0, BJ)[None, :], summed, mask=inside[:, None])
-        acc = tl.where(offset == OFFSETS - 1, 0.0, acc)
-    for i in range(0, (tiles - clear + begin) * OFFSETS):
-        block, offset = i // OFFSETS, i % OFFSETS
-        block = tl.where(block < begin, 0, block + clear - begin) * BJ
-        acc = _importance_step(
-            b_q,
-            b_q2,
-            k,
-            b_lse,
-            base,
-            b_low,
-            b_high,
-            block,
-            offset + 1 - PER_CMP,
-            scale,
-            acc,
-            True,
-            h,
-            KV,
-            D,
-            D1,
-            D2,
-            BJ,
-            PER_CMP,
-            PER_SLC,
-            PRECISION,
+    for i in range(clear, tiles):
+        _importance_step(
+            *(b_q, b_q2, k, b_lse, base, b_low, b_high, i * BJ, scale, out, carried, inside, width, True),
+            *(h, KV, GP, TILE, D, D1, D2, BJ, PER_CMP, PER_SLC, PER_P, PRECISION),
         )
-        if offset == OFFSETS - 1:
-            summed = tl.sum(tl.reshape(acc, [TILE, GP, BJ]), 1)
-            tl.store(out[:, None] + block + tl.arange(0, BJ)[None, :], summed, mask=inside[:, None])
-        acc = tl.where(offset == OFFSETS - 1, 0.0, acc)
 
 
 @triton.jit
@@ -270,7 +242,10 @@ def _top_kernel(
     block = tl.arange(0, WIDTH)
     free = (block >= INITIAL) & (block <= own - LOCAL)
     # Queries that take all blocks were not scored.
-    score = tl.load(scores + (h.to(tl.int64) * chunk + row) * width + block, mask=free & (own >= COUNT), other=0.0)
+    scored = free & (own >= COUNT)
+    score = tl.load(scores + (h.to(tl.int64) * chunk + row) * width + block, mask=scored, other=0.0)
+    carried = scores + ((KV + h.to(tl.int64)) * chunk + row) * width + block - 1
+    score += tl.load(carried, mask=scored & (block > 0), other=0.0)
     score = tl.where(free, score, -1.0)
     for i in range(INITIAL + LOCAL, COUNT):
         best, index = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)

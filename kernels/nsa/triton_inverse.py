@@ -55,6 +55,44 @@ def invert(blocks: Tensor, tables: Tables, chunk: int, size: int) -> Inverse:
     return Inverse(chunk, chunks, size, item_blocks, item_pairs, first[::bins].contiguous())
 
 
+def lists_by_block(
+    blocks: Tensor, tables: Tables, chunk: int, *, stable: bool = False
+) -> tuple[Tensor, Tensor, int]:
+    """The queries of ``blocks [T, KV, n]`` that chose each block, chunk by chunk of queries.
+
+    Returns queries ``[KV * T * n]`` int32, sorted by KV head, chunk, block of the pack; where each such list begins,
+    ``[KV * chunks * B + 1]`` int32; and the number of chunks. Lists come in an order that differs from run to run, or
+    stable: in that of the queries. What lies beyond the last list is undefined.
+    """
+    tokens, kv, n = blocks.shape
+    chunks, bins = -(-tokens // chunk), tables.blocks
+    counts = blocks.new_zeros(kv * chunks * bins)
+    ranks = blocks.new_empty(kv, tokens, n)
+    tile = 64
+    grid = (-(-tokens // tile), kv)
+    shape = {"N": n, "NP": triton.next_power_of_2(n), "TILE": tile}
+    args = (tables.block_base, ranks, counts, tokens, chunk, chunks, bins, blocks.stride(0), blocks.stride(1))
+    _count_kernel[grid](blocks, *args, **shape)
+    first = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+    if stable:
+        return _sorted_lists(blocks, tables, chunk, chunks), first, chunks
+    queries = blocks.new_empty(kv * tokens * n)
+    _list_kernel[grid](blocks, *args, first, queries, **shape)
+    return queries, first, chunks
+
+
+def _sorted_lists(blocks: Tensor, tables: Tables, chunk: int, chunks: int) -> Tensor:
+    """The lists of ``lists_by_block`` with their queries in order: by a sort, which takes longer than counting."""
+    tokens, kv, n = blocks.shape
+    t = torch.arange(tokens, device=blocks.device)
+    head = torch.arange(kv, device=blocks.device)[:, None, None]
+    list_of = (head * chunks + (t // chunk)[:, None]) * tables.blocks + tables.block_base[:, None]
+    list_of = list_of + blocks.transpose(0, 1)
+    list_of = torch.where(blocks.transpose(0, 1) >= 0, list_of, kv * chunks * tables.blocks)
+    order = torch.argsort(list_of.flatten(), stable=True)
+    return (order // n % tokens).to(torch.int32)
+
+
 @triton.jit
 def _bins(blocks, block_base, tokens, chunk, chunks, bins, stride_t, stride_h, N: tl.constexpr, NP, TILE):
     """Of a tile's pairs ``[TILE, NP]``: query, choice, block of the pack, counter, and whether there is one."""
@@ -119,3 +157,28 @@ def _fill_kernel(
     item = tl.load(first + counter, mask=there, other=0).to(tl.int64) + rank // SIZE
     tl.store(item_blocks + item, at, mask=there & (rank % SIZE == 0))
     tl.store(item_pairs + item * SIZE + rank % SIZE, (t[:, None] * N + i[None, :]).to(tl.int32), mask=there)
+
+
+@triton.jit
+def _list_kernel(
+    blocks,
+    block_base,
+    ranks,
+    counts,
+    tokens,
+    chunk,
+    chunks,
+    bins,
+    stride_t,
+    stride_h,
+    first,
+    queries,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    t, i, _at, counter, pair, there = _bins(
+        blocks, block_base, tokens, chunk, chunks, bins, stride_t, stride_h, N, NP, TILE
+    )
+    place = tl.load(first + counter, mask=there, other=0) + tl.load(ranks + pair, mask=there, other=0)
+    tl.store(queries + place, (t[:, None] + 0 * i[None, :]).to(tl.int32), mask=there)

@@ -28,6 +28,7 @@ class Tables:
     before it, so that ``block_base[t] + j`` numbers the blocks of the pack. block_first: ``[B]``, first token of each
     selection block of the pack. window, local, initial, cmp: the spans of each query; ``initial`` ends where
     ``local``, the forced blocks that end with the query's own, begins; ``cmp`` counts compression blocks of the pack.
+    window_seen, cmp_seen: turned around, the queries that see each key, and each compression block.
     """
 
     cu_seqlens: tuple[int, ...]
@@ -39,6 +40,8 @@ class Tables:
     local: Span
     initial: Span
     cmp: Span
+    window_seen: Span
+    cmp_seen: Span
 
     @property
     def tokens(self) -> int:
@@ -89,6 +92,11 @@ def _make_tables(cu_seqlens: tuple[int, ...], sizes: BlockSizes, device: torch.d
     initial = torch.minimum(starts + sizes.slc_initial * sizes.slc_block, local)
     ended = ((position + 1 - sizes.cmp_block).div(sizes.cmp_stride, rounding_mode="floor") + 1).clamp(min=0)
 
+    ends = starts + torch.repeat_interleave(lengths, lengths)
+    cmp_first = torch.repeat_interleave(firsts, cmp)
+    cmp_index = torch.arange(int(cmp.sum())) - torch.repeat_interleave(cmp.cumsum(0) - cmp, cmp)
+    cmp_last = cmp_first + cmp_index * sizes.cmp_stride + sizes.cmp_block - 1
+
     def put(x: Tensor) -> Tensor:
         return x.to(torch.int32).to(device)
 
@@ -102,4 +110,6 @@ def _make_tables(cu_seqlens: tuple[int, ...], sizes: BlockSizes, device: torch.d
         local=Span(put(local), put(token + 1)),
         initial=Span(put(starts), put(initial)),
         cmp=Span(put(cmp_base), put(cmp_base + ended)),
+        window_seen=Span(put(token), put(torch.minimum(token + sizes.window, ends))),
+        cmp_seen=Span(put(cmp_last), put(torch.repeat_interleave(firsts + lengths, cmp))),
     )

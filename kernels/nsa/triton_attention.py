@@ -1,0 +1,63 @@
+"""NSA on a GPU: forward and backward pass in Triton behind one differentiable function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from shoal.kernels.nsa.layout import Layout
+from shoal.kernels.nsa.triton_backward import BackwardTuning, nsa_backward
+from shoal.kernels.nsa.triton_forward import Forward, ForwardTuning, nsa_forward
+
+Tunings = tuple[ForwardTuning, BackwardTuning]
+
+
+def nsa_triton(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    k_slc: Tensor,
+    v_slc: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    gates: Tensor,
+    layout: Layout,
+    scale: float,
+    *,
+    deterministic: bool | None = None,
+    tunings: Tunings | None = None,
+) -> Tensor:
+    """What :func:`shoal.kernels.nsa.nsa_attention` returns, from the same arguments, in bfloat16, float16 or float32.
+
+    gates: not negative. deterministic: gradients that are the same bits in every run; None: as torch is set
+    (``torch.use_deterministic_algorithms``).
+    """
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    tensors = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
+    out: Tensor = _Triton.apply(*tensors, layout, scale, deterministic, tunings or (ForwardTuning(), BackwardTuning()))
+    return out
+
+
+class _Triton(torch.autograd.Function):
+    """Forward keeps the inputs, the three branches' outputs with their log-sum-exps, and the chosen blocks."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        *tensors, layout, scale, deterministic, tunings = args
+        f = nsa_forward(*tensors, layout, scale, tunings[0])
+        ctx.save_for_backward(*tensors, f.cmp, f.cmp_lse, f.slc, f.slc_lse, f.win, f.win_lse, f.blocks)
+        ctx.settings = layout, scale, deterministic, tunings[1]
+        return f.out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        tensors, kept = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
+        layout, scale, deterministic, tuning = ctx.settings
+        f = Forward(grads[0], *kept)  # the sum of the branches is not needed again
+        back = nsa_backward(grads[0], *tensors, f, layout, scale, deterministic=deterministic, tuning=tuning)
+        return (*back, None, None, None, None)
