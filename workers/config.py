@@ -233,9 +233,12 @@ def _check_model(recipe: Recipe) -> None:
 
 
 def _check_backends(recipe: Recipe) -> None:
-    for key, backend in (("attention.backend", recipe.attention.backend), ("moe.backend", recipe.moe.backend)):
-        if backend not in ("auto", "torch"):
-            raise ValueError(f"{key}={backend!r} is not there yet: set {key} to 'auto' or 'torch'")
+    if recipe.attention.backend == "triton" and recipe.parallel.device == "cpu":
+        raise ValueError(
+            "attention.backend='triton' needs a GPU, and parallel.device='cpu': set attention.backend='auto'"
+        )
+    if recipe.moe.backend not in ("auto", "torch"):
+        raise ValueError(f"moe.backend={recipe.moe.backend!r} is not there yet: set moe.backend to 'auto' or 'torch'")
 
 
 def _check_blocks(a: AttentionTable) -> None:

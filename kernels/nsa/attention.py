@@ -8,7 +8,7 @@ nothing of size queries x keys outlives its tile.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,13 @@ from torch.autograd.function import once_differentiable
 from shoal.kernels.nsa.gather import attend_backward, gather_backward, gather_forward
 from shoal.kernels.nsa.layout import Layout, Tile
 from shoal.kernels.nsa.select import importance, select
+
+Backend = Literal["auto", "torch", "triton"]
+
+
+def takes_triton(q: Tensor) -> bool:
+    """Whether ``backend="auto"`` computes with the Triton kernels: on CUDA GPUs, in 16 bits."""
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
 
 
 def nsa_attention(
@@ -30,6 +37,7 @@ def nsa_attention(
     gates: Tensor,
     layout: Layout,
     scale: float,
+    backend: Backend = "auto",
 ) -> Tensor:
     """``o_t = Σ_c g_t^c · Attn(q_t, K_t^c, V_t^c)`` over c = cmp, slc, win (NSA eq. 5), causal, per document.
 
@@ -39,7 +47,8 @@ def nsa_attention(
 
     Queries and keys come rotated: q, k_slc and k_win at their own positions, k_cmp (φ of un-rotated keys) at the
     position of its block's first key, ``layout.cmp_positions``. The choice of blocks is not differentiated through; a
-    branch without keys contributes 0. Raises ValueError when a shape does not fit the layout.
+    branch without keys contributes 0. backend: auto takes Triton where :func:`takes_triton` says so; it wants gates that
+    are not negative. Raises ValueError when a shape does not fit the layout, or Triton is asked for without a GPU.
     """
     tokens, blocks = layout.tokens, layout.cmp_starts.numel()
     if q.shape[0] != tokens or k_slc.shape[0] != tokens or k_win.shape[0] != tokens or k_cmp.shape[0] != blocks:
@@ -49,7 +58,15 @@ def nsa_attention(
         )
     if q.shape[1] % k_slc.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads do not divide over {k_slc.shape[1]} KV heads")
-    out: Tensor = _NSA.apply(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, layout, scale)
+    tensors = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
+    if backend == "triton" or (backend == "auto" and takes_triton(q)):
+        if not q.is_cuda:
+            raise ValueError(f"backend='triton' needs tensors on a GPU, and q is on {q.device}: take 'auto' or 'torch'")
+        # Imported here: Triton is not there on every system, and this is of no use without a GPU.
+        from shoal.kernels.nsa.triton_attention import nsa_triton
+
+        return nsa_triton(*tensors, layout, scale)
+    out: Tensor = _NSA.apply(*tensors, layout, scale)
     return out
 
 

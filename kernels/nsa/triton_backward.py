@@ -22,8 +22,8 @@ from shoal.kernels.nsa.triton_tables import make_tables
 class BackwardTuning:
     """One for each kernel; they change speed, never results (beyond rounding)."""
 
-    cmp: SpanGradTuning = field(default_factory=lambda: SpanGradTuning(chunk=1024))
-    window: SpanGradTuning = field(default_factory=lambda: SpanGradTuning(lap=640))
+    cmp: SpanGradTuning = field(default_factory=lambda: SpanGradTuning(chunk=1024, stages=3))
+    window: SpanGradTuning = field(default_factory=lambda: SpanGradTuning(lap=640, stages=3))
     selected: GatherGradTuning = field(default_factory=GatherGradTuning)
 
 
@@ -68,9 +68,9 @@ def nsa_backward(
         args = (q, k, v, d_out, bases[side], dots[side], span, seen, scale, branch)
         span_backward(*args, deterministic=deterministic, tuning=tuned)
     selected = (q, k_slc, v_slc, d_out, bases[1], dots[1], forward.blocks, tables, scale, slc)
-    selected_backward(*selected, deterministic=deterministic, tuning=tuning.selected)
+    d_q = selected_backward(*selected, deterministic=deterministic, tuning=tuning.selected)
     keys = [rounded(x, factor, q) for g in (cmp, slc, win) for x, factor in ((g.d_k, scale), (g.d_v, 1.0))]
-    return (rounded(d_q, scale, q), *keys, d_gates)
+    return (d_q, *keys, d_gates)
 
 
 def rounded(x: Tensor, factor: float, like: Tensor) -> Tensor:
@@ -102,9 +102,7 @@ def row_sums(d_out: Tensor, gates: Tensor, forward: Forward) -> tuple[Tensor, Te
 
 
 @triton.jit
-def _row_sums_branch(
-    d_out, out, lse, gates, bases, dots, d_gates, rows, row, at, mask, BRANCH: tl.constexpr, inside
-):
+def _row_sums_branch(d_out, out, lse, gates, bases, dots, d_gates, rows, row, at, mask, BRANCH: tl.constexpr, inside):
     dot = tl.sum(d_out * tl.load(out + at, mask=mask, other=0.0).to(tl.float32), 1)
     gate = tl.load(gates + row * 3 + BRANCH, mask=inside, other=0.0).to(tl.float32)
     b_lse = tl.load(lse + row, mask=inside, other=float("-inf"))

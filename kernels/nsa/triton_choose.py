@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shoal.kernels.nsa.triton_select import LOG2E, halves, load_keys, load_rows, padded, precision, query_keys
+from shoal.kernels.nsa.triton_select import LOG2E, halves, load_keys, load_rows, padded, precision
 from shoal.kernels.nsa.triton_tables import Tables
 
 

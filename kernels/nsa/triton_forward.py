@@ -70,16 +70,17 @@ def nsa_forward(
     tables, sizes = make_tables(layout), layout.sizes
     cmp, cmp_lse = _span(q, k_cmp, v_cmp, tables.cmp, scale, tuning.cmp)
     blocks = choose_blocks(q, k_cmp, cmp_lse, tables, scale, tuning.choose)
+    win, win_lse = _span(q, k_win, v_win, tables.window, scale, tuning.near)
     # Forced blocks lie side by side for neighbouring queries: dense tiles read them. The others are gathered.
     forced = span_attention(q, k_slc, v_slc, tables.local, scale, also=tables.initial, tuning=tuning.near)
-    slc, slc_lse = forced
     others = blocks[..., sizes.slc_initial + sizes.slc_local :]
-    if others.shape[-1]:
-        slc, slc_lse = selected_by_block(
-            q, k_slc, v_slc, others, tables, scale, own=False, beside=forced, tuning=tuning.gather
-        )
-    win, win_lse = _span(q, k_win, v_win, tables.window, scale, tuning.near)
-    return Forward(mix(cmp, slc, win, gates), cmp, cmp_lse, slc, slc_lse, win, win_lse, blocks)
+    if not others.shape[-1]:
+        return Forward(mix(cmp, forced[0], win, gates), cmp, cmp_lse, *forced, win, win_lse, blocks)
+    out = torch.empty_like(cmp)
+    args = (q, k_slc, v_slc, others, tables, scale)
+    mixing = (cmp, win, gates, out)
+    slc, slc_lse = selected_by_block(*args, own=False, beside=forced, mix=mixing, tuning=tuning.gather)
+    return Forward(out, cmp, cmp_lse, slc, slc_lse, win, win_lse, blocks)
 
 
 def _span(q: Tensor, k: Tensor, v: Tensor, span: Span, scale: float, tuning: SpanTuning) -> tuple[Tensor, Tensor]:

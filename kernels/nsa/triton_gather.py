@@ -22,17 +22,20 @@ from shoal.kernels.nsa.triton_tables import Tables
 
 @dataclass(frozen=True)
 class Tuning:
-    """chunk: queries whose partial outputs exist at a time. heads: KV heads at a time, 0 for all. rows: of a matrix
-    product, queries times padded group. steps: such products an item, between two loads of keys and values; a power of
-    two."""
+    """chunk: queries whose partial outputs exist at a time. heads: KV heads at a time, 0 for all. direct: how many of a
+    query's blocks are read query by query, while the partial outputs of the others are merged: the first is bound by
+    the L2 cache, the second by memory. rows: of a matrix product, queries times padded group. steps: such products an
+    item, between two loads of keys and values; a power of two."""
 
     chunk: int = 8192
     heads: int = 0
+    direct: int = 5
     rows: int = 64
     steps: int = 16
     warps: int = 4
     stages: int = 1
-    merge_warps: int = 4
+    merge_warps: int = 2
+    merge_stages: int = 2
 
 
 def selected_by_block(
@@ -45,77 +48,74 @@ def selected_by_block(
     *,
     own: bool = True,
     beside: tuple[Tensor, Tensor] | None = None,
+    mix: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     tuning: Tuning | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What ``selected_by_query`` returns, from the same arguments.
 
     own: False promises that ``blocks`` never holds the block of the query itself, so that no key has to be masked.
     beside: output and log-sum-exp of the same queries over other keys (the forced blocks), merged into the result.
-    Partial outputs are kept in q's dtype, ``chunk * n`` of them a head, whatever the length of the pack.
+    mix: outputs of the compressed and the window branch, gates ``[T, H, 3]``, and where the sum of the three goes.
+    Partial outputs are kept in q's dtype, ``chunk * (n - direct)`` of them a head, whatever the length of the pack.
     """
     tuning = tuning or Tuning()
     tokens, heads, dim = q.shape
     kv, dim_v = v.shape[1:]
-    n, group = blocks.shape[2], heads // kv
     out = q.new_empty(tokens, heads, dim_v)
     lse = q.new_empty(tokens, heads, dtype=torch.float32)
     if not tokens:
         return out, lse
+    direct = min(tuning.direct, blocks.shape[2])
+    parted, n, group = blocks[..., direct:], blocks.shape[2] - direct, heads // kv
     group_p = padded(group, least=1)
     tile = max(1, tuning.rows // group_p)
     chunk, at_once = min(tuning.chunk, tokens), tuning.heads or kv
-    inverse = invert(blocks, tables, chunk, tile * tuning.steps)
     part = q.new_empty(chunk, n, at_once, group, dim_v)
     part_lse = q.new_empty(chunk, n, at_once, group, dtype=torch.float32)
-    shape = {"N": n, "KV": kv, "HEADS": at_once, "G": group, "GP": group_p, "E": dim_v, "EP": padded(dim_v)}
+    inverse = invert(parted, tables, chunk, tile * tuning.steps) if n else None
+    shape = {
+        "N": n,
+        "KV": kv,
+        "HEADS": at_once,
+        "G": group,
+        "E": dim_v,
+        "EP": padded(dim_v),
+        "BLOCK": tables.sizes.slc_block,
+        "BN": padded(tables.sizes.slc_block),
+        "OWN": own,
+        "PRECISION": precision(q.dtype),
+        **halves(dim),
+    }
     for head in range(0, kv, at_once):
         width = min(at_once, kv - head)
         for index, start in enumerate(range(0, tokens, chunk)):
             stop = min(start + chunk, tokens)
             pairs = (stop - start) * n
-            most = min(pairs, tables.blocks_within(start, stop) + pairs // inverse.size)
-            _partial_kernel[(most, width)](
-                q,
-                k,
-                v,
-                inverse.item_blocks,
-                inverse.item_pairs,
-                inverse.first_items,
-                tables.block_first,
-                part,
-                part_lse,
-                scale * LOG2E,
-                tokens,
-                head,
-                index,
-                inverse.chunks,
-                start,
-                TILE=tile,
-                ITEM=inverse.size,
-                BLOCK=tables.sizes.slc_block,
-                BN=padded(tables.sizes.slc_block),
-                OWN=own,
-                PRECISION=precision(q.dtype),
-                num_warps=tuning.warps,
-                num_stages=tuning.stages,
-                **halves(dim),
-                **shape,
-            )
+            if inverse is not None:
+                most = min(pairs, tables.blocks_within(start, stop) + pairs // inverse.size)
+                _partial_kernel[(most, width)](
+                    *(q, k, v, inverse.item_blocks, inverse.item_pairs, inverse.first_items, tables.block_first),
+                    *(part, part_lse, scale * LOG2E, tokens, head, index, inverse.chunks, start),
+                    TILE=tile,
+                    ITEM=inverse.size,
+                    GP=group_p,
+                    num_warps=tuning.warps,
+                    num_stages=tuning.stages,
+                    **shape,
+                )
             _merge_kernel[(stop - start, width)](
-                part,
-                part_lse,
-                blocks,
-                out if beside is None else beside[0],
-                lse if beside is None else beside[1],
-                out,
-                lse,
-                head,
-                start,
-                blocks.stride(0),
-                blocks.stride(1),
-                NP=triton.next_power_of_2(n),
+                *(q, k, v, part, part_lse, blocks, tables.starts),
+                *(beside if beside is not None else (out, lse)),
+                *(out, lse),
+                *(mix if mix is not None else (out, out, lse, out)),
+                *(scale * LOG2E, head, start, blocks.stride(0), blocks.stride(1)),
+                DIRECT=direct,
+                GP=padded(group),
+                NP=triton.next_power_of_2(max(n, 1)),
                 BESIDE=beside is not None,
+                MIX=mix is not None,
                 num_warps=tuning.merge_warps,
+                num_stages=tuning.merge_stages,
                 **shape,
             )
     return out, lse
@@ -195,20 +195,84 @@ def _partial_kernel(
 
 
 @triton.jit
+def _attend_blocks(
+    q,
+    k,
+    v,
+    rows,
+    in_g,
+    chosen,
+    t,
+    h,
+    start,
+    scale,
+    COUNT: tl.constexpr,
+    OWN: tl.constexpr,
+    KV: tl.constexpr,
+    GP: tl.constexpr,
+    E: tl.constexpr,
+    EP: tl.constexpr,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A query's maximum, sum of weights and weighted values over its first ``COUNT`` blocks, ``[GP]``, ``[GP, EP]``."""
+    o_n, o_e = tl.arange(0, BN), tl.arange(0, EP)
+    b_q, b_q2 = load_rows(q, rows, in_g, D, D1, D2)
+    m = tl.full([GP], float("-inf"), tl.float32)
+    total = tl.zeros([GP], tl.float32)
+    acc = tl.zeros([GP, EP], tl.float32)
+    for i in range(COUNT):
+        block = tl.load(chosen + i)
+        keys = start + block * BLOCK + o_n
+        seen = (block >= 0) & (o_n < BLOCK)
+        if OWN:
+            seen = seen & (keys <= t)
+        at = keys * KV + h
+        b_k, b_k2 = load_keys(k, at, seen, D, D1, D2)
+        b_v = tl.load(v + at[:, None] * E + o_e[None, :], mask=seen[:, None] & (o_e < E)[None, :], other=0.0)
+        s = query_keys(b_q, b_q2, b_k, b_k2, D2, PRECISION) * scale
+        s = tl.where(seen[None, :], s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        # A query without any key yet has m = -inf; 0 in its place keeps exp2(-inf - m) at 0 instead of NaN.
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(s - base[:, None])
+        fade = tl.exp2(m - base)
+        total = total * fade + tl.sum(p, 1)
+        acc = tl.dot(p.to(b_v.dtype), b_v, acc * fade[:, None], input_precision=PRECISION)
+        m = m_new
+    return m, total, acc
+
+
+@triton.jit
 def _merge_kernel(
+    q,
+    k,
+    v,
     part,
     part_lse,
     blocks,
+    starts,
     beside,
     beside_lse,
     out,
     lse,
+    cmp,
+    win,
+    gates,
+    mixed,
+    scale,
     head,
     start,
     stride_t,
     stride_h,
-    NP: tl.constexpr,
+    DIRECT: tl.constexpr,
     BESIDE: tl.constexpr,
+    MIX: tl.constexpr,
+    NP: tl.constexpr,
     N: tl.constexpr,
     KV: tl.constexpr,
     HEADS: tl.constexpr,
@@ -216,6 +280,13 @@ def _merge_kernel(
     GP: tl.constexpr,
     E: tl.constexpr,
     EP: tl.constexpr,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BN: tl.constexpr,
+    OWN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Weigh the partial outputs of one query and KV head, in the order of its choices: the same bits in every run."""
     t = start + tl.program_id(0).to(tl.int64)
@@ -224,9 +295,10 @@ def _merge_kernel(
     in_g = o_g < G
     inside = in_g[:, None] & (o_e < E)[None, :]
     rows = (t * KV + h) * G + o_g
+    at = rows[:, None] * E + o_e[None, :]
     slots = tl.program_id(0).to(tl.int64) * N * HEADS + (h - head)
     chosen = blocks + t * stride_t + h * stride_h
-    there = tl.load(chosen + o_i, mask=o_i < N, other=-1) >= 0
+    there = tl.load(chosen + DIRECT + o_i, mask=o_i < N, other=-1) >= 0
     each = tl.load(
         part_lse + (slots + o_i * HEADS)[:, None] * G + o_g[None, :],
         mask=there[:, None] & in_g[None, :],
@@ -242,14 +314,34 @@ def _merge_kernel(
     if BESIDE:
         weight = tl.exp2(b_beside - base)
         total += weight
-        acc += weight[:, None] * tl.load(beside + rows[:, None] * E + o_e[None, :], mask=inside, other=0.0)
+        acc += weight[:, None] * tl.load(beside + at, mask=inside, other=0.0)
     for i in tl.static_range(N):
-        yes = tl.load(chosen + i) >= 0
+        yes = tl.load(chosen + DIRECT + i) >= 0
         slot = (slots + i * HEADS) * G + o_g
         weight = tl.exp2(tl.load(part_lse + slot, mask=in_g & yes, other=float("-inf")) - base)
-        b_part = tl.load(part + slot[:, None] * E + o_e[None, :], mask=inside & yes, other=0.0)
-        acc += weight[:, None] * b_part
+        acc += weight[:, None] * tl.load(
+            part + slot[:, None] * E + o_e[None, :], mask=inside & yes, other=0.0, eviction_policy="evict_first"
+        )
+    if DIRECT > 0:
+        first = tl.load(starts + t).to(tl.int64)
+        m_d, total_d, acc_d = _attend_blocks(
+            *(q, k, v, rows, in_g, chosen, t, h, first, scale, DIRECT, OWN),
+            *(KV, GP, E, EP, D, D1, D2, BLOCK, BN, PRECISION),
+        )
+        both = tl.maximum(m, m_d)
+        both = tl.where(both == float("-inf"), 0.0, both)
+        # total is 0 where m is -inf, whatever base is then.
+        fade, fade_d = tl.exp2(m - both), tl.exp2(m_d - both)
+        base, total = both, total * fade + total_d * fade_d
+        acc = acc * fade[:, None] + acc_d * fade_d[:, None]
     none = total == 0.0
     acc = acc / tl.where(none, 1.0, total)[:, None]
-    tl.store(out + rows[:, None] * E + o_e[None, :], acc.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
     tl.store(lse + rows, tl.where(none, float("-inf"), (base + tl.log2(total)) * 0.6931471805599453), mask=in_g)
+    if MIX:
+        acc = acc * tl.load(gates + rows * 3 + 1, mask=in_g, other=0.0).to(tl.float32)[:, None]
+        gate = tl.load(gates + rows * 3, mask=in_g, other=0.0).to(tl.float32)
+        acc += gate[:, None] * tl.load(cmp + at, mask=inside, other=0.0)
+        gate = tl.load(gates + rows * 3 + 2, mask=in_g, other=0.0).to(tl.float32)
+        acc += gate[:, None] * tl.load(win + at, mask=inside, other=0.0)
+        tl.store(mixed + at, acc.to(mixed.dtype.element_ty), mask=inside)

@@ -1,6 +1,8 @@
 """Gradients of selected attention, in Triton: a program holds a block and reads the queries of a chunk that chose it.
 
-Queries are taken in chunks so small that what is gathered of them, and the sum of their gradients, stay in the L2 cache.
+A query's gradient comes in parts, one for each of its blocks, which a second kernel sums. Adding them up in memory with
+atomic operations takes longer: those run at 2 TB/s in the L2 cache. Chunks are so small that what is gathered of their
+queries stays in that cache.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -8,24 +10,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from shoal.kernels.nsa.triton_inverse import lists_by_block
-from shoal.kernels.nsa.triton_select import LOG2E, halves, load_keys, load_rows, padded, precision, query_keys
-from shoal.kernels.nsa.triton_span_grad import Grads, add_query_grads, put_key_grads, score_weights
+from shoal.kernels.nsa.triton_select import LOG2E, halves, load_rows, padded, precision
+from shoal.kernels.nsa.triton_span_grad import Grads, score_weights
 from shoal.kernels.nsa.triton_tables import Tables
 
 
 @dataclass(frozen=True)
 class GatherGradTuning:
-    """chunk: queries whose gradients are summed at a time. rows: of a tile, queries times padded group."""
+    """chunk: queries whose parts exist at a time. rows: of a tile, queries times padded group."""
 
     chunk: int = 2048
-    rows: int = 32
+    rows: int = 64
     warps: int = 4
-    stages: int = 2
+    stages: int = 1
+    merge_warps: int = 4
 
 
 def selected_backward(
@@ -42,76 +46,69 @@ def selected_backward(
     *,
     deterministic: bool = False,
     tuning: GatherGradTuning | None = None,
-) -> None:
-    """Add the gradients of ``selected_by_query(q, k, v, blocks, …)`` times its gates to ``grads``.
+) -> Tensor:
+    """Add the gradients of ``selected_by_query(q, k, v, blocks, …)`` times its gates to d_k and d_v of ``grads``.
 
-    base, dots, deterministic: as in :func:`shoal.kernels.nsa.triton_span_grad.span_backward`.
+    base, dots: as in :func:`shoal.kernels.nsa.triton_span_grad.span_backward`. Returns the gradient of the queries,
+    ``[T, H, D]`` in q's dtype: this one's and what ``grads.d_q`` holds, times the scale. deterministic: a block
+    sums its queries in their order.
     """
     tuning = tuning or GatherGradTuning()
     tokens, heads, dim = q.shape
     kv, dim_v = v.shape[1:]
-    n = blocks.shape[2]
-    if not tokens or not n:
-        return
-    group_p = padded(heads // kv, least=1)
-    tile = max(1, tuning.rows // group_p)
-    chunk = tokens if deterministic else min(tuning.chunk, tokens)
+    n, group = blocks.shape[2], heads // kv
+    d_q = torch.empty_like(q)
+    if not tokens:
+        return d_q
+    chunk = min(tuning.chunk, tokens)
     pairs, first, chunks = lists_by_block(blocks, tables, chunk, stable=deterministic)
-    shape = {
-        "N": n,
-        "KV": kv,
-        "G": heads // kv,
-        "GP": group_p,
-        "E": dim_v,
-        "EP": padded(dim_v),
-        "BLOCK": tables.sizes.slc_block,
-        "BN": padded(tables.sizes.slc_block),
-        "PRECISION": precision(q.dtype),
-        "num_stages": tuning.stages,
-        **halves(dim),
-    }
-    _block_kernel[(kv * chunks * tables.blocks,)](
-        q,
-        k,
-        v,
-        d_out,
-        base,
-        dots,
-        grads.d_q,
-        grads.d_k,
-        grads.d_v,
-        pairs,
-        first,
-        tables.block_first,
-        tables.starts,
-        scale * LOG2E,
-        tokens,
-        chunks,
-        tables.blocks,
-        TILE=tile,
-        WITH_Q=not deterministic,
-        SHARED=chunks > 1,
-        num_warps=tuning.warps,
-        **shape,
-    )
-    if deterministic:
-        _query_kernel[(tokens * kv,)](
-            q,
-            k,
-            v,
-            d_out,
-            base,
-            dots,
-            grads.d_q,
-            blocks,
-            tables.starts,
-            scale * LOG2E,
-            tokens,
-            blocks.stride(0),
-            blocks.stride(1),
-            num_warps=2,
-            **{**shape, "GP": padded(heads // kv)},
+    part = torch.empty(chunk, n, heads, dim, dtype=q.dtype, device=q.device)
+    group_p = padded(group, least=1)
+    shape = {"N": n, "KV": kv, "G": group, "D": dim}
+    for index, start in enumerate(range(0, tokens, chunk)):
+        stop = min(start + chunk, tokens)
+        low, high = tables.reach(start, stop)
+        _block_kernel[(high - low, kv)](
+            *(q, k, v, d_out, base, dots, grads.d_k, grads.d_v, part, pairs, first, tables.block_first),
+            *(tables.starts, scale * LOG2E, tokens, start, low, index, chunks, tables.blocks),
+            GP=group_p,
+            TILE=max(1, tuning.rows // group_p),
+            E=dim_v,
+            EP=padded(dim_v),
+            BLOCK=tables.sizes.slc_block,
+            BN=padded(tables.sizes.slc_block),
+            PRECISION=precision(q.dtype),
+            num_warps=tuning.warps,
+            num_stages=tuning.stages,
+            D1=halves(dim)["D1"],
+            D2=halves(dim)["D2"],
+            **shape,
         )
+        _sum_kernel[(stop - start, kv)](
+            *(grads.d_q, part, blocks, d_q, scale, start, blocks.stride(0), blocks.stride(1)),
+            GP=group_p,
+            DP=padded(dim),
+            num_warps=tuning.merge_warps,
+            **shape,
+        )
+    return d_q
+
+
+@triton.jit
+def _put_part(part, slot, there, ds, b_k, first, D: tl.constexpr, WIDTH: tl.constexpr, PRECISION):
+    """Store ``d_s k`` of ``ds [keys, rows]`` as columns ``first …`` of the rows' parts."""
+    o_d = first + tl.arange(0, WIDTH)
+    dq = tl.dot(tl.trans(ds), b_k, input_precision=PRECISION)
+    tl.store(part + slot[:, None] * D + o_d[None, :], dq.to(part.dtype.element_ty), there[:, None] & (o_d < D)[None, :])
+
+
+@triton.jit
+def _add(x, at, held, acc, first, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Add ``acc [keys, WIDTH]`` to columns ``first …`` of x ``[…, D]``, which no other program adds to."""
+    o_d = first + tl.arange(0, WIDTH)
+    inside = held[:, None] & (o_d < D)[None, :]
+    p_x = x + at[:, None] * D + o_d[None, :]
+    tl.store(p_x, tl.load(p_x, mask=inside, other=0.0) + acc, mask=inside)
 
 
 @triton.jit
@@ -122,19 +119,20 @@ def _block_kernel(
     d_out,
     base,
     dots,
-    d_q,
     d_k,
     d_v,
+    part,
     pairs,
     first,
     block_first,
     starts,
     scale,
     tokens,
+    start,
+    low,
+    chunk,
     chunks,
     blocks,
-    WITH_Q: tl.constexpr,
-    SHARED: tl.constexpr,
     N: tl.constexpr,
     KV: tl.constexpr,
     G: tl.constexpr,
@@ -149,14 +147,13 @@ def _block_kernel(
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Programs follow one another by head, chunk of queries, block."""
-    counter = tl.program_id(0)
-    begin, stop = tl.load(first + counter).to(tl.int64), tl.load(first + counter + 1).to(tl.int64)
+    h, block = tl.program_id(1), low + tl.program_id(0)
+    counter = (h * chunks + chunk) * blocks + block
+    begin, stop = tl.load(first + counter), tl.load(first + counter + 1)
     if begin >= stop:
         return
-    h = counter // (chunks * blocks)
     o_n, o_e, o_r = tl.arange(0, BN), tl.arange(0, EP), tl.arange(0, TILE * GP)
-    key = tl.load(block_first + counter % blocks)
+    key = tl.load(block_first + block)
     keys = key + o_n
     # The last block of a document ends with it: what stands behind it is another program's.
     held = (keys < tokens) & (o_n < BLOCK)
@@ -170,7 +167,8 @@ def _block_kernel(
     for step in range(begin, stop, TILE):
         place = step + o_r // GP
         there = (place < stop) & (o_r % GP < G)
-        t = tl.load(pairs + place, mask=place < stop, other=2147483647)
+        pair = tl.load(pairs + place, mask=place < stop, other=0)
+        t = pair // N
         rows = (t.to(tl.int64) * KV + h) * G + o_r % GP
         b_q, b_q2 = load_rows(q, rows, there, D, D1, D2)
         b_do = tl.load(d_out + rows[:, None] * E + o_e[None, :], there[:, None] & (o_e < E)[None, :], other=0.0)
@@ -183,29 +181,25 @@ def _block_kernel(
         ds = (w * (dp - b_dots[None, :])).to(b_q.dtype)
         dv = tl.dot(w.to(b_do.dtype), b_do, dv, input_precision=PRECISION)
         dk = tl.dot(ds, b_q, dk, input_precision=PRECISION)
+        slot = ((pair - start * N).to(tl.int64) * KV + h) * G + o_r % GP
+        _put_part(part, slot, there, ds, b_k, 0, D, D1, PRECISION)
         if D2 > 0:
             dk2 = tl.dot(ds, b_q2, dk2, input_precision=PRECISION)
-        if WITH_Q:
-            add_query_grads(d_q, rows, there, ds, b_k, b_k2, D, D1, D2, PRECISION)
-    put_key_grads(d_v, at, held, dv, 0, E, EP, SHARED)
-    put_key_grads(d_k, at, held, dk, 0, D, D1, SHARED)
+            _put_part(part, slot, there, ds, b_k2, D1, D, D2, PRECISION)
+    _add(d_v, at, held, dv, 0, E, EP)
+    _add(d_k, at, held, dk, 0, D, D1)
     if D2 > 0:
-        put_key_grads(d_k, at, held, dk2, D1, D, D2, SHARED)
+        _add(d_k, at, held, dk2, D1, D, D2)
 
 
 @triton.jit
-def _query_kernel(
-    q,
-    k,
-    v,
-    d_out,
-    base,
-    dots,
-    d_q,
+def _sum_kernel(
+    beside,
+    part,
     blocks,
-    starts,
+    d_q,
     scale,
-    tokens,
+    start,
     stride_t,
     stride_h,
     N: tl.constexpr,
@@ -213,43 +207,18 @@ def _query_kernel(
     G: tl.constexpr,
     GP: tl.constexpr,
     D: tl.constexpr,
-    D1: tl.constexpr,
-    D2: tl.constexpr,
-    E: tl.constexpr,
-    EP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DP: tl.constexpr,
 ):
-    """d_q alone: a program has a query and a KV head for itself."""
-    pid = tl.program_id(0)
-    t = (pid % tokens).to(tl.int64)
-    h = pid // tokens
-    o_g, o_n, o_e, o_d = tl.arange(0, GP), tl.arange(0, BN), tl.arange(0, EP), tl.arange(0, D1)
-    there = o_g < G
-    rows = (t * KV + h) * G + o_g
-    start = tl.load(starts + t).to(tl.int64)
-    b_q, b_q2 = load_rows(q, rows, there, D, D1, D2)
-    b_do = tl.load(d_out + rows[:, None] * E + o_e[None, :], there[:, None] & (o_e < E)[None, :], other=0.0)
-    b_base = tl.load(base + rows, mask=there, other=float("inf"))
-    b_dots = tl.load(dots + rows, mask=there, other=0.0)
-    dq = tl.load(d_q + rows[:, None] * D + o_d[None, :], mask=there[:, None] & (o_d < D)[None, :], other=0.0)
-    o_d2 = D1 + tl.arange(0, D2 if D2 > 0 else 16)
-    dq2 = tl.load(d_q + rows[:, None] * D + o_d2[None, :], mask=there[:, None] & (o_d2 < D)[None, :], other=0.0)
-    for i in range(N):
-        block = tl.load(blocks + t * stride_t + h * stride_h + i)
-        keys = start + block * BLOCK + o_n
-        seen = (block >= 0) & (keys <= t) & (o_n < BLOCK)
-        at = keys * KV + h
-        b_k, b_k2 = load_keys(k, at, seen, D, D1, D2)
-        b_v = tl.load(v + at[None, :] * E + o_e[:, None], mask=seen[None, :] & (o_e < E)[:, None], other=0.0)
-        s = query_keys(b_q, b_q2, b_k, b_k2, D2, PRECISION)
-        dp = tl.dot(b_do, b_v, input_precision=PRECISION)
-        w = tl.where(seen[None, :], tl.exp2(s * scale - b_base[:, None]), 0.0)
-        ds = (w * (dp - b_dots[:, None])).to(b_q.dtype)
-        dq = tl.dot(ds, tl.trans(b_k), dq, input_precision=PRECISION)
-        if D2 > 0:
-            dq2 = tl.dot(ds, tl.trans(b_k2), dq2, input_precision=PRECISION)
-    tl.store(d_q + rows[:, None] * D + o_d[None, :], dq, mask=there[:, None] & (o_d < D)[None, :])
-    if D2 > 0:
-        tl.store(d_q + rows[:, None] * D + o_d2[None, :], dq2, mask=there[:, None] & (o_d2 < D)[None, :])
+    """Sum the parts of one query and KV head, in the order of its choices, and what other branches found."""
+    t = start + tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1)
+    o_g, o_d = tl.arange(0, GP), tl.arange(0, DP)
+    inside = (o_g < G)[:, None] & (o_d < D)[None, :]
+    at = ((t * KV + h) * G + o_g)[:, None] * D + o_d[None, :]
+    acc = tl.load(beside + at, mask=inside, other=0.0)
+    slots = tl.program_id(0).to(tl.int64) * N * KV + h
+    for i in tl.static_range(N):
+        yes = tl.load(blocks + t * stride_t + h * stride_h + i) >= 0
+        slot = (slots + i * KV) * G + o_g
+        acc += tl.load(part + slot[:, None] * D + o_d[None, :], mask=inside & yes, other=0.0).to(tl.float32)
+    tl.store(d_q + at, (acc * scale).to(d_q.dtype.element_ty), mask=inside)

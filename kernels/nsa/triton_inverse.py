@@ -55,14 +55,12 @@ def invert(blocks: Tensor, tables: Tables, chunk: int, size: int) -> Inverse:
     return Inverse(chunk, chunks, size, item_blocks, item_pairs, first[::bins].contiguous())
 
 
-def lists_by_block(
-    blocks: Tensor, tables: Tables, chunk: int, *, stable: bool = False
-) -> tuple[Tensor, Tensor, int]:
-    """The queries of ``blocks [T, KV, n]`` that chose each block, chunk by chunk of queries.
+def lists_by_block(blocks: Tensor, tables: Tables, chunk: int, *, stable: bool = False) -> tuple[Tensor, Tensor, int]:
+    """The choices of ``blocks [T, KV, n]`` that fell on each block, chunk by chunk of queries.
 
-    Returns queries ``[KV * T * n]`` int32, sorted by KV head, chunk, block of the pack; where each such list begins,
-    ``[KV * chunks * B + 1]`` int32; and the number of chunks. Lists come in an order that differs from run to run, or
-    stable: in that of the queries. What lies beyond the last list is undefined.
+    Returns pairs ``[KV * T * n]`` int32, ``t * n + i`` for the i-th choice of query t, sorted by KV head, chunk, block
+    of the pack; where each such list begins, ``[KV * chunks * B + 1]`` int32; and the number of chunks. Lists come in
+    an order that differs from run to run, or stable: in that of the queries. What lies beyond the last is undefined.
     """
     tokens, kv, n = blocks.shape
     chunks, bins = -(-tokens // chunk), tables.blocks
@@ -76,13 +74,13 @@ def lists_by_block(
     first = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
     if stable:
         return _sorted_lists(blocks, tables, chunk, chunks), first, chunks
-    queries = blocks.new_empty(kv * tokens * n)
-    _list_kernel[grid](blocks, *args, first, queries, **shape)
-    return queries, first, chunks
+    pairs = blocks.new_empty(kv * tokens * n)
+    _list_kernel[grid](blocks, *args, first, pairs, **shape)
+    return pairs, first, chunks
 
 
 def _sorted_lists(blocks: Tensor, tables: Tables, chunk: int, chunks: int) -> Tensor:
-    """The lists of ``lists_by_block`` with their queries in order: by a sort, which takes longer than counting."""
+    """The lists of ``lists_by_block`` in order: by a sort, which takes longer than counting."""
     tokens, kv, n = blocks.shape
     t = torch.arange(tokens, device=blocks.device)
     head = torch.arange(kv, device=blocks.device)[:, None, None]
@@ -90,7 +88,7 @@ def _sorted_lists(blocks: Tensor, tables: Tables, chunk: int, chunks: int) -> Te
     list_of = list_of + blocks.transpose(0, 1)
     list_of = torch.where(blocks.transpose(0, 1) >= 0, list_of, kv * chunks * tables.blocks)
     order = torch.argsort(list_of.flatten(), stable=True)
-    return (order // n % tokens).to(torch.int32)
+    return (order % (tokens * n)).to(torch.int32)
 
 
 @triton.jit
@@ -172,7 +170,7 @@ def _list_kernel(
     stride_t,
     stride_h,
     first,
-    queries,
+    pairs,
     N: tl.constexpr,
     NP: tl.constexpr,
     TILE: tl.constexpr,
@@ -181,4 +179,4 @@ def _list_kernel(
         blocks, block_base, tokens, chunk, chunks, bins, stride_t, stride_h, N, NP, TILE
     )
     place = tl.load(first + counter, mask=there, other=0) + tl.load(ranks + pair, mask=there, other=0)
-    tl.store(queries + place, (t[:, None] + 0 * i[None, :]).to(tl.int32), mask=there)
+    tl.store(pairs + place, (t[:, None] * N + i[None, :]).to(tl.int32), mask=there)

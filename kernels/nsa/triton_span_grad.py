@@ -1,4 +1,4 @@
-"""Gradients of attention over spans of keys, in Triton: a program holds a tile of keys and reads the queries that see it.
+"""Gradients of attention over spans of keys, in Triton: a program holds keys and reads the queries that see them.
 
 With ``w = g · p`` (a gate times an attention weight) and ``r = d_out · out`` of the branch, per row:
 ``d_v = wᵀ d_out``, ``d_s = w ∘ (d_out vᵀ - r)``, ``d_k = scale · d_sᵀ q``, ``d_q = scale · d_s k``. The gate is part of
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -131,9 +130,7 @@ def add_query_grads(d_q, rows, there, ds, b_k, b_k2, D: tl.constexpr, D1: tl.con
     d_s = tl.trans(ds)
     o_d = tl.arange(0, D1)
     part = tl.dot(d_s, b_k, input_precision=PRECISION)
-    tl.atomic_add(
-        d_q + rows[:, None] * D + o_d[None, :], part, mask=there[:, None] & (o_d < D)[None, :], sem="relaxed"
-    )
+    tl.atomic_add(d_q + rows[:, None] * D + o_d[None, :], part, mask=there[:, None] & (o_d < D)[None, :], sem="relaxed")
     if D2 > 0:
         o_d = D1 + tl.arange(0, D2)
         part = tl.dot(d_s, b_k2, input_precision=PRECISION)

@@ -57,6 +57,16 @@ class Tables:
         """How many blocks queries ``start … stop - 1`` may see, all together."""
         return sum(self._seen(start, stop))
 
+    def reach(self, start: int, stop: int) -> tuple[int, int]:
+        """First and last block of the pack, the last not included, that queries ``start … stop - 1`` may see."""
+        before, seen = 0, 0
+        for low, high in pairwise(self.cu_seqlens):
+            if high <= start:
+                before += self.sizes.slc_blocks(high - low)
+            elif low < stop:
+                seen += self.sizes.slc_blocks(min(high, stop) - low)
+        return before, before + seen
+
     def longest_within(self, start: int, stop: int) -> int:
         """How many blocks one of the queries ``start … stop - 1`` may see at most."""
         return max(self._seen(start, stop), default=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ SCALE = 0.5
 NAMES = ("q", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win", "gates")
 SPAN = SpanTuning(rows=16, keys=16)
 TINY: Tunings = (
-    ForwardTuning(SPAN, SPAN, ChooseTuning(chunk=64, rows=16, blocks=16), Tuning(chunk=50, rows=16, steps=2)),
+    ForwardTuning(SPAN, SPAN, ChooseTuning(chunk=64, rows=16, blocks=16), Tuning(chunk=50, rows=16, steps=2, direct=1)),
     BackwardTuning(
         SpanGradTuning(rows=16, keys=16, chunk=24),
         SpanGradTuning(rows=16, keys=16, lap=13),
@@ -102,21 +102,21 @@ def test_every_query_stands_in_the_lists_of_its_blocks(chunk: int, stable: bool)
     own = (position // 8)[:, None, None]
     blocks = (torch.rand(76, 2, 3, generator=generator) * (own + 1)).floor().to(torch.int32)
     blocks[::5, :, 1] = -1
-    queries, first, chunks = lists_by_block(blocks.to(DEVICE), tables, chunk, stable=stable)
+    pairs, first, chunks = lists_by_block(blocks.to(DEVICE), tables, chunk, stable=stable)
     assert first.numel() == 2 * chunks * tables.blocks + 1
     got = []
     edges = first.tolist()
-    for counter, (begin, stop) in enumerate(zip(edges, edges[1:], strict=False)):
-        here = queries[begin:stop].tolist()
+    for counter, (begin, stop) in enumerate(pairwise(edges)):
+        here = pairs[begin:stop].tolist()
         assert not stable or here == sorted(here)
         h, rest = divmod(counter, chunks * tables.blocks)
-        got += [(h, rest // tables.blocks, rest % tables.blocks, t) for t in here]
+        got += [(h, rest // tables.blocks, rest % tables.blocks, pair) for pair in here]
     base = tables.block_base.tolist()
     want = [
-        (h, t // chunk, base[t] + block, t)
+        (h, t // chunk, base[t] + block, t * 3 + i)
         for t, row in enumerate(blocks.tolist())
         for h, chosen in enumerate(row)
-        for block in chosen
+        for i, block in enumerate(chosen)
         if block >= 0
     ]
     assert sorted(got) == sorted(want)

@@ -22,7 +22,9 @@ from shoal.kernels.nsa.triton_tables import Span, make_tables  # noqa: E402
 
 SCALE = 0.5
 SPAN = SpanTuning(rows=16, keys=16)
-TINY = ForwardTuning(SPAN, SPAN, ChooseTuning(chunk=64, rows=16, blocks=16), Tuning(chunk=50, rows=16, steps=2))
+TINY = ForwardTuning(
+    SPAN, SPAN, ChooseTuning(chunk=64, rows=16, blocks=16), Tuning(chunk=50, rows=16, steps=2, direct=1)
+)
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 

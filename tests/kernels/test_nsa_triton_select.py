@@ -84,10 +84,10 @@ def check(
 @pytest.mark.parametrize(
     ("lengths", "block", "count", "kv", "group", "dims", "tuning"),
     [
-        ([3, 37, 1, 16], 16, 2, 2, 2, (8, 4), Tuning(chunk=30, rows=16, steps=2)),
-        ([50], 4, 3, 1, 3, (24, 8), Tuning(chunk=16, rows=16, steps=1)),
-        ([0, 33, 0], 8, 3, 2, 1, (16, 16), Tuning(chunk=1000, heads=1, rows=16, steps=2)),
-        ([9, 21], 6, 2, 1, 16, (8, 8), Tuning(chunk=7, rows=32, steps=4)),
+        ([3, 37, 1, 16], 16, 2, 2, 2, (8, 4), Tuning(chunk=30, rows=16, steps=2, direct=0)),
+        ([50], 4, 3, 1, 3, (24, 8), Tuning(chunk=16, rows=16, steps=1, direct=3)),
+        ([0, 33, 0], 8, 3, 2, 1, (16, 16), Tuning(chunk=1000, heads=1, rows=16, steps=2, direct=2)),
+        ([9, 21], 6, 2, 1, 16, (8, 8), Tuning(chunk=7, rows=32, steps=4, direct=1)),
     ],
 )
 def test_against_the_oracle(

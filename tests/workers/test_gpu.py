@@ -57,6 +57,23 @@ def test_float32_follows_the_cpu(corpus: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_triton_follows_torch(corpus: Path, dtype: str) -> None:
+    """The losses of a few steps in which both choose blocks: what differs is rounding."""
+    sizes = {"cmp_block": 8, "cmp_stride": 4, "slc_block": 16, "slc_count": 4, "window": 12}
+    changes = {f"attention__{key}": value for key, value in sizes.items()} | {
+        "model__head_dim": 16,
+        "model__value_dim": 16,
+        "model__context": 256,
+        "train__sequence": 256,
+    }
+    mine, theirs = (
+        _losses(corpus, "cuda", 10, train__dtype=dtype, attention__backend=backend, **changes)
+        for backend in ("triton", "torch")
+    )
+    assert mine == pytest.approx(theirs, rel=1e-4 if dtype == "float32" else 0.01)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_deterministic_runs_give_the_same_bits(dtype: str, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     first, second = (_losses(corpus, "cuda", train__dtype=dtype, train__deterministic=True) for _ in range(2))

@@ -12,6 +12,7 @@ from shoal.jobs.estimate import estimate
 from shoal.jobs.recipe import builtin_recipes, load_recipe
 from shoal.workers.config import Recipe
 from shoal.workers.data.batch import IGNORE, PackedBatch
+from shoal.workers.errors import InvalidInput
 from shoal.workers.mesh import make_mesh
 from shoal.workers.model import Transformer
 from shoal.workers.model.feedforward import MoE, MoELoad, named_views
@@ -90,6 +91,12 @@ def test_the_estimate_counts_the_models_parameters(name: str) -> None:
     recipe = load_recipe(name, overrides={"parallel.ranks": 1, "parallel.expert": 0, "parallel.placement": "colocated"})
     counted = sum(p.numel() for p in Transformer(recipe, device="meta").parameters())
     assert estimate(recipe).parameters.total == counted
+
+
+def test_triton_is_refused_on_a_cpu() -> None:
+    recipe = Recipe.model_validate(small_recipe(attention__backend="triton", parallel__device="auto"))
+    with pytest.raises(InvalidInput, match=r"set attention\.backend=.auto."):
+        Transformer(recipe)
 
 
 @pytest.mark.parametrize("kind", ["nsa", "full"])

@@ -67,7 +67,7 @@ class AttentionContext:
 
     def __init__(self, recipe: Recipe, batch: PackedBatch, dtype: torch.dtype) -> None:
         model = recipe.model
-        self.cu_seqlens = batch.cu_seqlens
+        self.cu_seqlens, self.backend = batch.cu_seqlens, recipe.attention.backend
         tables = torch.promote_types(dtype, torch.float32)
         self.rotation = rope_tables(batch.positions, model.head_dim, model.rope_base, dtype=tables)
         if recipe.attention.kind == "nsa":
@@ -82,7 +82,8 @@ class AttentionContext:
         p = layer.project(x_TH, self.rotation)
         k_cmp = rotate(layer.compress_k(p.k_cmp, self.layout), *self.cmp_rotation)
         v_cmp = layer.compress_v(p.v_cmp, self.layout)
-        return nsa_attention(p.q, k_cmp, v_cmp, p.k_slc, p.v_slc, p.k_win, p.v_win, p.gates, self.layout, layer.scale)
+        keys = (k_cmp, v_cmp, p.k_slc, p.v_slc, p.k_win, p.v_win)
+        return nsa_attention(p.q, *keys, p.gates, self.layout, layer.scale, self.backend)
 
 
 class FullAttention(nn.Module):

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from shoal.workers.config import Recipe
 from shoal.workers.data.batch import IGNORE, PackedBatch
+from shoal.workers.errors import InvalidInput
 from shoal.workers.mesh import Mesh, make_mesh
 from shoal.workers.model.attention import Attending, AttentionContext, FullAttention, NativeSparseAttention
 from shoal.workers.model.feedforward import DenseFFN, MoE, MoELoad, Stages, named_views, run
@@ -83,6 +84,10 @@ class Transformer(nn.Module):
         self.recipe, self.mesh, self.hosts_attention = recipe, mesh, mesh.hosts_attention
         self.dtype = compute_dtype(recipe, device)
         m = recipe.model
+        if recipe.attention.backend == "triton" and device.type == "cpu":
+            raise InvalidInput(
+                "attention.backend='triton' needs a GPU, and this rank computes on a CPU: set attention.backend='auto'"
+            )
         with torch.device("meta"):
             if mesh.hosts_attention:
                 self.embedding = nn.Embedding(m.vocab, m.hidden)
