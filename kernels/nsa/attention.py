@@ -47,8 +47,8 @@ def nsa_attention(
 
     Queries and keys come rotated: q, k_slc and k_win at their own positions, k_cmp (φ of un-rotated keys) at the
     position of its block's first key, ``layout.cmp_positions``. The choice of blocks is not differentiated through; a
-    branch without keys contributes 0. backend: auto takes Triton where :func:`takes_triton` says so; it wants gates that
-    are not negative. Raises ValueError when a shape does not fit the layout, or Triton is asked for without a GPU.
+    branch without keys contributes 0. backend: auto takes Triton where :func:`takes_triton` says so; it wants no
+    negative gates. Raises ValueError when a shape does not fit the layout, or Triton is asked for without a GPU.
     """
     tokens, blocks = layout.tokens, layout.cmp_starts.numel()
     if q.shape[0] != tokens or k_slc.shape[0] != tokens or k_win.shape[0] != tokens or k_cmp.shape[0] != blocks:

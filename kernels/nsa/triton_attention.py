@@ -56,8 +56,9 @@ class _Triton(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, kept = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
+        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, *kept = ctx.saved_tensors
         layout, scale, deterministic, tuning = ctx.settings
         f = Forward(grads[0], *kept)  # the sum of the branches is not needed again
+        tensors = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
         back = nsa_backward(grads[0], *tensors, f, layout, scale, deterministic=deterministic, tuning=tuning)
         return (*back, None, None, None, None)
