@@ -16,6 +16,7 @@ BENCHMARKS = {
     "memory": ("shoal.jobs.bench.memory", "Peak memory of a training run, over all its processes."),
     "engine": ("shoal.jobs.bench.engine", "What batching brings to generation, and NSA beside full attention."),
     "serve": ("shoal.jobs.bench.serve", "Latencies and tokens/s of a server, under one load after another."),
+    "nsa": ("shoal.jobs.bench.nsa", "NSA's kernels on a GPU, beside dense attention of cuDNN and FlashAttention-2."),
     "cli": ("shoal.jobs.bench.cli", "Time that shoal --help takes."),
 }
 

@@ -47,7 +47,8 @@ class _Triton(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        *tensors, layout, scale, deterministic, tunings = args
+        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, layout, scale, deterministic, tunings = args
+        tensors = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
         f = nsa_forward(*tensors, layout, scale, tunings[0])
         ctx.save_for_backward(*tensors, f.cmp, f.cmp_lse, f.slc, f.slc_lse, f.win, f.win_lse, f.blocks)
         ctx.settings = layout, scale, deterministic, tunings[1]

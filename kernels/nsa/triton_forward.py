@@ -68,9 +68,9 @@ def nsa_forward(
         x.contiguous() for x in (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
     )
     tables, sizes = make_tables(layout), layout.sizes
-    cmp, cmp_lse = _span(q, k_cmp, v_cmp, tables.cmp, scale, tuning.cmp)
+    cmp, cmp_lse = attend_span(q, k_cmp, v_cmp, tables.cmp, scale, tuning.cmp)
     blocks = choose_blocks(q, k_cmp, cmp_lse, tables, scale, tuning.choose)
-    win, win_lse = _span(q, k_win, v_win, tables.window, scale, tuning.near)
+    win, win_lse = attend_span(q, k_win, v_win, tables.window, scale, tuning.near)
     # Forced blocks lie side by side for neighbouring queries: dense tiles read them. The others are gathered.
     forced = span_attention(q, k_slc, v_slc, tables.local, scale, also=tables.initial, tuning=tuning.near)
     others = blocks[..., sizes.slc_initial + sizes.slc_local :]
@@ -83,7 +83,7 @@ def nsa_forward(
     return Forward(out, cmp, cmp_lse, slc, slc_lse, win, win_lse, blocks)
 
 
-def _span(q: Tensor, k: Tensor, v: Tensor, span: Span, scale: float, tuning: SpanTuning) -> tuple[Tensor, Tensor]:
+def attend_span(q: Tensor, k: Tensor, v: Tensor, span: Span, scale: float, tuning: SpanTuning) -> tuple[Tensor, Tensor]:
     """Attention over one span: in Gluon where it knows the GPU and the shapes, which is 1.3 times as fast."""
     if q.is_cuda:
         # Imported here: Gluon's module for Hopper is of no use without a GPU.

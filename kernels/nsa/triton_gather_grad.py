@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shoal.kernels.nsa.triton_inverse import lists_by_block
+from shoal.kernels.nsa.triton_inverse import invert, lists_by_block
 from shoal.kernels.nsa.triton_select import LOG2E, halves, load_rows, padded, precision
-from shoal.kernels.nsa.triton_span_grad import Grads, score_weights
+from shoal.kernels.nsa.triton_span_grad import Grads, add_query_grads, score_weights
 from shoal.kernels.nsa.triton_tables import Tables
 
 
@@ -26,10 +26,12 @@ class GatherGradTuning:
     """chunk: queries whose parts exist at a time. rows: of a tile, queries times padded group."""
 
     chunk: int = 2048
+    item: int = 64
     rows: int = 64
     warps: int = 4
     stages: int = 1
     merge_warps: int = 4
+    parts: bool = True
 
 
 def selected_backward(
@@ -61,16 +63,27 @@ def selected_backward(
     if not tokens:
         return d_q
     chunk = min(tuning.chunk, tokens)
-    pairs, first, chunks = lists_by_block(blocks, tables, chunk, stable=deterministic)
     part = torch.empty(chunk, n, heads, dim, dtype=q.dtype, device=q.device)
+    if deterministic:
+        pairs, first, chunks = lists_by_block(blocks, tables, chunk, stable=True)
+        items, size = pairs, 0
+    else:
+        inverse = invert(blocks, tables, chunk, tuning.item)
+        pairs, first, chunks = inverse.item_pairs, inverse.first_items, inverse.chunks
+        items, size = inverse.item_blocks, inverse.size
     group_p = padded(group, least=1)
     shape = {"N": n, "KV": kv, "G": group, "D": dim}
     for index, start in enumerate(range(0, tokens, chunk)):
         stop = min(start + chunk, tokens)
         low, high = tables.reach(start, stop)
-        _block_kernel[(high - low, kv)](
-            *(q, k, v, d_out, base, dots, grads.d_k, grads.d_v, part, pairs, first, tables.block_first),
-            *(tables.starts, scale * LOG2E, tokens, start, low, index, chunks, tables.blocks),
+        programs = high - low
+        if size:
+            programs = min((stop - start) * n, programs + (stop - start) * n // size)
+        _block_kernel[(programs, kv)](
+            *(q, k, v, d_out, base, dots, grads.d_q, grads.d_k, grads.d_v, part, items, pairs, first),
+            *(tables.block_first, tables.starts, scale * LOG2E, tokens, start, low, index, chunks, tables.blocks),
+            ITEM=size,
+            PARTS=tuning.parts or deterministic,
             GP=group_p,
             TILE=max(1, tuning.rows // group_p),
             E=dim_v,
@@ -84,6 +97,8 @@ def selected_backward(
             D2=halves(dim)["D2"],
             **shape,
         )
+        if not (tuning.parts or deterministic):
+            continue
         _sum_kernel[(stop - start, kv)](
             *(grads.d_q, part, blocks, d_q, scale, start, blocks.stride(0), blocks.stride(1)),
             GP=group_p,
@@ -91,6 +106,8 @@ def selected_backward(
             num_warps=tuning.merge_warps,
             **shape,
         )
+    if not (tuning.parts or deterministic):
+        return torch.mul(grads.d_q, scale, out=d_q)
     return d_q
 
 
@@ -103,12 +120,15 @@ def _put_part(part, slot, there, ds, b_k, first, D: tl.constexpr, WIDTH: tl.cons
 
 
 @triton.jit
-def _add(x, at, held, acc, first, D: tl.constexpr, WIDTH: tl.constexpr):
-    """Add ``acc [keys, WIDTH]`` to columns ``first …`` of x ``[…, D]``, which no other program adds to."""
+def _add(x, at, held, acc, first, D: tl.constexpr, WIDTH: tl.constexpr, SHARED: tl.constexpr):
+    """Add ``acc [keys, WIDTH]`` to columns ``first …`` of x ``[…, D]``; shared: other programs add to them, too."""
     o_d = first + tl.arange(0, WIDTH)
     inside = held[:, None] & (o_d < D)[None, :]
     p_x = x + at[:, None] * D + o_d[None, :]
-    tl.store(p_x, tl.load(p_x, mask=inside, other=0.0) + acc, mask=inside)
+    if SHARED:
+        tl.atomic_add(p_x, acc, mask=inside, sem="relaxed")
+    else:
+        tl.store(p_x, tl.load(p_x, mask=inside, other=0.0) + acc, mask=inside)
 
 
 @triton.jit
@@ -119,9 +139,11 @@ def _block_kernel(
     d_out,
     base,
     dots,
+    d_q,
     d_k,
     d_v,
     part,
+    items,
     pairs,
     first,
     block_first,
@@ -133,6 +155,8 @@ def _block_kernel(
     chunk,
     chunks,
     blocks,
+    ITEM: tl.constexpr,
+    PARTS: tl.constexpr,
     N: tl.constexpr,
     KV: tl.constexpr,
     G: tl.constexpr,
@@ -147,11 +171,21 @@ def _block_kernel(
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    h, block = tl.program_id(1), low + tl.program_id(0)
-    counter = (h * chunks + chunk) * blocks + block
-    begin, stop = tl.load(first + counter), tl.load(first + counter + 1)
-    if begin >= stop:
-        return
+    h = tl.program_id(1)
+    if ITEM:
+        # A piece of a block's list: a block that all queries choose would else be one program's.
+        item = tl.load(first + h * chunks + chunk) + tl.program_id(0)
+        if item >= tl.load(first + h * chunks + chunk + 1):
+            return
+        block = tl.load(items + item)
+        pairs += item.to(tl.int64) * ITEM
+        begin, stop = 0, tl.sum((tl.load(pairs + tl.arange(0, ITEM)) >= 0).to(tl.int32), 0)
+    else:
+        block = low + tl.program_id(0)
+        counter = (h * chunks + chunk) * blocks + block
+        begin, stop = tl.load(first + counter), tl.load(first + counter + 1)
+        if begin >= stop:
+            return
     o_n, o_e, o_r = tl.arange(0, BN), tl.arange(0, EP), tl.arange(0, TILE * GP)
     key = tl.load(block_first + block)
     keys = key + o_n
@@ -181,15 +215,19 @@ def _block_kernel(
         ds = (w * (dp - b_dots[None, :])).to(b_q.dtype)
         dv = tl.dot(w.to(b_do.dtype), b_do, dv, input_precision=PRECISION)
         dk = tl.dot(ds, b_q, dk, input_precision=PRECISION)
-        slot = ((pair - start * N).to(tl.int64) * KV + h) * G + o_r % GP
-        _put_part(part, slot, there, ds, b_k, 0, D, D1, PRECISION)
         if D2 > 0:
             dk2 = tl.dot(ds, b_q2, dk2, input_precision=PRECISION)
-            _put_part(part, slot, there, ds, b_k2, D1, D, D2, PRECISION)
-    _add(d_v, at, held, dv, 0, E, EP)
-    _add(d_k, at, held, dk, 0, D, D1)
+        if PARTS:
+            slot = ((pair - start * N).to(tl.int64) * KV + h) * G + o_r % GP
+            _put_part(part, slot, there, ds, b_k, 0, D, D1, PRECISION)
+            if D2 > 0:
+                _put_part(part, slot, there, ds, b_k2, D1, D, D2, PRECISION)
+        else:
+            add_query_grads(d_q, rows, there, ds, b_k, b_k2, D, D1, D2, PRECISION)
+    _add(d_v, at, held, dv, 0, E, EP, ITEM > 0)
+    _add(d_k, at, held, dk, 0, D, D1, ITEM > 0)
     if D2 > 0:
-        _add(d_k, at, held, dk2, D1, D, D2)
+        _add(d_k, at, held, dk2, D1, D, D2, ITEM > 0)
 
 
 @triton.jit

@@ -75,6 +75,8 @@ def span_backward(
         return
     group_p = padded(heads // kv, least=1)
     tile = max(1, tuning.rows // group_p)
+    # Wider rows leave less shared memory to load ahead into.
+    stages = min(tuning.stages, 3 if max(dim, dim_v) <= 128 else 2 if dim_v <= 128 else 1)
     chunk = tokens if deterministic or not tuning.chunk else tuning.chunk
     shape = {
         "KV": kv,
@@ -86,7 +88,7 @@ def span_backward(
         "BN": tuning.keys,
         "PRECISION": precision(q.dtype),
         "num_warps": tuning.warps,
-        "num_stages": tuning.stages,
+        "num_stages": stages,
         **halves(dim),
     }
     args = (q, k, v, d_out, base, dots)

@@ -32,7 +32,7 @@ TINY: Tunings = (
     BackwardTuning(
         SpanGradTuning(rows=16, keys=16, chunk=24),
         SpanGradTuning(rows=16, keys=16, lap=13),
-        GatherGradTuning(chunk=30, rows=16),
+        GatherGradTuning(chunk=30, item=4, rows=16),
     ),
 )
 

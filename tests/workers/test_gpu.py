@@ -65,6 +65,7 @@ def test_triton_follows_torch(corpus: Path, dtype: str) -> None:
         "model__value_dim": 16,
         "model__context": 256,
         "train__sequence": 256,
+        "parallel__device": "auto",
     }
     mine, theirs = (
         _losses(corpus, "cuda", 10, train__dtype=dtype, attention__backend=backend, **changes)

@@ -1,0 +1,278 @@
+"""NSA on one GPU: forward and backward pass beside PyTorch's dense attention, and the parts of both.
+
+Everything from q, k_cmp, v_cmp, k, v and gates to the output is in a figure, and back to their gradients; φ, which
+makes k_cmp and v_cmp, stands in rows of its own. Dense attention gets as many KV heads as query heads: its kernels take
+about as long with fewer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from shoal.jobs.bench.result import Document, Row, time_row
+from shoal.kernels.nsa import BlockSizes, Layout, compress, make_layout, nsa_attention
+from shoal.workers.errors import UsageError
+
+if TYPE_CHECKING:
+    from shoal.jobs.bench.registry import Settings
+
+SIZES = BlockSizes(cmp_block=32, cmp_stride=16, slc_block=64, slc_count=16, slc_initial=1, slc_local=2, window=512)
+HEADS, KV_HEADS = 64, 4
+CONTEXTS = (8192, 16384, 32768, 65536)
+# (context, phase) -> the least ratio that is asked for, over FlashAttention-2 and over cuDNN
+TARGETS = {
+    (8192, "forward"): (2.1, 1.1),
+    (16384, "forward"): (3.8, 2.0),
+    (32768, "forward"): (6.3, 3.4),
+    (65536, "forward"): (9.0, 4.8),
+    (8192, "backward"): (2.0, 1.1),
+    (16384, "backward"): (3.6, 2.0),
+    (32768, "backward"): (6.5, 4.0),
+    (65536, "backward"): (10.0, 6.0),
+}
+WIDE_TARGETS = {"forward": 4.5, "backward": 6.0}
+NAMES = ("q", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win", "gates")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One batch: random tensors of ``nsa_attention``, the gradient of its output, and what dense attention takes."""
+
+    context: int
+    dims: tuple[int, int]
+    layout: Layout
+    inputs: tuple[Tensor, ...]
+    d_out: Tensor
+
+    @classmethod
+    def draw(cls, context: int, dims: tuple[int, int]) -> Problem:
+        layout = make_layout((0, context), SIZES, "cuda")
+        rows = {"q": context, "cmp": layout.cmp_starts.numel(), "slc": context, "win": context}
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+        keys = [normal(rows[branch], KV_HEADS, dim) for branch in ("cmp", "slc", "win") for dim in dims]
+        inputs = (normal(context, HEADS, dims[0]), *keys, normal(context, HEADS, 3).sigmoid())
+        return cls(context, dims, layout, inputs, normal(context, HEADS, dims[1]))
+
+    @property
+    def scale(self) -> float:
+        return float(self.dims[0] ** -0.5)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        d_qk, d_v = self.dims
+        heads = {"heads": HEADS, "kv_heads": KV_HEADS, "group": HEADS // KV_HEADS}
+        return {"context": self.context, **heads, "d_qk": d_qk, "d_v": d_v, "batch": 1}
+
+
+def run(settings: Settings) -> list[Row]:
+    """Rows for every context, phase and baseline; then the parts. Raises UsageError without a GPU."""
+    if not torch.cuda.is_available():
+        raise UsageError(
+            "shoal bench nsa measures GPU kernels, and torch finds no GPU here: run it on a machine with one"
+        )
+    torch.manual_seed(0)
+    rows: list[Row] = []
+    for context, dims in [(n, (128, 128)) for n in CONTEXTS] + [(CONTEXTS[-1], (192, 128))]:
+        settings.say(f"context {context}, d_qk {dims[0]}, d_v {dims[1]}")
+        problem = Problem.draw(context, dims)
+        dense = _dense(problem)
+        rows += _whole(problem, dense)
+        if dims == (128, 128):
+            rows += _forward_parts(problem) + _backward_parts(problem) + _phi(problem)
+        del problem
+        torch.cuda.empty_cache()
+    return rows
+
+
+def median_ms(f: Callable[[], object], rep: int = 100) -> float:
+    """Median time of a call, with the L2 cache emptied before each."""
+    from triton.testing import do_bench
+
+    return float(do_bench(f, warmup=20, rep=rep, return_mode="median"))
+
+
+@contextmanager
+def _peak(row: dict[str, Any]) -> Iterator[None]:
+    """Adds ``peak_bytes``, the most memory that was allocated at a time beyond what was before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    yield
+    torch.cuda.synchronize()
+    row["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+
+
+def _dense(problem: Problem) -> dict[tuple[str, str], float]:
+    """Milliseconds of dense causal attention by (baseline, phase); where a kernel refuses the shapes it is left out."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    shapes = [(1, HEADS, problem.context, dim) for dim in (problem.dims[0], *problem.dims)]
+    q, k, v = (torch.randn(*s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in shapes)
+    found = {}
+    for name, backend in (("sdpa_flash", SDPBackend.FLASH_ATTENTION), ("sdpa_cudnn", SDPBackend.CUDNN_ATTENTION)):
+        with sdpa_kernel(backend):
+            try:
+                out = scaled_dot_product_attention(q, k, v, is_causal=True)
+            except RuntimeError:
+                continue
+            d_out = torch.randn_like(out)
+            with torch.no_grad():
+                forward = median_ms(lambda: scaled_dot_product_attention(q, k, v, is_causal=True), rep=300)
+
+            def back(out: Tensor = out, d_out: Tensor = d_out) -> object:
+                return torch.autograd.grad(out, (q, k, v), d_out, retain_graph=True)
+
+            found[name, "forward"], found[name, "backward"] = forward, median_ms(back, rep=600)
+    return found
+
+
+def _whole(problem: Problem, dense: dict[tuple[str, str], float]) -> list[Row]:
+    leaves = tuple(x.requires_grad_() for x in problem.inputs)
+    memory: dict[str, Any] = {}
+
+    def forward() -> Tensor:
+        return nsa_attention(*leaves, problem.layout, problem.scale, "triton")  # type: ignore[call-arg, arg-type]
+
+    def back(out: Tensor) -> object:
+        return torch.autograd.grad(out, leaves, problem.d_out, retain_graph=True)
+
+    back(forward())  # compiled now
+    with _peak(memory):
+        back(forward())
+    ms = {"forward": median_ms(forward)}
+    out = forward()
+    ms["backward"] = median_ms(lambda: back(out))
+    rows = []
+    for phase in ms:
+        for index, name in enumerate(("sdpa_flash", "sdpa_cudnn")):
+            if (name, phase) not in dense:
+                continue
+            target = TARGETS[problem.context, phase][index] if problem.dims[0] == 128 else WIDE_TARGETS[phase]
+            facts = {"phase": phase, **problem.facts, "peak_bytes": memory["peak_bytes"]}
+            rows.append(time_row("NSA, whole", ms[phase], name, dense[name, phase], target, **facts))
+    torch.use_deterministic_algorithms(True)
+    try:
+        out = forward()
+        exact = median_ms(lambda: back(out))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    what = "NSA, whole, deterministic"
+    return [*rows, time_row(what, exact, "NSA, whole", ms["backward"], phase="backward", **problem.facts)]
+
+
+@torch.no_grad()
+def _forward_parts(problem: Problem) -> list[Row]:
+    from shoal.kernels.nsa.triton_choose import choose_blocks
+    from shoal.kernels.nsa.triton_forward import ForwardTuning, attend_span
+    from shoal.kernels.nsa.triton_gather import selected_by_block
+    from shoal.kernels.nsa.triton_span import span_attention
+    from shoal.kernels.nsa.triton_tables import make_tables
+
+    q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = problem.inputs
+    tables, tuning, scale = make_tables(problem.layout), ForwardTuning(), problem.scale
+    cmp, lse = attend_span(q, k_cmp, v_cmp, tables.cmp, scale, tuning.cmp)
+    win, _ = attend_span(q, k_win, v_win, tables.window, scale, tuning.near)
+    blocks, mixed = choose_blocks(q, k_cmp, lse, tables, scale), torch.empty_like(cmp)
+
+    def forced() -> tuple[Tensor, Tensor]:
+        return span_attention(q, k_slc, v_slc, tables.local, scale, also=tables.initial, tuning=tuning.near)
+
+    others = (q, k_slc, v_slc, blocks[..., SIZES.slc_initial + SIZES.slc_local :], tables, scale)
+    beside = forced()
+    parts = {
+        "compressed": lambda: attend_span(q, k_cmp, v_cmp, tables.cmp, scale, tuning.cmp),
+        "importance and choice": lambda: choose_blocks(q, k_cmp, lse, tables, scale),
+        "selected, forced": forced,
+        "selected, others, and gates": lambda: selected_by_block(
+            *others, own=False, beside=beside, mix=(cmp, win, gates, mixed)
+        ),
+        "window": lambda: attend_span(q, k_win, v_win, tables.window, scale, tuning.near),
+    }
+    return [time_row(name, median_ms(f), phase="forward", **problem.facts) for name, f in parts.items()]
+
+
+@torch.no_grad()
+def _backward_parts(problem: Problem) -> list[Row]:
+    from shoal.kernels.nsa.triton_backward import BackwardTuning, row_sums
+    from shoal.kernels.nsa.triton_forward import nsa_forward
+    from shoal.kernels.nsa.triton_gather_grad import selected_backward
+    from shoal.kernels.nsa.triton_span_grad import Grads, span_backward
+    from shoal.kernels.nsa.triton_tables import make_tables
+
+    q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = problem.inputs
+    tables, tuning, scale, d_out = make_tables(problem.layout), BackwardTuning(), problem.scale, problem.d_out
+    f = nsa_forward(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, problem.layout, scale)
+    bases, dots, _ = row_sums(d_out, gates, f)
+    d_q = torch.zeros(q.shape, device="cuda")
+    cmp, slc, win = (
+        Grads(d_q, torch.zeros(k.shape, device="cuda"), torch.zeros(v.shape, device="cuda"))
+        for k, v in ((k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win))
+    )
+    parts = {
+        "row sums": lambda: row_sums(d_out, gates, f),
+        "compressed": lambda: span_backward(
+            *(q, k_cmp, v_cmp, d_out, bases[0], dots[0], tables.cmp, tables.cmp_seen, scale, cmp), tuning=tuning.cmp
+        ),
+        "selected": lambda: selected_backward(
+            *(q, k_slc, v_slc, d_out, bases[1], dots[1], f.blocks, tables, scale, slc), tuning=tuning.selected
+        ),
+        "window": lambda: span_backward(
+            *(q, k_win, v_win, d_out, bases[2], dots[2], tables.window, tables.window_seen, scale, win),
+            tuning=tuning.window,
+        ),
+    }
+    return [time_row(name, median_ms(part), phase="backward", **problem.facts) for name, part in parts.items()]
+
+
+def _phi(problem: Problem) -> list[Row]:
+    """The compression MLP of keys or values, once; a layer has two."""
+    dim, width = problem.dims[0], SIZES.cmp_block * problem.dims[0]
+    shapes = ((KV_HEADS, SIZES.cmp_block, dim), (KV_HEADS, width, 2 * dim), (KV_HEADS, 2 * dim, dim))
+    weights = [torch.randn(*s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in shapes]
+    x = torch.randn(problem.context, KV_HEADS, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    def forward() -> Tensor:
+        return compress(x, weights[0], weights[1], weights[2], problem.layout)
+
+    out = forward()
+    d_out = torch.randn_like(out)
+
+    def back() -> object:
+        return torch.autograd.grad(out, (x, *weights), d_out, retain_graph=True)
+
+    what = "compression MLP (not in the whole)"
+    phases = {"forward": median_ms(forward), "backward": median_ms(back)}
+    return [time_row(what, ms, phase=phase, **problem.facts) for phase, ms in phases.items()]
+
+
+def draw(result: Document, path: Path) -> None:
+    """Writes a PNG: the ratio to each baseline against the context, forward and backward. Raises OSError."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for panel, phase in zip(figure.subplots(1, 2, sharey=True), ("forward", "backward"), strict=True):
+        for name, colour in (("sdpa_flash", "tab:blue"), ("sdpa_cudnn", "tab:orange")):
+            rows = [r for r in result["rows"] if r.get("baseline") == name and r["phase"] == phase and r["d_qk"] == 128]
+            contexts = [row["context"] for row in rows]
+            panel.plot(contexts, [row["ratio"] for row in rows], "o-", color=colour, label=f"over {name}")
+            panel.plot(contexts, [row["target"] for row in rows], ":", color=colour, label="target")
+        panel.set_xscale("log", base=2)
+        panel.axhline(1, color="grey", linewidth=0.8)
+        panel.set_title(f"{phase}, times as fast as dense attention")
+        panel.set_xlabel("context, tokens")
+        panel.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
