@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shoal.kernels.nsa.attention import Backend, takes_triton
 from shoal.kernels.nsa.gather import gather_forward
 from shoal.kernels.nsa.layout import BlockSizes
 from shoal.kernels.nsa.select import importance, select
@@ -79,13 +80,15 @@ class DecodeTables:
     """Single queries, each with pages of its own; shared by all layers.
 
     positions: ``[N]`` int64, in the sequence. far, near: ``[N, KV, P]``, ``[N, KV, W]``, indices of :func:`by_head`;
-    unused places name any page. cmp_mask: ``[N, 1, 1, P · l'/d]``, win_mask: ``[N, 1, 1, W · l']``, 0 where visible and
-    -inf where not. blind: ``[N, 1, 1, 1]`` bool, queries without a compressed row; None when there is none.
+    unused places name any page. near_first: ``[N]`` int64, the token that the near pages begin with. cmp_mask:
+    ``[N, 1, 1, P · l'/d]``, win_mask: ``[N, 1, 1, W · l']``, 0 where visible and -inf where not. blind:
+    ``[N, 1, 1, 1]`` bool, queries without a compressed row; None when there is none.
     """
 
     positions: Tensor
     far: Tensor
     near: Tensor
+    near_first: Tensor
     cmp_mask: Tensor
     win_mask: Tensor
     blind: Tensor | None
@@ -105,6 +108,7 @@ def decode_tables(
         positions,
         by_head(far, kv),
         by_head(near, kv),
+        near_first,
         _mask(cmp)[:, None, None],
         _mask((keys <= t) & (keys > t - sizes.window))[:, None, None],
         ~cmp.any(-1, keepdim=True)[:, None, None] if blind else None,
@@ -112,12 +116,23 @@ def decode_tables(
 
 
 def paged_decode(
-    q: Tensor, gates: Tensor, cache: PagedCache, tables: DecodeTables, sizes: BlockSizes, scale: float
+    q: Tensor,
+    gates: Tensor,
+    cache: PagedCache,
+    tables: DecodeTables,
+    sizes: BlockSizes,
+    scale: float,
+    backend: Backend = "auto",
 ) -> Tensor:
     """NSA of single queries: ``[N, H, d_qk] -> [N, H, d_v]`` in q's dtype. gates: ``[N, H, 3]``.
 
-    Everything up to each query's own position must have been written to its pages.
+    Everything up to each query's own position must have been written to its pages. backend: as of ``nsa_attention``.
     """
+    if backend == "triton" or (backend == "auto" and takes_triton(q)):
+        # Imported here: Triton is not there on every system, and this is of no use without a GPU.
+        from shoal.kernels.nsa.triton_paged import triton_paged_decode
+
+        return triton_paged_decode(q, gates, cache, tables, sizes, scale)
     n, heads, dim = q.shape
     kv = cache.k_slc.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)

@@ -181,7 +181,9 @@ class PagedAttention:
         out = p.q.new_empty(*p.q.shape[:2], p.v_slc.shape[-1])
         at = t.single_tokens
         for rows, d in t.decode:
-            out[rows] = paged_decode(p.q[rows], p.gates[rows], cache, d, t.sizes, layer.scale)
+            out[rows] = paged_decode(
+                p.q[rows], p.gates[rows], cache, d, t.sizes, layer.scale, t.recipe.attention.backend
+            )
         for part, far, near in t.prefill:
             rows, first = slice(at, at + len(part.tokens)), part.near_start * t.sizes.slc_block
             out[rows] = paged_prefill(

@@ -1,0 +1,385 @@
+"""NSA of single queries over a paged cache, in Triton: what a decode step computes.
+
+Five launches, each with work for many programs even when there is one query: scores on compressed rows and their
+partial outputs, the blocks' importance, the choice, partial outputs of chosen and window pages, their sum. Nothing is
+read by the host and no size depends on how long the sequences are, only on how many pages the tables have room for: a
+CUDA graph can hold it.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from shoal.kernels.nsa.layout import BlockSizes
+from shoal.kernels.nsa.paged import DecodeTables, PagedCache
+from shoal.kernels.nsa.triton_select import LOG2E, halves, load_keys, load_rows, padded, precision, query_keys
+
+
+@dataclass(frozen=True)
+class PagedTuning:
+    """rows: compressed rows of a tile. programs: how many share the compressed rows of all queries, about."""
+
+    rows: int = 64
+    programs: int = 512
+    warps: int = 4
+
+
+def triton_paged_decode(
+    q: Tensor,
+    gates: Tensor,
+    cache: PagedCache,
+    tables: DecodeTables,
+    sizes: BlockSizes,
+    scale: float,
+    tuning: PagedTuning | None = None,
+) -> Tensor:
+    """What :func:`shoal.kernels.nsa.paged.paged_decode` returns, from the same arguments. scale: above 0."""
+    tuning = tuning or PagedTuning()
+    n, heads, dim = q.shape
+    kv, dim_v = cache.v_slc.shape[1], cache.v_slc.shape[3]
+    pages, windows = tables.far.shape[-1], tables.near.shape[-1]
+    per = sizes.slc_block // sizes.cmp_stride
+    out = q.new_empty(n, heads, dim_v)
+    if not n:
+        return out
+    tile = max(1, tuning.rows // per)  # pages of a tile
+    tiles = triton.cdiv(pages, tile)
+    splits = min(tiles, max(1, triton.cdiv(tuning.programs, n * kv)))
+    parts = splits + sizes.slc_count + windows
+    group = heads // kv
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(n, kv, *shape, dtype=dtype, device=q.device)
+
+    weights, part = empty(group, pages * per), empty(parts, group, dim_v)
+    tops, totals = empty(parts, group), empty(parts, group)
+    importance, chosen = empty(pages), empty(sizes.slc_count, dtype=torch.int32)
+    shape = {"G": group, "GP": padded(group), "E": dim_v, "EP": padded(dim_v), "PARTS": parts}
+    rows = {"PER": per, "SKIPPED": sizes.cmp_block // sizes.cmp_stride - 1, "STRIDE": sizes.cmp_stride}
+    _compressed_kernel[(n, kv, splits)](
+        *(q.contiguous(), cache.k_cmp, cache.v_cmp, tables.positions, tables.far, weights, part, tops, totals),
+        *(scale * LOG2E, pages),
+        TILES=triton.cdiv(tiles, splits),
+        BJ=padded(tile, least=1),
+        PER_P=padded(per, least=1),
+        PRECISION=precision(q.dtype),
+        num_warps=tuning.warps,
+        **shape,
+        **rows,
+        **halves(dim),
+    )
+    choice = {"COUNT": sizes.slc_count, "INITIAL": sizes.slc_initial, "LOCAL": sizes.slc_local}
+    if pages > sizes.slc_count:
+        width = min(128, padded(pages, least=1))
+        _importance_kernel[(n, kv, triton.cdiv(pages, width))](
+            *(weights, tops, totals, tables.positions, importance, pages),
+            SPLITS=splits,
+            SP=padded(splits, least=1),
+            WIDTH=width,
+            BLOCK=sizes.slc_block,
+            **shape,
+            **rows,
+            **choice,
+        )
+    _choose_kernel[(n, kv)](
+        *(importance, tables.positions, chosen, pages),
+        WIDTH=padded(pages),
+        BLOCK=sizes.slc_block,
+        num_warps=2,
+        **choice,
+    )
+    _pages_kernel[(n, kv, sizes.slc_count + windows)](
+        *(q.contiguous(), cache.k_slc, cache.v_slc, cache.k_win, cache.v_win, tables.positions, tables.far),
+        *(tables.near, tables.near_first, chosen, part, tops, totals, scale * LOG2E, pages, windows, splits),
+        COUNT=sizes.slc_count,
+        WINDOW=sizes.window,
+        BLOCK=sizes.slc_block,
+        BN=padded(sizes.slc_block),
+        PRECISION=precision(q.dtype),
+        num_warps=tuning.warps,
+        **shape,
+        **halves(dim),
+    )
+    _sum_kernel[(n, kv)](part, tops, totals, gates.contiguous(), out, splits, splits + sizes.slc_count, **shape)
+    return out
+
+
+@triton.jit
+def _put_part(part, tops, totals, at, m, total, acc, G: tl.constexpr, GP: tl.constexpr, E: tl.constexpr, EP):
+    """Store one partial output ``[GP, EP]``, not divided by its sum of weights, with maximum and sum."""
+    o_g, o_e = tl.arange(0, GP), tl.arange(0, EP)
+    in_g = o_g < G
+    tl.store(tops + at * G + o_g, m, mask=in_g)
+    tl.store(totals + at * G + o_g, total, mask=in_g)
+    inside = in_g[:, None] & (o_e < E)[None, :]
+    tl.store(part + (at * G + o_g)[:, None] * E + o_e[None, :], acc, mask=inside)
+
+
+@triton.jit
+def _compressed_kernel(
+    q,
+    k,
+    v,
+    positions,
+    far,
+    weights,
+    part,
+    tops,
+    totals,
+    scale,
+    pages,
+    TILES: tl.constexpr,
+    BJ: tl.constexpr,
+    PER: tl.constexpr,
+    PER_P: tl.constexpr,
+    SKIPPED: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PARTS: tl.constexpr,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    E: tl.constexpr,
+    EP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Partial attention over some of the compressed rows; their scores, base 2, are kept for the choice."""
+    n, h, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    at = n * tl.num_programs(1) + h
+    o_g, o_e, o_c = tl.arange(0, GP), tl.arange(0, EP), tl.arange(0, BJ * PER_P)
+    in_g = o_g < G
+    rows = at * G + o_g
+    b_q, b_q2 = load_rows(q, rows, in_g, D, D1, D2)
+    ended = (tl.load(positions + n).to(tl.int32) + 1) // STRIDE
+    m = tl.full([GP], float("-inf"), tl.float32)
+    total = tl.zeros([GP], tl.float32)
+    acc = tl.zeros([GP, EP], tl.float32)
+    first = split * TILES * BJ
+    stop = tl.minimum(first + TILES * BJ, tl.minimum(pages, tl.cdiv(ended, PER)))
+    for tile in range(first, stop, BJ):
+        page = tile + o_c // PER_P
+        inside = (o_c % PER_P < PER) & (page < stop)
+        row = page * PER + o_c % PER_P
+        seen = inside & (row >= SKIPPED) & (row < ended)
+        place = tl.load(far + at * pages + page, mask=inside, other=0).to(tl.int64) * PER + o_c % PER_P
+        b_k, b_k2 = load_keys(k, place, seen, D, D1, D2)
+        b_v = tl.load(v + place[:, None] * E + o_e[None, :], mask=seen[:, None] & (o_e < E)[None, :], other=0.0)
+        s = query_keys(b_q, b_q2, b_k, b_k2, D2, PRECISION) * scale
+        s = tl.where(seen[None, :], s, float("-inf"))
+        tl.store(weights + rows[:, None] * (pages * PER) + row[None, :], s, mask=in_g[:, None] & inside[None, :])
+        m_new = tl.maximum(m, tl.max(s, 1))
+        # A query without any row yet has m = -inf; 0 in its place keeps exp2(-inf - m) at 0 instead of NaN.
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(s - base[:, None])
+        fade = tl.exp2(m - base)
+        total = total * fade + tl.sum(p, 1)
+        acc = tl.dot(p.to(b_v.dtype), b_v, acc * fade[:, None], input_precision=PRECISION)
+        m = m_new
+    _put_part(part, tops, totals, at * PARTS + split, m, total, acc, G, GP, E, EP)
+
+
+@triton.jit
+def _importance_kernel(
+    weights,
+    tops,
+    totals,
+    positions,
+    importance,
+    pages,
+    SPLITS: tl.constexpr,
+    SP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PER: tl.constexpr,
+    SKIPPED: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PARTS: tl.constexpr,
+    COUNT: tl.constexpr,
+    INITIAL: tl.constexpr,
+    LOCAL: tl.constexpr,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    E: tl.constexpr,
+    EP: tl.constexpr,
+):
+    """Importance of ``WIDTH`` blocks (NSA eq. 9), summed over the group (eq. 10), for queries that have to choose."""
+    n, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = n * tl.num_programs(1) + h
+    own = tl.load(positions + n).to(tl.int32) // BLOCK
+    block = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
+    if (own < COUNT) | (tl.program_id(2) * WIDTH > own - LOCAL):
+        return
+    o_g, o_s = tl.arange(0, GP), tl.arange(0, SP)
+    inside = (o_s < SPLITS)[:, None] & (o_g < G)[None, :]
+    each = (at * PARTS + o_s)[:, None] * G + o_g[None, :]
+    b_tops = tl.load(tops + each, mask=inside, other=float("-inf"))
+    m = tl.max(b_tops, 0)
+    m = tl.where(m == float("-inf"), 0.0, m)
+    total = tl.sum(tl.exp2(b_tops - m[None, :]) * tl.load(totals + each, mask=inside, other=0.0), 0)
+    lse = tl.where(total > 0.0, m + tl.log2(tl.where(total > 0.0, total, 1.0)), float("inf"))
+    ended = (tl.load(positions + n).to(tl.int32) + 1) // STRIDE
+    acc = tl.zeros([WIDTH], tl.float32)
+    for i in tl.static_range(PER + SKIPPED):
+        # Row c ends with key (c + 1) · d - 1: a block shares keys with the rows of its page and the next one's first.
+        row = block * PER + i
+        seen = (row >= SKIPPED) & (row < ended) & (block <= own)
+        s = tl.load(
+            weights + (at * G + o_g)[:, None] * (pages * PER) + row[None, :],
+            mask=(o_g < G)[:, None] & seen[None, :],
+            other=float("-inf"),
+        )
+        shared = min(SKIPPED + 1, i + 1, PER + SKIPPED - i)
+        acc += shared * tl.sum(tl.exp2(s - lse[:, None]), 0)
+    tl.store(importance + at * pages + block, acc, mask=block < pages)
+
+
+@triton.jit
+def _choose_kernel(
+    importance,
+    positions,
+    chosen,
+    pages,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COUNT: tl.constexpr,
+    INITIAL: tl.constexpr,
+    LOCAL: tl.constexpr,
+):
+    """The forced blocks, then the most important others, of equals the lower; -1 for each one that does not exist."""
+    n, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = n * tl.num_programs(1) + h
+    own = tl.load(positions + n).to(tl.int32) // BLOCK
+    out = chosen + at * COUNT
+    for i in tl.static_range(INITIAL):
+        tl.store(out + i, tl.where(i <= own - LOCAL, i, -1))
+    for i in tl.static_range(LOCAL):
+        tl.store(out + INITIAL + i, tl.maximum(own - LOCAL + 1 + i, -1))
+    block = tl.arange(0, WIDTH)
+    free = (block >= INITIAL) & (block <= own - LOCAL)
+    # Queries that take all blocks were not scored.
+    score = tl.load(importance + at * pages + block, mask=free & (own >= COUNT) & (block < pages), other=0.0)
+    score = tl.where(free, score, -1.0)
+    for i in range(INITIAL + LOCAL, COUNT):
+        best, index = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
+        tl.store(out + i, tl.where(best >= 0.0, index, -1))
+        score = tl.where(block == index, -1.0, score)
+
+
+@triton.jit
+def _pages_kernel(
+    q,
+    k_slc,
+    v_slc,
+    k_win,
+    v_win,
+    positions,
+    far,
+    near,
+    near_first,
+    chosen,
+    part,
+    tops,
+    totals,
+    scale,
+    pages,
+    windows,
+    splits,
+    COUNT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BN: tl.constexpr,
+    PARTS: tl.constexpr,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    E: tl.constexpr,
+    EP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Partial attention over one page: one of the chosen ones, or one of the window's."""
+    n, h, i = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    at = n * tl.num_programs(1) + h
+    o_g, o_n, o_e = tl.arange(0, GP), tl.arange(0, BN), tl.arange(0, EP)
+    t = tl.load(positions + n).to(tl.int32)
+    if i < COUNT:
+        block = tl.load(chosen + at * COUNT + i)
+        first, low, there = block * BLOCK, 0, block >= 0
+        page = tl.load(far + at * pages + block, mask=there, other=0).to(tl.int64)
+        k, v = k_slc, v_slc
+    else:
+        first = tl.load(near_first + n).to(tl.int32) + (i - COUNT) * BLOCK
+        low, there = tl.maximum(t - WINDOW + 1, 0), first >= 0
+        page = tl.load(near + at * windows + i - COUNT).to(tl.int64)
+        k, v = k_win, v_win
+    keys = first + o_n
+    seen = there & (o_n < BLOCK) & (keys <= t) & (keys >= low)
+    b_q, b_q2 = load_rows(q, at * G + o_g, o_g < G, D, D1, D2)
+    place = page * BLOCK + o_n
+    b_k, b_k2 = load_keys(k, place, seen, D, D1, D2)
+    b_v = tl.load(v + place[:, None] * E + o_e[None, :], mask=seen[:, None] & (o_e < E)[None, :], other=0.0)
+    s = tl.where(seen[None, :], query_keys(b_q, b_q2, b_k, b_k2, D2, PRECISION) * scale, float("-inf"))
+    m = tl.max(s, 1)
+    p = tl.exp2(s - tl.where(m == float("-inf"), 0.0, m)[:, None])
+    acc = tl.dot(p.to(b_v.dtype), b_v, input_precision=PRECISION)
+    _put_part(part, tops, totals, at * PARTS + splits + i, m, tl.sum(p, 1), acc, G, GP, E, EP)
+
+
+@triton.jit
+def _sum_branch(part, tops, totals, at, begin, stop, PARTS, G, GP: tl.constexpr, E, EP: tl.constexpr):
+    """One branch's output ``[GP, EP]`` from partial ones; 0 over no keys."""
+    o_g, o_e = tl.arange(0, GP), tl.arange(0, EP)
+    in_g = o_g < G
+    inside = in_g[:, None] & (o_e < E)[None, :]
+    m = tl.full([GP], float("-inf"), tl.float32)
+    total = tl.zeros([GP], tl.float32)
+    acc = tl.zeros([GP, EP], tl.float32)
+    for i in range(begin, stop):
+        rows = (at * PARTS + i) * G + o_g
+        b_top = tl.load(tops + rows, mask=in_g, other=float("-inf"))
+        m_new = tl.maximum(m, b_top)
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)
+        fade, weight = tl.exp2(m - base), tl.exp2(b_top - base)
+        total = total * fade + weight * tl.load(totals + rows, mask=in_g, other=0.0)
+        b_part = tl.load(part + rows[:, None] * E + o_e[None, :], mask=inside, other=0.0)
+        acc = acc * fade[:, None] + weight[:, None] * b_part
+        m = m_new
+    return acc / tl.where(total == 0.0, 1.0, total)[:, None]
+
+
+@triton.jit
+def _sum_kernel(
+    part,
+    tops,
+    totals,
+    gates,
+    out,
+    slc,
+    win,
+    PARTS: tl.constexpr,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    E: tl.constexpr,
+    EP: tl.constexpr,
+):
+    """``Σ_c g_c · o_c`` (NSA eq. 5). slc, win: the first partial outputs of those branches."""
+    at = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    o_g, o_e = tl.arange(0, GP), tl.arange(0, EP)
+    in_g = o_g < G
+    rows = at * G + o_g
+    gate = gates + rows * 3
+    acc = _sum_branch(part, tops, totals, at, 0, slc, PARTS, G, GP, E, EP)
+    acc = acc * tl.load(gate, mask=in_g, other=0.0).to(tl.float32)[:, None]
+    o = _sum_branch(part, tops, totals, at, slc, win, PARTS, G, GP, E, EP)
+    acc += o * tl.load(gate + 1, mask=in_g, other=0.0).to(tl.float32)[:, None]
+    o = _sum_branch(part, tops, totals, at, win, PARTS, PARTS, G, GP, E, EP)
+    acc += o * tl.load(gate + 2, mask=in_g, other=0.0).to(tl.float32)[:, None]
+    tl.store(out + rows[:, None] * E + o_e[None, :], acc.to(out.dtype.element_ty), in_g[:, None] & (o_e < E)[None, :])

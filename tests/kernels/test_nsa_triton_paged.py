@@ -1,0 +1,106 @@
+"""Decode over a paged cache in Triton against the PyTorch operations in float64, which serving's tests hold against a
+training forward."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+import torch
+import triton_on_cpu
+from torch import Tensor
+from triton_on_cpu import DEVICE, TOLERANCE, close, draw
+
+triton_on_cpu.prepare()
+
+from shoal.kernels.nsa.layout import BlockSizes  # noqa: E402
+from shoal.kernels.nsa.paged import DecodeTables, PagedCache, decode_tables, make_cache, paged_decode  # noqa: E402
+from shoal.kernels.nsa.triton_paged import PagedTuning, triton_paged_decode  # noqa: E402
+
+Case = tuple[Tensor, Tensor, PagedCache, DecodeTables]
+
+
+def case(
+    positions: list[int], sizes: BlockSizes, kv: int, group: int, dims: tuple[int, int], dtype: torch.dtype
+) -> Case:
+    """Queries at ``positions`` of sequences of their own, whose pages lie anywhere among more pages than they need."""
+    page, n = sizes.slc_block, len(positions)
+    width, windows = max(positions) // page + 3, (sizes.window + 2 * page - 2) // page
+    generator = torch.Generator().manual_seed(5)
+    far = torch.randperm(n * width + 3, generator=generator)[: n * width].view(n, width)
+    near = torch.randperm(n * windows + 2, generator=generator)[: n * windows].view(n, windows)
+    first = torch.tensor([max(0, t - sizes.window + 1) // page * page for t in positions])
+    cache = make_cache(far.numel() + 3, near.numel() + 2, kv, dims, sizes, dtype, torch.device(DEVICE))
+    for seed, field in enumerate(fields(cache)):
+        pages = getattr(cache, field.name)
+        pages.copy_(draw(*pages.shape, dtype=dtype, seed=seed))
+    tables = decode_tables(*(x.to(DEVICE) for x in (torch.tensor(positions), far, near, first)), kv, sizes)
+    q = draw(n, kv * group, dims[0], dtype=dtype, seed=20)
+    return q, draw(n, kv * group, 3, dtype=dtype, seed=21).sigmoid(), cache, tables
+
+
+def exact(q: Tensor, gates: Tensor, cache: PagedCache, tables: DecodeTables, sizes: BlockSizes, scale: float) -> Tensor:
+    """The same in float64 on the CPU."""
+    wide = PagedCache(*(getattr(cache, f.name).cpu().double() for f in fields(cache)))
+    host = DecodeTables(*(getattr(tables, f.name).cpu() for f in fields(tables)))
+    return paged_decode(q.cpu().double(), gates.cpu().double(), wide, host, sizes, scale)
+
+
+@pytest.mark.parametrize(
+    ("positions", "sizes", "kv", "group", "dims"),
+    [
+        ([0, 3, 17, 100, 63, 64], BlockSizes(4, 2, 8, 4, 1, 2, 11), 2, 2, (8, 4)),
+        ([70, 1, 30], BlockSizes(6, 2, 8, 3, 0, 1, 20), 1, 3, (24, 6)),
+        ([40], BlockSizes(4, 4, 4, 5, 2, 1, 1), 1, 1, (16, 16)),
+        ([9, 2], BlockSizes(4, 2, 8, 4, 1, 2, 11), 1, 4, (8, 8)),
+    ],
+)
+def test_against_float64(positions: list[int], sizes: BlockSizes, kv: int, group: int, dims: tuple[int, int]) -> None:
+    """Sequences of one token, at the ends of blocks, that choose and that do not; rows shared by programs or not."""
+    args = case(positions, sizes, kv, group, dims, torch.float32)
+    want = exact(*args, sizes, 0.4)
+    for tuning in (PagedTuning(rows=16), PagedTuning(rows=16, programs=1)):
+        close(triton_paged_decode(*args, sizes, 0.4, tuning), want, torch.float32)
+
+
+def test_no_queries() -> None:
+    sizes = BlockSizes(4, 2, 8, 4, 1, 2, 11)
+    q, gates, cache, tables = case([5], sizes, 2, 2, (8, 4), torch.float32)
+    nothing = DecodeTables(*(getattr(tables, f.name)[:0] for f in fields(tables)))
+    assert triton_paged_decode(q[:0], gates[:0], cache, nothing, sizes, 0.4).shape == (0, 4, 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("kv", "group"), [(4, 16), (1, 4), (4, 1), (2, 6)])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128), (96, 96)])
+def test_on_a_gpu(dtype: torch.dtype, kv: int, group: int, dims: tuple[int, int]) -> None:
+    """With more blocks than are chosen for one query, whose row may differ where rounding swaps equal blocks."""
+    sizes = BlockSizes(32, 16, 64, 16, 1, 2, 512)
+    args = case([0, 40, 1023, 700, 5000], sizes, kv, group, dims, dtype)
+    want = exact(*args, sizes, dims[0] ** -0.5)
+    got = triton_paged_decode(*args, sizes, dims[0] ** -0.5).cpu().double()
+    assert not got.isnan().any()
+    assert ((got - want)[:-1].norm() / want[:-1].norm()) <= TOLERANCE[dtype]
+    assert ((got - want)[-1].norm() / want[-1].norm()) <= 0.2
+
+
+@pytest.mark.gpu
+def test_in_a_cuda_graph() -> None:
+    """A captured step gives, for other positions and pages put into its tables, what a step of their own gives."""
+    sizes = BlockSizes(32, 16, 64, 16, 1, 2, 512)
+    q, gates, cache, tables = case([3000, 4000], sizes, 2, 16, (128, 128), torch.bfloat16)
+    _, _, _, other = case([3999, 70], sizes, 2, 16, (128, 128), torch.bfloat16)
+    other = DecodeTables(
+        *(other.positions, tables.far.flip(0), tables.near.flip(0), other.near_first),
+        *(tables.cmp_mask, tables.win_mask, None),
+    )
+    want = triton_paged_decode(q, gates, cache, other, sizes, 0.1)
+    triton_paged_decode(q, gates, cache, tables, sizes, 0.1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = triton_paged_decode(q, gates, cache, tables, sizes, 0.1)
+    for name in ("positions", "far", "near", "near_first"):
+        getattr(tables, name).copy_(getattr(other, name))
+    graph.replay()
+    assert torch.equal(out, want)
