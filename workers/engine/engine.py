@@ -49,7 +49,7 @@ class Engine:
         if model.hosts_attention:
             layers: list[Any] = [block.attention for block in model.layers]
             caches = make_caches(recipe, self.pools.far.size, self.pools.near.size, model.dtype, self.device)
-            self._caches: dict[nn.Module, PagedCache] = dict(zip(layers, caches, strict=True))
+            self.caches: dict[nn.Module, PagedCache] = dict(zip(layers, caches, strict=True))
 
     def _make_pools(self, memory: int | None) -> Pools:
         recipe, limits = self.model.recipe, self.limits
@@ -163,7 +163,7 @@ class Engine:
         ids = tables.tokens
         batch = PackedBatch(ids, torch.full_like(ids, IGNORE), tables.positions, (0, len(ids)))
         load = MoELoad(max(1, len(ids)), balance=False)
-        attention = PagedAttention(tables, self._caches) if self.model.hosts_attention else None
+        attention = PagedAttention(tables, self.caches) if self.model.hosts_attention else None
         hidden = yield from self.model.stages(batch, load, attention)
         known = self._experts or [0] * len(load.counts)
         self._experts = [a + b for a, b in zip(known, load.counts, strict=True)]
@@ -201,7 +201,7 @@ class Engine:
         Pages that others hold too are theirs to clean: they end in the same way if it was these.
         """
         far, near = self.pools.far.sole(sequence.far), self.pools.near.sole(sequence.near)
-        for cache in self._caches.values():
+        for cache in self.caches.values():
             for pages, tensors in (
                 (far, (cache.k_slc, cache.v_slc, cache.k_cmp, cache.v_cmp)),
                 (near, (cache.k_win, cache.v_win, cache.k_raw, cache.v_raw)),
