@@ -46,8 +46,8 @@ def varlen(
 
     The arguments changed names between torch 2.10 and 2.12.
     """
-    longest = [max(stop - start for start, stop in pairwise(offsets)) for offsets in (cu_queries, cu_keys)]
-    offsets = [torch.tensor(x, dtype=torch.int32).to(q.device, non_blocking=True) for x in (cu_queries, cu_keys)]
+    most_q, most_k = (max(stop - start for start, stop in pairwise(x)) for x in (cu_queries, cu_keys))
+    at_q, at_k = (torch.tensor(x, dtype=torch.int32).to(q.device, non_blocking=True) for x in (cu_queries, cu_keys))
     known = inspect.signature(varlen_attn).parameters
     options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     if q.shape[1] != k.shape[1]:
@@ -55,7 +55,7 @@ def varlen(
             options["enable_gqa"] = True
         else:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    out = varlen_attn(q, k, v, *offsets, *longest, scale=scale, **options)
+    out = varlen_attn(q, k, v, at_q, at_k, most_q, most_k, scale=scale, **options)
     assert isinstance(out, Tensor)
     return out
 
