@@ -24,6 +24,7 @@ from shoal.jobs.serve.client import Client, ModelInfo
 from shoal.jobs.serve.gate import Settings
 from shoal.jobs.serve.proto.shoal.v1 import inference_pb2 as pb
 from shoal.jobs.serve.proto.shoal.v1 import inference_pb2_grpc
+from shoal.jobs.serve.reading import encode_prompt, too_long
 from shoal.jobs.serve.text import LONGEST_STOP, Piece
 from shoal.workers.engine.request import Busy, Finish, Request, Sampling, Token
 from shoal.workers.errors import ClusterRefused, InvalidInput, NotFound
@@ -138,12 +139,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         return Request(uuid.uuid4().hex, prompt, _sampling(call.sampling, min(MAX_TOKENS, room), self.tokenizer.eos))
 
     async def _prompt(self, call: pb.GenerateRequest) -> tuple[int, ...]:
+        context = self.info.context
         if call.WhichOneof("prompt") == "tokens":
+            if len(call.tokens.ids) > context:  # before millions of them are copied
+                raise too_long(str(len(call.tokens.ids)), context)
             ids = tuple(call.tokens.ids)
         elif call.text:
             # a long text takes a while to encode, in which others shall not wait
-            encoded = await asyncio.to_thread(self.tokenizer.encode, [call.text])
-            ids = tuple(int(token) for token in encoded[0][:-1])
+            ids = tuple(await asyncio.to_thread(encode_prompt, self.tokenizer, call.text, context))
         else:
             ids = ()
         if not ids:
