@@ -227,4 +227,4 @@ class Engine:
 def _part(chunk: Chunk) -> Part:
     s = chunk.sequence
     tokens = (*s.tokens[s.computed : s.computed + chunk.count], *chunk.guesses)
-    return Part(tokens, s.computed, np.asarray(s.far), np.asarray(s.near), s.near_start)
+    return Part(tokens, s.computed, s.far.array, np.fromiter(s.near, np.int64), s.near_start)
