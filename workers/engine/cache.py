@@ -20,6 +20,7 @@ from shoal.kernels.nsa.paged import (
     make_cache,
     paged_decode,
     paged_prefill,
+    row_index,
     store_rows,
 )
 from shoal.kernels.paged_full import paged_full_decode, paged_full_prefill
@@ -93,12 +94,14 @@ class StepTables:
         host = _HostTables(parts, self.sizes, self.nsa)
         there = _upload(host.arrays | host.of_singles(len(self.singles)) | host.of_chunks(len(self.singles)), device)
         self.tokens, self.positions = there["tokens"], there["positions"]
-        self.row, self.far, self.near = there["row"], there["far"], there["near"]
         wide, model = torch.promote_types(dtype, torch.float32), recipe.model
+        kv, page = model.kv_heads, self.sizes.slc_block
+        self.far = row_index(there["far"], there["row"], kv, page)
+        self.near = row_index(there["near"], there["row"], kv, page) if self.nsa else self.far[:0]
         self.rotation = rope_tables(self.positions, model.head_dim, model.rope_base, dtype=wide)
         self.compressed = len(there["cmp_row"])
         if self.compressed:
-            self.cmp_far, self.cmp_row = there["cmp_far"], there["cmp_row"]
+            self.cmp = row_index(there["cmp_far"], there["cmp_row"], kv, page // self.sizes.cmp_stride)
             self.raw_page, self.raw_row = there["raw_page"], there["raw_row"]
             self.cmp_rotation = rope_tables(there["cmp_start"], model.head_dim, model.rope_base, dtype=wide)
         self.decode = self._decode_tables(there) if self.singles else []
@@ -137,8 +140,8 @@ class PagedAttention:
         """``[T, hidden] -> [T, H, d_v]``."""
         t, cache = self.tables, self.caches[layer]
         q, k, v = layer.project(x_TH, t.rotation)
-        store_rows(cache.k_slc, t.far, t.row, k)
-        store_rows(cache.v_slc, t.far, t.row, v)
+        store_rows(cache.k_slc, t.far, k)
+        store_rows(cache.v_slc, t.far, v)
         out = q.new_empty(*q.shape[:2], v.shape[-1])
         at = t.single_tokens
         for rows, d in t.decode:
@@ -168,7 +171,7 @@ class PagedAttention:
 
     def _store(self, layer: NativeSparseAttention, p: Projected, cache: PagedCache) -> None:
         t = self.tables
-        for pages, kept, values in (
+        for index, kept, values in (
             (t.far, cache.k_slc, p.k_slc),
             (t.far, cache.v_slc, p.v_slc),
             (t.near, cache.k_win, p.k_win),
@@ -176,15 +179,15 @@ class PagedAttention:
             (t.near, cache.k_raw, p.k_cmp),
             (t.near, cache.v_raw, p.v_cmp),
         ):
-            store_rows(kept, pages, t.row, values)
+            store_rows(kept, index, values)
         if t.compressed:
             raw = (x[t.raw_page, :, t.raw_row].permute(2, 0, 1, 3) for x in (cache.k_raw, cache.v_raw))
             k_cmp, v_cmp = (
                 compress_blocks(blocks, phi.position, phi.w1, phi.w2)
                 for blocks, phi in zip(raw, (layer.compress_k, layer.compress_v), strict=True)
             )
-            store_rows(cache.k_cmp, t.cmp_far, t.cmp_row, rotate(k_cmp, *t.cmp_rotation))
-            store_rows(cache.v_cmp, t.cmp_far, t.cmp_row, v_cmp)
+            store_rows(cache.k_cmp, t.cmp, rotate(k_cmp, *t.cmp_rotation))
+            store_rows(cache.v_cmp, t.cmp, v_cmp)
 
 
 class _HostTables:

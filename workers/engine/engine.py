@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shoal.kernels.nsa.paged import PagedCache
 from shoal.workers.data.batch import IGNORE, PackedBatch
@@ -42,7 +42,7 @@ class Engine:
         self.scheduler = Scheduler(limits, self.pools, self.context)
         self.sequences: dict[str, Sequence] = {}
         self._load = Load(capacity=limits.sequences, pages=self.pools.far.size)
-        self._experts: list[Any] = []
+        self._experts: Tensor | None = None  # [MoE layers, experts]
         self._accepted = 0
         placement = model.mesh.placement
         self._apart = bool(placement.experts) and set(placement.attention) != set(placement.experts)
@@ -134,7 +134,7 @@ class Engine:
             pages_cached=self.pools.far.cached,
             preemptions_total=self.scheduler.preemptions,
             cached_tokens_total=self.scheduler.cached,
-            expert_tokens=tuple(tuple(counts.tolist()) for counts in self._experts),
+            expert_tokens=() if self._experts is None else tuple(map(tuple, self._experts.tolist())),
         )
 
     def _compute(self, chunks: list[Chunk], parts: int) -> list[list[Token]]:
@@ -165,8 +165,9 @@ class Engine:
         load = MoELoad(max(1, len(ids)), balance=False)
         attention = PagedAttention(tables, self.caches) if self.model.hosts_attention else None
         hidden = yield from self.model.stages(batch, load, attention)
-        known = self._experts or [0] * len(load.counts)
-        self._experts = [a + b for a, b in zip(known, load.counts, strict=True)]
+        if load.counts:
+            counts = torch.stack(load.counts)
+            self._experts = counts if self._experts is None else self._experts + counts
         return hidden
 
     def _take(self, chunk: Chunk, tokens: list[Token]) -> Output:
