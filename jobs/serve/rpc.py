@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import inspect
 import logging
 import math
 import secrets
@@ -233,6 +234,36 @@ class _Guard(grpc.aio.ServerInterceptor):
         )
 
 
+class _Malformed:
+    """Stands where a message should, which the bytes that came are not."""
+
+
+class _Parser(grpc.aio.ServerInterceptor):
+    """Refuses bytes that are no message of the call with INVALID_ARGUMENT; gRPC itself would call it its own fault."""
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
+        handler = await continuation(details)
+        kind = next((k for k in ("unary_unary", "unary_stream") if getattr(handler, k, None)), None)
+        if kind is None or not inspect.iscoroutinefunction(answer := getattr(handler, kind)):
+            return handler
+
+        def parse(data: bytes) -> Any:
+            try:
+                return handler.request_deserializer(data)
+            except Exception:  # what it raises depends on protobuf's implementation
+                return _Malformed()
+
+        async def checked(request: Any, context: Any) -> Any:
+            if isinstance(request, _Malformed):
+                await context.abort(
+                    grpc.StatusCode.INVALID_ARGUMENT,
+                    f"the message of {details.method} cannot be parsed: send what inference.proto, or reflection, says",
+                )
+            return await answer(request, context)
+
+        return handler._replace(request_deserializer=parse, **{kind: checked})
+
+
 class RpcServer:
     """The server of the service, its health and its reflection."""
 
@@ -243,7 +274,7 @@ class RpcServer:
         self.ended = False
         self.health = health.aio.HealthServicer()
         self.server = grpc.aio.server(
-            interceptors=[] if settings.tokens is None else [_Guard(settings.tokens)],
+            interceptors=[*([] if settings.tokens is None else [_Guard(settings.tokens)]), _Parser()],
             options=list({**OPTIONS, "grpc.max_receive_message_length": settings.largest_body}.items()),
             maximum_concurrent_rpcs=settings.most_calls + OTHERS,
         )
