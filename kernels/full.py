@@ -25,22 +25,29 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...],
         return q.new_zeros(0, q.shape[1], v.shape[2]) + 0 * (q.sum() + k.sum() + v.sum())
     width = v.shape[2]
     most = max(q.shape[2], width)
-    fast = _varlen_fits(q, most)
+    fast = varlen_fits(q, most)
     if fast:
         most = -(-most // 8) * 8
     q, k, v = (functional.pad(x, (0, most - x.shape[2])) if x.shape[2] < most else x for x in (q, k, v))
-    out = _varlen(q, k, v, cu_seqlens, scale) if fast else _by_length(q, k, v, cu_seqlens, scale)
+    out = varlen(q, k, v, cu_seqlens, cu_seqlens, scale) if fast else _by_length(q, k, v, cu_seqlens, scale)
     return out[..., :width]
 
 
-def _varlen_fits(q: Tensor, dim: int) -> bool:
+def varlen_fits(q: Tensor, dim: int) -> bool:
+    """Whether :func:`varlen` takes queries like these and heads of ``dim``."""
     return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and dim <= 256
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], scale: float) -> Tensor:
-    """One FlashAttention call over the pack; the arguments changed names between torch 2.10 and 2.12."""
-    longest = max(stop - start for start, stop in pairwise(cu_seqlens))
-    offsets = torch.tensor(cu_seqlens, dtype=torch.int32).to(q.device, non_blocking=True)
+def varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_queries: tuple[int, ...], cu_keys: tuple[int, ...], scale: float
+) -> Tensor:
+    """One FlashAttention call over a pack of ``[T, heads, D]``, D alike and a multiple of 8. A document may have more
+    keys than queries: its queries are then its last ones.
+
+    The arguments changed names between torch 2.10 and 2.12.
+    """
+    most_q, most_k = (max(stop - start for start, stop in pairwise(x)) for x in (cu_queries, cu_keys))
+    at_q, at_k = (torch.tensor(x, dtype=torch.int32).to(q.device, non_blocking=True) for x in (cu_queries, cu_keys))
     known = inspect.signature(varlen_attn).parameters
     options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     if q.shape[1] != k.shape[1]:
@@ -48,7 +55,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], scale:
             options["enable_gqa"] = True
         else:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    out = varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scale, **options)
+    out = varlen_attn(q, k, v, at_q, at_k, most_q, most_k, scale=scale, **options)
     assert isinstance(out, Tensor)
     return out
 

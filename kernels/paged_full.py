@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from shoal.kernels.full import varlen, varlen_fits
 from shoal.kernels.nsa.paged import by_head, read_pages
 
 
@@ -26,9 +27,17 @@ def paged_full_decode(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, far: T
 
 
 def paged_full_prefill(q: Tensor, k: Tensor, v: Tensor, position: int, far: Tensor, scale: float) -> Tensor:
-    """Consecutive queries of one sequence from ``position`` on: ``[R, H, d_qk] -> [R, H, d_v]``. far: ``[P]``."""
-    count, stop = q.shape[0], position + q.shape[0]
-    index = by_head(far, k.shape[1])
+    """Consecutive queries of one sequence from ``position`` on: ``[R, H, d_qk] -> [R, H, d_v]``. far: ``[P]``.
+
+    On a GPU in half precision FlashAttention does it, else SDPA with a mask. In half precision on a GPU SDPA with a
+    mask would hold all scores: 4 GB for 512 queries of 64 heads at 64k.
+    """
+    count, stop, kv = q.shape[0], position + q.shape[0], k.shape[1]
+    width = max(q.shape[2], v.shape[3])
+    if q.shape[2] == v.shape[3] and not width % 8 and varlen_fits(q, width):
+        keys, values = (x.index_select(0, far).transpose(1, 2).flatten(0, 1)[:stop] for x in (k, v))
+        return varlen(q, keys, values, (0, count), (0, stop), scale)
+    index = by_head(far, kv)
     keys, values = (read_pages(x, index)[:, :stop].to(q.dtype) for x in (k, v))
     seen = torch.arange(stop, device=q.device) <= torch.arange(position, stop, device=q.device)[:, None]
     out = functional.scaled_dot_product_attention(
@@ -37,6 +46,6 @@ def paged_full_prefill(q: Tensor, k: Tensor, v: Tensor, position: int, far: Tens
         values[None],
         attn_mask=seen,
         scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=q.shape[1] != kv,
     )
     return out[0].transpose(0, 1).reshape(count, q.shape[1], -1)

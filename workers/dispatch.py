@@ -26,18 +26,20 @@ class Dispatcher:
         self.local = tuple(e for e in by_owner if owners[e] == group.index)
         self.per_owner = [owners.count(i) for i in range(group.size)]
         self.slots = torch.tensor([by_owner.index(e) for e in range(len(owners))], device=device)
+        self.edges = torch.arange(len(owners) + 1, device=device)
 
     def start(self, x_TH: Tensor, experts_TK: Tensor) -> Flight:
         """Sorts rows by expert and sends them on their way; ``experts_TK`` int64. Every rank of the group calls it."""
         slots = self.slots[experts_TK].flatten()
-        order = torch.argsort(slots, stable=True)
-        counts = torch.bincount(slots, minlength=len(self.slots))
+        ranked, order = torch.sort(slots, stable=True)
+        counts = torch.searchsorted(ranked, self.edges).diff()  # bincount would wait for the GPU, twice
         matrix = self.group.all_gather(counts)
         rows = _Expand.apply(x_TH, order, _inverse(order), experts_TK.shape[1])
         if self.group.size == 1:
             return Flight(self, order, matrix, None, rows, None)
         exchange = _Exchange(self.group, self._splits(matrix))
-        return Flight(self, order, matrix, exchange, _Start.apply(rows, exchange), self._regroup(matrix))
+        regroup = self._regroup(matrix, sum(exchange.splits[1]))
+        return Flight(self, order, matrix, exchange, _Start.apply(rows, exchange), regroup)
 
     def _splits(self, matrix: Tensor) -> tuple[list[int], list[int]]:
         """Rows sent to and received from each rank; the sizes must be known on the host."""
@@ -45,13 +47,13 @@ class Dispatcher:
         table = torch.stack(to_rank, dim=1).tolist()
         return table[self.group.index], [row[self.group.index] for row in table]
 
-    def _regroup(self, matrix: Tensor) -> Tensor:
-        """Index that turns rows by (source rank, expert) into rows by (expert, source rank)."""
+    def _regroup(self, matrix: Tensor, count: int) -> Tensor:
+        """Index that turns ``count`` rows by (source rank, expert) into rows by (expert, source rank)."""
         lengths = matrix.split(self.per_owner, dim=1)[self.group.index]
         starts = (lengths.flatten().cumsum(0) - lengths.flatten()).view_as(lengths)
         lengths, starts = lengths.T.flatten(), starts.T.flatten()
         shift = starts - (lengths.cumsum(0) - lengths)
-        index = torch.repeat_interleave(shift, lengths)
+        index = torch.repeat_interleave(shift, lengths, output_size=count)
         return index + torch.arange(len(index), device=index.device)
 
     def local_counts(self, matrix: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """The engine alone, in this process, over random weights: what batching brings, and NSA beside full attention.
 
-``tiny``'s answers, many at a time, are compared with one request at a time, both with a cache (as transformers'
-``generate`` has one) and by the plain loop, which has none. Then two models that differ in nothing but their attention
-generate far into their context. On a GPU these are larger: paper block sizes, 8k and 64k tokens.
+On a CPU ``tiny``'s answers, many at a time, are compared with one request at a time, both with a cache (as
+transformers' ``generate`` has one) and by the plain loop, which has none. Then, on a CPU and on a GPU, two models that
+differ in nothing but their attention compute a prompt, and generate far into their context. For the latter the pages
+are filled with random numbers: what a step costs does not depend on them, and no prompt has to be computed for it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import random
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shoal.jobs.bench.registry import Settings
@@ -25,25 +27,42 @@ if TYPE_CHECKING:
 
 TARGET = 5.0
 PROMPT, ANSWER, AT_ONCE = 64, 64, 16
-REPEATS, STEPS = 3, 20
-SMALL = ["model.context=4096", "attention.slc_count=8", "attention.window=128"]
-LARGE = [
-    *("model.layers=8", "model.hidden=2048", "model.heads=64", "model.kv_heads=4", "model.head_dim=128"),
-    *("model.dense_hidden=4096", "moe.experts=32", "moe.expert_hidden=512", "attention.cmp_block=32"),
-    *("attention.cmp_stride=16", "attention.slc_block=64", "attention.slc_count=16", "attention.window=512"),
-    *("parallel.device=cuda", "train.batch=2"),
-]
-# context, sequences at once
-LENGTHS = {"cpu": ((1024, 4), (4096, 4)), "cuda": ((8192, 1), (8192, 16), (65536, 1), (65536, 16))}
+REPEATS, STEPS, WARM = 3, 20, 3
+KINDS = ("nsa", "full")
+MEMORY = 0.8  # of a GPU's memory that is free once the weights are there
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What is measured on a kind of device. step: tokens of a chunk of a prompt."""
+
+    recipe: str
+    sets: tuple[str, ...]
+    contexts: tuple[int, ...]
+    at_once: tuple[int, ...]
+    step: int
+
+
+SCALES = {
+    "cpu": Scale(
+        "tiny", ("attention.slc_count=8", "attention.window=128"), contexts=(1024, 4096), at_once=(1, 4), step=512
+    ),
+    # groups of 16 heads share keys and values, as in the NSA paper; its block sizes are the defaults
+    "cuda": Scale(
+        "deepseekmoe-2b", ("model.heads=32", "model.kv_heads=2", "parallel.device=cuda"),
+        contexts=(4096, 16384, 65536), at_once=(1, 7, 32), step=2048,
+    ),
+}  # fmt: skip
 
 
 def run(settings: Settings) -> list[Row]:
-    """Milliseconds a token: medians over repeats, and over steps."""
+    """Milliseconds a token or a step: medians over repeats, and over steps; of a prompt, once."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        torch.set_num_threads(1)  # tiny's own number: its operators are too small for more
+    if device == "cuda":
+        return list(_attentions(settings, device))
+    torch.set_num_threads(1)  # tiny's own number: its operators are too small for more
     return [*_batching(settings), *_attentions(settings, device)]
 
 
@@ -69,16 +88,40 @@ def _batching(settings: Settings) -> Iterator[Row]:
 
 
 def _attentions(settings: Settings, device: str) -> Iterator[Row]:
-    steps = settings.steps or STEPS
-    for context, at_once in LENGTHS[device]:
-        ms = {}
-        for kind in ("nsa", "full"):
-            sets = [*(SMALL if device == "cpu" else LARGE), f"attention.kind={kind}", f"model.context={context}"]
-            model = _model(load_recipe("tiny", [*sets, "parallel.ranks=1"]), device)
-            ms[kind] = _far_in(model, at_once, context, steps)
-            settings.say(f"{context} tokens, {at_once} at once, {kind}: {ms[kind]:.2f} ms a step")
-        facts: dict[str, Any] = {"context": context, "at_once": at_once, "steps": steps, "device": device}
-        yield time_row("a decode step with NSA", ms["nsa"], "the same with full attention", ms["full"], **facts)
+    scale = SCALES[device]
+    found = {kind: _of_kind(settings, device, scale, kind) for kind in KINDS}
+    for key, ms in found["nsa"].items():
+        what, context, at_once = key
+        tokens = context if what == "a prompt" else at_once
+        facts: dict[str, Any] = {"recipe": scale.recipe, "context": context, "at_once": at_once, "device": device}
+        other = found["full"].get(key)
+        yield time_row(
+            f"{what} with NSA", ms, "the same with full attention" * (other is not None), other,
+            tokens_per_second=1000 * tokens / ms, **facts,
+        )  # fmt: skip
+
+
+def _of_kind(settings: Settings, device: str, scale: Scale, kind: str) -> dict[tuple[str, int, int], float]:
+    """Milliseconds of prompts and of decode steps, by what it is, the context, and how many at once."""
+    from shoal.workers.engine.engine import Engine
+    from shoal.workers.machine import free_memory
+
+    model = _model(recipe_of(scale, kind), device)
+    limits = Limits(sequences=max(scale.at_once), step=scale.step, prefix_cache=False)
+    engine = Engine(model, limits, int(MEMORY * free_memory(device)) if device == "cuda" else None)
+    _fill(engine)
+    found = {}
+    _prompt_ms(engine, min(scale.contexts))  # the first one loads kernels
+    for context in scale.contexts:
+        ms = found["a prompt", context, 1] = _prompt_ms(engine, context)
+        settings.say(f"{kind}, a prompt of {context}: {ms:.0f} ms, {1000 * context / ms:,.0f} tokens/s")
+        for at_once in scale.at_once:
+            if at_once * engine.pools.pages(context) > engine.pools.far.size:
+                settings.say(f"{kind}, {context} tokens, {at_once} at once: more than fits into the memory")
+                continue
+            ms = found["a decode step", context, at_once] = _decode_ms(engine, at_once, context, settings.steps)
+            settings.say(f"{kind}, {context} tokens, {at_once} at once: {ms:.2f} ms a step")
+    return found
 
 
 def _model(recipe: Recipe, device: str) -> Transformer:
@@ -117,18 +160,50 @@ def _plain(model: Transformer, requests: list[Request]) -> float:
     return 1000 * (time.perf_counter() - began) / tokens
 
 
-def _far_in(model: Transformer, at_once: int, context: int, steps: int) -> float:
-    """Median milliseconds of a step of ``at_once`` sequences whose context is nearly full."""
-    from shoal.workers.engine.engine import Engine
+def recipe_of(scale: Scale, kind: str) -> Recipe:
+    """The recipe with an attention of ``kind``, for one rank, whatever training would ask for."""
+    sets = (f"attention.kind={kind}", f"model.context={max(scale.contexts)}", "parallel.ranks=1", "parallel.expert=0")
+    return load_recipe(scale.recipe, [*scale.sets, *sets, "train.batch=1", "train.accumulate=1", "train.sequence=64"])
 
-    warm = 3
-    engine = Engine(model, Limits(sequences=at_once, step=2048, prefix_cache=False))
-    for request in _requests(model.recipe, at_once, context - warm - steps - 1, warm + steps + 1, 0):
-        engine.add(request)
-    while engine.scheduler.waiting or any(s.remaining > 1 for s in engine.scheduler.running):
+
+def _fill(engine: Engine) -> None:
+    """Random numbers for all pages, as wide as normed keys and values."""
+    for cache in engine.caches.values():
+        for tensor in vars(cache).values():
+            tensor.normal_()
+
+
+def _prompt_ms(engine: Engine, context: int) -> float:
+    """Milliseconds from a prompt that fills the context to its first token."""
+    (request,) = _requests(engine.model.recipe, 1, context - 1, 1, 0)
+    engine.add(request)
+    began = time.perf_counter()
+    while engine.busy:
         engine.step()
-    times = [_timed(engine) for _ in range(warm + steps)]
-    return statistics.median(times[warm:])
+    return 1000 * (time.perf_counter() - began)
+
+
+def _decode_ms(engine: Engine, at_once: int, context: int, steps: int | None) -> float:
+    """Median milliseconds of a step of ``at_once`` sequences whose context is nearly full."""
+    answer = WARM + (steps or STEPS) + 1
+    requests = _requests(engine.model.recipe, at_once, context - answer, answer, 0)
+    for request in requests:
+        engine.add(request)
+        _as_if_computed(engine)
+    times = [_timed(engine) for _ in range(answer - 1)]
+    for request in requests:
+        engine.cancel(request.id)
+    return statistics.median(times[WARM:])
+
+
+def _as_if_computed(engine: Engine) -> None:
+    """Gives the sequence that waits the pages of its prompt, and starts it where the prompt ends."""
+    sequence = engine.scheduler.waiting.popleft()
+    while sequence.remaining > 1:
+        count = min(engine.pools.page, sequence.remaining - 1)
+        sequence.reserve(sequence.computed + count)
+        sequence.advance(count)
+    engine.scheduler.running.append(sequence)
 
 
 def _timed(engine: Engine) -> float:

@@ -9,14 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
-import subprocess
-import tempfile
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -24,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from shoal.jobs.bench.command import failure, shoal_command, started
 from shoal.jobs.bench.load import (
     CHARACTERS,
     Answer,
@@ -42,6 +34,7 @@ from shoal.jobs.bench.load import (
 )
 from shoal.jobs.bench.registry import Settings
 from shoal.jobs.bench.result import Row, time_row
+from shoal.jobs.bench.server import served
 from shoal.workers.errors import ClusterRefused, InvalidInput, NotFound, UsageError
 from shoal.workers.machine import cores
 
@@ -52,7 +45,6 @@ PLAIN = "plain loop without a cache, one at a time"
 MIX = "64:32*3,256:64*1"
 LIMITS = Limits(seconds=20.0)
 RATE_WARMUP = 8  # requests at once, and in all, before a load that is given as a rate
-READY_SECONDS = 300.0  # until a server that was started must answer
 TEXT_TOKENS = 1 << 18  # of a run's validation text
 TEXT_CHARACTERS = 1 << 22  # of a file
 
@@ -87,6 +79,8 @@ class ServeSettings(Settings):
     temperature: float = 0.8
     seed: int = 0
     baseline: bool = False
+    against: str | None = None
+    options: tuple[str, ...] = ()
 
     def prompts(self, text: Text, name: object) -> Prompts:
         """The prompts of a load, the same whenever they are asked for."""
@@ -100,22 +94,27 @@ def run(settings: Settings) -> list[Row]:
         raise UsageError("neither a run nor --url was given: name the run to serve, or the server to ask")
     if asked.baseline and not asked.run:
         raise UsageError("--baseline computes with the model itself: name its run as well")
-    folder = _run_folder(asked)
+    if asked.against and (asked.baseline or asked.url or not asked.run):
+        raise UsageError("--against compares with the server of another run: give a run, without --url and --baseline")
+    folder, other = _run_folder(asked, asked.run), _run_folder(asked, asked.against)
     token, text = _token(asked.token_file), _text(asked, folder)
     asked.prompts(text, "check")
     if asked.url or folder is None:
         measured = asyncio.run(_measure(asked, str(asked.url).rstrip("/"), token, text))
     else:
-        with served(folder.path.resolve(), asked) as url:
-            measured = asyncio.run(_measure(asked, url, token, text))
+        measured = _serve_and_measure(asked, folder, token, text)
     plain = _plain(asked, folder, text) if asked.baseline and folder else None
     about = {
-        "server": asked.url or f"shoal serve {asked.run}",
+        "server": asked.url or _command(asked, asked.run),
         "mix": ",".join(f"{s.prompt}:{s.output}*{s.weight:g}" for s in asked.mix),
         "temperature": asked.temperature,
         "seed": asked.seed,
     }
-    return rows(measured, plain, about)
+    if not other:
+        return rows(measured, plain, about)
+    named = about | {"server": _command(asked, asked.against)}
+    theirs = rows(_serve_and_measure(asked, other, token, text), None, named)
+    return [*_beside(rows(measured, None, about), theirs), *theirs]
 
 
 def rows(measured: Sequence[tuple[Level, Row]], plain: Row | None, about: Row) -> list[Row]:
@@ -127,6 +126,28 @@ def rows(measured: Sequence[tuple[Level, Row]], plain: Row | None, about: Row) -
         ms = 1e3 / found["output_tokens_per_second"]
         out.append(time_row(f"an output token, {level}", ms, **against, **load, **found, **about))
     return [*out, plain] if plain else out
+
+
+def _beside(ours: Sequence[Row], theirs: Sequence[Row]) -> list[Row]:
+    """Rows of one server with those of the other, under the same loads, as their baselines."""
+    out = []
+    for row, other in zip(ours, theirs, strict=True):
+        facts = {key: value for key, value in row.items() if key not in ("what", "ms")}
+        out.append(time_row(row["what"], row["ms"], other["server"], other["ms"], **facts))
+    return out
+
+
+def _command(asked: ServeSettings, run: str | None) -> str:
+    return " ".join(["shoal serve", str(run), *asked.options])
+
+
+def _serve_and_measure(
+    asked: ServeSettings, folder: RunFolder, token: str | None, text: Text
+) -> list[tuple[Level, Row]]:
+    options = [*asked.options, *(("--token-file", str(asked.token_file)) if asked.token_file else ())]
+    asked.say(f"starting {' '.join(['shoal serve', str(folder.path), *asked.options])}")
+    with served(folder.path.resolve(), options) as url:
+        return asyncio.run(_measure(asked, url, token, text))
 
 
 async def _measure(asked: ServeSettings, url: str, token: str | None, text: Text) -> list[tuple[Level, Row]]:
@@ -199,70 +220,21 @@ def _short(said: str) -> str:
     return " ".join(said.split())[:200] or "no word"
 
 
-# The server of a run
-
-
-@contextmanager
-def served(run: Path, asked: ServeSettings) -> Iterator[str]:
-    """The URL of a ``shoal serve RUN`` on free ports, once it is ready; it is ended with the block."""
-    port, rpc_port = _free_ports(2)
-    command = [*shoal_command(), "serve", str(run), "--port", str(port), "--grpc-port", str(rpc_port)]
-    if asked.token_file:
-        command += ["--token-file", str(asked.token_file)]
-    asked.say(f"starting shoal serve {run}")
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder, "log")
-        with started(command, log) as process:
-            _wait_until_ready(process, f"http://127.0.0.1:{port}/readyz", log)
-            yield f"http://127.0.0.1:{port}/v1"
-
-
-def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    """Raises ClusterRefused when the server ends, or is not ready in time."""
-    end = time.monotonic() + READY_SECONDS
-    while not _answers(url):
-        if process.poll() is not None:
-            raise ClusterRefused(failure(process.args, process.returncode, log.read_text(errors="replace")))  # type: ignore[arg-type]
-        if time.monotonic() > end:
-            raise ClusterRefused(f"{url} did not answer within {READY_SECONDS:.0f} s: run shoal serve to see why")
-        time.sleep(0.1)
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            return bool(response.status == 200)
-    except (OSError, urllib.error.URLError):
-        return False
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports of this machine's loopback that nobody listens on now, all different."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
-
-
 # What is asked of it
 
 
-def _run_folder(asked: ServeSettings) -> RunFolder | None:
+def _run_folder(asked: ServeSettings, run: str | None) -> RunFolder | None:
     """The run's folder; InvalidInput when the mix does not fit into its model's context."""
-    if not asked.run:
+    if not run:
         return None
     from shoal.jobs.load import find_run
 
-    folder = find_run(asked.run, asked.runs_dir)
+    folder = find_run(run, asked.runs_dir)
     context = folder.recipe().model.context
     for shape in asked.mix:
         if shape.prompt + shape.output >= context:
             raise InvalidInput(
-                f"--mix {shape.prompt}:{shape.output} and a bos do not fit into {asked.run}'s context of {context} "
+                f"--mix {shape.prompt}:{shape.output} and a bos do not fit into {run}'s context of {context} "
                 "tokens: ask for less"
             )
     return folder

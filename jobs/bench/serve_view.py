@@ -19,10 +19,15 @@ LOADS = {"concurrency": "requests at once", "rate": "requests a second"}
 
 
 def table(result: Document) -> Table:
-    """A line a load: requests, tokens/s beside the baseline's, and the median and 99th percentile of each time."""
+    """A line a load: requests, tokens/s and their ratio to the baseline's, and the median and 99th percentile of each
+    time. Where there are two servers, the second one's lines follow a line with its name."""
     times = [f"{name} {p}" for name in TIMES.values() for p in ("p50", "p99")]
-    out = grid("load", "requests", "failed", "tokens/s", "x plain", *(f"{t} ms" for t in times), right=range(1, 11))
+    out = grid("load", "requests", "failed", "tokens/s", "ratio", *(f"{t} ms" for t in times), right=range(1, 11))
+    server = result["rows"][0].get("server")
     for row in result["rows"]:
+        if row.get("server", server) != server:
+            server = row["server"]
+            out.add_row(server)
         failed = ", ".join(f"{count} x {error}" for error, count in row.get("errors", {}).items())
         ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
         spreads = [_ms(row.get(key, {}).get(p)) for key in TIMES for p in ("p50", "p99")]
@@ -53,6 +58,8 @@ def draw(result: Document, path: Path) -> None:
 def _figure(rows: Sequence[Row]) -> Figure:
     from matplotlib.figure import Figure
 
+    about = next(row for row in rows if "server" in row)
+    rows = [row for row in rows if row.get("server") == about["server"]]  # another one's are baselines of these
     kinds = [kind for kind in LOADS if any(kind in row for row in rows)]
     figure = Figure(figsize=(12, 0.8 + 3.4 * len(kinds)), layout="constrained")
     panels = figure.subplots(len(kinds), 3, squeeze=False)
@@ -61,7 +68,6 @@ def _figure(rows: Sequence[Row]) -> Figure:
         _throughput(line[0], kind, loads)
         for panel, key in zip(line[1:], ("ttft_ms", "tpot_ms"), strict=True):
             _times(panel, kind, loads, key)
-    about = next(row for row in rows if "server" in row)
     figure.suptitle(f"{about['server']}, prompt:output tokens {about['mix']}", fontsize=13, fontweight="bold")
     return figure
 
@@ -72,8 +78,11 @@ def _throughput(panel: Axes, kind: str, rows: Sequence[Row]) -> None:
     rates = [row["output_tokens_per_second"] for row in rows]
     panel.plot([row[kind] for row in rows], rates, "o-", color=BLUE, label="all requests together")
     if "baseline_ms" in rows[0]:
-        plain = 1e3 / rows[0]["baseline_ms"]
-        panel.axhline(plain, color=GREY, linestyle="--", label=f"{rows[0]['baseline']}, {plain:,.0f}")
+        others = [1e3 / row["baseline_ms"] for row in rows]
+        if len(set(others)) == 1:
+            panel.axhline(others[0], color=GREY, linestyle="--", label=f"{rows[0]['baseline']}, {others[0]:,.0f}")
+        else:
+            panel.plot([row[kind] for row in rows], others, "o--", color=GREY, label=rows[0]["baseline"])
     _finish(panel, kind, rows, "Output tokens per second")
 
 

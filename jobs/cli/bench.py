@@ -11,7 +11,7 @@ import typer
 
 from shoal.jobs.bench.registry import BENCHMARKS, Settings, measure
 from shoal.jobs.bench.result import table, write
-from shoal.jobs.cli.common import RUNS_DIR, Output, OutputOption, RunsDirOption, console, emit, grid
+from shoal.jobs.cli.common import RUNS_DIR, Output, OutputOption, RunsDirOption, SetOption, console, emit, grid
 from shoal.workers.errors import UsageError
 from shoal.workers.machine import cores
 
@@ -84,6 +84,10 @@ def serve(
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.8,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same requests at the same times.")] = 0,
     baseline: Annotated[bool, typer.Option("--baseline", help="Also measure one request at a time, plainly.")] = False,
+    against: Annotated[str | None, typer.Option(help="Another run: measured in the same way, and compared.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Ranks to serve on, as of shoal serve.")] = None,
+    placement: Annotated[str | None, typer.Option(help="Where they are, as of shoal serve.")] = None,
+    sets: SetOption = None,
     out: Annotated[Path, typer.Option(help="Folder for serve.json.")] = Path("benchmarks/results"),
     plot: Annotated[Path, typer.Option(help="The picture to draw.")] = Path("benchmarks/serve.png"),
     runs_dir: RunsDirOption = RUNS_DIR,
@@ -97,6 +101,8 @@ def serve(
 
     - `shoal bench serve tiny --baseline`
 
+    - `shoal bench serve mine --against mine-full --workers 2 --placement 1A:1F`
+
     - `shoal bench serve --url http://127.0.0.1:8000/v1 --concurrency 1,8 --rate 2,4 --mix 512:64 --duration 60`
     """
     from shoal.jobs.bench import serve_view
@@ -105,10 +111,15 @@ def serve(
 
     levels = [Level(concurrency=int(n)) for n in _numbers("--concurrency", concurrency, whole=True)]
     levels += [Level(rate=n) for n in _numbers("--rate", rate)]
+    options = [f"--{key}={value}" for key, value in (("workers", workers), ("placement", placement)) if value]
+    options += [f"--set={pair}" for pair in sets or ()]
+    if options and not run:
+        raise UsageError(f"{options[0]} is for a server that is started here: name the run to serve")
     settings = ServeSettings(
         say=_say, run=run, runs_dir=runs_dir, url=url, model=model, token_file=token_file, mix=parse_mix(mix),
         text=text, limits=Limits(requests, duration) if duration or requests else LIMITS, warmup=warmup,
         temperature=temperature, seed=seed, baseline=baseline, levels=tuple(levels) or ServeSettings.levels,
+        against=against, options=tuple(options),
     )  # fmt: skip
     _warn_when_busy()
     result = measure("serve", settings)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -38,6 +39,10 @@ class CorpusTokenizer:
     def dtype(self) -> np.dtype[np.unsignedinteger]:
         """The smallest type that holds every id."""
         return np.dtype(np.uint16 if self.size <= 1 << 16 else np.uint32)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For other processes: the library's own pickling forgets that special tokens in a text are plain text."""
+        return _revived, (self.tokenizer.to_str(), self.bos, self.eos, self.added)
 
     def name(self, token: int) -> str:
         """The token of an id of the vocabulary."""
@@ -94,10 +99,20 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> CorpusTokenizer:
     return _ready(tokenizer, ())
 
 
-def _ready(tokenizer: Tokenizer, added: tuple[str, ...]) -> CorpusTokenizer:
+def _revived(text: str, bos: int, eos: int, added: tuple[str, ...]) -> CorpusTokenizer:
+    tokenizer = Tokenizer.from_str(text)
+    _as_we_use_it(tokenizer)
+    return CorpusTokenizer(tokenizer, bos, eos, added)
+
+
+def _as_we_use_it(tokenizer: Tokenizer) -> None:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # a text that spells out a special token is still a text
+
+
+def _ready(tokenizer: Tokenizer, added: tuple[str, ...]) -> CorpusTokenizer:
+    _as_we_use_it(tokenizer)
     bos, eos = (_first(tokenizer, names) for names in (BOS_NAMES, EOS_NAMES))
     return CorpusTokenizer(tokenizer, bos, eos, added)
 

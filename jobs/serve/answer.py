@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from shoal.jobs.data.tokenizer import CorpusTokenizer
 from shoal.jobs.serve.api import LARGEST_SEED, Asked, PromptDetails, Usage
-from shoal.jobs.serve.client import Client, ModelInfo
+from shoal.jobs.serve.client import Client
 from shoal.jobs.serve.form import Form
 from shoal.jobs.serve.intake import Intake
-from shoal.jobs.serve.refusal import Refusal
+from shoal.jobs.serve.reading import Prompt
 from shoal.jobs.serve.text import Piece, TextStream, joined
 from shoal.workers.engine.request import Finish, Request, Sampling
 from shoal.workers.errors import ClusterRefused
@@ -34,36 +34,6 @@ class Call:
 
     asks: tuple[Ask, ...]
     form: Form
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Token ids of a prompt, and new tokens at most."""
-
-    tokens: tuple[int, ...]
-    most: int
-
-
-def fitted(tokens: Sequence[int], asked: Asked, default: int, info: ModelInfo) -> Prompt:
-    """A prompt with its room in the context: ``default`` new tokens, or what is left, where the call says nothing.
-
-    Raises Refusal when it does not fit.
-    """
-    room, most = info.context - len(tokens), asked.most()
-    if room < 1:
-        raise Refusal(
-            f"the prompt has {len(tokens)} tokens and the model's context is {info.context}, with the answer: "
-            f"shorten the prompt to {info.context - 1} tokens or fewer",
-            code="context_length_exceeded",
-        )
-    if most is not None and most > room:
-        raise Refusal(
-            f"the prompt has {len(tokens)} tokens and max_tokens is {most}, together {len(tokens) + most}, and the "
-            f"model's context is {info.context}: set max_tokens to {room} or less, or shorten the prompt",
-            "max_tokens",
-            code="context_length_exceeded",
-        )
-    return Prompt(tuple(tokens), min(default, room) if most is None else most)
 
 
 def asks(

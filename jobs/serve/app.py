@@ -67,6 +67,7 @@ class Replica:
         known = self.intake, self.served.info, self.served.tokenizer, settings
         try:
             self.http = make_app(*known)
+            self.http.state.service.apart.start()
             self.rpc = RpcServer(*known, listen)
             await self.rpc.start()
         except BaseException:
@@ -104,6 +105,7 @@ class Replica:
         """Serve awaits this once, after its last HTTP call. A constructor that raised has closed what it opened."""
         if hasattr(self, "rpc"):
             await self.rpc.stop(CLOSING)
+            self.http.state.service.apart.close()
             await self.measured.close()
             await self.served.close()
 

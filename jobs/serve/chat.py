@@ -12,11 +12,9 @@ what the model writes after the last colon, without the space before it, up to a
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
-from shoal.jobs.data.tokenizer import CorpusTokenizer
-from shoal.jobs.serve.answer import Call, asks, fitted
+from shoal.jobs.serve.answer import Call, asks
 from shoal.jobs.serve.api import (
     Chat,
     ChatAsked,
@@ -26,33 +24,25 @@ from shoal.jobs.serve.api import (
     ChatDelta,
     ChatLogprobs,
     ChatMessage,
-    Message,
     TokenLogprob,
     TopLogprob,
     Usage,
 )
 from shoal.jobs.serve.client import ModelInfo
 from shoal.jobs.serve.form import Head, least, new_head, reason
+from shoal.jobs.serve.reading import Read
 from shoal.jobs.serve.text import Piece, TokenNames
 from shoal.workers.engine.request import Finish
 
 NEXT_TURN = "\nuser:"
 
 
-def conversation(messages: Sequence[Message]) -> str:
-    """The prompt of a conversation."""
-    roles = {"developer": "system"}
-    lines = [f"{roles.get(message.role, message.role)}: {message.text()}" for message in messages]
-    return "\n".join([*lines, "assistant:"])
-
-
-async def chat_call(asked: ChatAsked, info: ModelInfo, tokenizer: CorpusTokenizer, names: TokenNames) -> Call:
-    """Raises Refusal for a conversation that does not fit."""
-    [encoded] = await asyncio.to_thread(tokenizer.encode, [conversation(asked.messages)])
-    prompt = fitted(encoded[:-1].tolist(), asked, info.context, info)
+def chat_call(read: Read, info: ModelInfo, eos: int, names: TokenNames) -> Call:
+    """What a call for the next message of a conversation comes to."""
+    asked = read.asked
+    assert isinstance(asked, ChatAsked)
     head, logprobs = new_head("chatcmpl", info), (asked.top_logprobs or 0) if asked.logprobs else None
-    stop = (*asked.stops(), NEXT_TURN)
-    wanted = asks(head.id, [prompt], asked, logprobs, (tokenizer.eos,), stop, skip=" ")
+    wanted = asks(head.id, read.prompts, asked, logprobs, (eos,), (*asked.stops(), NEXT_TURN), skip=" ")
     return Call(wanted, _ChatForm(head, names, logprobs is not None))
 
 

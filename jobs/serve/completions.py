@@ -2,48 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
-from shoal.jobs.data.tokenizer import CorpusTokenizer
-from shoal.jobs.recipe_errors import quote
-from shoal.jobs.serve.answer import Call, asks, fitted
+from shoal.jobs.serve.answer import Call, asks
 from shoal.jobs.serve.api import Completion, CompletionAsked, CompletionChoice, CompletionLogprobs, Usage
 from shoal.jobs.serve.client import ModelInfo
 from shoal.jobs.serve.form import Head, least, new_head, reason
-from shoal.jobs.serve.refusal import Refusal
+from shoal.jobs.serve.reading import Read
 from shoal.jobs.serve.text import Piece, TokenNames
 from shoal.workers.engine.request import Finish
 
-DEFAULT_TOKENS = 16
 
-
-async def completion_call(
-    asked: CompletionAsked, info: ModelInfo, tokenizer: CorpusTokenizer, names: TokenNames
-) -> Call:
-    """Raises Refusal for a prompt that is empty or does not fit, and for ids that are not in the vocabulary."""
-    prompts = asked.prompts()
-    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    # In a thread, since a long text takes long and other calls go on meanwhile.
-    encoded = iter(await asyncio.to_thread(tokenizer.encode, texts) if texts else [])
-    fits = []
-    for prompt in prompts:
-        if isinstance(prompt, str):
-            tokens = next(encoded)[:-1].tolist()  # bos and the text, without eos: it goes on
-        else:
-            tokens = _known(prompt, info)
-        fits.append(fitted(tokens, asked, DEFAULT_TOKENS, info))
-    head, n = new_head("cmpl", info), asked.n or 1
-    echoed = [p if isinstance(p, str) else tokenizer.decode(p) for p in prompts for _ in range(n)] if asked.echo else []
-    form = _CompletionForm(head, names, asked.logprobs is not None, echoed)
-    return Call(asks(head.id, fits, asked, asked.logprobs, (tokenizer.eos,), asked.stops()), form)
-
-
-def _known(prompt: list[int], info: ModelInfo) -> list[int]:
-    wrong = next((token for token in prompt if not 0 <= token < info.vocab), None)
-    if wrong is not None:
-        raise Refusal(f"prompt holds the token id {quote(wrong)}: give ids from 0 to {info.vocab - 1}", "prompt")
-    return prompt
+def completion_call(read: Read, info: ModelInfo, eos: int, names: TokenNames) -> Call:
+    """What a call for completions comes to."""
+    asked = read.asked
+    assert isinstance(asked, CompletionAsked)
+    head = new_head("cmpl", info)
+    form = _CompletionForm(head, names, asked.logprobs is not None, read.echoed)
+    return Call(asks(head.id, read.prompts, asked, asked.logprobs, (eos,), asked.stops()), form)
 
 
 class _CompletionForm:

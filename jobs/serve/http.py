@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from shoal.jobs.data.tokenizer import CorpusTokenizer
-from shoal.jobs.recipe_errors import quote
 from shoal.jobs.serve.answer import Call, follow, usage
+from shoal.jobs.serve.apart import LARGE, ReaderApart, Refused
 from shoal.jobs.serve.api import (
     Asked,
     Chat,
@@ -29,11 +30,12 @@ from shoal.jobs.serve.chat import chat_call
 from shoal.jobs.serve.client import Client, ModelInfo
 from shoal.jobs.serve.completions import completion_call
 from shoal.jobs.serve.gate import Gate, Settings
-from shoal.jobs.serve.refusal import Refusal, problem
+from shoal.jobs.serve.reading import Read, Reader, check_model
+from shoal.jobs.serve.refusal import problem
 from shoal.jobs.serve.stream import Emit, EventStream, while_connected
 from shoal.jobs.serve.text import Piece, TokenNames, joined
 from shoal.workers.engine.request import Finish, Load
-from shoal.workers.errors import ClusterRefused, NotFound, ShoalError
+from shoal.workers.errors import ClusterRefused, ShoalError
 
 __all__ = ["Settings", "make_app"]
 
@@ -64,8 +66,10 @@ def make_app(client: Client, info: ModelInfo, tokenizer: CorpusTokenizer, settin
     """
     app = FastAPI(title="Shoal", docs_url=None, redoc_url=None, redirect_slashes=False)
     service = Service(client, info, tokenizer, settings)
+    app.state.service = service
+    app.router.route_class = _route(service)
     app.add_middleware(Gate, settings=settings)
-    for kind in (RequestValidationError, HTTPException, ShoalError, Exception):
+    for kind in (RequestValidationError, HTTPException, Refused, ShoalError, Exception):
         app.add_exception_handler(kind, _answer_error)
     app.post("/v1/completions", response_model=Completion, responses=_CALL)(service.completions)
     app.post("/v1/chat/completions", response_model=Chat, responses=_CALL)(service.chat)
@@ -78,7 +82,27 @@ def make_app(client: Client, info: ModelInfo, tokenizer: CorpusTokenizer, settin
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     """Errors nobody foresaw are logged by the server with their traceback; the client gets a sentence."""
-    return problem(error).response()
+    return (error.problem if isinstance(error, Refused) else problem(error)).response()
+
+
+def _route(service: Service) -> type[APIRoute]:
+    """Routes that let a large body be read apart; FastAPI reads all others."""
+    large = {"completions": service.large_completions, "chat": service.large_chat}
+
+    class Route(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            usual, apart = super().get_route_handler(), large.get(self.name)
+
+            async def handle(request: Request) -> Response:
+                if apart and "json" in request.headers.get("content-type", ""):
+                    body = await request.body()
+                    if len(body) > LARGE:
+                        return await apart(body, request)
+                return await usual(request)
+
+            return handle
+
+    return Route
 
 
 class Service:
@@ -88,6 +112,8 @@ class Service:
         self._client, self._info, self._tokenizer, self._settings = client, info, tokenizer, settings
         self._look: asyncio.Task[Load] | None = None
         self._names = TokenNames(tokenizer)
+        self._reader = Reader(info, tokenizer, settings.most_answers)
+        self.apart = ReaderApart(self._reader)
         self._model = Model(
             id=info.name,
             created=info.created,
@@ -98,15 +124,27 @@ class Service:
 
     async def completions(self, asked: CompletionAsked, request: Request) -> Response:
         """Continue prompts. With stream=true the answer is a stream of events, ended by ``data: [DONE]``."""
-        self._check(asked, prompts=len(asked.prompts()))
-        call = await completion_call(asked, self._info, self._tokenizer, self._names)
-        return await self._answer(asked, call, request)
+        return await self._complete(await asyncio.to_thread(self._reader.completions, asked), request)
 
     async def chat(self, asked: ChatAsked, request: Request) -> Response:
         """Continue a conversation. With stream=true the answer is a stream of events, ended by ``data: [DONE]``."""
-        self._check(asked, prompts=1)
-        call = await chat_call(asked, self._info, self._tokenizer, self._names)
-        return await self._answer(asked, call, request)
+        return await self._converse(await asyncio.to_thread(self._reader.chat, asked), request)
+
+    async def large_completions(self, body: bytes, request: Request) -> Response:
+        """completions, of a large body."""
+        return await self._complete(await self.apart.body("completions", body), request)
+
+    async def large_chat(self, body: bytes, request: Request) -> Response:
+        """chat, of a large body."""
+        return await self._converse(await self.apart.body("chat", body), request)
+
+    async def _complete(self, read: Read, request: Request) -> Response:
+        call = completion_call(read, self._info, self._tokenizer.eos, self._names)
+        return await self._answer(read.asked, call, request)
+
+    async def _converse(self, read: Read, request: Request) -> Response:
+        call = chat_call(read, self._info, self._tokenizer.eos, self._names)
+        return await self._answer(read.asked, call, request)
 
     async def models(self) -> Models:
         """The models: the one that is served."""
@@ -114,7 +152,7 @@ class Service:
 
     async def model(self, name: str) -> Model:
         """A model by its name."""
-        self._find(name)
+        check_model(name, self._info)
         return self._model
 
     async def healthz(self) -> dict[str, str]:
@@ -132,20 +170,6 @@ class Service:
             late = ClusterRefused(f"the engines did not answer within {_READY_SECONDS:g} s: see their logs")
             return problem(late).response()
         return {"status": "ready"}
-
-    def _find(self, name: str) -> None:
-        if name != self._info.name:
-            raise NotFound(f"the model {quote(name)} is not served here: ask for {self._info.name!r}")
-
-    def _check(self, asked: Asked, prompts: int) -> None:
-        self._find(asked.model)
-        n, most = asked.n or 1, self._settings.most_answers
-        if n * prompts > most:
-            raise Refusal(
-                f"n={n} answers to each of {prompts} prompts are {n * prompts}, and a call may ask for {most}: "
-                "make several calls",
-                "n",
-            )
 
     async def _answer(self, asked: Asked, call: Call, request: Request) -> Response:
         if asked.stream:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import inspect
 import logging
 import math
 import secrets
@@ -24,6 +25,7 @@ from shoal.jobs.serve.client import Client, ModelInfo
 from shoal.jobs.serve.gate import Settings
 from shoal.jobs.serve.proto.shoal.v1 import inference_pb2 as pb
 from shoal.jobs.serve.proto.shoal.v1 import inference_pb2_grpc
+from shoal.jobs.serve.reading import encode_prompt, too_long
 from shoal.jobs.serve.text import LONGEST_STOP, Piece
 from shoal.workers.engine.request import Busy, Finish, Request, Sampling, Token
 from shoal.workers.errors import ClusterRefused, InvalidInput, NotFound
@@ -138,12 +140,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         return Request(uuid.uuid4().hex, prompt, _sampling(call.sampling, min(MAX_TOKENS, room), self.tokenizer.eos))
 
     async def _prompt(self, call: pb.GenerateRequest) -> tuple[int, ...]:
+        context = self.info.context
         if call.WhichOneof("prompt") == "tokens":
+            if len(call.tokens.ids) > context:  # before millions of them are copied
+                raise too_long(str(len(call.tokens.ids)), context)
             ids = tuple(call.tokens.ids)
         elif call.text:
             # a long text takes a while to encode, in which others shall not wait
-            encoded = await asyncio.to_thread(self.tokenizer.encode, [call.text])
-            ids = tuple(int(token) for token in encoded[0][:-1])
+            ids = tuple(await asyncio.to_thread(encode_prompt, self.tokenizer, call.text, context))
         else:
             ids = ()
         if not ids:
@@ -230,6 +234,36 @@ class _Guard(grpc.aio.ServerInterceptor):
         )
 
 
+class _Malformed:
+    """Stands where a message should, which the bytes that came are not."""
+
+
+class _Parser(grpc.aio.ServerInterceptor):
+    """Refuses bytes that are no message of the call with INVALID_ARGUMENT; gRPC itself would call it its own fault."""
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
+        handler = await continuation(details)
+        kind = next((k for k in ("unary_unary", "unary_stream") if getattr(handler, k, None)), None)
+        if kind is None or not inspect.iscoroutinefunction(answer := getattr(handler, kind)):
+            return handler
+
+        def parse(data: bytes) -> Any:
+            try:
+                return handler.request_deserializer(data)
+            except Exception:  # what it raises depends on protobuf's implementation
+                return _Malformed()
+
+        async def checked(request: Any, context: Any) -> Any:
+            if isinstance(request, _Malformed):
+                await context.abort(
+                    grpc.StatusCode.INVALID_ARGUMENT,
+                    f"the message of {details.method} cannot be parsed: send what inference.proto, or reflection, says",
+                )
+            return await answer(request, context)
+
+        return handler._replace(request_deserializer=parse, **{kind: checked})
+
+
 class RpcServer:
     """The server of the service, its health and its reflection."""
 
@@ -240,7 +274,7 @@ class RpcServer:
         self.ended = False
         self.health = health.aio.HealthServicer()
         self.server = grpc.aio.server(
-            interceptors=[] if settings.tokens is None else [_Guard(settings.tokens)],
+            interceptors=[*([] if settings.tokens is None else [_Guard(settings.tokens)]), _Parser()],
             options=list({**OPTIONS, "grpc.max_receive_message_length": settings.largest_body}.items()),
             maximum_concurrent_rpcs=settings.most_calls + OTHERS,
         )

@@ -19,7 +19,7 @@ from torch import Tensor
 from shoal.kernels.nsa.attention import Backend, takes_triton
 from shoal.kernels.nsa.gather import gather_forward
 from shoal.kernels.nsa.layout import BlockSizes
-from shoal.kernels.nsa.select import importance, select
+from shoal.kernels.nsa.select import forced_blocks, importance, keep_best, select
 
 TILE = 64  # queries of one sequence that are computed together
 
@@ -64,9 +64,15 @@ def read_pages(cache: Tensor, index: Tensor) -> Tensor:
     return read.to(torch.promote_types(read.dtype, torch.float32)).view(*index.shape[:-1], -1, dim)
 
 
-def store_rows(cache: Tensor, pages: Tensor, rows: Tensor, values: Tensor) -> None:
-    """Write ``values [n, KV, D]`` to rows ``rows[i]`` of pages ``pages[i]``, both ``[n]`` int64."""
-    cache[pages, :, rows] = values.to(cache.dtype)
+def row_index(pages: Tensor, rows: Tensor, kv: int, length: int) -> Tensor:
+    """Where rows ``rows[i]`` of pages ``pages[i]``, of ``length`` rows, lie once the first three dimensions of a cache
+    are one: ``[n] -> [n, KV]`` int64."""
+    return by_head(pages[:, None], kv)[..., 0] * length + rows[:, None]
+
+
+def store_rows(cache: Tensor, index: Tensor, values: Tensor) -> None:
+    """Write ``values [n, KV, D]`` to the rows of a cache at an index of :func:`row_index`."""
+    cache.flatten(0, 2)[index] = values.to(cache.dtype)
 
 
 def compress_blocks(blocks: Tensor, position: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
@@ -92,6 +98,8 @@ class DecodeTables:
     cmp_mask: Tensor
     win_mask: Tensor
     blind: Tensor | None
+    forced: Tensor
+    later: Tensor
 
 
 def decode_tables(
@@ -112,6 +120,7 @@ def decode_tables(
         _mask(cmp)[:, None, None],
         _mask((keys <= t) & (keys > t - sizes.window))[:, None, None],
         ~cmp.any(-1, keepdim=True)[:, None, None] if blind else None,
+        *forced_blocks(t[..., None], far.shape[1], sizes),
     )
 
 
@@ -170,7 +179,7 @@ def _chosen_pages(p_cmp: Tensor, tables: DecodeTables, sizes: BlockSizes) -> tup
     if blocks > sizes.slc_count:
         skipped = sizes.cmp_block // sizes.cmp_stride - 1
         scores = importance(p_cmp.sum(2)[..., skipped:], blocks, sizes)
-        kept = select(scores, tables.positions[:, None], sizes)
+        kept = keep_best(scores, tables.forced, tables.later, sizes)
         # Places that stay empty name the block after the last: its keys come after the query, which masks them.
         order = torch.where(kept, block, blocks).topk(sizes.slc_count, dim=-1, largest=False, sorted=True).values
         far = far.gather(-1, order.clamp(max=blocks - 1))

@@ -37,11 +37,23 @@ def select(scores: Tensor, positions: Tensor, sizes: BlockSizes) -> Tensor:
     int64, each query's position in its document; ``[…]`` or what broadcasts to it. Returns a bool mask of the shape of
     scores; blocks that begin after the query are never kept, so that early queries keep fewer than n.
     """
-    block = torch.arange(scores.shape[-1], device=scores.device)
-    own = torch.div(positions, sizes.slc_block, rounding_mode="floor")[..., None]
-    forced = (block < sizes.slc_initial) | (block > own - sizes.slc_local)
-    scores.masked_fill_(forced, torch.inf).masked_fill_(block > own, -torch.inf)
+    return keep_best(scores, *forced_blocks(positions[..., None], scores.shape[-1], sizes), sizes)
+
+
+def forced_blocks(positions: Tensor, blocks: int, sizes: BlockSizes) -> tuple[Tensor, Tensor]:
+    """Of queries at ``positions [..., 1]`` the blocks that are always selected, and those that begin after the query.
+
+    Both ``[…, blocks]`` bool; ``forced`` may hold later blocks.
+    """
+    block = torch.arange(blocks, device=positions.device)
+    own = torch.div(positions, sizes.slc_block, rounding_mode="floor")
+    return (block < sizes.slc_initial) | (block > own - sizes.slc_local), block > own
+
+
+def keep_best(scores: Tensor, forced: Tensor, later: Tensor, sizes: BlockSizes) -> Tensor:
+    """:func:`select`, given :func:`forced_blocks`, which do not depend on the layer."""
+    scores.masked_fill_(forced, torch.inf).masked_fill_(later, -torch.inf)
     worst = scores.topk(sizes.slc_count, dim=-1, sorted=True).values[..., -1:]
     better, equal = scores > worst, scores == worst
     room = sizes.slc_count - better.sum(-1, keepdim=True)
-    return (better | (equal & (equal.cumsum(-1) <= room))) & (block <= own)
+    return (better | (equal & (equal.cumsum(-1) <= room))) & ~later

@@ -22,6 +22,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from shoal.jobs.data.tokenizer import CorpusTokenizer, train_tokenizer
+from shoal.jobs.serve.apart import ReaderApart
 from shoal.jobs.serve.client import ModelInfo
 from shoal.jobs.serve.http import Settings, make_app
 from shoal.workers.engine.request import Busy, Finish, Load, Output, Request, Token
@@ -172,11 +173,12 @@ def asynchronous(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[...
 
 @dataclass
 class Stand:
-    """A service that runs, what it takes its tokens from, and a client of it."""
+    """A service that runs, what it takes its tokens from, a client of it, and what reads its large bodies."""
 
     source: Source
     port: int
     http: httpx.AsyncClient
+    apart: ReaderApart
 
     @property
     def url(self) -> str:
@@ -204,10 +206,14 @@ async def stand(
     """A service over a source of these sizes."""
     tokenizer = small_tokenizer()
     tokens = source(tokenizer, **sizes)
-    async with served(make_app(tokens, tokens.info, tokenizer, settings or Settings())) as port:
-        url = f"http://127.0.0.1:{port}"
-        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=PATIENCE) as http:
-            yield Stand(tokens, port, http)
+    app = make_app(tokens, tokens.info, tokenizer, settings or Settings())
+    try:
+        async with served(app) as port:
+            url = f"http://127.0.0.1:{port}"
+            async with httpx.AsyncClient(base_url=url, headers=headers, timeout=PATIENCE) as http:
+                yield Stand(tokens, port, http, app.state.service.apart)
+    finally:
+        app.state.service.apart.close()
 
 
 def events(text: str) -> list[dict[str, Any]]:

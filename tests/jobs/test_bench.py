@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
@@ -450,20 +451,44 @@ def test_shoal_bench_prints_what_it_writes_and_nothing_else(tmp_path: Path) -> N
 def test_the_engine_is_measured_beside_one_request_at_a_time_and_full_attention(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In small: the same work on both sides of every ratio."""
+    """In small: the same work on both sides of every ratio, and nothing left in the engine."""
     from shoal.jobs.bench import engine
 
-    lengths = dict.fromkeys(("cpu", "cuda"), ((512, 2),))
-    for name, value in {"AT_ONCE": 4, "PROMPT": 8, "ANSWER": 6, "LENGTHS": lengths}.items():
+    small = replace(engine.SCALES["cpu"], contexts=(96, 512), at_once=(1, 2), step=128)
+    for name, value in {"AT_ONCE": 4, "PROMPT": 8, "ANSWER": 6, "SCALES": {"cpu": small}}.items():
         monkeypatch.setattr(engine, name, value)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     said: list[str] = []
-    batched, plain, decode = engine.run(Settings(repeats=1, steps=2, say=said.append))
+    batched, plain, *attentions = engine.run(Settings(repeats=1, steps=2, say=said.append))
     assert [row["baseline"] for row in (batched, plain)] == [
         "one request at a time, cached",
         "one request at a time, plain loop",
     ]
     assert batched["ms"] == plain["ms"]
     assert batched["target"] == 5.0
-    assert decode["baseline"] == "the same with full attention"
-    assert all(row["ratio"] == pytest.approx(row["baseline_ms"] / row["ms"]) for row in (batched, plain, decode))
-    assert len(said) == 3
+    assert [(row["what"], row["context"], row["at_once"]) for row in attentions] == [
+        (f"{what} with NSA", context, at_once)
+        for context in (96, 512)
+        for what, at_once in (("a prompt", 1), ("a decode step", 1), ("a decode step", 2))
+    ]
+    for row in attentions:
+        tokens = row["at_once"] if "step" in row["what"] else row["context"]
+        assert row["tokens_per_second"] == pytest.approx(1000 * tokens / row["ms"])
+        assert row["baseline"] == "the same with full attention"
+    assert all(row["ratio"] == pytest.approx(row["baseline_ms"] / row["ms"]) for row in (batched, plain, *attentions))
+    assert len(said) == 1 + 2 * len(attentions)
+
+
+def test_what_is_measured_on_a_gpu_fits_into_one() -> None:
+    """Weights and the pages of the largest batch at the longest context, with both kinds of attention, in 78 GiB."""
+    from shoal.jobs.bench import engine
+    from shoal.jobs.estimate import estimate
+    from shoal.workers.engine.cache import page_bytes
+
+    scale = engine.SCALES["cuda"]
+    for kind in engine.KINDS:
+        recipe = engine.recipe_of(scale, kind)
+        weights = 2 * estimate(recipe).parameters.total
+        pages = max(scale.at_once) * max(scale.contexts) // recipe.attention.slc_block
+        far, near = page_bytes(recipe, itemsize=2)
+        assert pages * far + 1000 * near < engine.MEMORY * ((78 << 30) - weights)

@@ -97,6 +97,7 @@ def test_what_cannot_work_is_refused_before_the_load(server: Server, tmp_path: P
 
     refused(UsageError, "name the run to serve", url=None)
     refused(UsageError, "name its run as well", baseline=True)
+    refused(UsageError, "--against compares", against="other")
     refused(NotFound, "no run", run=str(tmp_path / "no run"))
     refused(NotFound, "--token-file .* cannot be read", token_file=tmp_path / "none")
     (tmp_path / "empty").write_text("\n")
@@ -200,6 +201,49 @@ def test_a_server_that_cannot_start_is_named_with_its_last_words(trained: Path) 
         run(asked)
 
 
+def test_a_run_that_was_never_trained_is_a_whole_run(trained: Path, tmp_path: Path) -> None:
+    """Its model is the recipe's own at the start, and a name that is taken is refused."""
+    import torch
+
+    from shoal.jobs.bench.untrained import STEP, make
+    from shoal.jobs.load import choose_step, load_trained
+    from shoal.workers.model import Transformer
+
+    recipe = trained / "recipe.toml"
+    folder = make("raw", str(recipe), ["model.layers=2", "parallel.device=cpu"], tmp_path)
+    step, damaged = choose_step(folder, None)
+    assert (step, damaged) == (STEP, [])
+    loaded = load_trained(folder, step, folder.recipe())
+    assert loaded.recipe.model.layers == 2
+    assert loaded.folder.tokenizer().size == 300
+    device = next(loaded.model.parameters()).device
+    if not torch.cuda.is_available():  # each kind of device draws numbers of its own
+        fresh = dict(Transformer(folder.recipe(), device=device).named_parameters())
+        for name, weight in loaded.model.named_parameters():
+            assert torch.equal(weight, fresh[name].to(weight.dtype)), name
+    with pytest.raises(InvalidInput, match="raw exists"):
+        make("raw", str(recipe), [], tmp_path)
+
+
+@pytest.mark.slow
+def test_two_runs_are_served_alike_and_compared(trained: Path, tmp_path: Path) -> None:
+    loads = ("--concurrency", "1,3", "--requests", "4", "--mix", "8:4,20:12", "--set", "serve.sequences=2")
+    other = trained.with_name("other")
+    shutil.copytree(trained, other)
+    result = shoal(
+        "bench", "serve", str(trained), "--against", str(other), "--workers", "1", *loads, "-o", "json", cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    ours, theirs = (json.loads(result.stdout)["rows"][at : at + 2] for at in (0, 2))
+    for row, base in zip(ours, theirs, strict=True):
+        assert (row["requests"], row["failed"], base["requests"], base["failed"]) == (4, 0, 4, 0)
+        assert base["server"] == f"shoal serve {other} --workers=1 --set=serve.sequences=2" == row["baseline"]
+        assert row["concurrency"] == base["concurrency"]
+        assert row["mean_prompt_tokens"] == base["mean_prompt_tokens"]  # the same requests
+        assert row["ratio"] == pytest.approx(base["ms"] / row["ms"], rel=1e-4)
+    assert not processes_in(trained) + processes_in(other)
+
+
 @pytest.mark.slow
 def test_the_server_of_a_run_is_started_measured_and_ended(trained: Path, tmp_path: Path) -> None:
     loads = ("--concurrency", "1,3", "--requests", "4", "--mix", "8:4,20:12", "--baseline")
@@ -234,6 +278,20 @@ def test_the_table_has_a_line_a_load_with_medians_and_99th_percentiles(server: S
     assert next(line for line in lines if line.startswith(PLAIN)).split()[-2:] == ["2", "100"]
 
 
+def test_the_second_servers_loads_stand_below_its_name(server: Server, tmp_path: Path) -> None:
+    measured = run(settings(server, levels=(Level(concurrency=1), Level(concurrency=2))))
+    theirs = [{**row, "server": "shoal serve other"} for row in measured]
+    ours = [{**row, "baseline": "shoal serve other", "baseline_ms": 2 * row["ms"], "ratio": 2.0} for row in measured]
+    result = document("serve", [*ours, *theirs], ())
+    console = Console(width=200)
+    with console.capture() as text:
+        console.print(serve_view.table(result))
+    firsts = [" ".join(line.split()[:3]) for line in text.get().splitlines()]
+    assert firsts[-5:] == ["1 at once", "2 at once", "shoal serve other", "1 at once", "2 at once"]
+    serve_view.draw(result, tmp_path / "two.png")
+    assert (tmp_path / "two.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_command_writes_its_result_and_a_picture(server: Server, tmp_path: Path) -> None:
     loads = ("--concurrency", "1,3", "--rate", "40", "--requests", "5", "--mix", "8:4,20:1")
     result = shoal("bench", "serve", "--url", server.url, *loads, "-o", "json", cwd=tmp_path)
@@ -258,6 +316,7 @@ def test_the_command_writes_its_result_and_a_picture(server: Server, tmp_path: P
         (["--rate", "0"], 2, "--rate '0'"),
         (["--mix", "12"], 2, "--mix '12'"),
         (["nothing"], 5, "shoal runs list"),
+        (["--url", "http://127.0.0.1:9/v1", "--workers", "2"], 2, "name the run to serve"),
         (["--url", "http://127.0.0.1:9/v1", "--requests", "1"], 4, "cannot be reached"),
     ],
 )

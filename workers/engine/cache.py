@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from shoal.kernels.nsa.paged import (
     make_cache,
     paged_decode,
     paged_prefill,
+    row_index,
     store_rows,
 )
 from shoal.kernels.paged_full import paged_full_decode, paged_full_prefill
@@ -77,71 +80,47 @@ def make_caches(recipe: Recipe, far: int, near: int, dtype: torch.dtype, device:
 class StepTables:
     """Where the tokens of a step are written to and what they read, on the device, for all layers.
 
-    Tokens lie in the order of the parts; those of short parts must come first.
+    Tokens lie in the order of the parts; those of short parts must come first. Everything goes to the device in one
+    copy: a decode step of a small model takes milliseconds, and each copy costs the host some hundredths of one.
     """
 
     def __init__(self, recipe: Recipe, parts: SequenceOf[Part], dtype: torch.dtype, device: torch.device) -> None:
         self.recipe, self.parts, self.device = recipe, parts, device
         self.sizes, self.nsa = sizes_of(recipe), recipe.attention.kind == "nsa"
-        page, model = self.sizes.slc_block, recipe.model
-        positions = [np.arange(p.start, p.stop) for p in parts]
-        self.positions = self._put(_join(positions))
-        self.tokens = self._put(_join([np.asarray(p.tokens) for p in parts]))
-        self.row = self._put(_join([at % page for at in positions]))
-        self.far = self._put(_join([p.far[at // page] for p, at in zip(parts, positions, strict=True)]))
-        wide = torch.promote_types(dtype, torch.float32)
-        self.rotation = rope_tables(self.positions, model.head_dim, model.rope_base, dtype=wide)
-        if self.nsa:
-            near = [p.near[at // page - p.near_start] for p, at in zip(parts, positions, strict=True)]
-            self.near = self._put(_join(near))
-            self._compressed(wide)
         self.singles = [p for p in parts if len(p.tokens) <= SINGLE]
         self.chunks = parts[len(self.singles) :]
         assert all(len(p.tokens) > SINGLE for p in self.chunks), "short parts come first"
         self.single_tokens = sum(len(p.tokens) for p in self.singles)
-        self.decode = self._decode_tables() if self.singles else []
-        self.prefill = [(p, self._put(p.far), self._put(p.near)) for p in self.chunks]
+        host = _HostTables(parts, self.sizes, self.nsa)
+        there = _upload(host.arrays | host.of_singles(len(self.singles)) | host.of_chunks(len(self.singles)), device)
+        self.tokens, self.positions = there["tokens"], there["positions"]
+        wide, model = torch.promote_types(dtype, torch.float32), recipe.model
+        kv, page = model.kv_heads, self.sizes.slc_block
+        self.far = row_index(there["far"], there["row"], kv, page)
+        self.near = row_index(there["near"], there["row"], kv, page) if self.nsa else self.far[:0]
+        self.rotation = rope_tables(self.positions, model.head_dim, model.rope_base, dtype=wide)
+        self.compressed = len(there["cmp_row"])
+        if self.compressed:
+            self.cmp = row_index(there["cmp_far"], there["cmp_row"], kv, page // self.sizes.cmp_stride)
+            self.raw_page, self.raw_row = there["raw_page"], there["raw_row"]
+            self.cmp_rotation = rope_tables(there["cmp_start"], model.head_dim, model.rope_base, dtype=wide)
+        self.decode = self._decode_tables(there) if self.singles else []
+        self.prefill = [(p, there[f"far {i}"], there[f"near {i}"]) for i, p in enumerate(self.chunks)]
 
-    def _put(self, x: np.ndarray) -> Tensor:
-        return torch.from_numpy(x.astype(np.int64)).to(self.device, non_blocking=True)
-
-    def _compressed(self, wide: torch.dtype) -> None:
-        """The compressed rows that end in this step: where they go, and the raw rows that φ reads."""
-        self.compressed = 0
-        if not self.parts:
-            return
-        s, page = self.sizes, self.sizes.slc_block
-        per, first = page // s.cmp_stride, s.cmp_block // s.cmp_stride - 1
-        rows, far, raw_at, raw_page = [], [], [], []
-        for p in self.parts:
-            ended = np.arange(max(p.start // s.cmp_stride, first), p.stop // s.cmp_stride)
-            keys = (ended[:, None] + 1) * s.cmp_stride - s.cmp_block + np.arange(s.cmp_block)
-            rows.append(ended)
-            far.append(p.far[ended // per])
-            raw_at.append(keys)
-            raw_page.append(p.near[keys // page - p.near_start])
-        row, raw = _join(rows), np.concatenate(raw_at)
-        self.compressed = len(row)
-        self.cmp_far, self.cmp_row = self._put(_join(far)), self._put(row % per)
-        self.raw_page, self.raw_row = self._put(np.concatenate(raw_page)), self._put(raw % page)
-        starts = self._put(raw[:, 0])
-        self.cmp_rotation = rope_tables(starts, self.recipe.model.head_dim, self.recipe.model.rope_base, dtype=wide)
-
-    def _decode_tables(self) -> list[tuple[slice, DecodeTables]]:
+    def _decode_tables(self, there: dict[str, Tensor]) -> list[tuple[slice, DecodeTables]]:
         """Of the single queries, as many at a time as let the copies of their keys stay small."""
-        far = _pad([p.far for p in self.singles])
-        near = _pad([p.near for p in self.singles])
-        first = np.asarray([p.near_start * self.sizes.slc_block for p in self.singles])
-        of = np.repeat(np.arange(len(self.singles)), [len(p.tokens) for p in self.singles])
+        tables = there["single_far"], there["single_near"], there["single_first"]
+        if self.single_tokens > len(self.singles):
+            tables = tables[0][there["single_of"]], tables[1][there["single_of"]], tables[2][there["single_of"]]
         blind = any(p.start + 1 < self.sizes.cmp_block for p in self.singles)
         kv, dim = self.recipe.model.kv_heads, self.recipe.model.head_dim
-        step = max(1, COPIED // (self._keys_read(far.shape[1]) * kv * dim))
-        tables = []
+        step = max(1, COPIED // (self._keys_read(tables[0].shape[1]) * kv * dim))
+        found = []
         for start in range(0, self.single_tokens, step):
             rows = slice(start, min(start + step, self.single_tokens))
-            read = self._put(far[of[rows]]), self._put(near[of[rows]]), self._put(first[of[rows]])
-            tables.append((rows, decode_tables(self.positions[rows], *read, kv, self.sizes, blind)))
-        return tables
+            far, near, first = (table[rows] for table in tables)
+            found.append((rows, decode_tables(self.positions[rows], far, near, first, kv, self.sizes, blind)))
+        return found
 
     def _keys_read(self, pages: int) -> int:
         """Most keys that a branch copies for a query whose sequence has so many pages."""
@@ -161,8 +140,8 @@ class PagedAttention:
         """``[T, hidden] -> [T, H, d_v]``."""
         t, cache = self.tables, self.caches[layer]
         q, k, v = layer.project(x_TH, t.rotation)
-        store_rows(cache.k_slc, t.far, t.row, k)
-        store_rows(cache.v_slc, t.far, t.row, v)
+        store_rows(cache.k_slc, t.far, k)
+        store_rows(cache.v_slc, t.far, v)
         out = q.new_empty(*q.shape[:2], v.shape[-1])
         at = t.single_tokens
         for rows, d in t.decode:
@@ -194,7 +173,7 @@ class PagedAttention:
 
     def _store(self, layer: NativeSparseAttention, p: Projected, cache: PagedCache) -> None:
         t = self.tables
-        for pages, kept, values in (
+        for index, kept, values in (
             (t.far, cache.k_slc, p.k_slc),
             (t.far, cache.v_slc, p.v_slc),
             (t.near, cache.k_win, p.k_win),
@@ -202,24 +181,97 @@ class PagedAttention:
             (t.near, cache.k_raw, p.k_cmp),
             (t.near, cache.v_raw, p.v_cmp),
         ):
-            store_rows(kept, pages, t.row, values)
+            store_rows(kept, index, values)
         if t.compressed:
             raw = (x[t.raw_page, :, t.raw_row].permute(2, 0, 1, 3) for x in (cache.k_raw, cache.v_raw))
             k_cmp, v_cmp = (
                 compress_blocks(blocks, phi.position, phi.w1, phi.w2)
                 for blocks, phi in zip(raw, (layer.compress_k, layer.compress_v), strict=True)
             )
-            store_rows(cache.k_cmp, t.cmp_far, t.cmp_row, rotate(k_cmp, *t.cmp_rotation))
-            store_rows(cache.v_cmp, t.cmp_far, t.cmp_row, v_cmp)
+            store_rows(cache.k_cmp, t.cmp, rotate(k_cmp, *t.cmp_rotation))
+            store_rows(cache.v_cmp, t.cmp, v_cmp)
 
 
-def _join(parts: SequenceOf[np.ndarray]) -> np.ndarray:
-    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+class _HostTables:
+    """The numbers of a step on the host, int64, for all parts at once: a loop over them in Python takes longer than a
+    small model's layers."""
+
+    def __init__(self, parts: SequenceOf[Part], sizes: BlockSizes, nsa: bool) -> None:
+        self.parts, self.sizes = parts, sizes
+        page = sizes.slc_block
+        starts, counts = _ints(p.start for p in parts), _ints(len(p.tokens) for p in parts)
+        self.first = _ints(p.near_start for p in parts)
+        self.far, self.near = _pad([p.far for p in parts]), _pad([p.near for p in parts])
+        self.of, at = _spread(starts, counts)
+        none = _ints(())
+        self.arrays = {
+            "tokens": np.fromiter(chain.from_iterable(p.tokens for p in parts), np.int64, len(at)),
+            "positions": at,
+            "row": at % page,
+            "far": self.far[self.of, at // page],
+            "near": self.near[self.of, at // page - self.first[self.of]] if nsa else none,
+            "cmp_row": none,
+        }
+        if nsa:
+            self.arrays |= self._compressed(starts, starts + counts)
+
+    def _compressed(self, starts: np.ndarray, stops: np.ndarray) -> dict[str, np.ndarray]:
+        """The compressed rows that end in this step: where they go, and the raw rows that φ reads."""
+        s, page = self.sizes, self.sizes.slc_block
+        per, none = page // s.cmp_stride, s.cmp_block // s.cmp_stride - 1
+        begun = np.maximum(starts // s.cmp_stride, none)
+        of, ended = _spread(begun, np.maximum(stops // s.cmp_stride - begun, 0))
+        keys = (ended[:, None] + 1) * s.cmp_stride - s.cmp_block + np.arange(s.cmp_block)
+        return {
+            "cmp_far": self.far[of, ended // per],
+            "cmp_row": ended % per,
+            "cmp_start": keys[:, 0],
+            "raw_page": self.near[of[:, None], keys // page - self.first[of][:, None]],
+            "raw_row": keys % page,
+        }
+
+    def of_singles(self, count: int) -> dict[str, np.ndarray]:
+        """Pages of the first ``count`` parts, a row each, and which of them each of their tokens belongs to."""
+        singles = self.parts[:count]
+        far, near = max((len(p.far) for p in singles), default=0), max((len(p.near) for p in singles), default=0)
+        tokens = sum(len(p.tokens) for p in singles)
+        return {
+            "single_far": self.far[:count, :far],
+            "single_near": self.near[:count, :near],
+            "single_first": self.first[:count] * self.sizes.slc_block,
+            "single_of": self.of[:tokens],
+        }
+
+    def of_chunks(self, begin: int) -> dict[str, np.ndarray]:
+        """Pages of each part from number ``begin`` on."""
+        found = {}
+        for i, p in enumerate(self.parts[begin:]):
+            found[f"far {i}"], found[f"near {i}"] = _ints(p.far), _ints(p.near)
+        return found
+
+
+def _upload(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
+    """Arrays as int64 tensors on the device, in one copy."""
+    sizes = [array.size for array in arrays.values()]
+    flat = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
+    np.concatenate([array.ravel() for array in arrays.values()], out=flat.numpy())
+    there = flat.to(device, non_blocking=True).split(sizes)
+    return {name: part.view(array.shape) for (name, array), part in zip(arrays.items(), there, strict=True)}
+
+
+def _ints(values: Iterable[int]) -> np.ndarray:
+    return np.fromiter(values, np.int64)
+
+
+def _spread(starts: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Runs of ``counts`` consecutive numbers from ``starts`` on, joined; and which run each number is of."""
+    of = np.repeat(np.arange(len(counts)), counts)
+    return of, np.arange(len(of)) + (starts - (np.cumsum(counts) - counts))[of]
 
 
 def _pad(lists: SequenceOf[np.ndarray]) -> np.ndarray:
     """Rows of one length, filled up with their own first page, which is theirs to read."""
-    table = np.zeros((len(lists), max(map(len, lists))), np.int64)
+    table = np.zeros((len(lists), max(map(len, lists), default=0)), np.int64)
     for row, pages in zip(table, lists, strict=True):
         row[len(pages) :] = pages[0] if len(pages) else 0
         row[: len(pages)] = pages

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shoal.kernels.nsa.paged import PagedCache
 from shoal.workers.data.batch import IGNORE, PackedBatch
@@ -42,14 +42,14 @@ class Engine:
         self.scheduler = Scheduler(limits, self.pools, self.context)
         self.sequences: dict[str, Sequence] = {}
         self._load = Load(capacity=limits.sequences, pages=self.pools.far.size)
-        self._experts: list[Any] = []
+        self._experts: Tensor | None = None  # [MoE layers, experts]
         self._accepted = 0
         placement = model.mesh.placement
         self._apart = bool(placement.experts) and set(placement.attention) != set(placement.experts)
         if model.hosts_attention:
             layers: list[Any] = [block.attention for block in model.layers]
             caches = make_caches(recipe, self.pools.far.size, self.pools.near.size, model.dtype, self.device)
-            self._caches: dict[nn.Module, PagedCache] = dict(zip(layers, caches, strict=True))
+            self.caches: dict[nn.Module, PagedCache] = dict(zip(layers, caches, strict=True))
 
     def _make_pools(self, memory: int | None) -> Pools:
         recipe, limits = self.model.recipe, self.limits
@@ -134,7 +134,7 @@ class Engine:
             pages_cached=self.pools.far.cached,
             preemptions_total=self.scheduler.preemptions,
             cached_tokens_total=self.scheduler.cached,
-            expert_tokens=tuple(tuple(counts.tolist()) for counts in self._experts),
+            expert_tokens=() if self._experts is None else tuple(map(tuple, self._experts.tolist())),
         )
 
     def _compute(self, chunks: list[Chunk], parts: int) -> list[list[Token]]:
@@ -163,10 +163,11 @@ class Engine:
         ids = tables.tokens
         batch = PackedBatch(ids, torch.full_like(ids, IGNORE), tables.positions, (0, len(ids)))
         load = MoELoad(max(1, len(ids)), balance=False)
-        attention = PagedAttention(tables, self._caches) if self.model.hosts_attention else None
+        attention = PagedAttention(tables, self.caches) if self.model.hosts_attention else None
         hidden = yield from self.model.stages(batch, load, attention)
-        known = self._experts or [0] * len(load.counts)
-        self._experts = [a + b for a, b in zip(known, load.counts, strict=True)]
+        if load.counts:
+            counts = torch.stack(load.counts)
+            self._experts = counts if self._experts is None else self._experts + counts
         return hidden
 
     def _take(self, chunk: Chunk, tokens: list[Token]) -> Output:
@@ -201,7 +202,7 @@ class Engine:
         Pages that others hold too are theirs to clean: they end in the same way if it was these.
         """
         far, near = self.pools.far.sole(sequence.far), self.pools.near.sole(sequence.near)
-        for cache in self._caches.values():
+        for cache in self.caches.values():
             for pages, tensors in (
                 (far, (cache.k_slc, cache.v_slc, cache.k_cmp, cache.v_cmp)),
                 (near, (cache.k_win, cache.v_win, cache.k_raw, cache.v_raw)),
@@ -227,4 +228,4 @@ class Engine:
 def _part(chunk: Chunk) -> Part:
     s = chunk.sequence
     tokens = (*s.tokens[s.computed : s.computed + chunk.count], *chunk.guesses)
-    return Part(tokens, s.computed, np.asarray(s.far), np.asarray(s.near), s.near_start)
+    return Part(tokens, s.computed, s.far.array, np.fromiter(s.near, np.int64), s.near_start)

@@ -4,13 +4,45 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
 
 Key = bytes
 """Names the content of a page by all tokens up to its end."""
+
+
+class PageList:
+    """Numbers of pages in order: a list that is an array too, so that a step does not turn 1,000 pages into one."""
+
+    def __init__(self, pages: Iterable[int] = ()) -> None:
+        self._array = np.fromiter(pages, np.int64)
+        self._size = len(self._array)
+
+    @property
+    def array(self) -> np.ndarray:
+        """``[n]`` int64; what is appended later is not in it."""
+        return self._array[: self._size]
+
+    def append(self, page: int) -> None:
+        """One more at the end."""
+        if self._size == len(self._array):
+            self._array = np.concatenate([self._array, np.zeros(max(16, self._size), np.int64)])
+        self._array[self._size] = page
+        self._size += 1
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, at: int) -> int:
+        return int(self.array[at])
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.array.tolist())
+
+    def __reversed__(self) -> Iterator[int]:
+        return iter(self.array[::-1].tolist())
 
 
 class PagePool:

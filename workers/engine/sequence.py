@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence as SequenceOf
 
-from shoal.workers.engine.pages import Key, PagePool, page_keys
+from shoal.workers.engine.pages import Key, PageList, PagePool, page_keys
 from shoal.workers.engine.request import Request
 
 
@@ -42,7 +42,7 @@ class Sequence:
         self.computed = 0
         self.cached: int | None = None
         self.told = False
-        self.far: list[int] = []
+        self.far = PageList()
         self.near: deque[int] = deque()
         self.near_start = 0
         self.ngrams = Ngrams(self.tokens)
@@ -72,7 +72,8 @@ class Sequence:
     def reserve(self, upto: int) -> None:
         """Takes the pages for the tokens up to ``upto``; they must be free."""
         far, near = self.missing(upto)
-        self.far.extend(self.pools.far.take() for _ in range(far))
+        for _ in range(far):
+            self.far.append(self.pools.far.take())
         self.near.extend(self.pools.near.take() for _ in range(near))
 
     def advance(self, count: int) -> None:
@@ -114,7 +115,7 @@ class Sequence:
             self.pools.far.hold(page)
         for page in near:
             self.pools.near.hold(page)
-        self.far, self.near = list(far), deque(near)
+        self.far, self.near = PageList(far), deque(near)
         self.near_start = self._near_of(len(far)) if self.pools.reach else 0
         self.computed = len(far) * self.pools.page
         self._ends.add(len(far))
@@ -126,7 +127,7 @@ class Sequence:
             self.pools.far.release(page)
         for page in reversed(self.near):
             self.pools.near.release(page)
-        self.far, self.near, self.near_start, self.computed = [], deque(), 0, 0
+        self.far, self.near, self.near_start, self.computed = PageList(), deque(), 0, 0
 
     def _drop_near(self, first: int) -> None:
         while self.near and self.near_start < first:
@@ -137,15 +138,20 @@ class Sequence:
 
 
 class Ngrams:
-    """Guesses what follows from what followed the last time that the same few tokens stood at the end."""
+    """Guesses what follows from what followed the last time that the same few tokens stood at the end.
+
+    What is new is learned at once; of what was there at the beginning the newest part, a little with every guess.
+    """
 
     SIZES = (3, 2)
-    NEWEST = 4096  # tokens of a prompt that are learned: all of a long one would hold up a step
+    NEWEST = 4096  # tokens of a beginning that are learned: more would be a lot of memory
+    AT_ONCE = 128  # of those, with one guess: they hold up the step of all sequences
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens  # the sequence's own list, which grows
         self._after: dict[tuple[int, ...], int] = {}
-        self._seen = 0
+        self._seen = self._old = len(tokens)
+        self._oldest = max(1, len(tokens) - self.NEWEST)
 
     def propose(self, count: int) -> list[int]:
         """Up to ``count`` tokens that may come next."""
@@ -158,8 +164,14 @@ class Ngrams:
 
     def _learn(self) -> None:
         """Notes what follows each n-gram; the one at the end is followed by nothing yet."""
-        for end in range(max(1, self._seen, len(self.tokens) - self.NEWEST), len(self.tokens)):
+        for end in range(max(1, self._seen), len(self.tokens)):
             for size in self.SIZES:
                 if end >= size:
                     self._after[tuple(self.tokens[end - size : end])] = end
         self._seen = len(self.tokens)
+        until = max(self._oldest, self._old - self.AT_ONCE)
+        for end in range(self._old - 1, until - 1, -1):  # backwards: what is known already came later
+            for size in self.SIZES:
+                if end >= size:
+                    self._after.setdefault(tuple(self.tokens[end - size : end]), end)
+        self._old = until

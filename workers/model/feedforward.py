@@ -109,7 +109,8 @@ class MoE(nn.Module):
         flight = self.dispatcher.start(x_TH, experts)
         local = self._local_shared(x_TH)
         rows, counts = flight.arrive()
-        if self.mesh.hosts_experts:
+        # a token of one request may leave a rank without rows, and a GPU's grouped products want some
+        if self.mesh.hosts_experts and (len(rows) or torch.is_grad_enabled()):
             rows = grouped_ffn(rows, counts, self.experts.gate_up, self.experts.down)
         returned = flight.give_back(rows)
         self._count(routing, flight.expert_counts()[: self.table.experts], load)

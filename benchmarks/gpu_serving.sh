@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Serving on GPUs, in one call of a few minutes: benchmarks/gpu_serving.sh OUT [GPUS]
+#
+# On one GPU: the paged caches beside a training forward (pytest), the engine alone, then `shoal serve` over random
+# weights under load, NSA beside full attention. On two: the service with a model over both ranks, then with attention
+# and experts apart. OUT gets JSON, pictures and logs; the tables are printed last. A part that fails does not stop the
+# others; the exit code is the number of those that failed.
+#
+# Environment: PYTHON, and, to try it without a GPU, RECIPE, SETS, CONTEXT, MIX, CONCURRENCY, DURATION, CHUNK, WARMUP.
+set -u
+OUT=${1:?usage: benchmarks/gpu_serving.sh OUT [GPUS]}
+GPUS=${2:-1}
+PYTHON=${PYTHON:-python}
+RECIPE=${RECIPE:-deepseekmoe-2b}
+# groups of 16 heads share keys and values, as in the NSA paper; 64 experts divide over two ranks
+SETS=${SETS:-parallel.device=cuda model.heads=32 model.kv_heads=2 moe.experts=64}
+CONTEXT=${CONTEXT:-16384}
+CHUNK=${CHUNK:-2048}
+MIX=${MIX:-1024:128*3,8192:128*1}
+CONCURRENCY=${CONCURRENCY:-1,8,32}
+DURATION=${DURATION:-8}
+WARMUP=${WARMUP:-4}
+
+cd "$(dirname "$0")/.." || exit 1
+mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd)
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} COLUMNS=220
+export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0} # NVLink multicast wants rights that containers lack
+WORK=$(mktemp -d)
+trap 'rm -rf "$WORK"' EXIT
+failed=0
+
+part() { # NAME SECONDS COMMAND…: its output in OUT/NAME.txt and OUT/NAME.log
+    local name=$1 seconds=$2 began=$SECONDS code
+    shift 2
+    timeout --signal=INT --kill-after=60 "$seconds" "$@" >"$OUT/$name.txt" 2>"$OUT/$name.log"
+    code=$?
+    echo "$name: exit code $code after $((SECONDS - began)) s"
+    if [ $code -ne 0 ]; then
+        failed=$((failed + 1))
+        tail -n 15 "$OUT/$name.txt" "$OUT/$name.log"
+    fi
+}
+
+untrained() { # KIND
+    local sets=(model.context="$CONTEXT" serve.step_tokens="$CHUNK" attention.kind="$1") each
+    for each in $SETS; do sets+=("$each"); done
+    SHOAL_RUNS=$WORK part "make-$1" 200 "$PYTHON" -m shoal.jobs.bench.untrained "$1" "$RECIPE" "${sets[@]}"
+}
+
+serve() { # NAME OPTIONS…
+    local name=$1
+    shift
+    part "$name" 280 "$PYTHON" -m shoal.jobs.cli.main bench serve "$WORK/nsa" --mix "$MIX" --concurrency "$CONCURRENCY" \
+        --duration "$DURATION" --warmup "$WARMUP" --out "$OUT/$name" --plot "$OUT/$name/serve.png" "$@"
+}
+
+if [ "$GPUS" = 1 ]; then
+    part caches 120 "$PYTHON" -m pytest -q -p no:cacheprovider tests/workers/test_gpu.py -k paged
+    part engine 200 "$PYTHON" -m shoal.jobs.cli.main bench engine --out "$OUT"
+    untrained nsa
+    untrained full
+    serve service --against "$WORK/full"
+    set -- caches engine service
+else
+    untrained nsa
+    untrained full
+    serve colocated --workers "$GPUS" --against "$WORK/full"
+    serve apart --workers "$GPUS" --placement "1A:$((GPUS - 1))F"
+    set -- colocated apart
+fi
+for name in "$@"; do
+    echo
+    echo "== $name"
+    tail -n 40 "$OUT/$name.txt"
+done
+exit $failed
