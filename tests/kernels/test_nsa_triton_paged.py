@@ -3,7 +3,7 @@ training forward."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -91,9 +91,8 @@ def test_in_a_cuda_graph() -> None:
     sizes = BlockSizes(32, 16, 64, 16, 1, 2, 512)
     q, gates, cache, tables = case([3000, 4000], sizes, 2, 16, (128, 128), torch.bfloat16)
     _, _, _, other = case([3999, 70], sizes, 2, 16, (128, 128), torch.bfloat16)
-    other = DecodeTables(
-        *(other.positions, tables.far.flip(0), tables.near.flip(0), other.near_first),
-        *(tables.cmp_mask, tables.win_mask, None),
+    other = replace(
+        tables, far=tables.far.flip(0), near=tables.near.flip(0), positions=other.positions, near_first=other.near_first
     )
     want = triton_paged_decode(q, gates, cache, other, sizes, 0.1)
     triton_paged_decode(q, gates, cache, tables, sizes, 0.1)
