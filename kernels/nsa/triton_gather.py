@@ -24,12 +24,13 @@ from shoal.kernels.nsa.triton_tables import Tables
 class Tuning:
     """chunk: queries whose partial outputs exist at a time. heads: KV heads at a time, 0 for all. direct: how many of a
     query's blocks are read query by query, while the partial outputs of the others are merged: the first is bound by
-    the L2 cache, the second by memory. rows: of a matrix product, queries times padded group. steps: such products an
+    the L2 cache, the second by memory; None: 8 for groups of 8 heads and more, whose heads share what is read, else 0.
+    rows: of a matrix product, queries times padded group. steps: such products an
     item, between two loads of keys and values; a power of two."""
 
     chunk: int = 8192
     heads: int = 0
-    direct: int = 5
+    direct: int | None = None
     rows: int = 64
     steps: int = 16
     warps: int = 4
@@ -65,8 +66,10 @@ def selected_by_block(
     lse = q.new_empty(tokens, heads, dtype=torch.float32)
     if not tokens:
         return out, lse
-    direct = min(tuning.direct, blocks.shape[2])
-    parted, n, group = blocks[..., direct:], blocks.shape[2] - direct, heads // kv
+    group = heads // kv
+    direct = tuning.direct if tuning.direct is not None else 8 if group >= 8 else 0
+    direct = min(direct, blocks.shape[2])
+    parted, n = blocks[..., direct:], blocks.shape[2] - direct
     group_p = padded(group, least=1)
     tile = max(1, tuning.rows // group_p)
     chunk, at_once = min(tuning.chunk, tokens), tuning.heads or kv

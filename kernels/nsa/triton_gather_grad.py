@@ -1,7 +1,7 @@
 """Gradients of selected attention, in Triton: a program holds a block and reads the queries of a chunk that chose it.
 
 A query's gradient comes in parts, one for each of its blocks, which a second kernel sums. Adding them up in memory with
-atomic operations takes longer: those run at 2 TB/s in the L2 cache. Chunks are so small that what is gathered of their
+atomic operations takes as long: those run at 2 TB/s in the L2 cache. Chunks are so small that what is gathered of their
 queries stays in that cache.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -17,21 +17,21 @@ from torch import Tensor
 
 from shoal.kernels.nsa.triton_inverse import invert, lists_by_block
 from shoal.kernels.nsa.triton_select import LOG2E, halves, load_rows, padded, precision
-from shoal.kernels.nsa.triton_span_grad import Grads, add_query_grads, score_weights
+from shoal.kernels.nsa.triton_span_grad import Grads, score_weights
 from shoal.kernels.nsa.triton_tables import Tables
 
 
 @dataclass(frozen=True)
 class GatherGradTuning:
-    """chunk: queries whose parts exist at a time. rows: of a tile, queries times padded group."""
+    """chunk: queries whose parts exist at a time. item: queries of a program, a power of two. rows: of a tile, queries
+    times padded group."""
 
     chunk: int = 2048
     item: int = 64
     rows: int = 64
     warps: int = 4
-    stages: int = 1
+    stages: int = 2
     merge_warps: int = 4
-    parts: bool = True
 
 
 def selected_backward(
@@ -80,10 +80,9 @@ def selected_backward(
         if size:
             programs = min((stop - start) * n, programs + (stop - start) * n // size)
         _block_kernel[(programs, kv)](
-            *(q, k, v, d_out, base, dots, grads.d_q, grads.d_k, grads.d_v, part, items, pairs, first),
+            *(q, k, v, d_out, base, dots, grads.d_k, grads.d_v, part, items, pairs, first),
             *(tables.block_first, tables.starts, scale * LOG2E, tokens, start, low, index, chunks, tables.blocks),
             ITEM=size,
-            PARTS=tuning.parts or deterministic,
             GP=group_p,
             TILE=max(1, tuning.rows // group_p),
             E=dim_v,
@@ -97,8 +96,6 @@ def selected_backward(
             D2=halves(dim)["D2"],
             **shape,
         )
-        if not (tuning.parts or deterministic):
-            continue
         _sum_kernel[(stop - start, kv)](
             *(grads.d_q, part, blocks, d_q, scale, start, blocks.stride(0), blocks.stride(1)),
             GP=group_p,
@@ -106,8 +103,6 @@ def selected_backward(
             num_warps=tuning.merge_warps,
             **shape,
         )
-    if not (tuning.parts or deterministic):
-        return torch.mul(grads.d_q, scale, out=d_q)
     return d_q
 
 
@@ -139,7 +134,6 @@ def _block_kernel(
     d_out,
     base,
     dots,
-    d_q,
     d_k,
     d_v,
     part,
@@ -156,7 +150,6 @@ def _block_kernel(
     chunks,
     blocks,
     ITEM: tl.constexpr,
-    PARTS: tl.constexpr,
     N: tl.constexpr,
     KV: tl.constexpr,
     G: tl.constexpr,
@@ -217,13 +210,10 @@ def _block_kernel(
         dk = tl.dot(ds, b_q, dk, input_precision=PRECISION)
         if D2 > 0:
             dk2 = tl.dot(ds, b_q2, dk2, input_precision=PRECISION)
-        if PARTS:
-            slot = ((pair - start * N).to(tl.int64) * KV + h) * G + o_r % GP
-            _put_part(part, slot, there, ds, b_k, 0, D, D1, PRECISION)
-            if D2 > 0:
-                _put_part(part, slot, there, ds, b_k2, D1, D, D2, PRECISION)
-        else:
-            add_query_grads(d_q, rows, there, ds, b_k, b_k2, D, D1, D2, PRECISION)
+        slot = ((pair - start * N).to(tl.int64) * KV + h) * G + o_r % GP
+        _put_part(part, slot, there, ds, b_k, 0, D, D1, PRECISION)
+        if D2 > 0:
+            _put_part(part, slot, there, ds, b_k2, D1, D, D2, PRECISION)
     _add(d_v, at, held, dv, 0, E, EP, ITEM > 0)
     _add(d_k, at, held, dk, 0, D, D1, ITEM > 0)
     if D2 > 0:

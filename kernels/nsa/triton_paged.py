@@ -106,7 +106,8 @@ def triton_paged_decode(
         **shape,
         **halves(dim),
     )
-    _sum_kernel[(n, kv)](part, tops, totals, gates.contiguous(), out, splits, splits + sizes.slc_count, **shape)
+    args = (part, tops, totals, gates.contiguous(), out, splits, splits + sizes.slc_count)
+    _sum_kernel[(n * heads,)](*args, PARTS=parts, G=group, E=dim_v, EP=padded(dim_v))
     return out
 
 
@@ -334,25 +335,24 @@ def _pages_kernel(
 
 
 @triton.jit
-def _sum_branch(part, tops, totals, at, begin, stop, PARTS, G, GP: tl.constexpr, E, EP: tl.constexpr):
-    """One branch's output ``[GP, EP]`` from partial ones; 0 over no keys."""
-    o_g, o_e = tl.arange(0, GP), tl.arange(0, EP)
-    in_g = o_g < G
-    inside = in_g[:, None] & (o_e < E)[None, :]
-    m = tl.full([GP], float("-inf"), tl.float32)
-    total = tl.zeros([GP], tl.float32)
-    acc = tl.zeros([GP, EP], tl.float32)
-    for i in range(begin, stop):
-        rows = (at * PARTS + i) * G + o_g
-        b_top = tl.load(tops + rows, mask=in_g, other=float("-inf"))
-        m_new = tl.maximum(m, b_top)
+def _sum_branch(part, tops, totals, at, g, begin, stop, PARTS, G, E: tl.constexpr, EP: tl.constexpr):
+    """One branch's output ``[EP]`` of one head from partial ones, many at a time; 0 over no keys."""
+    o_i, o_e = tl.arange(0, 32), tl.arange(0, EP)
+    m, total = float("-inf"), 0.0
+    acc = tl.zeros([EP], tl.float32)
+    for i in range(begin, stop, 32):
+        inside = i + o_i < stop
+        rows = (at * PARTS + i + o_i) * G + g
+        b_tops = tl.load(tops + rows, mask=inside, other=float("-inf"))
+        b_totals = tl.load(totals + rows, mask=inside, other=0.0)
+        b_part = tl.load(part + rows[:, None] * E + o_e[None, :], inside[:, None] & (o_e < E)[None, :], other=0.0)
+        m_new = tl.maximum(m, tl.max(b_tops, 0))
         base = tl.where(m_new == float("-inf"), 0.0, m_new)
-        fade, weight = tl.exp2(m - base), tl.exp2(b_top - base)
-        total = total * fade + weight * tl.load(totals + rows, mask=in_g, other=0.0)
-        b_part = tl.load(part + rows[:, None] * E + o_e[None, :], mask=inside, other=0.0)
-        acc = acc * fade[:, None] + weight[:, None] * b_part
+        fade, weights = tl.exp2(m - base), tl.exp2(b_tops - base)
+        total = total * fade + tl.sum(weights * b_totals, 0)
+        acc = acc * fade + tl.sum(weights[:, None] * b_part, 0)
         m = m_new
-    return acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    return acc / tl.where(total == 0.0, 1.0, total)
 
 
 @triton.jit
@@ -366,20 +366,17 @@ def _sum_kernel(
     win,
     PARTS: tl.constexpr,
     G: tl.constexpr,
-    GP: tl.constexpr,
     E: tl.constexpr,
     EP: tl.constexpr,
 ):
-    """``Σ_c g_c · o_c`` (NSA eq. 5). slc, win: the first partial outputs of those branches."""
-    at = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    o_g, o_e = tl.arange(0, GP), tl.arange(0, EP)
-    in_g = o_g < G
-    rows = at * G + o_g
-    gate = gates + rows * 3
-    acc = _sum_branch(part, tops, totals, at, 0, slc, PARTS, G, GP, E, EP)
-    acc = acc * tl.load(gate, mask=in_g, other=0.0).to(tl.float32)[:, None]
-    o = _sum_branch(part, tops, totals, at, slc, win, PARTS, G, GP, E, EP)
-    acc += o * tl.load(gate + 1, mask=in_g, other=0.0).to(tl.float32)[:, None]
-    o = _sum_branch(part, tops, totals, at, win, PARTS, PARTS, G, GP, E, EP)
-    acc += o * tl.load(gate + 2, mask=in_g, other=0.0).to(tl.float32)[:, None]
-    tl.store(out + rows[:, None] * E + o_e[None, :], acc.to(out.dtype.element_ty), in_g[:, None] & (o_e < E)[None, :])
+    """``Σ_c g_c · o_c`` (NSA eq. 5) of one query and head. slc, win: the first partial outputs of those branches."""
+    row = tl.program_id(0).to(tl.int64)
+    at, g = row // G, row % G
+    o_e = tl.arange(0, EP)
+    acc = _sum_branch(part, tops, totals, at, g, 0, slc, PARTS, G, E, EP)
+    acc = acc * tl.load(gates + row * 3).to(tl.float32)
+    o = _sum_branch(part, tops, totals, at, g, slc, win, PARTS, G, E, EP)
+    acc += o * tl.load(gates + row * 3 + 1).to(tl.float32)
+    o = _sum_branch(part, tops, totals, at, g, win, PARTS, PARTS, G, E, EP)
+    acc += o * tl.load(gates + row * 3 + 2).to(tl.float32)
+    tl.store(out + row * E + o_e, acc.to(out.dtype.element_ty), mask=o_e < E)
