@@ -200,13 +200,19 @@ def paged_prefill(
     sizes: BlockSizes,
     scale: float,
     dense_keys: int | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     """NSA of consecutive queries of one sequence: ``[R, H, d_qk] -> [R, H, d_v]`` in q's dtype. gates: ``[R, H, 3]``.
 
     position: of the first query in its sequence. far: ``[P]``, pages of the sequence from its start; near: ``[W]``,
     pages from token ``near_first`` on. Everything up to the last query must have been written. dense_keys: with at most
-    this many keys, selected attention masks dense scores; with more it gathers blocks. It changes speed only.
+    this many keys, selected attention of PyTorch operations masks dense scores; with more it gathers blocks. It changes
+    speed only. backend: as of ``nsa_attention``.
     """
+    if backend == "triton" or (backend == "auto" and takes_triton(q)):
+        from shoal.kernels.nsa.triton_paged import triton_paged_prefill
+
+        return triton_paged_prefill(q, gates, cache, position, far, near, near_first, sizes, scale)
     count, heads, dim = q.shape
     kv = cache.k_slc.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)

@@ -15,7 +15,7 @@ from shoal.kernels.nsa.triton_choose import ChooseTuning, choose_blocks
 from shoal.kernels.nsa.triton_gather import Tuning, selected_by_block
 from shoal.kernels.nsa.triton_select import padded
 from shoal.kernels.nsa.triton_span import SpanTuning, span_attention
-from shoal.kernels.nsa.triton_tables import Span, make_tables
+from shoal.kernels.nsa.triton_tables import Span, Tables, make_tables
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,28 @@ def nsa_forward(
 
     q, keys and values are of one dtype, bfloat16, float16 or float32; gates: ``[T, H, 3]``, of any. scale: above 0.
     """
-    tuning = tuning or ForwardTuning()
     q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = (
         x.contiguous() for x in (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
     )
-    tables, sizes = make_tables(layout), layout.sizes
+    tensors = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
+    return attend(*tensors, make_tables(layout), scale, tuning or ForwardTuning())
+
+
+def attend(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    k_slc: Tensor,
+    v_slc: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    gates: Tensor,
+    tables: Tables,
+    scale: float,
+    tuning: ForwardTuning,
+) -> Forward:
+    """The same over any keys that tables speak of, all tensors contiguous."""
+    sizes = tables.sizes
     cmp, cmp_lse = attend_span(q, k_cmp, v_cmp, tables.cmp, scale, tuning.cmp)
     blocks = choose_blocks(q, k_cmp, cmp_lse, tables, scale, tuning.choose)
     win, win_lse = attend_span(q, k_win, v_win, tables.window, scale, tuning.near)

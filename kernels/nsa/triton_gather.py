@@ -98,7 +98,7 @@ def selected_by_block(
                 most = min(pairs, tables.blocks_within(start, stop) + pairs // inverse.size)
                 _partial_kernel[(most, width)](
                     *(q, k, v, inverse.item_blocks, inverse.item_pairs, inverse.first_items, tables.block_first),
-                    *(part, part_lse, scale * LOG2E, tokens, head, index, inverse.chunks, start),
+                    *(part, part_lse, scale * LOG2E, k.shape[0], head, index, inverse.chunks, start),
                     TILE=tile,
                     ITEM=inverse.size,
                     GP=group_p,
@@ -107,7 +107,7 @@ def selected_by_block(
                     **shape,
                 )
             _merge_kernel[(stop - start, width)](
-                *(q, k, v, part, part_lse, blocks, tables.starts),
+                *(q, k, v, part, part_lse, blocks, tables.starts, tables.before),
                 *(beside if beside is not None else (out, lse)),
                 *(out, lse),
                 *(mix if mix is not None else (out, out, lse, out)),
@@ -136,7 +136,7 @@ def _partial_kernel(
     part,
     part_lse,
     scale,
-    tokens,
+    rows_k,
     head,
     chunk,
     chunks,
@@ -171,7 +171,7 @@ def _partial_kernel(
     count = tl.sum((tl.load(pairs + tl.arange(0, ITEM)) >= 0).to(tl.int32), 0)
     keys = tl.load(block_first + tl.load(item_blocks + item)).to(tl.int64) + o_n
     # Keys after the document's end (of its last block) are also after every query that reads the block.
-    held = (keys < tokens) & (o_n < BLOCK)
+    held = (keys < rows_k) & (o_n < BLOCK)
     at = keys * KV + h
     b_k, b_k2 = load_keys(k, at, held, D, D1, D2)
     b_v = tl.load(v + at[:, None] * E + o_e[None, :], mask=held[:, None] & in_e[None, :], other=0.0)
@@ -259,6 +259,7 @@ def _merge_kernel(
     part_lse,
     blocks,
     starts,
+    before,
     beside,
     beside_lse,
     out,
@@ -326,7 +327,7 @@ def _merge_kernel(
             part + slot[:, None] * E + o_e[None, :], mask=inside & yes, other=0.0, eviction_policy="evict_first"
         )
     if DIRECT > 0:
-        first = tl.load(starts + t).to(tl.int64)
+        first = tl.load(starts + t).to(tl.int64) + before
         m_d, total_d, acc_d = _attend_blocks(
             *(q, k, v, rows, in_g, chosen, t, h, first, scale, DIRECT, OWN),
             *(KV, GP, E, EP, D, D1, D2, BLOCK, BN, PRECISION),

@@ -1,9 +1,10 @@
-"""NSA of single queries over a paged cache, in Triton: what a decode step computes.
+"""NSA over a paged cache, in Triton: single queries, as a decode step has them, and chunks of a prompt.
 
-Five launches, each with work for many programs even when there is one query: scores on compressed rows and their
-partial outputs, the blocks' importance, the choice, partial outputs of chosen and window pages, their sum. Nothing is
-read by the host and no size depends on how long the sequences are, only on how many pages the tables have room for: a
-CUDA graph can hold it.
+Single queries take five launches, each with work for many programs even when there is one query: scores on compressed
+rows and their partial outputs, the blocks' importance, the choice, partial outputs of chosen and window pages, their
+sum. Nothing is read by the host and no size depends on how long the sequences are, only on how many pages the tables
+have room for: a CUDA graph can hold it. A chunk's keys and values are copied out of their pages and read by the kernels
+of training.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from shoal.kernels.nsa.layout import BlockSizes
 from shoal.kernels.nsa.paged import DecodeTables, PagedCache
+from shoal.kernels.nsa.triton_forward import ForwardTuning, attend
 from shoal.kernels.nsa.triton_select import LOG2E, halves, load_keys, load_rows, padded, precision, query_keys
+from shoal.kernels.nsa.triton_tables import chunk_tables
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,34 @@ def triton_paged_decode(
     args = (part, tops, totals, gates.contiguous(), out, splits, splits + sizes.slc_count)
     _sum_kernel[(n * heads,)](*args, PARTS=parts, G=group, E=dim_v, EP=padded(dim_v))
     return out
+
+
+def triton_paged_prefill(
+    q: Tensor,
+    gates: Tensor,
+    cache: PagedCache,
+    position: int,
+    far: Tensor,
+    near: Tensor,
+    near_first: int,
+    sizes: BlockSizes,
+    scale: float,
+    tuning: ForwardTuning | None = None,
+) -> Tensor:
+    """What :func:`shoal.kernels.nsa.paged.paged_prefill` returns, from the same arguments. scale: above 0."""
+    far = far[: sizes.slc_blocks(position + q.shape[0])]
+    skipped = sizes.cmp_block // sizes.cmp_stride - 1  # rows that do not exist
+    k_cmp, v_cmp = (_rows(x, far)[skipped:] for x in (cache.k_cmp, cache.v_cmp))
+    k_slc, v_slc = (_rows(x, far) for x in (cache.k_slc, cache.v_slc))
+    k_win, v_win = (_rows(x, near) for x in (cache.k_win, cache.v_win))
+    tables = chunk_tables(position, q.shape[0], near_first, sizes, q.device)
+    tensors = (q.contiguous(), k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates.contiguous())
+    return attend(*tensors, tables, scale, tuning or ForwardTuning()).out
+
+
+def _rows(cache: Tensor, pages: Tensor) -> Tensor:
+    """Rows of a sequence, in order: ``[pages, KV, rows, D]`` at ``pages [P]`` to ``[P · rows, KV, D]``."""
+    return cache[pages].transpose(1, 2).reshape(-1, cache.shape[1], cache.shape[3])
 
 
 @triton.jit

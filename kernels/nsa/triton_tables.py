@@ -20,15 +20,16 @@ class Span:
     high: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tables:
-    """Index tables of one packed batch, all int32.
+    """Index tables of a forward pass, all int32: of a packed batch, or of some queries of one sequence.
 
     starts: ``[T]``, first token of each token's document. block_base: ``[T]``, selection blocks of the documents
     before it, so that ``block_base[t] + j`` numbers the blocks of the pack. block_first: ``[B]``, first token of each
     selection block of the pack. window, local, initial, cmp: the spans of each query; ``initial`` ends where
     ``local``, the forced blocks that end with the query's own, begins; ``cmp`` counts compression blocks of the pack.
-    window_seen, cmp_seen: turned around, the queries that see each key, and each compression block.
+    before: tokens of the sequence that stand before its queries; ``starts`` is ``-before`` then, and rows of keys are
+    counted from the start of the sequence.
     """
 
     cu_seqlens: tuple[int, ...]
@@ -40,8 +41,7 @@ class Tables:
     local: Span
     initial: Span
     cmp: Span
-    window_seen: Span
-    cmp_seen: Span
+    before: int = 0
 
     @property
     def tokens(self) -> int:
@@ -74,19 +74,51 @@ class Tables:
     def _seen(self, start: int, stop: int) -> list[int]:
         """Of each document that has queries in ``start … stop - 1``: its blocks before ``stop``."""
         return [
-            self.sizes.slc_blocks(min(high, stop) - low)
+            self.sizes.slc_blocks(min(high, stop) - low + self.before)
             for low, high in pairwise(self.cu_seqlens)
             if low < stop and high > start
         ]
 
 
-def make_tables(layout: Layout) -> Tables:
+@dataclass(frozen=True, kw_only=True)
+class PackTables(Tables):
+    """Those of a packed batch; turned around for the backward pass, the queries that see each key, and each compression
+    block."""
+
+    window_seen: Span
+    cmp_seen: Span
+
+
+@lru_cache(maxsize=8)
+def chunk_tables(position: int, count: int, near_first: int, sizes: BlockSizes, device: torch.device) -> Tables:
+    """Of queries at ``position …`` of one sequence, whose window's keys are counted from token ``near_first`` on, and
+    compression blocks from the first; the last few are remembered."""
+    t = torch.arange(position, position + count, dtype=torch.int32, device=device)
+    nothing = torch.zeros_like(t)
+    local = (t // sizes.slc_block - sizes.slc_local + 1).clamp(min=0) * sizes.slc_block
+    blocks = sizes.slc_blocks(position + count)
+    ended = ((t + 1 - sizes.cmp_block).div(sizes.cmp_stride, rounding_mode="floor") + 1).clamp(min=0)
+    return Tables(
+        cu_seqlens=(0, count),
+        sizes=sizes,
+        starts=nothing - position,
+        block_base=nothing,
+        block_first=torch.arange(blocks, dtype=torch.int32, device=device) * sizes.slc_block,
+        window=Span((t - sizes.window + 1).clamp(min=0) - near_first, t + 1 - near_first),
+        local=Span(local, t + 1),
+        initial=Span(nothing, local.clamp(max=sizes.slc_initial * sizes.slc_block)),
+        cmp=Span(nothing, ended),
+        before=position,
+    )
+
+
+def make_tables(layout: Layout) -> PackTables:
     """The tables of a layout; the last few are remembered."""
     return _make_tables(layout.cu_seqlens, layout.sizes, layout.device)
 
 
 @lru_cache(maxsize=8)
-def _make_tables(cu_seqlens: tuple[int, ...], sizes: BlockSizes, device: torch.device) -> Tables:
+def _make_tables(cu_seqlens: tuple[int, ...], sizes: BlockSizes, device: torch.device) -> PackTables:
     lengths = torch.tensor([stop - start for start, stop in pairwise(cu_seqlens)], dtype=torch.int64)
     slc = torch.tensor([sizes.slc_blocks(n) for n in lengths.tolist()], dtype=torch.int64)
     cmp = torch.tensor([sizes.cmp_blocks(n) for n in lengths.tolist()], dtype=torch.int64)
@@ -110,7 +142,7 @@ def _make_tables(cu_seqlens: tuple[int, ...], sizes: BlockSizes, device: torch.d
     def put(x: Tensor) -> Tensor:
         return x.to(torch.int32).to(device)
 
-    return Tables(
+    return PackTables(
         cu_seqlens=cu_seqlens,
         sizes=sizes,
         starts=put(starts),

@@ -14,8 +14,19 @@ from triton_on_cpu import DEVICE, TOLERANCE, close, draw
 triton_on_cpu.prepare()
 
 from shoal.kernels.nsa.layout import BlockSizes  # noqa: E402
-from shoal.kernels.nsa.paged import DecodeTables, PagedCache, decode_tables, make_cache, paged_decode  # noqa: E402
-from shoal.kernels.nsa.triton_paged import PagedTuning, triton_paged_decode  # noqa: E402
+from shoal.kernels.nsa.paged import (  # noqa: E402
+    DecodeTables,
+    PagedCache,
+    decode_tables,
+    make_cache,
+    paged_decode,
+    paged_prefill,
+)
+from shoal.kernels.nsa.triton_choose import ChooseTuning  # noqa: E402
+from shoal.kernels.nsa.triton_forward import ForwardTuning  # noqa: E402
+from shoal.kernels.nsa.triton_gather import Tuning  # noqa: E402
+from shoal.kernels.nsa.triton_paged import PagedTuning, triton_paged_decode, triton_paged_prefill  # noqa: E402
+from shoal.kernels.nsa.triton_span import SpanTuning  # noqa: E402
 
 Case = tuple[Tensor, Tensor, PagedCache, DecodeTables]
 
@@ -37,6 +48,25 @@ def case(
     tables = decode_tables(*(x.to(DEVICE) for x in (torch.tensor(positions), far, near, first)), kv, sizes)
     q = draw(n, kv * group, dims[0], dtype=dtype, seed=20)
     return q, draw(n, kv * group, 3, dtype=dtype, seed=21).sigmoid(), cache, tables
+
+
+def chunk(
+    position: int,
+    count: int,
+    sizes: BlockSizes,
+    kv: int,
+    group: int,
+    dims: tuple[int, int],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, PagedCache, tuple[Tensor, Tensor, int]]:
+    """Queries at ``position …`` of one sequence, gates, and its pages: far, near, the first token of the near ones."""
+    last = position + count - 1
+    _, _, cache, tables = case([last, last], sizes, kv, group, dims, dtype)
+    page, first = sizes.slc_block, max(0, position - sizes.window + 1) // sizes.slc_block * sizes.slc_block
+    far = tables.far[0, 0] // kv
+    near = torch.arange((last - first) // page + 1, device=DEVICE).flip(0) % cache.k_win.shape[0]
+    q = draw(count, kv * group, dims[0], dtype=dtype, seed=20)
+    return q, draw(count, kv * group, 3, dtype=dtype, seed=21).sigmoid(), cache, (far, near, first)
 
 
 def exact(q: Tensor, gates: Tensor, cache: PagedCache, tables: DecodeTables, sizes: BlockSizes, scale: float) -> Tensor:
@@ -61,6 +91,30 @@ def test_against_float64(positions: list[int], sizes: BlockSizes, kv: int, group
     want = exact(*args, sizes, 0.4)
     for tuning in (PagedTuning(rows=16), PagedTuning(rows=16, programs=1)):
         close(triton_paged_decode(*args, sizes, 0.4, tuning), want, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("position", "count", "sizes", "kv", "group", "dims"),
+    [
+        (50, 13, BlockSizes(4, 2, 8, 4, 1, 2, 11), 2, 2, (8, 4)),
+        (0, 21, BlockSizes(6, 2, 8, 3, 0, 1, 20), 1, 3, (24, 6)),
+        (39, 2, BlockSizes(4, 4, 4, 5, 2, 1, 1), 1, 1, (16, 16)),
+        (3, 6, BlockSizes(4, 2, 8, 4, 1, 2, 11), 1, 8, (8, 8)),
+    ],
+)
+def test_chunks_against_float64(
+    position: int, count: int, sizes: BlockSizes, kv: int, group: int, dims: tuple[int, int]
+) -> None:
+    """Queries that begin anywhere in their sequence, before its first compressed row too, and end anywhere."""
+    q, gates, cache, pages = chunk(position, count, sizes, kv, group, dims, torch.float32)
+    wide = PagedCache(*(getattr(cache, f.name).cpu().double() for f in fields(cache)))
+    host = (position, *(x.cpu() if isinstance(x, Tensor) else x for x in pages))
+    want = paged_prefill(q.cpu().double(), gates.cpu().double(), wide, *host, sizes, 0.4)
+    span = SpanTuning(rows=16, keys=16)
+    for direct in (0, 2):
+        gather = Tuning(chunk=7, rows=16, steps=2, direct=direct)
+        tuning = ForwardTuning(span, span, ChooseTuning(chunk=5, rows=16, blocks=16), gather)
+        close(triton_paged_prefill(q, gates, cache, position, *pages, sizes, 0.4, tuning), want, torch.float32)
 
 
 def test_no_queries() -> None:

@@ -158,15 +158,13 @@ class PagedAttention:
         p = layer.project(x_TH, t.rotation)
         self._store(layer, p, cache)
         out = p.q.new_empty(*p.q.shape[:2], p.v_slc.shape[-1])
-        at = t.single_tokens
+        at, backend = t.single_tokens, t.recipe.attention.backend
         for rows, d in t.decode:
-            out[rows] = paged_decode(
-                p.q[rows], p.gates[rows], cache, d, t.sizes, layer.scale, t.recipe.attention.backend
-            )
+            out[rows] = paged_decode(p.q[rows], p.gates[rows], cache, d, t.sizes, layer.scale, backend)
         for part, far, near in t.prefill:
             rows, first = slice(at, at + len(part.tokens)), part.near_start * t.sizes.slc_block
             out[rows] = paged_prefill(
-                p.q[rows], p.gates[rows], cache, part.start, far, near, first, t.sizes, layer.scale
+                p.q[rows], p.gates[rows], cache, part.start, far, near, first, t.sizes, layer.scale, backend=backend
             )
             at = rows.stop
         return out
