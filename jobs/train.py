@@ -154,8 +154,8 @@ def _supervised(
 
     tokenizer = corpus_tokenizer(corpus)
     prompt = SAMPLE_PROMPTS.get(recipe.data.corpus, "The ")
-    ids = [int(t) for t in tokenizer.encode([prompt])[0][:-1]]
-    request = SampleRequest(ids, SAMPLE_TOKENS, {"temperature": 0.7, "top_p": 0.95, "stop": tokenizer.eos})
+    chosen = {"temperature": 0.7, "top_p": 0.95, "stop": tokenizer.eos}
+    request = SampleRequest(tokenizer.prompt(prompt), SAMPLE_TOKENS, chosen)
     placement = Placement.of(recipe)
     with (
         ray_session(recipe.parallel.ranks) as session,
