@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from shell import shoal_here
 
 import shoal
 from shoal.jobs.cli.main import COMMANDS, Lazy
@@ -48,8 +49,8 @@ def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_answers_help_with_the_line_that_lists_it(command: str) -> None:
-    result = run(command, "--help")
+def test_a_command_answers_help_with_the_line_that_lists_it(command: str, tmp_path: Path) -> None:
+    result = shoal_here(command, "--help", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert COMMANDS[command].help.split(";")[0].rstrip(".") in " ".join(result.stdout.split())
 
@@ -87,8 +88,10 @@ def test_the_console_script_is_there_and_prints_the_version() -> None:
         (["runs", "show", "none", "--runs-dir", "nowhere"], 5, "error: run 'none' is not in nowhere"),
     ],
 )
-def test_a_mistake_is_one_line_on_standard_error_with_its_exit_code(arguments: list[str], code: int, says: str) -> None:
-    result = run(*arguments)
+def test_a_mistake_is_one_line_on_standard_error_with_its_exit_code(
+    arguments: list[str], code: int, says: str, tmp_path: Path
+) -> None:
+    result = shoal_here(*arguments, cwd=tmp_path)
     assert (result.returncode, result.stdout) == (code, "")
     assert says in result.stderr
     assert result.stderr.count("\n") == 1
@@ -104,8 +107,8 @@ def test_a_mistake_is_one_line_on_standard_error_with_its_exit_code(arguments: l
         (["config", "show", "tiny", "--sets", "a=1"], "--set"),
     ],
 )
-def test_wrong_usage_is_exit_code_2(arguments: list[str], says: str) -> None:
-    result = run(*arguments)
+def test_wrong_usage_is_exit_code_2(arguments: list[str], says: str, tmp_path: Path) -> None:
+    result = shoal_here(*arguments, cwd=tmp_path)
     assert result.returncode == 2
     assert says in result.stderr
 

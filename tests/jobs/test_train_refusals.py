@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from shell import SHOAL, environment, shoal
+from shell import SHOAL, environment, shoal, shoal_here
 from small import VOCAB, small_corpus, small_recipe
 from trained import records
 
@@ -90,7 +90,7 @@ def test_a_mistake_is_refused_before_anything_starts(
     if "parallel.device=cuda" in arguments and any(Path("/dev").glob("nvidia[0-9]*")):
         pytest.skip("this machine has a GPU")
     recipe = [] if {"--recipe", "--resume"} & set(arguments) else ["--recipe", "small.toml"]
-    refused(shoal("train", *recipe, *arguments, cwd=here), code, *says)
+    refused(shoal_here("train", *recipe, *arguments, cwd=here), code, *says)
     assert [path.name for path in (here / "runs").iterdir()] == ["old"]
 
 
@@ -103,7 +103,7 @@ def test_a_mistake_is_refused_before_anything_starts(
 )
 def test_an_empty_or_binary_file_is_no_data(name: str, content: bytes, says: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    result = shoal("data", "prepare", name, "--out", "data/mine", "--vocab", "300", cwd=tmp_path)
+    result = shoal_here("data", "prepare", name, "--out", "data/mine", "--vocab", "300", cwd=tmp_path)
     refused(result, 3, name, says)
     assert not (tmp_path / "data" / "mine").exists()
 
@@ -112,7 +112,7 @@ def test_a_folder_that_is_no_corpus_is_refused(here: Path) -> None:
     (here / "notes").mkdir()
     (here / "notes" / "a.txt").write_text("some text")
     refused(
-        shoal("train", "--recipe", "small.toml", "--data", "notes", cwd=here),
+        shoal_here("train", "--recipe", "small.toml", "--data", "notes", cwd=here),
         5,
         "data.corpus='notes'",
         "shoal data prepare",
