@@ -14,7 +14,7 @@ from shell import shoal_here
 
 import shoal
 from shoal.jobs.cli.main import COMMANDS, Lazy
-from shoal.jobs.recipe import load_recipe
+from shoal.jobs.recipe import load_recipe, recipe_to_toml
 
 SHOAL = [sys.executable, "-m", "shoal.jobs.cli.main"]
 HEAVY = ("torch", "ray", "pydantic", "pyarrow", "tokenizers", "matplotlib", "numpy", "safetensors")
@@ -212,3 +212,18 @@ def test_completion_knows_commands_and_recipes() -> None:
         _TYPER_COMPLETE_ARGS="shoal config show nsa",
     )  # fmt: skip
     assert "nsa-27b" in recipes.stdout
+
+
+@pytest.mark.parametrize(
+    "command", ["generate", "evaluate", "serve", "bench serve", "runs show", "train --resume --name"]
+)
+def test_completion_knows_runs_where_a_run_is_named(command: str, tmp_path: Path) -> None:
+    for name in ("first", "fish"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.toml").write_text(recipe_to_toml(load_recipe("tiny")))
+    words = f"shoal {command} fi"
+    result = run(
+        "", _SHOAL_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(words.count(" ")),
+        SHOAL_RUNS=str(tmp_path),
+    )  # fmt: skip
+    assert set(result.stdout.split()) == {"first", "fish"}
