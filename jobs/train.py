@@ -108,8 +108,10 @@ def _train(
             draw_missing(folder.path)
             console.print(f"{folder.path} is done: step {recipe.train.steps} of {recipe.train.steps}", highlight=False)
             return TrainResult(folder.path, recipe.train.steps, False, _last_evaluation(folder))
-        console.print(f"run      {folder.path}", highlight=False)
-        console.print(f"corpus   {corpus}  {manifest.corpus_hash[:16]}  {_split_sizes(manifest)}", highlight=False)
+        console.print(f"run      {folder.path}", highlight=False, soft_wrap=True)
+        console.print(
+            f"corpus   {corpus}  {manifest.corpus_hash[:16]}  {_split_sizes(manifest)}", highlight=False, soft_wrap=True
+        )
         try:
             write_identity(folder, recipe, corpus, manifest.corpus_hash)
             return _supervised(recipe, folder, corpus, console, started, resume is not None)
@@ -162,7 +164,7 @@ def _supervised(
         RunReport(folder.path, recipe.train.steps, console, folder.last_step() if resumed else None) as report,
     ):
         ranks = ", ".join(f"{r}: {placement.role(r)}" for r in range(min(placement.ranks, 8)))
-        console.print(f"ranks    {placement.ranks} ({ranks})", highlight=False)
+        console.print(f"ranks    {placement.ranks} ({ranks})", highlight=False, soft_wrap=True)
         if session.dashboard:
             console.print(f"watch    {session.dashboard}", highlight=False)
         first = _Once(lambda: console.print(f"first step after {time.monotonic() - started:.1f} s", highlight=False))
