@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
-from exported import Series, asynchronous, wait_for, wait_for_values
+from exported import Series, address_of_metrics, asynchronous, wait_for, wait_for_values
 from small import VOCAB, small_recipe
 from trained import STEP, write_weights
 
@@ -43,8 +42,7 @@ def endpoint() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_metrics_report_interval_ms", "500")
         with ray_session(1, dashboard=False):
-            node = ray.nodes()[0]
-            yield f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+            yield address_of_metrics()
 
 
 @pytest.fixture

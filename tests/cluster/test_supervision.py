@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from exported import address_of_metrics, wait_for_run
 from rich.console import Console
 from small import small_corpus, small_recipe
 from trained import assert_same_bits, events, flip_a_byte, poison, records, tensors
@@ -39,8 +40,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def session() -> Iterator[RaySession]:
-    with ray_session(2, dashboard=False) as started:
-        yield started
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_metrics_report_interval_ms", "500")
+        with ray_session(2, dashboard=False) as started:
+            yield started
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,7 @@ def undisturbed(corpus: Path, session: RaySession, tmp_path_factory: pytest.Temp
 
     def of(placement: str) -> Path:
         if placement not in done:
-            done[placement] = tmp_path_factory.mktemp("undisturbed") / "run"
+            done[placement] = tmp_path_factory.mktemp("undisturbed") / placement.replace(":", "")
             assert _train(placement, corpus, session, done[placement]).step == STEPS
             assert events(done[placement]) == ["checkpoint"]
         return done[placement]
@@ -134,6 +137,17 @@ def test_a_run_outlives_its_ranks(
     assert_same_bits(tmp_path / "run", reference, STEPS)
 
 
+def test_a_run_shows_in_rays_metrics(undisturbed: Callable[[str], Path]) -> None:
+    """What the dashboard and Prometheus read of a run is what its metrics.jsonl says last."""
+    run = undisturbed("colocated")
+    last, evaluation, load = (records(run, kind)[-1] for kind in ("train", "eval", "load"))
+    expected = {f"train_{key}": last[key] for key in ("loss", "learning_rate", "grad_norm", "step")}
+    expected |= {"expert_imbalance": last["expert_imbalance"], "train_tokens_total": last["tokens"]}
+    expected |= {"eval_bits_per_byte": evaluation["bits_per_byte"], "expert_load{1,7}": load["load"][1][7]}
+    values = wait_for_run(address_of_metrics(), run.name, expected)
+    assert values["train_tokens_per_second"] > 0
+
+
 def test_killed_while_a_checkpoint_is_written(
     corpus: Path,
     session: RaySession,
@@ -186,6 +200,7 @@ def test_a_poisoned_weight_stops_the_run(
     assert events(run)[-1] == "failed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [1e30, 1e200])
 def test_a_wild_learning_rate_stops_the_run(rate: float, corpus: Path, session: RaySession, tmp_path: Path) -> None:
     """Weights of 1e30 spoil the next step's loss; of 1e200, themselves (float32): neither is ever a checkpoint."""
