@@ -22,7 +22,7 @@ from shoal.jobs.report.run import draw_missing
 from shoal.jobs.run_folder import RunFolder, check_same_corpus, discard_unused, new_run, write_identity
 from shoal.workers.checkpoint_files import last_good, read_state
 from shoal.workers.config import Recipe
-from shoal.workers.data.manifest import read_manifest
+from shoal.workers.data.manifest import SPLITS, checked_files, read_manifest
 from shoal.workers.errors import InvalidInput, ShoalError
 
 SAMPLE_PROMPTS = {"stdlib": "def ", "shakespeare": "\n"}
@@ -97,11 +97,11 @@ def _train(
     refuse_what_does_not_fit(recipe)
     corpus = resume.corpus() if resume else _corpus(recipe, data_root, console)
     manifest = read_manifest(corpus)
-    if not manifest.splits["val"].documents:
-        raise InvalidInput(f"{corpus} holds no validation documents: prepare it again with a larger --val-fraction")
     if resume:
         check_same_corpus(resume, manifest.corpus_hash)
         _check_history(resume, recipe)
+    for split in SPLITS:
+        checked_files(corpus, manifest, split)  # what is missing or cut short is said before Ray starts
     folder = resume or new_run(runs, name, recipe)
     with folder.locked():
         if resume and _finished(folder, recipe):
