@@ -110,7 +110,9 @@ def test_any_placement_gives_the_tokens_of_the_loop(
     _with_engines(small_recipe(train__dtype="float32", **changes), checkpoints, session, work)
 
 
-@pytest.mark.parametrize(("placement", "victim"), [("1A:1F", 1), ("1A:1F", 0), ("colocated", 1)])
+@pytest.mark.parametrize(
+    ("placement", "victim"), [("1A:1F", 1), ("1A:1F", 0), pytest.param("colocated", 1, marks=pytest.mark.slow)]
+)
 def test_streams_outlive_a_killed_rank(
     placement: str,
     victim: int,
