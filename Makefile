@@ -32,8 +32,9 @@ train: .venv/installed  ## install what a run needs, and train the tiny recipe h
 serve: .venv/installed-serve  ## install what serving needs as well, and serve the run that `make train` made
 	$(BIN)/shoal serve $(RECIPE)
 
+# Two files at a time: much of a test's time is waiting for processes to start.
 test: .venv/installed-dev  ## install the tools as well, and run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: .venv/installed-dev  ## the tests that take minutes too: fuzzing, kill loops, whole runs
 	HYPOTHESIS_PROFILE=slow $(BIN)/python -m pytest -m ""

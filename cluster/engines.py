@@ -14,7 +14,7 @@ from shoal.cluster.local import RaySession
 from shoal.workers.config import Recipe
 from shoal.workers.engine.actor import THREADS, EngineActor
 from shoal.workers.engine.request import NOT_FINITE, EngineEnded, Finish, Load, Output, Request
-from shoal.workers.errors import ClusterRefused, InvalidInput, ShoalError
+from shoal.workers.errors import ClusterRefused, InvalidInput, ShoalError, last_line
 from shoal.workers.placement import Placement
 
 NEWS_SECONDS = 10.0  # how long a call for news waits for some
@@ -213,7 +213,7 @@ class Engines:
     async def _recover(self) -> None:
         try:
             while self._broken is not None and not self.dead:
-                self._count_failure(_last_line(self._broken))
+                self._count_failure(last_line(self._broken))
                 await self._close_group()
                 try:
                     await self._open()
@@ -227,7 +227,7 @@ class Engines:
             self._give_up(refusal)
             await self._close_group()
         except Exception as error:
-            self._give_up(ClusterRefused(f"the ranks could not be started again ({_last_line(error)})"))
+            self._give_up(ClusterRefused(f"the ranks could not be started again ({last_line(error)})"))
             await self._close_group()
 
     def _count_failure(self, why: str) -> None:
@@ -286,7 +286,7 @@ class Engines:
             if isinstance(cause, ShoalError):
                 raise cause from None
             if not isinstance(error, ray.exceptions.RayActorError) and not isinstance(cause, EngineEnded):
-                raise ClusterRefused(f"a rank could not take the request ({_last_line(error)})") from None
+                raise ClusterRefused(f"a rank could not take the request ({last_line(error)})") from None
 
     def _place(self, flight: Flight, again: bool = False) -> Any:
         """Gives a request to the rank that has least to do; returns the call's answer, to be awaited."""
@@ -326,11 +326,6 @@ def _ray_errors() -> tuple[type[Exception], ...]:
 def _failures() -> tuple[type[Exception], ...]:
     """What says that the ranks did not come up, or went."""
     return (RankLost, *_ray_errors())
-
-
-def _last_line(error: Exception | None) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__
 
 
 def _sum(loads: list[Load], leaders: list[int]) -> Load:

@@ -8,7 +8,7 @@ from typing import Any
 from shoal.cluster.local import RaySession
 from shoal.workers.actor import RankActor, device_of
 from shoal.workers.config import Recipe
-from shoal.workers.errors import ClusterRefused, ShoalError
+from shoal.workers.errors import ClusterRefused, ShoalError, last_line
 
 PLACE_TIMEOUT = 120.0  # seconds to wait for the cluster to give the ranks a place
 LINGER = 10.0  # seconds the other ranks have to say why they stopped, once one has
@@ -117,12 +117,12 @@ class RankGroup:
         if isinstance(errors[-1], ray.exceptions.RayActorError):
             return RankLost(self._death(errors[-1]))
         refusals = [e.cause for e in errors if isinstance(getattr(e, "cause", None), ShoalError)]
-        return refusals[0] if refusals else RankLost(_last_line(errors[0]))
+        return refusals[0] if refusals else RankLost(last_line(errors[0]))
 
     def _death(self, error: Any) -> str:
         """Says which rank died. error: Ray's RayActorError."""
         if error.actor_init_failed:
-            return f"a rank could not start ({_last_line(error)})"
+            return f"a rank could not start ({last_line(error)})"
         ids = [actor._actor_id.hex() for actor in self.actors]
         which = f"rank {ids.index(error.actor_id)}" if error.actor_id in ids else "a rank"
         return f"the process of {which} died"
@@ -144,8 +144,3 @@ class RankGroup:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1].strip()[:300] if lines else type(error).__name__

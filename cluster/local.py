@@ -65,13 +65,13 @@ def ray_session(ranks: int, dashboard: bool = True) -> Iterator[RaySession]:
     if address and address != "local":
         _refuse_silent(address)
         try:
-            yield _describe(_init(address=address).dashboard_url, local=False)
+            yield describe(_init(address=address).dashboard_url, local=False)
         finally:
             _shutdown()
         return
     with _folder() as folder:
         try:
-            yield _describe(_start_local(folder, ranks, dashboard), local=True)
+            yield describe(_start_local(folder, ranks, dashboard), local=True)
         finally:
             _end_local(folder)
 
@@ -191,7 +191,8 @@ def _init(**options: Any) -> Any:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
-def _describe(dashboard: str | None, local: bool) -> RaySession:
+def describe(dashboard: str | None, local: bool) -> RaySession:
+    """The Ray that this process has joined already. dashboard: HOST:PORT."""
     import ray
 
     resources = ray.cluster_resources()

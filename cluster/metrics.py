@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from ray.util.metrics import Counter, Gauge
 
 # A series per expert is kept by Prometheus for weeks: a model of many layers shows some of them.
 LOAD_SERIES = 1024
+REFRESH_SECONDS = 5.0  # half of the 10 s between two reports of Ray
 
 GAUGES = {
     "loss": ("shoal_train_loss", "Training loss of the last step, in nats per token"),
@@ -18,6 +21,24 @@ GAUGES = {
     "expert_imbalance": ("shoal_expert_imbalance", "Load of the busiest expert, as a multiple of a fair share"),
     "step": ("shoal_train_step", "Steps done"),
 }
+
+
+class LastingGauge(Gauge):
+    """A gauge that remembers what it was set to. Ray drops a value that was not set during its last two reports."""
+
+    def __init__(self, name: str, text: str, *tags: str) -> None:
+        super().__init__(name, description=text, tag_keys=tags)
+        self._values: dict[tuple[tuple[str, str], ...], float] = {}
+
+    def set(self, value: float, tags: dict[str, str] | None = None) -> None:  # type: ignore[override]
+        """As Gauge's."""
+        super().set(value, tags or {})
+        self._values[tuple((tags or {}).items())] = value
+
+    def again(self) -> None:
+        """Sets every value again; from any thread."""
+        for tags, value in list(self._values.items()):
+            super().set(value, dict(tags))
 
 
 class TrainMetrics:
@@ -36,6 +57,24 @@ class TrainMetrics:
         self._tokens = self._counter("shoal_train_tokens_total", "Tokens trained on; a repeated step counts again")
         self._failures = self._counter("shoal_failures_total", "Failures that the run recovered from")
         self._last_tokens = 0
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """For the time of a ``with`` block what is seldom told, such as a validation, does not vanish in between."""
+        ended = threading.Event()
+
+        def refresh() -> None:
+            while not ended.wait(REFRESH_SECONDS):
+                for gauge in (*self._train.values(), self._bits, self._load):
+                    gauge.again()
+
+        thread = threading.Thread(target=refresh, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def record(self, record: Mapping[str, Any]) -> None:
         """Takes one record; kinds and keys that are not exported are passed over."""
@@ -66,8 +105,8 @@ class TrainMetrics:
             for expert, value in enumerate(load[layer][:LOAD_SERIES]):
                 self._load.set(value, tags={"layer": str(layer), "expert": str(expert)})
 
-    def _gauge(self, name: str, text: str, *tags: str) -> Gauge:
-        gauge = Gauge(name, description=text, tag_keys=("run", *tags))
+    def _gauge(self, name: str, text: str, *tags: str) -> LastingGauge:
+        gauge = LastingGauge(name, text, "run", *tags)
         gauge.set_default_tags({"run": self._run})
         return gauge
 

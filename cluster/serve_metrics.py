@@ -11,7 +11,7 @@ from itertools import accumulate
 
 from ray.util.metrics import Counter, Gauge
 
-from shoal.cluster.metrics import LOAD_SERIES
+from shoal.cluster.metrics import LOAD_SERIES, LastingGauge
 from shoal.workers.engine.request import Load
 
 PREFIX = "shoal_serve_"
@@ -96,9 +96,10 @@ class ServeMetrics:
         self._step_sequences = _gauge(
             f"{PREFIX}step_sequences", "Requests that a rank's step gave a token: mean of the last seconds", model
         )
-        self._experts = _gauge(
-            f"{PREFIX}expert_load", "Tokens of an expert, as a multiple of a fair share", model, "layer", "expert"
+        self._experts = LastingGauge(
+            f"{PREFIX}expert_load", "Tokens of an expert, as a multiple of a fair share", "model", "layer", "expert"
         )
+        self._experts.set_default_tags({"model": model})
         self._ended = _counter(f"{PREFIX}requests_total", "Requests, by how they ended", model, "finish")
         self._restarted = _counter(f"{PREFIX}restarts_total", "Times that all ranks were started again", model)
         self._was = Load()
@@ -110,7 +111,8 @@ class ServeMetrics:
         self._ended.inc(tags={"finish": finish})
 
     def flush(self) -> None:
-        """Hands the durations to Ray."""
+        """Hands the durations to Ray, and what is seldom told once more: Ray soon drops what is not set again."""
+        self._experts.again()
         for durations in (self.first, self.each, self.whole):
             durations.flush()
 

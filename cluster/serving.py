@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.workers import errors
-from shoal.workers.errors import ClusterRefused, InvalidInput, ShoalError, UsageError
+from shoal.workers.errors import ClusterRefused, InvalidInput, ShoalError, UsageError, last_line
 
 APPLICATION = "shoal"
 # Ray gives this resource to the head node alone: proxy and replica then stand beside each other, on the node whose
@@ -136,7 +136,7 @@ def ray_serve(listen: Listen) -> Iterator[None]:
         try:
             serve.start(proxy_location="HeadOnly", http_options=options, logging_config=logs)
         except Exception as error:
-            raise ClusterRefused(f"Ray Serve did not start ({_last_line(str(error))}): Ray's logs say more") from error
+            raise ClusterRefused(f"Ray Serve did not start ({last_line(error)}): Ray's logs say more") from error
         yield
     finally:
         serve.shutdown()
@@ -187,7 +187,7 @@ def watch(stopped: Callable[[], bool], told: Callable[[str], None]) -> None:
             told("the service answers again" if well else f"the service is {state.lower()}: Ray Serve starts it again")
         if not well and now - since > GIVE_UP:
             raise ClusterRefused(
-                f"the service has been {state.lower()} for {now - since:.0f} s ({_last_line(message)}): "
+                f"the service has been {state.lower()} for {now - since:.0f} s ({last_line(message)}): "
                 f"Ray's logs say more; start it again"
             )
 
@@ -199,9 +199,7 @@ def application_state() -> tuple[str, str]:
     try:
         found = serve.status().applications.get(APPLICATION)
     except Exception as error:
-        raise ClusterRefused(
-            f"Ray Serve does not answer ({_last_line(str(error))}): start the service again"
-        ) from error
+        raise ClusterRefused(f"Ray Serve does not answer ({last_line(error)}): start the service again") from error
     if found is None:
         return "GONE", ""
     said = [found.message, *(each.message for each in found.deployments.values())]
@@ -215,9 +213,4 @@ def _refusal(message: str) -> ShoalError:
         kind = getattr(errors, name, None)
         if isinstance(kind, type) and issubclass(kind, ShoalError):
             return kind(sentence)
-    return ClusterRefused(f"the service did not start: {_last_line(message)}: Ray's logs say more")
-
-
-def _last_line(message: str) -> str:
-    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
-    return lines[-1][:300].rstrip(".") if lines else "no reason given"
+    return ClusterRefused(f"the service did not start: {last_line(message)}: Ray's logs say more")

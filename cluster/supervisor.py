@@ -95,7 +95,7 @@ class Supervisor:
         ``ShoalError`` of whatever the ranks refuse.
         """
         self.resumed = resumed
-        with self.stop.listening():
+        with self.stop.listening(), self.metrics.kept():
             start = self._starting_point()
             if resumed:
                 where = f"going on from step {start}" if start else "no checkpoint to go on from, starting from step 0"

@@ -129,7 +129,7 @@ class Batch:
             raise InvalidInput(row.error)
         seeded = replace(self.sampling, seed=(self.sampling.seed + row.number) % 2**63)
         sampling = replace(seeded, **row.own)
-        prompt = tuple(int(token) for token in engine.tokenizer.encode([row.prompt])[0][:-1])  # all but eos
+        prompt = tuple(engine.tokenizer.prompt(row.prompt))
         if len(prompt) + sampling.max_tokens > engine.context:
             raise InvalidInput(
                 f"the prompt's {len(prompt)} tokens and max_tokens={sampling.max_tokens} do not fit into the context "

@@ -35,9 +35,8 @@ def continue_text(trained: Trained, prompt: str, sampling: Sampling, show: Calla
     from shoal.jobs.serve.text import TextStream
 
     tokenizer = trained.folder.tokenizer()
-    ids = tuple(int(t) for t in tokenizer.encode([prompt])[0][:-1])
     engine = _engine(trained, trained.recipe.serve.model_copy(update={"sequences": 1}))
-    engine.add(Request("text", ids, replace(sampling, stop_tokens=(tokenizer.eos,))))
+    engine.add(Request("text", tuple(tokenizer.prompt(prompt)), replace(sampling, stop_tokens=(tokenizer.eos,))))
     stream, pieces, count = TextStream(tokenizer), [], 0
     show(prompt)
     while engine.busy:

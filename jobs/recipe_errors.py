@@ -24,7 +24,8 @@ _KINDS = {
     "string_type": 'a text, in quotes ("…")',
     "string_unicode": "a text in UTF-8",
 }
-_BOUNDS = {
+# Of pydantic's errors of range: the name of the bound, and how it is said.
+BOUNDS = {
     "greater_than": ("gt", "more than"),
     "greater_than_equal": ("ge", "at least"),
     "less_than": ("lt", "less than"),
@@ -61,8 +62,8 @@ def _say(detail: ErrorDetails, schema: type[BaseModel]) -> str:
         return f"{key}={quote(value)} is not a key of a recipe: {_suggest(detail['loc'], schema)}"
     if kind == "missing":
         return f"{key} is missing and has no default: set {key}"
-    if kind in _BOUNDS:
-        bound, words = _BOUNDS[kind]
+    if kind in BOUNDS:
+        bound, words = BOUNDS[kind]
         return f"{key}={quote(value)} is out of range: set {key} to {words} {context[bound]:g}"
     if kind == "literal_error":
         return f"{key}={quote(value)} is not one of its values: set {key} to {context['expected']}"
@@ -117,11 +118,10 @@ def _range(loc: tuple[int | str, ...], schema: type[BaseModel]) -> str:
         if field is None:
             return ""
         schema = field.annotation
-    words = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
     found = [
         f"{text} {getattr(rule, name):g}"
         for rule in field.metadata
-        for name, text in words.items()
+        for name, text in BOUNDS.values()
         if getattr(rule, name, None) is not None and math.isfinite(getattr(rule, name))
     ]
     return f", {' and '.join(found)}" if found else ""

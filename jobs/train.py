@@ -22,7 +22,7 @@ from shoal.jobs.report.run import draw_missing
 from shoal.jobs.run_folder import RunFolder, check_same_corpus, discard_unused, new_run, write_identity
 from shoal.workers.checkpoint_files import last_good, read_state
 from shoal.workers.config import Recipe
-from shoal.workers.data.manifest import read_manifest
+from shoal.workers.data.manifest import SPLITS, checked_files, read_manifest
 from shoal.workers.errors import InvalidInput, ShoalError
 
 SAMPLE_PROMPTS = {"stdlib": "def ", "shakespeare": "\n"}
@@ -97,19 +97,21 @@ def _train(
     refuse_what_does_not_fit(recipe)
     corpus = resume.corpus() if resume else _corpus(recipe, data_root, console)
     manifest = read_manifest(corpus)
-    if not manifest.splits["val"].documents:
-        raise InvalidInput(f"{corpus} holds no validation documents: prepare it again with a larger --val-fraction")
     if resume:
         check_same_corpus(resume, manifest.corpus_hash)
         _check_history(resume, recipe)
+    for split in SPLITS:
+        checked_files(corpus, manifest, split)  # what is missing or cut short is said before Ray starts
     folder = resume or new_run(runs, name, recipe)
     with folder.locked():
         if resume and _finished(folder, recipe):
             draw_missing(folder.path)
             console.print(f"{folder.path} is done: step {recipe.train.steps} of {recipe.train.steps}", highlight=False)
             return TrainResult(folder.path, recipe.train.steps, False, _last_evaluation(folder))
-        console.print(f"run      {folder.path}", highlight=False)
-        console.print(f"corpus   {corpus}  {manifest.corpus_hash[:16]}  {_split_sizes(manifest)}", highlight=False)
+        console.print(f"run      {folder.path}", highlight=False, soft_wrap=True)
+        console.print(
+            f"corpus   {corpus}  {manifest.corpus_hash[:16]}  {_split_sizes(manifest)}", highlight=False, soft_wrap=True
+        )
         try:
             write_identity(folder, recipe, corpus, manifest.corpus_hash)
             return _supervised(recipe, folder, corpus, console, started, resume is not None)
@@ -154,15 +156,15 @@ def _supervised(
 
     tokenizer = corpus_tokenizer(corpus)
     prompt = SAMPLE_PROMPTS.get(recipe.data.corpus, "The ")
-    ids = [int(t) for t in tokenizer.encode([prompt])[0][:-1]]
-    request = SampleRequest(ids, SAMPLE_TOKENS, {"temperature": 0.7, "top_p": 0.95, "stop": tokenizer.eos})
+    chosen = {"temperature": 0.7, "top_p": 0.95, "stop": tokenizer.eos}
+    request = SampleRequest(tokenizer.prompt(prompt), SAMPLE_TOKENS, chosen)
     placement = Placement.of(recipe)
     with (
         ray_session(recipe.parallel.ranks) as session,
         RunReport(folder.path, recipe.train.steps, console, folder.last_step() if resumed else None) as report,
     ):
         ranks = ", ".join(f"{r}: {placement.role(r)}" for r in range(min(placement.ranks, 8)))
-        console.print(f"ranks    {placement.ranks} ({ranks})", highlight=False)
+        console.print(f"ranks    {placement.ranks} ({ranks})", highlight=False, soft_wrap=True)
         if session.dashboard:
             console.print(f"watch    {session.dashboard}", highlight=False)
         first = _Once(lambda: console.print(f"first step after {time.monotonic() - started:.1f} s", highlight=False))

@@ -16,6 +16,11 @@ from hypothesis import HealthCheck, settings
 
 KERNELS = Path(__file__).parent / "kernels"
 
+# Triton's own functions are compiled, or interpreted, as this says while triton is first imported, which any of a
+# dozen packages may do: it is said before them, or the tests of Triton kernels would be skipped.
+if not any(Path("/dev").glob("nvidia[0-9]*")):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Examples of a tensor test differ a hundredfold in size, so none has a deadline; pytest-timeout catches what hangs.
 _common: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("default", max_examples=20, **_common)

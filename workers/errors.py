@@ -40,3 +40,11 @@ class TrainingFailed(ShoalError):
     """Training stopped by itself: numbers that are not finite, or too many failures in a row."""
 
     exit_code = 1
+
+
+def last_line(error: Exception | str) -> str:
+    """What an error or a traceback comes down to: its last line, up to 300 characters, without a full stop."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines:
+        return lines[-1][:300].rstrip(".")
+    return "no reason given" if isinstance(error, str) else type(error).__name__

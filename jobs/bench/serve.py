@@ -295,9 +295,8 @@ def _plain(asked: ServeSettings, folder: RunFolder, text: Text) -> Row:
 
     def answer(most: int | None = None) -> int:
         prompt = prompts.next()
-        ids = [int(token) for token in tokenizer.encode([prompt.text])[0][:-1]]
         new = sample(
-            trained.model, ids, most or prompt.output,
+            trained.model, tokenizer.prompt(prompt.text), most or prompt.output,
             temperature=asked.temperature, seed=prompt.seed, stop=tokenizer.eos,
         )  # fmt: skip
         return len(new)

@@ -11,7 +11,17 @@ import typer
 
 from shoal.jobs.bench.registry import BENCHMARKS, Settings, measure
 from shoal.jobs.bench.result import table, write
-from shoal.jobs.cli.common import RUNS_DIR, Output, OutputOption, RunsDirOption, SetOption, console, emit, grid
+from shoal.jobs.cli.common import (
+    RUNS_DIR,
+    Output,
+    OutputOption,
+    RunsDirOption,
+    SetOption,
+    complete_run,
+    console,
+    emit,
+    grid,
+)
 from shoal.workers.errors import UsageError
 from shoal.workers.machine import cores
 
@@ -70,7 +80,9 @@ def _command(name: str) -> Callable[..., None]:
 
 @app.command("serve")
 def serve(
-    run: Annotated[str | None, typer.Argument(help="A run to serve: its folder, or its name.")] = None,
+    run: Annotated[
+        str | None, typer.Argument(help="A run to serve: its folder, or its name.", autocompletion=complete_run)
+    ] = None,
     url: Annotated[str | None, typer.Option(help="Ask this server (http://HOST:PORT/v1) instead.")] = None,
     model: Annotated[str | None, typer.Option(help="The model to ask for; default: the server's first.")] = None,
     token_file: Annotated[Path | None, typer.Option(help="A file with the bearer token.")] = None,

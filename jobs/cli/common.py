@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+RUNS_DIR = Path("runs")
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 _LOCKED_OR_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -37,6 +38,13 @@ def complete_recipe(incomplete: str) -> list[str]:
     return [name for name in builtin_recipes() if name.startswith(incomplete)]
 
 
+def complete_run(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Names of runs that begin like this, for shell completion."""
+    from shoal.jobs.runs import list_runs
+
+    return [run.name for run in list_runs(ctx.params.get("runs_dir") or RUNS_DIR) if run.name.startswith(incomplete)]
+
+
 OutputOption = Annotated[Output, typer.Option("--output", "-o", help="How to print the result.")]
 RecipeOption = Annotated[
     str | None, typer.Option("--recipe", "-r", help="A built-in recipe or a TOML file.", autocompletion=complete_recipe)
@@ -47,8 +55,8 @@ RecipeArgument = Annotated[
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; may be repeated.")
 ]
+RunArgument = Annotated[str, typer.Argument(help="A run's folder, or its name.", autocompletion=complete_run)]
 RunsDirOption = Annotated[Path, typer.Option("--runs-dir", envvar="SHOAL_RUNS", help="The folder that holds the runs.")]
-RUNS_DIR = Path("runs")
 
 
 def emit(data: Any, output: Output, render: Callable[[], object]) -> None:

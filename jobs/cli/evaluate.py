@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from shoal.jobs.cli.common import RUNS_DIR, Output, OutputOption, RunsDirOption, console, emit, grid
+from shoal.jobs.cli.common import RUNS_DIR, Output, OutputOption, RunArgument, RunsDirOption, console, emit, grid
 
 
 def evaluate(
-    run: Annotated[str, typer.Argument(help="A run's folder, or its name.")],
+    run: RunArgument,
     tokens: Annotated[int | None, typer.Option(min=1, help="Validation tokens; default: the recipe's.")] = None,
     data: Annotated[str | None, typer.Option(help="Another corpus folder, of the same tokenizer.")] = None,
     step: Annotated[int | None, typer.Option(help="Checkpoint; default: the newest whole one.")] = None,

@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from shoal.jobs.cli.common import RUNS_DIR, Output, RunsDirOption, SetOption, emit
+from shoal.jobs.cli.common import RUNS_DIR, Output, RunArgument, RunsDirOption, SetOption, emit
 
 
 def generate(
-    run: Annotated[str, typer.Argument(help="A run's folder, or its name.")],
+    run: RunArgument,
     prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "",
     source: Annotated[Path | None, typer.Option("--input", help="Prompts: .jsonl or .parquet.")] = None,
     target: Annotated[Path | None, typer.Option("--output", help="Answers: .jsonl or .parquet.")] = None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shoal.jobs.cli.common import RUNS_DIR, Output, OutputOption, RunsDirOption, console, emit, grid
+from shoal.jobs.cli.common import RUNS_DIR, Output, OutputOption, RunsDirOption, complete_run, console, emit, grid
 
 if TYPE_CHECKING:
     from shoal.jobs.runs import RunDetails, RunSummary
@@ -22,13 +22,6 @@ app = typer.Typer(
 )
 
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # Unicode braille: bit of the dot in column, row
-
-
-def complete_run(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Names of runs that begin like this, for shell completion."""
-    from shoal.jobs.runs import list_runs
-
-    return [run.name for run in list_runs(ctx.params.get("runs_dir") or RUNS_DIR) if run.name.startswith(incomplete)]
 
 
 @app.command("list")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shoal.jobs.cli.common import INTERRUPTED, RUNS_DIR, RunsDirOption, SetOption
+from shoal.jobs.cli.common import INTERRUPTED, RUNS_DIR, RunArgument, RunsDirOption, SetOption
 
 if TYPE_CHECKING:
     from shoal.jobs.serve.client import ModelInfo
@@ -28,7 +28,7 @@ Examples:
 
 
 def serve(
-    run: Annotated[str, typer.Argument(help="A run's folder, or its name.")],
+    run: RunArgument,
     step: Annotated[int | None, typer.Option(help="Checkpoint; default: the newest whole one.")] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; all but loopback want a token and TLS.")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from shoal.jobs.cli.common import Output, OutputOption, RunsDirOption, SetOption, complete_recipe, emit
+from shoal.jobs.cli.common import Output, OutputOption, RunsDirOption, SetOption, complete_recipe, complete_run, emit
 
 EXAMPLES = """
 Examples:
@@ -35,7 +35,9 @@ def train(
     workers: Annotated[int | None, typer.Option(help="Ranks (parallel.ranks).")] = None,
     placement: Annotated[str | None, typer.Option(help="colocated, or nA:mF, such as 2A:2F.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps (train.steps).")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the run; default: the recipe's, numbered.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the run; default: the recipe's, numbered.", autocompletion=complete_run)
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last good checkpoint.")] = False,
     runs_dir: RunsDirOption = Path("runs"),
     data_dir: Annotated[Path, typer.Option(help="Where prepared corpora lie.")] = Path("data"),

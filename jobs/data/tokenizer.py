@@ -57,6 +57,11 @@ class CorpusTokenizer:
         dtype = self.dtype
         return [np.array([self.bos, *encoding.ids, self.eos], dtype) for encoding in encodings]
 
+    def prompt(self, text: str) -> list[int]:
+        """A text as a model continues it: bos and its tokens, without eos."""
+        tokens: list[int] = self.encode([text])[0][:-1].tolist()
+        return tokens
+
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of tokens, without their bos and eos."""
         ends = (self.bos, self.eos)

@@ -27,17 +27,13 @@ async def open_engines(run: str, step: int, name: str, recipe: dict[str, Any]) -
 
     run: the run's folder. recipe: of the run, with the placement to serve it in.
     """
-    import ray
-
     from shoal.cluster.engines import Engines
-    from shoal.cluster.local import RaySession
+    from shoal.cluster.local import describe
     from shoal.jobs.serve.app import Served
 
     folder, checked = RunFolder(Path(run)), Recipe.model_validate(recipe)
     tokenizer = folder.tokenizer()
-    resources = ray.cluster_resources()
-    session = RaySession(None, False, int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
-    engines = Engines(checked, str(folder.path / "checkpoints"), step, session)
+    engines = Engines(checked, str(folder.path / "checkpoints"), step, describe(None, local=False))
     await engines.start()
     return Served(engines, model_info(folder, step, name, checked), tokenizer, engines.close)
 

@@ -129,12 +129,11 @@ def encode_prompt(tokenizer: CorpusTokenizer, text: str, context: int) -> list[i
     """
     size = COUNTED * context
     while size < len(text):
-        count = len(tokenizer.encode([text[:size]])[0]) - 1
+        count = len(tokenizer.prompt(text[:size]))
         if count > context + AT_THE_CUT:
             raise too_long(f"more than {context}", context)
         size *= 4
-    tokens: list[int] = tokenizer.encode([text])[0][:-1].tolist()
-    return tokens
+    return tokenizer.prompt(text)
 
 
 def fitted(tokens: Sequence[int], asked: Asked, default: int, info: ModelInfo) -> Prompt:

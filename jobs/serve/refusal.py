@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from shoal.jobs.recipe_errors import plain, quote
+from shoal.jobs.recipe_errors import BOUNDS, plain, quote
 from shoal.workers.engine.request import Busy
 from shoal.workers.errors import ClusterRefused, InvalidInput, NotFound, ShoalError
 
@@ -114,12 +114,6 @@ _KINDS = {
     "string_unicode": "a text in UTF-8",
     "list_type": "a list",
 }
-_BOUNDS = {
-    "greater_than": ("gt", "more than"),
-    "greater_than_equal": ("ge", "at least"),
-    "less_than": ("lt", "less than"),
-    "less_than_equal": ("le", "at most"),
-}
 
 
 def _invalid(details: Sequence[Any]) -> Problem:
@@ -148,8 +142,8 @@ def _sentence(detail: Any, path: Sequence[int | str]) -> str:
         return f"{key} is missing or incomplete: set {key} to {_UNIONS[str(path[-1])]}"
     if union is not None:
         return f"{key} with {quote(value)} cannot be used: set {key} to {_UNIONS[str(path[-1])]}"
-    if kind in _BOUNDS:
-        bound, words = _BOUNDS[kind]
+    if kind in BOUNDS:
+        bound, words = BOUNDS[kind]
         return f"{key}={quote(value)} is out of range: set {key} to {words} {context[bound]}"
     if kind == "literal_error":
         return f"{key}={quote(value)} is not one of its values: set {key} to {context['expected']}"

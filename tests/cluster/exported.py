@@ -1,4 +1,4 @@
-"""Reads what a service exports, where Prometheus would read it."""
+"""Reads what runs and services export, where Prometheus would read it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import asyncio
 import re
 import time
 import urllib.request
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from functools import wraps
 from typing import Any
 
 import pytest
+import ray
 
 PATIENCE = 60.0  # seconds; a machine may be busy
 Series = dict[str, float]
@@ -26,20 +27,52 @@ def asynchronous(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[...
     return run
 
 
-def read(endpoint: str, model: str) -> Series:
-    """``{name{the other tags}: value}`` of what is exported for a model; the names without their common beginning."""
+def address_of_metrics() -> str:
+    """Where the first node of the Ray that this process is in exports its metrics."""
+    node = ray.nodes()[0]
+    return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+
+
+def exported(endpoint: str) -> Iterator[tuple[str, dict[str, str], float]]:
+    """Name, without ``ray_shoal_``, tags and value of every series of ours; none as long as nobody answers."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         text = opener.open(endpoint, timeout=5).read().decode()
     except OSError:
-        return {}
+        return
+    for name, tags, value in re.findall(r"^ray_shoal_(\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
+        yield name, dict(re.findall(r'(\w+)="([^"]*)"', tags)), float(value)
+
+
+def read(endpoint: str, model: str) -> Series:
+    """``{name{the other tags}: value}`` of what is exported for a model; the names without their common beginning."""
     values = {}
-    for name, tags, value in re.findall(r"^ray_shoal_serve_(\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
-        own = dict(re.findall(r'(\w+)="([^"]*)"', tags))
-        if own["model"] == model:
+    for name, own, value in exported(endpoint):
+        if name.startswith("serve_") and own["model"] == model:
             rest = ",".join(f"{key}={own[key]}" for key in ("finish", "le", "layer", "expert") if own.get(key))
-            values[f"{name}{{{rest}}}" if rest else name] = float(value)
+            values[f"{name}{{{rest}}}".removeprefix("serve_") if rest else name.removeprefix("serve_")] = value
     return values
+
+
+def read_run(endpoint: str, run: str) -> Series:
+    """``{name{the other tags}: value}`` of what is exported for a run."""
+    values = {}
+    for name, own, value in exported(endpoint):
+        if own.get("run") == run:
+            rest = ",".join(own[key] for key in ("layer", "expert") if own.get(key))
+            values[f"{name}{{{rest}}}" if rest else name] = value
+    return values
+
+
+def wait_for_run(endpoint: str, run: str, expected: Mapping[str, float]) -> Series:
+    """Reads until a run's series have these values; fails with what it read last after a minute."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        values = read_run(endpoint, run)
+        if all(values.get(key) == pytest.approx(value) for key, value in expected.items()):
+            return values
+        assert time.monotonic() < end, f"expected {expected}, the endpoint has {values}"
+        time.sleep(0.2)
 
 
 async def wait_for(

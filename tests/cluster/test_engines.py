@@ -14,18 +14,15 @@ from typing import Any
 import pytest
 import ray
 from small import VOCAB, small_recipe
+from trained import STEP, write_weights
 
 from shoal.cluster.engines import Engines
 from shoal.cluster.local import RaySession, ray_session
-from shoal.workers.checkpoint import Checkpointer
 from shoal.workers.config import Recipe
 from shoal.workers.engine.request import Request, Sampling
 from shoal.workers.errors import ClusterRefused, InvalidInput
 from shoal.workers.model import Transformer
-from shoal.workers.model.feedforward import named_views
 from shoal.workers.sample import sample
-
-STEP = 7
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +33,7 @@ def model() -> Transformer:
 @pytest.fixture(scope="module")
 def checkpoints(model: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "checkpoints"
-    writer = Checkpointer(folder, 1, None, 0, 1)
-    tensors = {f"model.{n}": (p.data if i is None else p.data[i]) for n, p, i in named_views(model)}
-    writer.save(STEP, tensors, {"step": STEP, "dtype": "float32"})
-    writer.wait()
+    write_weights(model, folder)
     return folder
 
 
@@ -116,7 +110,9 @@ def test_any_placement_gives_the_tokens_of_the_loop(
     _with_engines(small_recipe(train__dtype="float32", **changes), checkpoints, session, work)
 
 
-@pytest.mark.parametrize(("placement", "victim"), [("1A:1F", 1), ("1A:1F", 0), ("colocated", 1)])
+@pytest.mark.parametrize(
+    ("placement", "victim"), [("1A:1F", 1), ("1A:1F", 0), pytest.param("colocated", 1, marks=pytest.mark.slow)]
+)
 def test_streams_outlive_a_killed_rank(
     placement: str,
     victim: int,

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
-from exported import Series, asynchronous, wait_for, wait_for_values
+from exported import Series, address_of_metrics, asynchronous, wait_for, wait_for_values
 from small import VOCAB, small_recipe
+from trained import STEP, write_weights
 
 from shoal.cluster.engines import Engines
 from shoal.cluster.local import RaySession, ray_session
@@ -26,16 +26,13 @@ from shoal.cluster.metrics import LOAD_SERIES
 from shoal.cluster.serve_metrics import BOUNDS, ENOUGH, ServeMetrics
 from shoal.jobs.serve.engines import InProcess
 from shoal.jobs.serve.measured import Measured
-from shoal.workers.checkpoint import Checkpointer
 from shoal.workers.config import Recipe
 from shoal.workers.engine.engine import Engine
 from shoal.workers.engine.request import Busy, Finish, Limits, Load, Output, Request, Sampling, Token
 from shoal.workers.errors import ClusterRefused, InvalidInput
 from shoal.workers.model import Transformer
-from shoal.workers.model.feedforward import named_views
 
 MOST = 47  # tokens that an answer to 17 may have in the small model's context
-STEP = 7
 _models = map("model-{}".format, count())
 
 
@@ -45,8 +42,7 @@ def endpoint() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_metrics_report_interval_ms", "500")
         with ray_session(1, dashboard=False):
-            node = ray.nodes()[0]
-            yield f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+            yield address_of_metrics()
 
 
 @pytest.fixture
@@ -63,10 +59,7 @@ def transformer() -> Transformer:
 @pytest.fixture(scope="module")
 def checkpoints(transformer: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "checkpoints"
-    writer = Checkpointer(folder, 1, None, 0, 1)
-    tensors = {f"model.{n}": (p.data if i is None else p.data[i]) for n, p, i in named_views(transformer)}
-    writer.save(STEP, tensors, {"step": STEP, "dtype": "float32"})
-    writer.wait()
+    write_weights(transformer, folder)
     return folder
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from exported import address_of_metrics, wait_for_run
 from rich.console import Console
 from small import small_corpus, small_recipe
 from trained import assert_same_bits, events, flip_a_byte, poison, records, tensors
@@ -23,7 +24,7 @@ from shoal.cluster.supervisor import Outcome, SampleRequest, Supervisor
 from shoal.jobs.report import RunReport
 from shoal.workers.checkpoint_files import list_checkpoints
 from shoal.workers.config import Recipe
-from shoal.workers.errors import TrainingFailed
+from shoal.workers.errors import InvalidInput, TrainingFailed
 
 STEPS = 12
 PLACEMENTS: dict[str, dict[str, Any]] = {
@@ -39,8 +40,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def session() -> Iterator[RaySession]:
-    with ray_session(2, dashboard=False) as started:
-        yield started
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_metrics_report_interval_ms", "500")
+        with ray_session(2, dashboard=False) as started:
+            yield started
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,7 @@ def undisturbed(corpus: Path, session: RaySession, tmp_path_factory: pytest.Temp
 
     def of(placement: str) -> Path:
         if placement not in done:
-            done[placement] = tmp_path_factory.mktemp("undisturbed") / "run"
+            done[placement] = tmp_path_factory.mktemp("undisturbed") / placement.replace(":", "")
             assert _train(placement, corpus, session, done[placement]).step == STEPS
             assert events(done[placement]) == ["checkpoint"]
         return done[placement]
@@ -59,14 +62,15 @@ def undisturbed(corpus: Path, session: RaySession, tmp_path_factory: pytest.Temp
 
 
 def _train(
-    placement: str, corpus: Path, session: RaySession, run: Path, sample: bool = False, **changes: Any
-) -> Outcome:
+    placement: str, corpus: Path, session: RaySession, run: Path, sample: bool = False, resumed: bool = False,
+    **changes: Any,
+) -> Outcome:  # fmt: skip
     tables = {"train__dtype": "float32", "train__steps": STEPS, "train__eval_every": 4, **PLACEMENTS[placement]}
     recipe = Recipe.model_validate(small_recipe(**{**tables, **changes}))
     run.mkdir(exist_ok=True, parents=True)
     request = SampleRequest([1, 2], 4, {"temperature": 0.0}) if sample else None
     with RunReport(run, recipe.train.steps, Console(quiet=True)) as report:
-        return Supervisor(recipe, corpus, run, report, session).run(request)
+        return Supervisor(recipe, corpus, run, report, session).run(request, resumed)
 
 
 class Killer:
@@ -134,6 +138,37 @@ def test_a_run_outlives_its_ranks(
     assert_same_bits(tmp_path / "run", reference, STEPS)
 
 
+class Reader:
+    """A report that looks, once training is at its end, at what Ray exports of the run."""
+
+    def __init__(self, run: str) -> None:
+        self.run, self.last, self.values = run, dict[str, dict[str, Any]](), dict[str, float]()
+
+    def record(self, record: dict[str, Any]) -> None:
+        self.last[record["kind"]] = record
+        if record.get("event") == "checkpoint":
+            train, load = self.last["train"], self.last["load"]["load"]
+            expected = {f"train_{key}": train[key] for key in ("loss", "learning_rate", "grad_norm", "step")}
+            expected |= {"expert_imbalance": train["expert_imbalance"], "train_tokens_total": train["tokens"]}
+            expected |= {"eval_bits_per_byte": self.last["eval"]["bits_per_byte"], "expert_load{1,7}": load[1][7]}
+            self.values = wait_for_run(address_of_metrics(), self.run, expected)
+
+    def rewind(self, step: int) -> None:
+        pass
+
+
+def test_a_run_shows_in_rays_metrics(
+    corpus: Path, session: RaySession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dashboard and Prometheus read what metrics.jsonl says."""
+    monkeypatch.setattr("shoal.cluster.metrics.REFRESH_SECONDS", 0.3)
+    recipe = Recipe.model_validate(small_recipe(train__dtype="float32", train__steps=2))
+    run, reader = tmp_path / "shown", Reader("shown")
+    run.mkdir()
+    Supervisor(recipe, corpus, run, reader, session).run()
+    assert reader.values["train_tokens_per_second"] > 0
+
+
 def test_killed_while_a_checkpoint_is_written(
     corpus: Path,
     session: RaySession,
@@ -186,6 +221,7 @@ def test_a_poisoned_weight_stops_the_run(
     assert events(run)[-1] == "failed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [1e30, 1e200])
 def test_a_wild_learning_rate_stops_the_run(rate: float, corpus: Path, session: RaySession, tmp_path: Path) -> None:
     """Weights of 1e30 spoil the next step's loss; of 1e200, themselves (float32): neither is ever a checkpoint."""
@@ -209,6 +245,19 @@ def test_a_damaged_checkpoint_is_named_and_skipped(
     assert damaged.name in told[0]
     assert "using step-10" in told[0]
     assert_same_bits(run, undisturbed("colocated"), STEPS)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_keeps_its_history(
+    corpus: Path, session: RaySession, undisturbed: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed("colocated"), run)
+    for info in list_checkpoints(run / "checkpoints"):
+        flip_a_byte(run, info.step)
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(InvalidInput, match=r"checkpoints holds no whole checkpoint \(.*: restore one, or start a new"):
+        _train("colocated", corpus, session, run, resumed=True)
+    assert (run / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.slow

@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+if TYPE_CHECKING:
+    from shoal.workers.model import Transformer
+
+STEP = 7  # of the checkpoints that write_weights makes
 TIMES = ("time", "step_seconds", "tokens_per_second")  # the only figures of a step that differ between two equal runs
 Records = list[dict[str, Any]]
 
@@ -52,6 +56,17 @@ def assert_same_bits(run: Path, reference: Path, step: int) -> None:
     assert any(name.startswith("optim.") for name in mine)
     for name, tensor in mine.items():
         assert tensor.tobytes() == theirs[name].tobytes(), name
+
+
+def write_weights(model: Transformer, folder: Path) -> None:
+    """A checkpoint of step STEP, with a model's weights alone, as one rank writes it."""
+    from shoal.workers.checkpoint import Checkpointer
+    from shoal.workers.model.feedforward import named_views
+
+    writer = Checkpointer(folder, 1, None, 0, 1)
+    tensors = {f"model.{n}": (p.data if i is None else p.data[i]) for n, p, i in named_views(model)}
+    writer.save(STEP, tensors, {"step": STEP, "dtype": "float32"})
+    writer.wait()
 
 
 def poison(run: Path, step: int, part_of_name: str) -> str:

@@ -93,7 +93,7 @@ def answer(request: Request) -> list[int]:
 
 def expected(prompt: str, **own: Any) -> str:
     """The text for a prompt."""
-    ids = tuple(int(token) for token in TOKENIZER.encode([prompt])[0][:-1])
+    ids = tuple(TOKENIZER.prompt(prompt))
     sampling = Sampling(**{"max_tokens": 6, "temperature": 0.5} | own)
     return TOKENIZER.decode(answer(Request("", ids, sampling)))
 

@@ -9,9 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 SHOAL = [sys.executable, "-m", "shoal.jobs.cli.main"]
 PATIENCE = 240.0  # seconds; a machine may be busy
@@ -29,6 +32,27 @@ def shoal(*arguments: str, cwd: Path, **changes: str) -> subprocess.CompletedPro
     return subprocess.run(
         [*SHOAL, *arguments], cwd=cwd, env=environment(**changes), capture_output=True, text=True, timeout=PATIENCE
     )
+
+
+def shoal_here(*arguments: str, cwd: Path, **changes: str) -> subprocess.CompletedProcess[str]:
+    """As ``shoal``, in this process: for the many mistakes that are refused before anything is started."""
+    from shoal.jobs.cli.main import main
+
+    out, err = StringIO(), StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        for name in UNSET:
+            patch.delenv(name, raising=False)
+        for name, value in {"COLUMNS": "160", **changes}.items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "argv", ["shoal", *arguments])
+        patch.chdir(cwd)
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            assert end.code is None or isinstance(end.code, int)
+            code = end.code or 0
+    return subprocess.CompletedProcess(["shoal", *arguments], code, out.getvalue(), err.getvalue())
 
 
 @contextmanager

@@ -10,10 +10,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from shell import shoal_here
 
 import shoal
 from shoal.jobs.cli.main import COMMANDS, Lazy
-from shoal.jobs.recipe import load_recipe
+from shoal.jobs.recipe import load_recipe, recipe_to_toml
 
 SHOAL = [sys.executable, "-m", "shoal.jobs.cli.main"]
 HEAVY = ("torch", "ray", "pydantic", "pyarrow", "tokenizers", "matplotlib", "numpy", "safetensors")
@@ -48,8 +49,8 @@ def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_answers_help_with_the_line_that_lists_it(command: str) -> None:
-    result = run(command, "--help")
+def test_a_command_answers_help_with_the_line_that_lists_it(command: str, tmp_path: Path) -> None:
+    result = shoal_here(command, "--help", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert COMMANDS[command].help.split(";")[0].rstrip(".") in " ".join(result.stdout.split())
 
@@ -87,8 +88,10 @@ def test_the_console_script_is_there_and_prints_the_version() -> None:
         (["runs", "show", "none", "--runs-dir", "nowhere"], 5, "error: run 'none' is not in nowhere"),
     ],
 )
-def test_a_mistake_is_one_line_on_standard_error_with_its_exit_code(arguments: list[str], code: int, says: str) -> None:
-    result = run(*arguments)
+def test_a_mistake_is_one_line_on_standard_error_with_its_exit_code(
+    arguments: list[str], code: int, says: str, tmp_path: Path
+) -> None:
+    result = shoal_here(*arguments, cwd=tmp_path)
     assert (result.returncode, result.stdout) == (code, "")
     assert says in result.stderr
     assert result.stderr.count("\n") == 1
@@ -104,8 +107,8 @@ def test_a_mistake_is_one_line_on_standard_error_with_its_exit_code(arguments: l
         (["config", "show", "tiny", "--sets", "a=1"], "--set"),
     ],
 )
-def test_wrong_usage_is_exit_code_2(arguments: list[str], says: str) -> None:
-    result = run(*arguments)
+def test_wrong_usage_is_exit_code_2(arguments: list[str], says: str, tmp_path: Path) -> None:
+    result = shoal_here(*arguments, cwd=tmp_path)
     assert result.returncode == 2
     assert says in result.stderr
 
@@ -209,3 +212,18 @@ def test_completion_knows_commands_and_recipes() -> None:
         _TYPER_COMPLETE_ARGS="shoal config show nsa",
     )  # fmt: skip
     assert "nsa-27b" in recipes.stdout
+
+
+@pytest.mark.parametrize(
+    "command", ["generate", "evaluate", "serve", "bench serve", "runs show", "train --resume --name"]
+)
+def test_completion_knows_runs_where_a_run_is_named(command: str, tmp_path: Path) -> None:
+    for name in ("first", "fish"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.toml").write_text(recipe_to_toml(load_recipe("tiny")))
+    words = f"shoal {command} fi"
+    result = run(
+        "", _SHOAL_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(words.count(" ")),
+        SHOAL_RUNS=str(tmp_path),
+    )  # fmt: skip
+    assert set(result.stdout.split()) == {"first", "fish"}

@@ -66,6 +66,7 @@ def test_any_text_survives_its_tokens(text: str) -> None:
     tokenizer = _trained()
     (tokens,) = tokenizer.encode([text])
     assert tokenizer.decode(tokens.tolist()) == text
+    assert [*tokenizer.prompt(text), tokenizer.eos] == tokens.tolist()
 
 
 def _trained(made: list[Any] = []) -> Any:  # noqa: B006 (trained once)

@@ -71,7 +71,7 @@ async def test_chat_that_goes_on() -> None:
     assert usage is not None
     assert usage.prompt_tokens == len(s.source.asked[1].prompt)
     conversation = f"user: what swims?\nassistant: {message.content}\nuser: where?\nassistant:"
-    assert s.source.asked[1].prompt == tuple(small_tokenizer().encode([conversation])[0][:-1])
+    assert s.source.asked[1].prompt == tuple(small_tokenizer().prompt(conversation))
     assert text
     assert s.source.asked[1].sampling.top_k == 5
 

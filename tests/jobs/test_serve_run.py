@@ -121,7 +121,7 @@ def _expected(run: Path, prompts: list[str], most: int) -> dict[str, str]:
 
     trained = load_trained(RunFolder(run), 3)
     tokenizer = corpus_tokenizer(trained.corpus)
-    ids = {p: [int(t) for t in tokenizer.encode([p])[0][:-1]] for p in prompts}
+    ids = {p: tokenizer.prompt(p) for p in prompts}
     return {
         p: tokenizer.decode(sample(trained.model, ids[p], most, temperature=0.0, stop=tokenizer.eos)) for p in prompts
     }

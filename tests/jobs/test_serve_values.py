@@ -43,7 +43,7 @@ async def test_prompts_of_every_kind(prompt: Any) -> None:
         answer = (await s.complete(prompt, max_tokens=3)).json()
     tokenizer = small_tokenizer()
     several = prompt if isinstance(prompt[0], list | str) else [prompt]
-    expected = [tuple(tokenizer.encode([p])[0][:-1]) if isinstance(p, str) else tuple(p) for p in several]
+    expected = [tuple(tokenizer.prompt(p)) if isinstance(p, str) else tuple(p) for p in several]
     assert sorted(request.prompt for request in s.source.asked) == sorted(expected)
     assert [choice["index"] for choice in answer["choices"]] == list(range(len(several)))
     assert answer["usage"]["prompt_tokens"] == sum(map(len, expected))
@@ -157,7 +157,7 @@ async def test_seeds() -> None:
     async with stand() as s:
         await s.complete(["a", "b"], n=2, seed=-5, max_tokens=1)
         assert sorted((r.prompt, r.sampling.seed) for r in s.source.asked) == sorted(
-            (tuple(small_tokenizer().encode([p])[0][:-1]), seed) for p in "ab" for seed in (-5, -4)
+            (tuple(small_tokenizer().prompt(p)), seed) for p in "ab" for seed in (-5, -4)
         )
         s.source.asked.clear()
         answers = [(await s.complete(max_tokens=40, temperature=1.5, seed=seed)).json() for seed in (1, 1, 2)]
@@ -231,7 +231,7 @@ async def test_a_conversation_is_lines_of_text() -> None:
             {"role": "user", "content": parts},
         )
     lines = "system: Be brief.\nVery.\nuser: hi\nassistant: hello\nuser: what swims?\nassistant:"
-    assert s.source.asked[0].prompt == tuple(small_tokenizer().encode([lines])[0][:-1])
+    assert s.source.asked[0].prompt == tuple(small_tokenizer().prompt(lines))
     [choice] = answer.json()["choices"]
     assert choice["message"] == {"role": "assistant", "content": "a shoal of fish."}  # the space before it is gone
     assert choice["finish_reason"] == "stop"  # before the next line of the user

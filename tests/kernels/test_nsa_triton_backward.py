@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import accumulate, pairwise
+from typing import cast
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from shoal.kernels.nsa.triton_span_grad import SpanGradTuning  # noqa: E402
 from shoal.kernels.nsa.triton_tables import make_tables  # noqa: E402
 
 SCALE = 0.5
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # as NAMES
 NAMES = ("q", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win", "gates")
 SPAN = SpanTuning(rows=16, keys=16)
 TINY: Tunings = (
@@ -49,7 +51,7 @@ def inputs(layout: Layout, kv: int, group: int, dims: tuple[int, int], dtype: to
 
 def gradients(args: list[Tensor], layout: Layout, scale: float, deterministic: bool, tunings: Tunings | None = None):
     leaves = [x.detach().clone().requires_grad_() for x in args[:-1]]
-    out = nsa_triton(*leaves, layout, scale, deterministic=deterministic, tunings=tunings)
+    out = nsa_triton(*cast(Inputs, leaves), layout, scale, deterministic=deterministic, tunings=tunings)
     out.backward(args[-1])
     return [x.grad for x in leaves]
 
@@ -75,7 +77,7 @@ def test_against_the_oracle(
         *(sizes.slc_initial, sizes.slc_local, sizes.window),
     )
     exact = [x.cpu().double().requires_grad_() for x in args[:-1]]
-    oracle.nsa(*exact, layout.cu_seqlens, hyper, SCALE).backward(args[-1].cpu().double())
+    oracle.nsa(*cast(Inputs, exact), layout.cu_seqlens, hyper, SCALE).backward(args[-1].cpu().double())
     for name, mine, leaf in zip(NAMES, got, exact, strict=True):
         assert mine is not None and leaf.grad is not None, name
         close(mine, leaf.grad, torch.float32)
@@ -137,7 +139,7 @@ def test_on_a_gpu(dtype: torch.dtype, kv: int, group: int, dims: tuple[int, int]
     scale = dims[0] ** -0.5
     exact = [x.cpu().double().requires_grad_() for x in args[:-1]]
     cpu = make_layout(layout.cu_seqlens, sizes, "cpu")
-    nsa_attention(*exact, cpu, scale).backward(args[-1].cpu().double())
+    nsa_attention(*cast(Inputs, exact), cpu, scale).backward(args[-1].cpu().double())
     for deterministic in (False, True):
         got = gradients(args, layout, scale, deterministic)
         for name, mine, leaf in zip(NAMES, got, exact, strict=True):

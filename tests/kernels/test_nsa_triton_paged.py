@@ -45,7 +45,8 @@ def case(
     for seed, field in enumerate(fields(cache)):
         pages = getattr(cache, field.name)
         pages.copy_(draw(*pages.shape, dtype=dtype, seed=seed))
-    tables = decode_tables(*(x.to(DEVICE) for x in (torch.tensor(positions), far, near, first)), kv, sizes)
+    at, far, near, first = (x.to(DEVICE) for x in (torch.tensor(positions), far, near, first))
+    tables = decode_tables(at, far, near, first, kv, sizes)
     q = draw(n, kv * group, dims[0], dtype=dtype, seed=20)
     return q, draw(n, kv * group, 3, dtype=dtype, seed=21).sigmoid(), cache, tables
 

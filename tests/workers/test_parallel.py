@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from shoal.workers.mesh import make_mesh
 from shoal.workers.placement import Placement
 from shoal.workers.trainer import Trainer
 
+OneRank = Callable[[int], dict[str, Any]]
 PLACEMENTS: dict[str, dict[str, Any]] = {
     "2 colocated": {"parallel__ranks": 2},
     "4 colocated": {"parallel__ranks": 4},
@@ -64,6 +67,12 @@ def _one_rank(tables: dict[str, Any], corpus: Path, steps: int) -> dict[str, Any
     return _train(0, 1, tables, str(corpus), steps)
 
 
+@pytest.fixture(scope="module")
+def small_on_one(corpus: Path) -> OneRank:
+    """The small recipe on one rank for so many steps, which much is compared with: trained once for each number."""
+    return cache(lambda steps: _one_rank(small_recipe(), corpus, steps))
+
+
 def _ranks(tables: dict[str, Any], corpus: Path, steps: int) -> list[dict[str, Any]]:
     return run_ranks(Recipe.model_validate(tables).parallel.ranks, _train, tables, str(corpus), steps)
 
@@ -85,15 +94,15 @@ def _check(one: dict[str, Any], many: list[dict[str, Any]], rtol: float) -> None
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_a_step_and_twenty_steps_equal_one_rank(corpus: Path, placement: str) -> None:
-    one = _one_rank(small_recipe(), corpus, 20)
+def test_a_step_and_twenty_steps_equal_one_rank(corpus: Path, small_on_one: OneRank, placement: str) -> None:
+    one = small_on_one(20)
     many = _ranks(small_recipe(**PLACEMENTS[placement]), corpus, 20)
     _check(one, many, 1e-9)
 
 
 @pytest.mark.parametrize("placement", ["4 colocated", "2A:2F"])
-def test_shared_experts_may_be_dispatched(corpus: Path, placement: str) -> None:
-    one = _one_rank(small_recipe(), corpus, 3)
+def test_shared_experts_may_be_dispatched(corpus: Path, small_on_one: OneRank, placement: str) -> None:
+    one = small_on_one(3)
     many = _ranks(small_recipe(moe__shared="dispatched", **PLACEMENTS[placement]), corpus, 3)
     _check(one, many, 1e-9)
     _check(one, [_one_rank(small_recipe(moe__shared="dispatched"), corpus, 3)], 1e-9)
@@ -105,9 +114,9 @@ def test_float32_agrees_to_rounding(corpus: Path) -> None:
     _check(one, many, 2e-5)
 
 
-def test_accumulation_is_the_same_batch(corpus: Path) -> None:
+def test_accumulation_is_the_same_batch(corpus: Path, small_on_one: OneRank) -> None:
     """f and P of the balance losses are over the global batch, however it is cut into micro-batches and ranks."""
-    one = _one_rank(small_recipe(), corpus, 3)
+    one = small_on_one(3)
     _check(one, [_one_rank(small_recipe(train__accumulate=4), corpus, 3)], 1e-9)
     _check(one, _ranks(small_recipe(train__accumulate=2, **PLACEMENTS["2A:2F"]), corpus, 3), 1e-9)
     each = _one_rank(small_recipe(train__accumulate=4, balance__over="micro_batch"), corpus, 1)
@@ -133,6 +142,6 @@ def test_two_runs_have_the_same_bits(corpus: Path) -> None:
         assert a["eval"] == b["eval"]
 
 
-def test_training_learns(corpus: Path) -> None:
-    records = _one_rank(small_recipe(), corpus, 20)["records"]
+def test_training_learns(small_on_one: OneRank) -> None:
+    records = small_on_one(20)["records"]
     assert records[-1]["loss"] < 0.8 * records[0]["loss"]
