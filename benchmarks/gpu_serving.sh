@@ -16,9 +16,9 @@ RECIPE=${RECIPE:-deepseekmoe-2b}
 SETS=${SETS:-parallel.device=cuda model.heads=32 model.kv_heads=2 moe.experts=64}
 CONTEXT=${CONTEXT:-16384}
 CHUNK=${CHUNK:-2048}
-MIX=${MIX:-1024:128*3,8192:128*1}
+MIX=${MIX:-1024:64*3,8192:64*1}
 CONCURRENCY=${CONCURRENCY:-1,8,32}
-DURATION=${DURATION:-8}
+DURATION=${DURATION:-6}
 WARMUP=${WARMUP:-4}
 
 cd "$(dirname "$0")/.." || exit 1
@@ -51,7 +51,7 @@ untrained() { # KIND
 serve() { # NAME OPTIONS…
     local name=$1
     shift
-    part "$name" 280 "$PYTHON" -m shoal.jobs.cli.main bench serve "$WORK/nsa" --mix "$MIX" --concurrency "$CONCURRENCY" \
+    part "$name" 330 "$PYTHON" -m shoal.jobs.cli.main bench serve "$WORK/nsa" --mix "$MIX" --concurrency "$CONCURRENCY" \
         --duration "$DURATION" --warmup "$WARMUP" --out "$OUT/$name" --plot "$OUT/$name/serve.png" "$@"
 }
 
