@@ -26,6 +26,8 @@ mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} COLUMNS=220
 export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0} # NVLink multicast wants rights that containers lack
+# what the later parts need, before minutes are spent on the earlier ones
+"$PYTHON" -c "import fastapi, uvicorn, grpc_health, grpc_reflection, ray.serve, aiohttp, matplotlib" || exit 1
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
 failed=0
