@@ -16,9 +16,9 @@ RECIPE=${RECIPE:-deepseekmoe-2b}
 SETS=${SETS:-parallel.device=cuda model.heads=32 model.kv_heads=2 moe.experts=64}
 CONTEXT=${CONTEXT:-16384}
 CHUNK=${CHUNK:-2048}
-MIX=${MIX:-1024:128*3,8192:128*1}
+MIX=${MIX:-1024:64*3,8192:64*1}
 CONCURRENCY=${CONCURRENCY:-1,8,32}
-DURATION=${DURATION:-8}
+DURATION=${DURATION:-6}
 WARMUP=${WARMUP:-4}
 
 cd "$(dirname "$0")/.." || exit 1
@@ -26,6 +26,8 @@ mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} COLUMNS=220
 export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0} # NVLink multicast wants rights that containers lack
+# what the later parts need, before minutes are spent on the earlier ones
+"$PYTHON" -c "import fastapi, uvicorn, grpc_health, grpc_reflection, ray.serve, aiohttp, matplotlib" || exit 1
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
 failed=0
@@ -51,7 +53,7 @@ untrained() { # KIND
 serve() { # NAME OPTIONS…
     local name=$1
     shift
-    part "$name" 280 "$PYTHON" -m shoal.jobs.cli.main bench serve "$WORK/nsa" --mix "$MIX" --concurrency "$CONCURRENCY" \
+    part "$name" 330 "$PYTHON" -m shoal.jobs.cli.main bench serve "$WORK/nsa" --mix "$MIX" --concurrency "$CONCURRENCY" \
         --duration "$DURATION" --warmup "$WARMUP" --out "$OUT/$name" --plot "$OUT/$name/serve.png" "$@"
 }
 

@@ -34,12 +34,13 @@ class Dispatcher:
         ranked, order = torch.sort(slots, stable=True)
         counts = torch.searchsorted(ranked, self.edges).diff()  # bincount would wait for the GPU, twice
         matrix = self.group.all_gather(counts)
-        rows = _Expand.apply(x_TH, order, _inverse(order), experts_TK.shape[1])
+        inverse = _inverse(order)
+        rows = _Expand.apply(x_TH, order, inverse, experts_TK.shape[1])
         if self.group.size == 1:
-            return Flight(self, order, matrix, None, rows, None)
+            return Flight(self, order, inverse, matrix, None, rows)
         exchange = _Exchange(self.group, self._splits(matrix))
         regroup = self._regroup(matrix, sum(exchange.splits[1]))
-        return Flight(self, order, matrix, exchange, _Start.apply(rows, exchange), regroup)
+        return Flight(self, order, inverse, matrix, exchange, _Start.apply(rows, exchange), regroup, _inverse(regroup))
 
     def _splits(self, matrix: Tensor) -> tuple[list[int], list[int]]:
         """Rows sent to and received from each rank; the sizes must be known on the host."""
@@ -67,10 +68,12 @@ class Flight:
 
     dispatcher: Dispatcher
     order: Tensor
+    inverse: Tensor
     matrix: Tensor
     exchange: _Exchange | None
     sent: Tensor
-    regroup: Tensor | None
+    regroup: Tensor | None = None
+    ungroup: Tensor | None = None
     back: _Exchange | None = None
 
     def expert_counts(self) -> Tensor:
@@ -80,15 +83,15 @@ class Flight:
     def arrive(self) -> tuple[Tensor, Tensor]:
         """Rows for this rank's experts, sorted by expert, and how many each gets."""
         rows = self.sent
-        if self.exchange is not None and self.regroup is not None:
-            rows = _Permute.apply(_Wait.apply(rows, self.exchange), self.regroup, _inverse(self.regroup))
+        if self.exchange is not None:
+            rows = _Permute.apply(_Wait.apply(rows, self.exchange), self.regroup, self.ungroup)
         return rows, self.dispatcher.local_counts(self.matrix)
 
     def give_back(self, results: Tensor) -> Tensor:
         """Sends results home; what it returns may be read by :meth:`combine` only."""
-        if self.exchange is None or self.regroup is None:
+        if self.exchange is None:
             return results
-        results = _Permute.apply(results, _inverse(self.regroup), self.regroup)
+        results = _Permute.apply(results, self.ungroup, self.regroup)
         self.back = self.exchange.reverse()
         return _Start.apply(results, self.back)
 
@@ -96,7 +99,7 @@ class Flight:
         """Waits for the results and adds them up, weighted: ``[T, H]``. The order of the sum is that of the choices."""
         if self.back is not None:
             returned = _Wait.apply(returned, self.back)
-        rows = _Permute.apply(returned, _inverse(self.order), self.order)
+        rows = _Permute.apply(returned, self.inverse, self.order)
         tokens, k = gates_TK.shape
         return torch.bmm(gates_TK.to(rows.dtype)[:, None], rows.view(tokens, k, rows.shape[1]))[:, 0]
 

@@ -49,10 +49,12 @@ def run_service(
     def stopped() -> bool:
         return bool(stop.signal)
 
-    with stop.listening(), ray_session(ranks), ray_serve(listen):
+    with stop.listening(), ray_session(ranks) as ray, ray_serve(listen):
         handle = deploy(serve_application(factory, options, listen, settings), stopped)
         if handle is not None:
             ready(handle.model.remote().result())
+            if ray.dashboard:
+                told(f"ray      {ray.dashboard}/#/serve")
             watch(stopped, told)
             told(
                 f"stopping: new requests are refused, those under way have {drain:g} s; a second signal ends it at once"

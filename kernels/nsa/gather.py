@@ -11,14 +11,17 @@ ELEMENTS = 1 << 22
 """Most elements of keys and values that are copied at a time."""
 
 
-def gather_forward(q: Tensor, k: Tensor, v: Tensor, index: Tensor, position: int, block: int, out: Tensor) -> None:
+def gather_forward(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, position: int, block: int, out: Tensor, elements: int = ELEMENTS
+) -> None:
     """Fill ``out`` with each row's attention over its own blocks, causal inside them.
 
     q: ``[KV, rows, G, Dqk]``, scaled. k, v: ``[KV, blocks * block, D]``, the document from its start. index:
     ``[KV, rows, n]`` int64, blocks of each row; those that begin after the row (also ``blocks`` itself) are ignored.
-    position: of the first row in the document; the others follow. out: ``[KV, rows, G, Dv]``.
+    position: of the first row in the document; the others follow. out: ``[KV, rows, G, Dv]``. elements: of keys and
+    values that are copied at a time.
     """
-    for head, rows in _chunks(index, block, k, v):
+    for head, rows in _chunks(index, block, k, v, elements):
         chosen = index[head, rows]
         p = _weights(q[head, rows], _read(k[head], chosen, block), chosen, position + rows.start, block)
         torch.bmm(p, _read(v[head], chosen, block), out=out[head, rows])
@@ -63,10 +66,10 @@ def attend_backward(
     d_k.baddbmm_(d_scores.transpose(1, 2), q)
 
 
-def _chunks(index: Tensor, block: int, k: Tensor, v: Tensor) -> Iterator[tuple[int, slice]]:
+def _chunks(index: Tensor, block: int, k: Tensor, v: Tensor, elements: int = ELEMENTS) -> Iterator[tuple[int, slice]]:
     """KV heads, and within them rows few enough that the copies of their keys and values stay small."""
     heads, rows, n = index.shape
-    step = max(1, ELEMENTS // (n * block * (k.shape[-1] + v.shape[-1])))
+    step = max(1, elements // (n * block * (k.shape[-1] + v.shape[-1])))
     for head in range(heads):
         for start in range(0, rows, step):
             yield head, slice(start, min(start + step, rows))

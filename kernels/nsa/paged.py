@@ -17,11 +17,14 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.nsa.attention import Backend, takes_triton
-from shoal.kernels.nsa.gather import gather_forward
+from shoal.kernels.nsa.gather import ELEMENTS, gather_forward
 from shoal.kernels.nsa.layout import BlockSizes
 from shoal.kernels.nsa.select import forced_blocks, importance, keep_best, select
 
-TILE = 64  # queries of one sequence that are computed together
+TILE = 64  # queries of one sequence that are computed together, at least
+# A GPU takes more at a time: an operator costs its host some 10 to 30 µs, whatever its size. Elements, of 4 bytes:
+SCORES = 1 << 27  # of a tile's scores in one branch, of which three copies exist for a moment
+COPIED = 1 << 26  # of the keys and values that selected attention gathers at a time
 
 
 @dataclass(frozen=True)
@@ -224,8 +227,10 @@ def paged_prefill(
     win = read_pages(cache.k_win, at_near), read_pages(cache.v_win, at_near)
     dense = 8 * sizes.slc_count * sizes.slc_block if dense_keys is None else dense_keys
     outs = q.new_empty(kv, count, heads // kv, cache.v_slc.shape[-1], 3, dtype=wide)
-    for start in range(0, count, TILE):
-        part = slice(start, min(count, start + TILE))
+    seen = max(cmp[0].shape[1], win[0].shape[1], min(position + count, dense))
+    tile = max(TILE, SCORES // (heads * seen)) if q.is_cuda else TILE
+    for start in range(0, count, tile):
+        part = slice(start, min(count, start + tile))
         _prefill_tile(rows[:, part], position + start, cmp, slc, win, near_first, sizes, dense, outs[:, part])
     mixed = outs.transpose(0, 1).reshape(count, heads, -1, 3) @ gates.to(wide)[..., None]
     return mixed[..., 0].to(q.dtype)
@@ -266,7 +271,7 @@ def _prefill_tile(
         block = torch.arange(blocks, device=q.device)
         order = torch.where(kept, block, blocks).topk(sizes.slc_count, dim=-1, largest=False, sorted=True).values
         part = torch.empty_like(out[..., 1])
-        gather_forward(q, k, v, order, first, page, part)
+        gather_forward(q, k, v, order, first, page, part, COPIED if q.is_cuda else ELEMENTS)
         out[..., 1] = part
     keys = near_first + torch.arange(win[0].shape[1], device=q.device)
     inside = (keys <= t[:, None]) & (keys > t[:, None] - sizes.window)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -141,8 +142,18 @@ def test_a_served_run_answers_as_the_plain_loop_does(trained: Path, tmp_path: Pa
                 )
                 assert "".join(r.text for r in inference_pb2_grpc.InferenceStub(channel).Generate(request)) == text
         assert service.load().pages_used == 0
+        assert _in_the_dashboard((tmp_path / "log").read_text()) == "RUNNING"
         service.process.send_signal(signal.SIGTERM)
         assert service.process.wait(60) == 0, (tmp_path / "log").read_text()
+
+
+def _in_the_dashboard(said: str) -> str:
+    """What the dashboard's Serve tab says of the application, at the address that was printed."""
+    (address,) = re.findall(r"^ray +(http\S+)/#/serve$", said, re.MULTILINE)
+    token = Path.home() / ".ray" / "auth_token"  # Ray makes one for its local clusters
+    headers = {"Authorization": f"Bearer {token.read_text().strip()}"} if token.is_file() else {}
+    found = httpx.get(f"{address}/api/serve/applications/", headers=headers, timeout=30).json()
+    return str(found["applications"]["shoal"]["status"])
 
 
 class Crowd:

@@ -100,10 +100,11 @@ def test_any_chunking_and_batching(attention: dict[str, Any], lengths: list[int]
         torch.testing.assert_close(torch.cat(rows), whole(model, text), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (4, 1)])
+@pytest.mark.parametrize(("heads", "tile"), [((4, 4), 64), ((4, 1), 200), ((4, 1), 7)])
 @torch.no_grad()
-def test_gathered_blocks(heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A long sequence gathers its selected blocks instead of masking dense scores: the same result."""
+def test_gathered_blocks(heads: tuple[int, int], tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long sequence gathers its selected blocks instead of masking dense scores: the same result, in any tiles."""
+    monkeypatch.setattr("shoal.kernels.nsa.paged.TILE", tile)
     attention = {"cmp_block": 4, "cmp_stride": 2, "slc_block": 4, "slc_count": 4, "window": 6}
     model = model_of(attention, model__context=1000, model__heads=heads[0], model__kv_heads=heads[1])
     rng = random.Random(1)

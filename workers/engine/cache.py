@@ -26,6 +26,7 @@ from shoal.kernels.nsa.paged import (
 from shoal.kernels.paged_full import paged_full_decode, paged_full_prefill
 from shoal.kernels.rope import rope_tables, rotate
 from shoal.workers.config import Recipe
+from shoal.workers.engine.sampling import spans
 from shoal.workers.model.attention import FullAttention, NativeSparseAttention, Projected, block_sizes
 
 COPIED = 1 << 26  # elements of keys that are copied at a time
@@ -105,7 +106,11 @@ class StepTables:
             self.raw_page, self.raw_row = there["raw_page"], there["raw_row"]
             self.cmp_rotation = rope_tables(there["cmp_start"], model.head_dim, model.rope_base, dtype=wide)
         self.decode = self._decode_tables(there) if self.singles else []
-        self.prefill = [(p, there[f"far {i}"], there[f"near {i}"]) for i, p in enumerate(self.chunks)]
+        rows = spans([self.single_tokens, *(len(p.tokens) for p in self.chunks)])[1:]
+        self.prefill = [
+            (at, p, there[f"far {i}"], there[f"near {i}"])
+            for i, (at, p) in enumerate(zip(rows, self.chunks, strict=True))
+        ]
 
     def _decode_tables(self, there: dict[str, Tensor]) -> list[tuple[slice, DecodeTables]]:
         """Of the single queries, as many at a time as let the copies of their keys stay small."""
@@ -142,32 +147,26 @@ class PagedAttention:
         q, k, v = layer.project(x_TH, t.rotation)
         store_rows(cache.k_slc, t.far, k)
         store_rows(cache.v_slc, t.far, v)
-        out = q.new_empty(*q.shape[:2], v.shape[-1])
-        at = t.single_tokens
-        for rows, d in t.decode:
-            out[rows] = paged_full_decode(q[rows], cache.k_slc, cache.v_slc, d.positions, d.far, layer.scale)
-        for part, far, _ in t.prefill:
-            rows = slice(at, at + len(part.tokens))
-            out[rows] = paged_full_prefill(q[rows], cache.k_slc, cache.v_slc, part.start, far, layer.scale)
-            at = rows.stop
-        return out
+        outs = [
+            paged_full_decode(q[rows], cache.k_slc, cache.v_slc, d.positions, d.far, layer.scale)
+            for rows, d in t.decode
+        ]
+        for rows, part, far, _ in t.prefill:
+            outs.append(paged_full_prefill(q[rows], cache.k_slc, cache.v_slc, part.start, far, layer.scale))
+        return _joined(outs, q.new_empty(0, q.shape[1], v.shape[-1]))
 
     def nsa(self, layer: NativeSparseAttention, x_TH: Tensor) -> Tensor:
         """``[T, hidden] -> [T, H, d_v]``."""
         t, cache = self.tables, self.caches[layer]
         p = layer.project(x_TH, t.rotation)
         self._store(layer, p, cache)
-        out = p.q.new_empty(*p.q.shape[:2], p.v_slc.shape[-1])
-        at, backend = t.single_tokens, t.recipe.attention.backend
-        for rows, d in t.decode:
-            out[rows] = paged_decode(p.q[rows], p.gates[rows], cache, d, t.sizes, layer.scale, backend)
-        for part, far, near in t.prefill:
-            rows, first = slice(at, at + len(part.tokens)), part.near_start * t.sizes.slc_block
-            out[rows] = paged_prefill(
-                p.q[rows], p.gates[rows], cache, part.start, far, near, first, t.sizes, layer.scale, backend=backend
-            )
-            at = rows.stop
-        return out
+        backend = t.recipe.attention.backend
+        outs = [paged_decode(p.q[rows], p.gates[rows], cache, d, t.sizes, layer.scale, backend) for rows, d in t.decode]
+        for rows, part, far, near in t.prefill:
+            first = part.near_start * t.sizes.slc_block
+            read = (p.q[rows], p.gates[rows], cache, part.start, far, near, first, t.sizes, layer.scale)
+            outs.append(paged_prefill(*read, backend=backend))
+        return _joined(outs, p.q.new_empty(0, p.q.shape[1], p.v_slc.shape[-1]))
 
     def _store(self, layer: NativeSparseAttention, p: Projected, cache: PagedCache) -> None:
         t = self.tables
@@ -246,6 +245,11 @@ class _HostTables:
         for i, p in enumerate(self.parts[begin:]):
             found[f"far {i}"], found[f"near {i}"] = _ints(p.far), _ints(p.near)
         return found
+
+
+def _joined(outs: SequenceOf[Tensor], none: Tensor) -> Tensor:
+    """The rows of all parts; of one, as mostly, without a copy."""
+    return outs[0] if len(outs) == 1 else torch.cat([none, *outs])
 
 
 def _upload(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:

@@ -156,11 +156,11 @@ class NativeSparseAttention(nn.Module):
         """What the branches read, of ``[T, hidden]``."""
         m, tokens = self.model, len(x_TH)
         q = rotate(self.wq(x_TH).view(tokens, m.heads, m.head_dim), *rotation)
-        keys = self.wk(x_TH).view(tokens, BRANCHES * m.kv_heads, m.head_dim).split(m.kv_heads, dim=1)
+        k_cmp, others = self.wk(x_TH).view(tokens, BRANCHES, m.kv_heads, m.head_dim).split((1, BRANCHES - 1), dim=1)
+        k_slc, k_win = rotate(others.flatten(1, 2), *rotation).split(m.kv_heads, dim=1)
         values = self.wv(x_TH).view(tokens, BRANCHES * m.kv_heads, m.v_dim).split(m.kv_heads, dim=1)
-        k_slc, k_win = (rotate(k, *rotation) for k in keys[1:])
         gates = torch.sigmoid(self.gate_out(F.silu(self.gate_in(x_TH)))).view(tokens, m.heads, BRANCHES)
-        return Projected(q, keys[0], values[0], k_slc, values[1], k_win, values[2], gates)
+        return Projected(q, k_cmp[:, 0], values[0], k_slc, values[1], k_win, values[2], gates)
 
     def forward(self, x_TH: Tensor, context: Attending) -> Tensor:
         """``[T, hidden] -> [T, hidden]``."""
