@@ -19,7 +19,7 @@ UNUSED := /(tests?|testing|rllib|networkx|pip|setuptools|physics|lexers|fx_passe
 COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '$(UNUSED)' .venv/lib || true
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev train serve test test-all check lint types imports proto format clean
+.PHONY: help install dev train serve test test-all check lint types imports proto megablocks format clean
 .DELETE_ON_ERROR:
 
 help:  ## list what can be made
@@ -58,6 +58,22 @@ proto:  ## generate the gRPC code again, after a change of inference.proto
 	.venv-proto/bin/pip install --quiet grpcio-tools==1.66.2 'protobuf<5.28' 'setuptools<80'
 	.venv-proto/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. $(PROTO)
 	rm -rf .venv-proto
+
+# MegaBlocks pins an older torch, hence --no-deps, and is built for Hopper with this torch (CUDA's compiler is needed).
+# CUDA 13's cub has no `debug_synchronous` any more: it goes from the two calls that pass it on.
+NVCC_PIP := TORCH_CUDA_ARCH_LIST=9.0 $(PIP) --no-deps --no-build-isolation
+MEGABLOCKS := megablocks-0.10.0
+
+megablocks: .venv/installed  ## build MegaBlocks, for moe.backend = "megablocks" and its benchmark (on a CUDA machine)
+	@command -v nvcc > /dev/null && $(BIN)/python -c 'import torch; exit(torch.version.cuda is None)' || { echo \
+	  "make megablocks needs nvcc in PATH and a CUDA build of torch in .venv: see TORCH_INDEX in make help." >&2; exit 1; }
+	$(PIP) setuptools wheel ninja
+	$(NVCC_PIP) stanford-stk grouped_gemm
+	mkdir -p build
+	cd build && ../$(BIN)/python -m pip download --quiet --no-deps --no-build-isolation --no-binary :all: $(subst -,==,$(MEGABLOCKS))
+	tar -xzf build/$(MEGABLOCKS).tar.gz -C build
+	sed -i -z 's/,[[:space:]]*debug_synchronous));/));/g' build/$(MEGABLOCKS)/csrc/cumsum.h
+	$(NVCC_PIP) build/$(MEGABLOCKS)
 
 format: .venv/installed-dev  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .

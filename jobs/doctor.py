@@ -126,10 +126,12 @@ def _serving() -> Check:
 
 def _megablocks() -> Check:
     if find_spec("megablocks"):
+        if find_spec("grouped_gemm") is None:
+            return Check("megablocks", "warn", "without grouped_gemm", "on a CUDA machine: make megablocks")
         return Check("megablocks", "ok", version("megablocks"))
     why = (
         "optional, moe.backend = 'megablocks' alone needs it; no dependency, since its torch<2.7.1 excludes "
-        "torch>=2.11: build it with pip install --no-deps --no-build-isolation megablocks"
+        "torch>=2.11: on a machine with CUDA's compiler, make megablocks builds it"
     )
     return Check("megablocks", "warn", "not installed", why)
 

@@ -66,7 +66,9 @@ class MoETable(Table):
     router: Literal["softmax", "hash"] = "softmax"
     normalize_gates: bool = Field(default=False, description="divide the chosen gates by their sum (GShard)")
     shared: Literal["local", "dispatched"] = "local"
-    backend: Literal["auto", "torch", "triton", "megablocks"] = "auto"
+    backend: Literal["auto", "torch", "triton", "megablocks"] = Field(
+        default="auto", description="who computes the experts; auto: triton for bfloat16 on a GPU, else torch"
+    )
 
 
 class BalanceTable(Table):
@@ -233,12 +235,15 @@ def _check_model(recipe: Recipe) -> None:
 
 
 def _check_backends(recipe: Recipe) -> None:
-    if recipe.attention.backend == "triton" and recipe.parallel.device == "cpu":
+    cpu = recipe.parallel.device == "cpu"
+    if recipe.attention.backend == "triton" and cpu:
         raise ValueError(
             "attention.backend='triton' needs a GPU, and parallel.device='cpu': set attention.backend='auto'"
         )
-    if recipe.moe.backend not in ("auto", "torch"):
-        raise ValueError(f"moe.backend={recipe.moe.backend!r} is not there yet: set moe.backend to 'auto' or 'torch'")
+    if recipe.moe.backend in ("triton", "megablocks") and cpu:
+        raise ValueError(
+            f"moe.backend={recipe.moe.backend!r} needs a GPU, and parallel.device='cpu': set moe.backend='auto'"
+        )
 
 
 def _check_blocks(a: AttentionTable) -> None:

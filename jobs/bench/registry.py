@@ -17,6 +17,7 @@ BENCHMARKS = {
     "engine": ("shoal.jobs.bench.engine", "What batching brings to generation, and NSA beside full attention."),
     "serve": ("shoal.jobs.bench.serve", "Latencies and tokens/s of a server, under one load after another."),
     "nsa": ("shoal.jobs.bench.nsa", "NSA's kernels on a GPU, beside dense attention of cuDNN and FlashAttention-2."),
+    "moe": ("shoal.jobs.bench.moe", "A DeepSeekMoE layer on a GPU, beside cuBLAS products with the same FLOPs."),
     "cli": ("shoal.jobs.bench.cli", "Time that shoal --help takes."),
 }
 

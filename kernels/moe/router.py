@@ -47,14 +47,13 @@ def load_fractions(counts_N: Tensor) -> Tensor:
     return counts * (len(counts) / counts.sum().clamp(min=1.0))
 
 
-def balance_loss(
-    scores_TN: Tensor, fractions_N: Tensor, tokens: int, expert: float, device: float, groups: int
-) -> Tensor:
+def balance_loss(sums_N: Tensor, fractions_N: Tensor, tokens: int, expert: float, device: float, groups: int) -> Tensor:
     """Expert- and device-level balance losses (eq. 12-17): this rank's part of them, a scalar.
 
-    fractions: f over everything the losses are taken over; tokens: its number of tokens T. P is linear in the scores,
-    so the parts of all ranks and micro-batches add up to the loss. Device groups are equal runs of experts.
+    sums: of the scores over this rank's tokens. fractions: f over everything the losses are taken over; tokens: its
+    number of tokens T. P is linear in the scores, so the parts of all ranks and micro-batches add up to the loss.
+    Device groups are equal runs of experts.
     """
     mean_of_group = fractions_N.view(groups, -1).mean(-1, keepdim=True).expand(groups, len(fractions_N) // groups)
     weight = expert * fractions_N + device * mean_of_group.reshape(-1)
-    return (scores_TN.sum(0) * weight.to(scores_TN.dtype)).sum() / tokens
+    return (sums_N * weight.to(sums_N.dtype)).sum() / tokens

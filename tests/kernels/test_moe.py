@@ -66,7 +66,7 @@ def test_balance_losses_add_up_over_parts(tokens: int, groups: int, top_k: int, 
     scores = torch.softmax(torch.randn(tokens, 8, generator=gen, dtype=torch.float64), -1).requires_grad_()
     counts = torch.bincount(scores.topk(top_k).indices.flatten(), minlength=8)
     fractions = load_fractions(counts)
-    total = sum(balance_loss(s, fractions, tokens, 0.3, 0.7, groups) for s in scores.chunk(parts))
+    total = sum(balance_loss(s.sum(0), fractions, tokens, 0.3, 0.7, groups) for s in scores.chunk(parts))
     want = oracle.expert_balance(scores, counts, top_k, 0.3) + oracle.device_balance(scores, counts, top_k, 0.7, groups)
     torch.testing.assert_close(total, want, rtol=1e-12, atol=0)
     grads = [torch.autograd.grad(torch.as_tensor(x), scores, retain_graph=True)[0] for x in (total, want)]

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from shoal.kernels.moe import balance_loss, grouped_ffn, hash_route, load_fractions, route, swiglu_ffn
+from shoal.kernels.moe.backend import experts_backend
+from shoal.kernels.moe.gemms import Gemms
 from shoal.kernels.moe.router import Routing
 from shoal.workers.config import Recipe
 from shoal.workers.dispatch import Dispatcher
+from shoal.workers.errors import InvalidInput
 from shoal.workers.mesh import Mesh
 
 Stages = Generator[None, None, Tensor]
@@ -78,11 +81,15 @@ class MoE(nn.Module):
     Router and local shared experts live with the attention shard; routed and dispatched shared experts on expert ranks.
     """
 
-    def __init__(self, recipe: Recipe, mesh: Mesh, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, mesh: Mesh, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         moe, hidden = recipe.moe, recipe.model.hidden
         self.table, self.balance, self.mesh = moe, recipe.balance, mesh
         self.sent_shared = moe.shared_experts if moe.shared == "dispatched" else 0
+        self.products = _backend(moe.backend, device, dtype)
+        # All of the layer on this rank: no rows are exchanged, and they need not exist for the backward pass.
+        alone = mesh.dispatch.size == 1 and not self.sent_shared
+        self.whole = alone and moe.router == "softmax" and self.products.triton
         owners = mesh.placement.owners(moe.experts, self.sent_shared)
         self.dispatcher = Dispatcher(mesh.dispatch, owners, device)
         if mesh.hosts_attention:
@@ -104,6 +111,8 @@ class MoE(nn.Module):
 
     def stages(self, x_TH: Tensor, tokens_T: Tensor, load: MoELoad) -> Stages:
         """The same, with a pause while the results are on their way home."""
+        if self.whole:
+            return self._on_this_rank(x_TH, load)
         routing = self._route(x_TH, tokens_T)
         experts, gates = self._with_shared(routing)
         flight = self.dispatcher.start(x_TH, experts)
@@ -111,12 +120,24 @@ class MoE(nn.Module):
         rows, counts = flight.arrive()
         # a token of one request may leave a rank without rows, and a GPU's grouped products want some
         if self.mesh.hosts_experts and (len(rows) or torch.is_grad_enabled()):
-            rows = grouped_ffn(rows, counts, self.experts.gate_up, self.experts.down)
+            rows = grouped_ffn(rows, counts, self.experts.gate_up, self.experts.down, self.products)
         returned = flight.give_back(rows)
-        self._count(routing, flight.expert_counts()[: self.table.experts], load)
+        sums = None if routing.scores is None else routing.scores.sum(0)
+        self._count(sums, flight.expert_counts()[: self.table.experts], load)
         yield
         out = flight.combine(returned, gates)
         return out if local is None else out + local
+
+    def _on_this_rank(self, x: Tensor, load: MoELoad) -> Tensor:
+        """The layer in one piece."""
+        from shoal.kernels.moe.layer import moe_layer
+
+        shared = (self.shared.gate_up, self.shared.down) if hasattr(self, "shared") else None
+        weights = (self.centroids, self.experts.gate_up, self.experts.down)
+        normalize = self.table.normalize_gates
+        result = moe_layer(x, *weights, shared, self.table.top_k, normalize=normalize, kind=self.products)
+        self._count(result.sums, result.counts.long(), load)
+        return result.out
 
     def _route(self, x: Tensor, tokens: Tensor) -> Routing:
         moe = self.table
@@ -141,8 +162,8 @@ class MoE(nn.Module):
         parts = [swiglu_ffn(x, g, d) for g, d in zip(self.shared.gate_up, self.shared.down, strict=True)]
         return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
-    def _count(self, routing: Routing, counts: Tensor, load: MoELoad) -> None:
-        """Adds this layer's load and its part of the balance losses."""
+    def _count(self, sums: Tensor | None, counts: Tensor, load: MoELoad) -> None:
+        """Adds this layer's load and its part of the balance losses. sums: of the scores, if there are any."""
         if not load.balance:
             load.counts.append(counts)
             return
@@ -151,10 +172,17 @@ class MoE(nn.Module):
         layer = len(load.counts)
         load.counts.append(counts)
         b = self.balance
-        if routing.scores is None or not (b.expert or b.device):
+        if sums is None or not (b.expert or b.device):
             return
         fractions = load.fractions[layer] if load.fractions else load_fractions(counts)
-        load.losses.append(balance_loss(routing.scores, fractions, load.tokens, b.expert, b.device, b.device_groups))
+        load.losses.append(balance_loss(sums, fractions, load.tokens, b.expert, b.device, b.device_groups))
+
+
+def _backend(name: str, device: torch.device, dtype: torch.dtype) -> type[Gemms]:
+    try:
+        return experts_backend(name, device, dtype)
+    except ValueError as error:
+        raise InvalidInput(str(error)) from None
 
 
 def named_views(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, int | None]]:

@@ -49,7 +49,7 @@ class Block(nn.Module):
             self.ffn_norm = nn.RMSNorm(m.hidden, m.norm_eps)
             if dense:
                 self.ffn = DenseFFN(m.hidden, m.dense_hidden)
-        self.moe = None if dense else MoE(recipe, mesh, device)
+        self.moe = None if dense else MoE(recipe, mesh, device, compute_dtype(recipe, device))
 
     def forward(self, x_TH: Tensor, context: StepContext) -> Tensor:
         """``[T, hidden] -> [T, hidden]``."""

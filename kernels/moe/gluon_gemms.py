@@ -1,0 +1,70 @@
+"""The experts' products by the Gluon kernels, on Hopper; by PyTorch where those cannot be used."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from shoal.kernels.moe.gluon_common import supported
+from shoal.kernels.moe.gluon_outer import outer_products
+from shoal.kernels.moe.gluon_product import ACT, COLUMNS, PLAIN, ROWS, UP, product
+from shoal.kernels.moe.triton_gemms import TritonGemms
+from shoal.kernels.moe.triton_tiles import Tiles, tiles_of
+
+
+class GluonGemms(TritonGemms):
+    """Products with SwiGLU and its gradient in their epilogues. plain, outer: whether the others are ours too."""
+
+    plain, outer = True, True
+
+    def __init__(self, ends: Tensor | None) -> None:
+        super().__init__(ends)
+        self._tiles: Tiles | None = None
+
+    def tiles(self, rows: Tensor) -> Tiles:
+        """Of this division into groups; without groups all rows are one."""
+        if self._tiles is None:
+            ends = self.ends
+            if ends is None:
+                ends = torch.full((1,), len(rows), dtype=torch.int32, device=rows.device)
+            self._tiles = tiles_of(ends, len(rows), ROWS)
+        return self._tiles
+
+    def rows_by_weight(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """``[R, A], [E, A, B] -> [R, B]``: every row by its expert's weight; weights may be transposed views."""
+        if not self.plain or not len(rows) or not supported(rows, *weight.shape[-2:]):
+            return super().rows_by_weight(rows, weight)
+        out = rows.new_empty(len(rows), weight.shape[-1])
+        product(PLAIN, rows, weight, self.tiles(rows), out)
+        return out
+
+    def up(self, rows: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+        """``[R, H], [E, H, 2F]`` -> hidden ``[R, 2F]`` and its SwiGLU ``[R, F]``."""
+        double = gate_up.shape[-1]
+        if not len(rows) or not supported(rows, rows.shape[1], double // 2):
+            return super().up(rows, gate_up)
+        hidden, act = rows.new_empty(len(rows), double), rows.new_empty(len(rows), double // 2)
+        product(UP, rows, gate_up, self.tiles(rows), hidden, act)
+        return hidden, act
+
+    def act_backward(
+        self, grad: Tensor, down: Tensor, hidden: Tensor, gates: Tensor | None, order: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """From the gradient ``[R, H]`` of the unweighted results, as :func:`triton_rows.swiglu_backward`."""
+        if not len(grad) or not supported(grad, *down.shape[-2:]):
+            return super().act_backward(grad, down, hidden, gates, order)
+        rows, inner = len(grad), down.shape[-2]
+        d_hidden, act = torch.empty_like(hidden), hidden.new_empty(rows, inner)
+        parts = None
+        if gates is not None:
+            parts = torch.empty(triton.cdiv(inner, COLUMNS[ACT]), rows, dtype=torch.float32, device=grad.device)
+        weight = down.transpose(-1, -2)
+        product(ACT, grad, weight, self.tiles(grad), d_hidden, act, hidden, gates, order, parts)
+        return d_hidden, act, None if parts is None else parts.sum(0)
+
+    def rows_by_rows(self, left: Tensor, right: Tensor) -> Tensor:
+        """``[R, A], [R, B] -> [E, A, B]``: the outer products of each expert's rows, summed."""
+        if not self.outer or self.ends is None or not len(left) or not supported(left, left.shape[1], right.shape[1]):
+            return super().rows_by_rows(left, right)
+        return outer_products(left, right, self.ends)

@@ -1,0 +1,368 @@
+"""Grouped matrix products for Hopper, in Gluon, with SwiGLU and its gradient in their epilogues.
+
+A producer warp copies tiles of rows and weights with TMA; two warpgroups of consumers multiply 64 rows each by the same
+256 columns. Programs are persistent and take tiles in an order in which neighbours share rows and weights in L2.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from shoal.kernels.moe.gluon_common import descriptor, launch, split_columns
+from shoal.kernels.moe.triton_tiles import Tiles
+
+PLAIN, UP, ACT = 0, 1, 2
+"""What follows a product: nothing, SwiGLU, or SwiGLU's gradient."""
+
+ROWS, DEPTH = 128, 64
+COLUMNS = {PLAIN: 256, UP: 128, ACT: 128}
+"""Of a tile of the output; UP has as many gates and ups. ACT leaves room for hidden, which is on its way meanwhile."""
+
+SHAPES = {PLAIN: (3, 4), UP: (3, 3), ACT: (4, 6)}
+"""Depth of the rings, and a consumer's slots of 8 KiB, each of which a tile fills equally often.
+
+More slots are worth more than a deeper ring: what goes to memory need not be waited for before the next tile.
+"""
+
+GROUPS = {PLAIN: 8, UP: 8, ACT: 6}
+"""Tiles of rows that are taken with all columns before the next ones."""
+
+UNSPECIALIZED = ["order", "gates", "parts", "table", "count", "most", "rows"]
+
+
+def product(
+    mode: int,
+    rows: Tensor,
+    weight: Tensor,
+    tiles: Tiles,
+    out: Tensor,
+    act: Tensor | None = None,
+    hidden: Tensor | None = None,
+    gates: Tensor | None = None,
+    order: Tensor | None = None,
+    parts: Tensor | None = None,
+) -> None:
+    """weight: ``[E, K, N]`` or ``[K, N]``, either of its last dimensions contiguous."""
+    depth, width = weight.shape[-2:]
+    inner = width // 2 if mode == UP else width
+    by_column = weight.stride(-1) != 1  # each column's elements are neighbours
+    flat = (weight.transpose(-1, -2) if by_column else weight).reshape(-1, depth if by_column else width)
+    columns = COLUMNS[mode]
+    block = [columns, DEPTH] if by_column else [DEPTH, columns]
+    halves = 2 if mode != PLAIN else 1
+    act, hidden = out if act is None else act, out if hidden is None else hidden
+    stages, slots = SHAPES[mode]
+    planes = _planes(out, halves)
+    arguments = (
+        descriptor(rows, ROWS, DEPTH),
+        descriptor(flat, *block),
+        planes,
+        planes if act is out else _planes(act, 1),
+        planes if hidden is out else _planes(hidden, halves),
+        out,
+        act,
+        order if gates is not None else out,
+        gates if gates is not None else out,
+        parts if parts is not None else out,
+        tiles.table,
+        tiles.count,
+        tiles.most,
+        len(rows),
+    )
+    launch(
+        _gemm_kernel,
+        arguments,
+        K=depth,
+        N=inner,
+        MODE=mode,
+        BY_COLUMN=by_column,
+        GATES=gates is not None,
+        STAGES=stages,
+        SLOTS=slots,
+        GROUP=GROUPS[mode],
+    )
+
+
+def _planes(x: Tensor, halves: int) -> TensorDescriptor:
+    """``[R, halves · N]`` as ``[halves, R, N]``, so that a tile ends where its half does."""
+    return descriptor(x.view(len(x), halves, -1).transpose(0, 1), 1, 64, 64)
+
+
+@gluon.jit
+def _laps(count, N: gl.constexpr, BN: gl.constexpr):
+    """How many tiles this program takes: its own number's, and every one a grid further on."""
+    return gl.cdiv(gl.load(count) * gl.cdiv(N, BN) - gl.program_id(0), gl.num_programs(0))
+
+
+@gluon.jit
+def _tile(lap, table, count, most, N: gl.constexpr, BN: gl.constexpr, GROUP: gl.constexpr):
+    """Of this program's next tile: the first row, the end of its expert's rows, the expert, the tile's columns."""
+    PER: gl.constexpr = GROUP * ((N + BN - 1) // BN)
+    idx = gl.program_id(0) + lap * gl.num_programs(0)
+    first = idx // PER * GROUP
+    size = gl.minimum(gl.load(count) - first, GROUP)
+    m = first + idx % PER % size
+    row = gl.load(table + m)
+    end = gl.load(table + most + m)
+    expert = gl.load(table + 2 * most + m)
+    return row, end, expert, idx % PER // size
+
+
+@gluon.jit
+def _producer(a, b, a_ring, b_ring, full, empty, table, count, most, K, N, MODE, BY_COLUMN, STAGES, GROUP):
+    """Fill the rings with rows ``[128, 64]`` and weights ``[64, 256]``."""
+    BN: gl.constexpr = 256 if MODE == 0 else 128
+    DEPTH: gl.constexpr = 64
+    i = 0
+    for lap in range(_laps(count, N, BN)):
+        row, _, expert, n = _tile(lap, table, count, most, N, BN, GROUP)
+        for k in range(0, K, DEPTH):
+            slot = i % STAGES
+            mbarrier.wait(empty.index(slot), (i // STAGES & 1) ^ 1)
+            bar = full.index(slot)
+            mbarrier.expect(bar, a.block_type.nbytes + b.block_type.nbytes * (2 if MODE == 1 else 1))
+            tma.async_copy_global_to_shared(a, [row, k], bar, a_ring.index(slot))
+            if MODE == 1:
+                tma.async_copy_global_to_shared(b, [expert * K + k, n * BN], bar, b_ring.index(2 * slot))
+                tma.async_copy_global_to_shared(b, [expert * K + k, N + n * BN], bar, b_ring.index(2 * slot + 1))
+            elif BY_COLUMN:
+                tma.async_copy_global_to_shared(b, [expert * N + n * BN, k], bar, b_ring.index(slot))
+            else:
+                tma.async_copy_global_to_shared(b, [expert * K + k, n * BN], bar, b_ring.index(slot))
+            i += 1
+
+
+@gluon.jit
+def _put(x, slot, planes, at, pointer, row, column, end, stride, N: gl.constexpr, DIRECT: gl.constexpr):
+    """Write ``[64, 64]``: whole by TMA from a slot that is free, or directly the rows before ``end``."""
+    b_x = x.to(planes.dtype)
+    if DIRECT:
+        L: gl.constexpr = b_x.type.layout
+        r = row + gl.arange(0, 64, layout=gl.SliceLayout(1, L))
+        c = column + gl.arange(0, 64, layout=gl.SliceLayout(0, L))
+        target = pointer + at * N + r.to(gl.int64)[:, None] * stride + c[None, :]
+        gl.store(target, b_x, mask=(r[:, None] < end) & (c[None, :] < N))
+    else:
+        slot.reshape([64, 64]).store(b_x)
+        fence_async_shared()
+        tma.async_copy_shared_to_global(planes, [at, row, column], slot)
+
+
+@gluon.jit
+def _store(
+    x, slots, i: gl.constexpr, SLOTS: gl.constexpr, planes, at, pointer, row, column, end, stride, N: gl.constexpr
+):
+    """One of a series of writes that take the slots by turns; the whole series takes each of them equally often."""
+    if row + 64 <= end:
+        tma.store_wait(SLOTS - 1)
+        _put(x, slots.index(i % SLOTS), planes, at, pointer, row, column, end, stride, N, False)
+    else:
+        _put(x, slots.index(i % SLOTS), planes, at, pointer, row, column, end, stride, N, True)
+
+
+@gluon.jit
+def _epilogue_plain(acc, slots, SLOTS, out, out_ptr, row, end, column, N):
+    left, right = split_columns(acc)
+    q0, q1 = split_columns(left)
+    q2, q3 = split_columns(right)
+    _store(q0, slots, 0, SLOTS, out, 0, out_ptr, row, column, end, N, N)
+    _store(q1, slots, 1, SLOTS, out, 0, out_ptr, row, column + 64, end, N, N)
+    _store(q2, slots, 2, SLOTS, out, 0, out_ptr, row, column + 128, end, N, N)
+    _store(q3, slots, 3, SLOTS, out, 0, out_ptr, row, column + 192, end, N, N)
+
+
+@gluon.jit
+def _epilogue_up(acc, slots, SLOTS, out, act, out_ptr, act_ptr, row, end, column, N):
+    """hidden = [gate, up], and silu(gate) * up."""
+    gate, up = split_columns(acc)
+    g0, g1 = split_columns(gate)
+    u0, u1 = split_columns(up)
+    a0 = g0 / (1.0 + gl.exp(-g0)) * u0
+    a1 = g1 / (1.0 + gl.exp(-g1)) * u1
+    _store(g0, slots, 0, SLOTS, out, 0, out_ptr, row, column, end, 2 * N, N)
+    _store(u0, slots, 1, SLOTS, out, 1, out_ptr, row, column, end, 2 * N, N)
+    _store(a0, slots, 2, SLOTS, act, 0, act_ptr, row, column, end, N, N)
+    _store(g1, slots, 3, SLOTS, out, 0, out_ptr, row, column + 64, end, 2 * N, N)
+    _store(u1, slots, 4, SLOTS, out, 1, out_ptr, row, column + 64, end, 2 * N, N)
+    _store(a1, slots, 5, SLOTS, act, 0, act_ptr, row, column + 64, end, N, N)
+
+
+@gluon.jit
+def _fetch_hidden(hidden, slots, there, pair: gl.constexpr, row, column):
+    """Begin to copy the gates and ups ``[64, 64]`` of some columns to a pair of slots."""
+    mbarrier.expect(there.index(pair), 2 * hidden.block_type.nbytes)
+    tma.async_copy_global_to_shared(hidden, [0, row, column], there.index(pair), slots.index(2 * pair))
+    tma.async_copy_global_to_shared(hidden, [1, row, column], there.index(pair), slots.index(2 * pair + 1))
+
+
+@gluon.jit
+def _act_chunk(
+    d, weight, slots, there, phase, pair: gl.constexpr, out, act, out_ptr, act_ptr, row, end, column, N: gl.constexpr
+):
+    """SwiGLU's gradient of 64 columns, in place of their hidden. Returns their part of the weights' gradient."""
+    L: gl.constexpr = d.type.layout
+    mbarrier.wait(there.index(pair), phase)
+    gate = slots.index(2 * pair).reshape([64, 64]).load(L).to(gl.float32)
+    up = slots.index(2 * pair + 1).reshape([64, 64]).load(L).to(gl.float32)
+    sigmoid = 1.0 / (1.0 + gl.exp(-gate))
+    silu = gate * sigmoid
+    b_act = silu * up
+    part = gl.sum(b_act * d, 1)
+    w = gl.convert_layout(weight, gl.SliceLayout(1, L))[:, None]
+    d = d * w
+    d_gate = d * up * (sigmoid + silu * (1.0 - sigmoid))
+    d_up = d * silu
+    if row + 64 <= end:
+        _put(d_gate, slots.index(2 * pair), out, 0, out_ptr, row, column, end, 2 * N, N, False)
+        _put(d_up, slots.index(2 * pair + 1), out, 1, out_ptr, row, column, end, 2 * N, N, False)
+        _put(b_act * w, slots.index(4 + pair), act, 0, act_ptr, row, column, end, N, N, False)
+    else:
+        _put(d_gate, slots.index(2 * pair), out, 0, out_ptr, row, column, end, 2 * N, N, True)
+        _put(d_up, slots.index(2 * pair + 1), out, 1, out_ptr, row, column, end, 2 * N, N, True)
+        _put(b_act * w, slots.index(4 + pair), act, 0, act_ptr, row, column, end, N, N, True)
+    return part
+
+
+@gluon.jit
+def _epilogue_act(
+    acc, weight, slots, there, phase, out, act, out_ptr, act_ptr, parts, row, end, column, rows, N, GATES: gl.constexpr
+):
+    """d_hidden, the weighted activation, and the part of each row's weight's gradient that these columns have."""
+    d0, d1 = split_columns(acc)
+    total = _act_chunk(d0, weight, slots, there, phase, 0, out, act, out_ptr, act_ptr, row, end, column, N)
+    total += _act_chunk(d1, weight, slots, there, phase, 1, out, act, out_ptr, act_ptr, row, end, column + 64, N)
+    if GATES:
+        r = row + gl.arange(0, 64, layout=gl.SliceLayout(1, d0.type.layout))
+        gl.store(parts + (column // 128).to(gl.int64) * rows + r, total, mask=r < end)
+
+
+@gluon.jit
+def _consumer(
+    C, a_ring, b_ring, full, empty, slots, there, out, act, hidden, out_ptr, act_ptr, order, gates, parts, table, count,
+    most, rows, K, N, MODE, BY_COLUMN, GATES, STAGES, SLOTS, GROUP,
+):  # fmt: skip
+    """Multiply 64 rows of each tile, and do what follows."""
+    BN: gl.constexpr = 256 if MODE == 0 else 128
+    WIDE: gl.constexpr = 128 if MODE == 2 else 256
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 16])
+    # The hidden of a tile is asked for when what the tile before left in the slots has surely gone.
+    ASK: gl.constexpr = 128 if K > 128 else 0
+    i = 0
+    for lap in range(_laps(count, N, BN)):
+        first, end, _, n = _tile(lap, table, count, most, N, BN, GROUP)
+        row = first + C * 64
+        column = n * BN
+        weight = gl.full([64], 1.0, gl.float32, gl.SliceLayout(1, ACC))
+        if GATES:
+            r = row + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC))
+            weight = gl.load(gates + gl.load(order + r, mask=r < end, other=0))
+        acc = gl.zeros([64, WIDE], gl.float32, ACC)
+        for k in range(0, K, 64):
+            if MODE == 2:  # noqa: SIM102
+                if k == ASK:  # known at run time only
+                    tma.store_wait(0)
+                    gl.thread_barrier()
+                    _fetch_hidden(hidden, slots, there, 0, row, column)
+                    _fetch_hidden(hidden, slots, there, 1, row, column + 64)
+            slot = i % STAGES
+            mbarrier.wait(full.index(slot), i // STAGES & 1)
+            b = b_ring.index(slot)
+            if BY_COLUMN:
+                b = b.permute((1, 0))
+            acc = warpgroup_mma(a_ring.index(2 * slot + C), b, acc, is_async=True)
+            acc = warpgroup_mma_wait(1, [acc])
+            mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), pred=k > 0)
+            i += 1
+        acc = warpgroup_mma_wait(0, [acc])
+        mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES))
+        if MODE == 0:
+            _epilogue_plain(acc, slots, SLOTS, out, out_ptr, row, end, column, N)
+        elif MODE == 1:
+            _epilogue_up(acc, slots, SLOTS, out, act, out_ptr, act_ptr, row, end, column, N)
+        else:
+            _epilogue_act(
+                acc, weight, slots, there, lap & 1, out, act, out_ptr, act_ptr, parts, row, end, column, rows, N, GATES
+            )
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNSPECIALIZED)
+def _gemm_kernel(
+    a,
+    b,
+    out,
+    act,
+    hidden,
+    out_ptr,
+    act_ptr,
+    order,
+    gates,
+    parts,
+    table,
+    count,
+    most,
+    rows,
+    K: gl.constexpr,
+    N: gl.constexpr,
+    MODE: gl.constexpr,
+    BY_COLUMN: gl.constexpr,
+    GATES: gl.constexpr,
+    STAGES: gl.constexpr,
+    SLOTS: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    """``[R, K]`` by ``[E, K, N]``, or by ``[E, K, 2N]`` where SwiGLU follows."""
+    FIRST: gl.constexpr = 0
+    SECOND: gl.constexpr = 1
+    BUFFERS: gl.constexpr = STAGES * (2 if MODE == 1 else 1)
+    a_tma = gl.allocate_shared_memory(a.dtype, [STAGES, 128, 64], a.layout)
+    a_ring = a_tma._reinterpret(a.dtype, [2 * STAGES, 64, 64], a.layout)
+    b_tma = gl.allocate_shared_memory(b.dtype, [BUFFERS] + b.block_type.shape, b.layout)  # noqa: RUF005
+    b_ring = b_tma
+    if MODE == 1:
+        b_ring = b_tma._reinterpret(b.dtype, [STAGES, 64, 256], b.layout)
+    # Of each consumer: slots for what goes to memory, and where the gradient needs hidden, what comes from there.
+    slots_0 = gl.allocate_shared_memory(out.dtype, [SLOTS, 1, 64, 64], out.layout)
+    slots_1 = gl.allocate_shared_memory(out.dtype, [SLOTS, 1, 64, 64], out.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    there_0 = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    there_1 = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(STAGES):
+        mbarrier.init(full.index(s), count=1)
+        mbarrier.init(empty.index(s), count=2)
+    for s in gl.static_range(2):
+        mbarrier.init(there_0.index(s), count=1)
+        mbarrier.init(there_1.index(s), count=1)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (
+                _consumer,
+                (FIRST, a_ring, b_ring, full, empty, slots_0, there_0, out, act, hidden, out_ptr, act_ptr, order,
+                 gates, parts, table, count, most, rows, K, N, MODE, BY_COLUMN, GATES, STAGES, SLOTS, GROUP),
+            ),
+            (
+                _consumer,
+                (SECOND, a_ring, b_ring, full, empty, slots_1, there_1, out, act, hidden, out_ptr, act_ptr, order,
+                 gates, parts, table, count, most, rows, K, N, MODE, BY_COLUMN, GATES, STAGES, SLOTS, GROUP),
+            ),
+            (
+                _producer,
+                (a, b, a_tma, b_tma, full, empty, table, count, most, K, N, MODE, BY_COLUMN, STAGES, GROUP),
+            ),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip

@@ -1,0 +1,124 @@
+"""A whole DeepSeekMoE layer on one device, from tokens to output, that keeps little for its backward pass.
+
+Kept are the tokens, the output of the first GEMM of routed and shared experts, and the routing: rows are copied to
+their experts again, and activations computed again, when the backward pass needs them. No count is read by the host.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from shoal.kernels.moe import gemms as ffn
+from shoal.kernels.moe.gemms import Gemms
+from shoal.kernels.moe.triton_gemms import TritonGemms
+from shoal.kernels.moe.triton_route import Choice, choose, choose_backward
+from shoal.kernels.moe.triton_rows import combine, expand
+
+
+class MoEOutput(NamedTuple):
+    """out: ``[T, H]``, without the residual. counts: ``[N]`` int32, tokens of each expert. sums: ``[N]`` float32, of
+    the scores over tokens, with a gradient: what the balance losses are made of."""
+
+    out: Tensor
+    counts: Tensor
+    sums: Tensor
+
+
+def moe_layer(
+    x: Tensor,
+    centroids: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    shared: tuple[Tensor, Tensor] | None,
+    top_k: int,
+    *,
+    score: str = "softmax",
+    normalize: bool = False,
+    bias: Tensor | None = None,
+    kind: type[Gemms] = TritonGemms,
+) -> MoEOutput:
+    """DeepSeekMoE (eq. 9-11): shared experts for every token, and the ``top_k`` best routed ones, weighted.
+
+    x: ``[T, H]``, centroids: ``[N, H]``. gate_up: ``[N, H, 2F]`` (gate first), down: ``[N, F, H]``; shared: the same
+    of the shared experts, ``[S, H, 2F']`` and ``[S, F', H]``. score, normalize, bias: as in
+    :func:`shoal.kernels.moe.triton_route.choose`. All of one dtype; bias float32.
+    kind: who computes the experts' products.
+    """
+    shared_up, shared_down = shared or (None, None)
+    options = (top_k, score, normalize, kind)
+    return MoEOutput(*_MoELayer.apply(x, centroids, gate_up, down, shared_up, shared_down, bias, options))
+
+
+class _MoELayer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        centroids: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        shared_up: Tensor | None,
+        shared_down: Tensor | None,
+        bias: Tensor | None,
+        options: tuple[int, str, bool, type[Gemms]],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        top_k, score, normalize, kind = options
+        x, centroids = x.contiguous(), centroids.contiguous()
+        choice = choose(x, centroids, top_k, score=score, normalize=normalize, bias=bias)
+        ctx.products = kind(choice.ends)
+        hidden, results = ffn.forward(ctx.products, expand(x, choice.rows), gate_up, down)
+        shared_hidden = base = None
+        if shared_up is not None and shared_down is not None:
+            shared_hidden, base = ffn.forward(kind(None), x, side_by_side(shared_up), shared_down.flatten(0, 1))
+        out = combine(results, choice.rows, choice.gates, base)
+        ctx.save_for_backward(
+            x, centroids, gate_up, down, shared_up, shared_down, hidden, shared_hidden, *vars(choice).values()
+        )
+        ctx.options = options
+        ctx.mark_non_differentiable(choice.counts)
+        return out, choice.counts, choice.sums
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _of_counts: None, sum_grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, centroids, gate_up, down, shared_up, shared_down, hidden, shared_hidden, *tables = ctx.saved_tensors
+        _, score, normalize, kind = ctx.options
+        choice, grad = Choice(*tables), grad.contiguous()
+        d_rows, d_gate_up, d_down, d_gates = ffn.backward(
+            ctx.products,
+            expand(grad, choice.rows),
+            lambda: expand(x, choice.rows),
+            hidden,
+            gate_up,
+            down,
+            choice.gates,
+            choice.order,
+        )
+        assert d_gates is not None
+        d_logits = choose_backward(choice, d_gates, sum_grads, x.dtype, score=score, normalize=normalize)
+        base: Tensor | None = None
+        d_shared_up: Tensor | None = None
+        d_shared_down: Tensor | None = None
+        if shared_up is not None:
+            products = kind(None)
+            up, wide_down = side_by_side(shared_up), shared_down.flatten(0, 1)
+            base, d_up, d_wide_down, _ = ffn.backward(products, grad, lambda: x, shared_hidden, up, wide_down)
+            d_shared_up = apart(d_up, len(shared_up))
+            d_shared_down = d_wide_down.view_as(shared_down)
+        d_x = combine(d_rows, choice.rows, None, base, d_logits, centroids)
+        return d_x, d_logits.T @ x, d_gate_up, d_down, d_shared_up, d_shared_down, None, None
+
+
+def side_by_side(gate_up: Tensor) -> Tensor:
+    """``[S, H, 2F] -> [H, 2·S·F]``: S experts that every token uses are one, all gates first. A copy unless S is 1."""
+    count, hidden, double = gate_up.shape
+    return gate_up.view(count, hidden, 2, double // 2).permute(1, 2, 0, 3).reshape(hidden, count * double)
+
+
+def apart(gate_up: Tensor, count: int) -> Tensor:
+    """The inverse of :func:`side_by_side`."""
+    hidden, wide = gate_up.shape
+    half = wide // count // 2
+    return gate_up.view(hidden, 2, count, half).permute(2, 0, 1, 3).reshape(count, hidden, 2 * half)

@@ -1,0 +1,223 @@
+"""What moves rows to their experts and back, and the activation between the GEMMs, in Triton.
+
+Rows are copied and added up token by token: a token is read once and written K times, and a sum over its choices has
+one order. No atomics.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def expand(x: Tensor, rows: Tensor) -> Tensor:
+    """``[T, H] -> [T·K, H]``: row ``rows[t, k]`` is ``x[t]``. rows: ``[T, K]`` int32, every place once."""
+    tokens, top_k = rows.shape
+    hidden = x.shape[1]
+    out = x.new_empty(tokens * top_k, hidden)
+    if tokens:
+        grid, shape = _tiles(tokens, hidden, 4)
+        _expand_kernel[grid](x, rows, out, tokens, H=hidden, K=top_k, num_warps=4, **shape)
+    return out
+
+
+def combine(
+    results: Tensor,
+    rows: Tensor,
+    gates: Tensor | None = None,
+    base: Tensor | None = None,
+    logits: Tensor | None = None,
+    centroids: Tensor | None = None,
+) -> Tensor:
+    """``[T, H]``: for each token, base plus the sum of its K results in the order of its choices, in float32.
+
+    results: ``[T·K, H]``; rows: ``[T, K]`` int32, where a token's results stand. gates: ``[T, K]`` float32 weights (1
+    without). base: ``[T, H]``. logits, centroids: ``[T, N]`` and ``[N, H]`` of one dtype, whose product is added (the
+    router's part of a gradient).
+    """
+    tokens, top_k = rows.shape
+    hidden = results.shape[1]
+    out = results.new_empty(tokens, hidden)
+    if not tokens:
+        return out
+    experts = 0 if centroids is None else len(centroids)
+    grid, shape = _tiles(tokens, hidden, 4) if not experts else _tiles(tokens, hidden, 16, 128)
+    _combine_kernel[grid](
+        results,
+        rows,
+        results if gates is None else gates,
+        results if base is None else base,
+        results if logits is None else logits,
+        results if centroids is None else centroids,
+        out,
+        tokens,
+        H=hidden,
+        K=top_k,
+        N=experts,
+        NP=max(16, triton.next_power_of_2(experts)),
+        GATES=gates is not None,
+        BASE=base is not None,
+        PRECISION="ieee" if results.dtype == torch.float32 else "tf32",
+        num_warps=4,
+        **shape,
+    )
+    return out
+
+
+def swiglu(hidden: Tensor) -> Tensor:
+    """``[R, 2F] -> [R, F]``: silu of the first half times the second, computed in float32."""
+    rows, double = hidden.shape
+    out = hidden.new_empty(rows, double // 2)
+    if rows:
+        tile, width = 32, 128
+        grid = (triton.cdiv(rows, tile), triton.cdiv(double // 2, width))
+        _swiglu_kernel[grid](hidden, out, rows, F=double // 2, TILE=tile, BF=width, num_warps=4)
+    return out
+
+
+def swiglu_backward(
+    hidden: Tensor, d_act: Tensor, gates: Tensor | None = None, order: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Backward of :func:`swiglu` of rows that are weighted afterwards, with the activation computed again.
+
+    hidden: ``[R, 2F]``. d_act: ``[R, F]``, the gradient as if the weight were 1. gates: float32; the weight of row r is
+    ``gates.flatten()[order[r]]`` (order: ``[R]`` int32), 1 without. Returns the gradient of hidden ``[R, 2F]``, the
+    weighted activation ``[R, F]``, and with gates the gradient of each row's weight ``[R]`` float32.
+    """
+    rows, double = hidden.shape
+    d_hidden, act = torch.empty_like(hidden), torch.empty_like(d_act)
+    d_gates = None if gates is None else torch.empty(rows, dtype=torch.float32, device=hidden.device)
+    if rows:
+        tile, width = 16, 128
+        _swiglu_backward_kernel[(triton.cdiv(rows, tile),)](
+            hidden,
+            d_act,
+            hidden if gates is None else gates,
+            hidden if order is None else order,
+            d_hidden,
+            act,
+            hidden if d_gates is None else d_gates,
+            rows,
+            F=double // 2,
+            TILE=tile,
+            BF=width,
+            GATES=gates is not None,
+            num_warps=4,
+        )
+    return d_hidden, act, d_gates
+
+
+def _tiles(tokens: int, hidden: int, tile: int, width: int = 1024) -> tuple[tuple[int, int], dict[str, int]]:
+    width = min(width, triton.next_power_of_2(hidden))
+    return (triton.cdiv(tokens, tile), triton.cdiv(hidden, width)), {"TILE": tile, "BH": width}
+
+
+@triton.jit
+def _expand_kernel(x, rows, out, tokens, H: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, BH: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    h = tl.program_id(1) * BH + tl.arange(0, BH)
+    there = t < tokens
+    inside = there[:, None] & (h[None, :] < H)
+    b_x = tl.load(x + t[:, None] * H + h[None, :], mask=inside, other=0.0)
+    for k in tl.static_range(K):
+        row = tl.load(rows + t * K + k, mask=there, other=0).to(tl.int64)
+        tl.store(out + row[:, None] * H + h[None, :], b_x, mask=inside)
+
+
+@triton.jit
+def _combine_kernel(
+    results,
+    rows,
+    gates,
+    base,
+    logits,
+    centroids,
+    out,
+    tokens,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    GATES: tl.constexpr,
+    BASE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
+    BH: tl.constexpr,
+):
+    t = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    h = tl.program_id(1) * BH + tl.arange(0, BH)
+    there = t < tokens
+    inside = there[:, None] & (h[None, :] < H)
+    acc = tl.zeros([TILE, BH], tl.float32)
+    if BASE:
+        acc += tl.load(base + t[:, None] * H + h[None, :], mask=inside, other=0.0).to(tl.float32)
+    for k in tl.static_range(K):
+        row = tl.load(rows + t * K + k, mask=there, other=0).to(tl.int64)
+        b_row = tl.load(results + row[:, None] * H + h[None, :], mask=inside, other=0.0).to(tl.float32)
+        if GATES:
+            b_row *= tl.load(gates + t * K + k, mask=there, other=0.0)[:, None]
+        acc += b_row
+    if N:
+        e = tl.arange(0, NP)
+        b_l = tl.load(logits + t[:, None] * N + e[None, :], mask=there[:, None] & (e[None, :] < N), other=0.0)
+        b_c = tl.load(centroids + e[:, None] * H + h[None, :], mask=(e[:, None] < N) & (h[None, :] < H), other=0.0)
+        acc = tl.dot(b_l, b_c, acc, input_precision=PRECISION)
+    tl.store(out + t[:, None] * H + h[None, :], acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _swiglu_kernel(hidden, out, rows, F: tl.constexpr, TILE: tl.constexpr, BF: tl.constexpr):
+    r = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    f = tl.program_id(1) * BF + tl.arange(0, BF)
+    inside = (r[:, None] < rows) & (f[None, :] < F)
+    at = hidden + r[:, None] * (2 * F) + f[None, :]
+    gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(at + F, mask=inside, other=0.0).to(tl.float32)
+    act = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out + r[:, None] * F + f[None, :], act.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _swiglu_backward_kernel(
+    hidden,
+    d_act,
+    gates,
+    order,
+    d_hidden,
+    act,
+    d_gates,
+    rows,
+    F: tl.constexpr,
+    TILE: tl.constexpr,
+    BF: tl.constexpr,
+    GATES: tl.constexpr,
+):
+    r = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    there = r < rows
+    dtype = act.dtype.element_ty
+    weight = tl.zeros([TILE], tl.float32) + 1.0
+    if GATES:
+        weight = tl.load(gates + tl.load(order + r, mask=there, other=0), mask=there, other=0.0)
+    d_weight = tl.zeros([TILE], tl.float32)
+    for start in range(0, F, BF):
+        f = start + tl.arange(0, BF)
+        inside = there[:, None] & (f[None, :] < F)
+        at = r[:, None] * (2 * F) + f[None, :]
+        half = r[:, None] * F + f[None, :]
+        gate = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(hidden + at + F, mask=inside, other=0.0).to(tl.float32)
+        d = tl.load(d_act + half, mask=inside, other=0.0).to(tl.float32)
+        sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+        silu = gate * sigmoid
+        b_act = silu * up
+        if GATES:
+            d_weight += tl.sum(b_act * d, 1)
+        d *= weight[:, None]
+        tl.store(act + half, (b_act * weight[:, None]).to(dtype), mask=inside)
+        tl.store(d_hidden + at, (d * up * (sigmoid + silu * (1.0 - sigmoid))).to(dtype), mask=inside)
+        tl.store(d_hidden + at + F, (d * silu).to(dtype), mask=inside)
+    if GATES:
+        tl.store(d_gates + r, d_weight, mask=there)

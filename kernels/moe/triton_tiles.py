@@ -1,0 +1,58 @@
+"""Which rows each tile of a grouped product takes, worked out on the device."""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles of at most ``size`` rows, none with rows of two groups. table: ``[3, most]`` int32: of each tile its first
+    row, the end of its group's rows, and its group; undefined after the last. count: ``[1]`` int32, how many there are.
+    """
+
+    size: int
+    most: int
+    table: Tensor
+    count: Tensor
+
+
+def tiles_of(ends: Tensor, rows: int, size: int) -> Tiles:
+    """ends: ``[E]`` int32, where each group of the sorted ``rows`` ends."""
+    groups = len(ends)
+    most = rows // size + min(groups, rows)
+    table = torch.empty(3, most, dtype=torch.int32, device=ends.device)
+    count = torch.empty(1, dtype=torch.int32, device=ends.device)
+    _tiles_kernel[(groups,)](
+        ends, table, count, most, E=groups, EP=triton.next_power_of_2(groups), SIZE=size, CHUNK=128, num_warps=2
+    )
+    return Tiles(size, most, table, count)
+
+
+@triton.jit
+def _tiles_kernel(ends, table, count, most, E: tl.constexpr, EP: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr):
+    """Writes the tiles of one group."""
+    own = tl.program_id(0)
+    e = tl.arange(0, EP)
+    b_end = tl.load(ends + e, mask=e < E, other=0)
+    b_start = tl.load(ends + e - 1, mask=(e > 0) & (e < E), other=0)
+    tiles = tl.where(e < E, (b_end - b_start + SIZE - 1) // SIZE, 0)
+    first = tl.sum(tl.where(e < own, tiles, 0), 0)
+    number = tl.sum(tl.where(e == own, tiles, 0), 0)
+    start = tl.sum(tl.where(e == own, b_start, 0), 0)
+    end = tl.sum(tl.where(e == own, b_end, 0), 0)
+    for i in range(0, number, CHUNK):
+        at = i + tl.arange(0, CHUNK)
+        there = at < number
+        zeros = tl.zeros([CHUNK], tl.int32)
+        tl.store(table + first + at, start + at * SIZE, mask=there)
+        tl.store(table + most + first + at, zeros + end, mask=there)
+        tl.store(table + 2 * most + first + at, zeros + own, mask=there)
+    if own == 0:
+        tl.store(count, tl.sum(tiles, 0))

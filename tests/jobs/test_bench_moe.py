@@ -1,0 +1,58 @@
+"""What ``shoal bench moe`` compares and tells; the measuring itself needs a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shoal.jobs.bench import moe, moe_layers
+from shoal.jobs.bench.registry import Settings
+from shoal.kernels.moe import route
+from shoal.workers.errors import InvalidInput
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"HIDDEN": 64, "INNER": 24, "EXPERTS": 16}.items():
+        monkeypatch.setattr(moe_layers, name, value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    with pytest.raises(InvalidInput, match="needs a CUDA GPU"):
+        moe.run(Settings())
+
+
+def test_all_layers_compute_the_same() -> None:
+    p = moe_layers.problem(100, device="cpu")
+    ours, inputs = moe_layers.torch_layer(p)
+    up, down = moe_layers._wide(p)
+    plain = moe_layers._plain(p.x, p.centroids, p.gate_up, p.down, up, down)
+    assert (ours - plain).float().norm() < 2e-2 * plain.float().norm()
+    grads = moe_layers.both(moe_layers.torch_layer, p)
+    assert [g.shape for g in grads] == [t.shape for t in inputs]
+
+
+def test_a_skewed_problem_gives_one_expert_its_share_of_the_tokens() -> None:
+    p = moe_layers.problem(2000, skew=0.3, device="cpu")
+    experts = route(p.x, p.centroids, moe_layers.TOP_K).experts
+    share = (experts == 0).any(1).float().mean().item()
+    assert share == pytest.approx(0.3, abs=0.03)
+
+
+def test_the_flops_are_those_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """34.5 ms at 790 TFLOP/s for 65,536 tokens of DeepSeekMoE-16B, forward and backward."""
+    monkeypatch.undo()
+    assert moe_layers.flops(65536, "forward+backward") == pytest.approx(34.5e-3 * 790e12, rel=2e-3)
+
+
+def test_rows_compare_with_the_chain_and_with_the_limits() -> None:
+    ms = {(moe.CHAIN, phase): 10.0 for phase in moe.PHASES}
+    ms |= {(name, phase): 12.5 for name in ("triton", "triton, skewed") for phase in moe.PHASES}
+    rows = moe._tell(16384, ms, {"triton": 719.0})
+    layer, forward, kept, skewed = rows
+    assert (layer["ratio"], layer["target"], layer["baseline"]) == (0.8, 0.85, "cublas_chain")
+    assert "target" not in forward and forward["phase"] == "forward"
+    assert kept["ratio"] >= kept["target"] == 1.0
+    assert skewed["ratio"] == 1.0 and skewed["target"] == pytest.approx(1 / 1.15)
+    assert all(moe._line(row) for row in rows)

@@ -1,0 +1,207 @@
+"""The MoE layer in Triton, whole and in parts, against the equations in float64: interpreted, or in bf16 on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton_on_cpu
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from triton_on_cpu import DEVICE, ON_GPU, close, draw
+
+triton_on_cpu.prepare()
+
+from shoal.kernels.moe import gemms, oracle, triton_rows  # noqa: E402
+from shoal.kernels.moe.layer import apart, moe_layer, side_by_side  # noqa: E402
+from shoal.kernels.moe.triton_route import Choice, choose, choose_backward  # noqa: E402
+from shoal.kernels.moe.triton_tiles import tiles_of  # noqa: E402
+
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+
+
+def near(got: Tensor, want: Tensor, tolerance: float) -> None:
+    """Relative error of a whole tensor: one that passed several roundings on its way."""
+    assert got.shape == want.shape
+    assert not got.isnan().any(), "not every element was written"
+    assert (got.cpu().double() - want.cpu()).norm() <= tolerance * want.norm() + 1e-12
+
+
+def expect_choice(logits: Tensor, top_k: int, score: str, normalize: bool, bias: Tensor | None) -> tuple[Tensor, ...]:
+    """Scores, gates and experts, token by token, with gradients; of equals the lower expert."""
+    scores = torch.softmax(logits, -1) if score == "softmax" else torch.sigmoid(logits)
+    wanted = scores.detach() if bias is None else scores.detach() + bias
+    experts = torch.tensor(
+        [sorted(range(len(row)), key=lambda i: (-row[i], i))[:top_k] for row in wanted.tolist()]
+    ).view(len(logits), top_k)
+    gates = scores.gather(1, experts)
+    return scores, gates / gates.sum(1, keepdim=True) if normalize else gates, experts
+
+
+def check_sorted(choice: Choice, count: int) -> None:
+    """Rows are sorted by expert and then by token, and both tables say so."""
+    flat = choice.experts.flatten().long().cpu()
+    order = torch.argsort(flat, stable=True)
+    assert choice.order.tolist() == order.tolist()
+    assert choice.rows.flatten().tolist() == torch.argsort(order).tolist()
+    assert choice.counts.tolist() == torch.bincount(flat, minlength=count).tolist()
+    assert choice.ends.tolist() == choice.counts.cumsum(0).tolist()
+
+
+@settings(max_examples=12)
+@given(
+    tokens=st.sampled_from([0, 1, 5, 16, 37]),
+    count=st.integers(1, 20),
+    k=st.integers(1, 6),
+    score=st.sampled_from(["softmax", "sigmoid"]),
+    normalize=st.booleans(),
+    biased=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_choice_and_its_gradient(
+    tokens: int, count: int, k: int, score: str, normalize: bool, biased: bool, seed: int
+) -> None:
+    k = min(k, count)
+    # Logits on a coarse grid, exact in every dtype: there are ties, and none is decided by rounding.
+    logits = (draw(tokens, count, dtype=torch.float32, seed=seed) * 2).round() / 2
+    bias = draw(count, dtype=torch.float32, seed=seed + 1).round() / 4 if biased else None
+    choice = choose(logits, None, k, score=score, normalize=normalize, bias=bias)
+    exact = logits.cpu().double().requires_grad_()
+    wide = None if bias is None else bias.cpu()
+    # The choice is compared with one made of the kernel's own scores, which may tie where exact ones do not.
+    scores, gates, _ = expect_choice(exact, k, score, normalize, wide)
+    wanted = choice.scores.cpu() if wide is None else choice.scores.cpu() + wide
+    experts = torch.tensor([sorted(range(count), key=lambda i: (-row[i], i))[:k] for row in wanted.tolist()])
+    assert choice.experts.tolist() == experts.tolist()
+    gates = scores.gather(1, choice.experts.cpu().long())
+    gates = gates / gates.sum(1, keepdim=True) if normalize else gates
+    for got, want in [(choice.scores, scores), (choice.gates, gates), (choice.sums, scores.sum(0))]:
+        near(got, want.detach(), 1e-6)
+    check_sorted(choice, count)
+    d_gates, d_sums = draw(tokens, k, dtype=torch.float32, seed=3), draw(count, dtype=torch.float32, seed=4)
+    row_grads = torch.empty(tokens * k, device=DEVICE)
+    row_grads[choice.rows.flatten().long()] = d_gates.flatten()
+    got = choose_backward(choice, row_grads, d_sums, torch.float32, score=score, normalize=normalize)
+    total = (gates * d_gates.cpu()).sum() + (scores.sum(0) * d_sums.cpu()).sum()
+    near(got, torch.autograd.grad(total, exact)[0], 2e-6)
+
+
+def test_numbers_that_are_not_finite_choose_experts_that_exist() -> None:
+    logits = draw(40, 7, dtype=torch.float32, seed=0)
+    logits[3], logits[4, 2], logits[5, 1], logits[6] = torch.nan, torch.nan, torch.inf, -torch.inf
+    choice = choose(logits, None, 3, score="sigmoid")
+    assert all(len(set(row)) == 3 and min(row) >= 0 and max(row) < 7 for row in choice.experts.tolist())
+    check_sorted(choice, 7)
+    check_sorted(choose(logits, None, 3), 7)
+
+
+@pytest.mark.parametrize(("tokens", "count", "hidden"), [(70, 64, 200), (33, 6, 128)])
+def test_logits_are_those_of_float32(tokens: int, count: int, hidden: int) -> None:
+    x, centroids = draw(tokens, hidden, dtype=DTYPE, seed=1), draw(count, hidden, dtype=DTYPE, seed=2)
+    choice = choose(x, centroids, 4)
+    near(choice.scores, torch.softmax(x.cpu().double() @ centroids.cpu().double().T, -1), 1e-5)
+    check_sorted(choice, count)
+
+
+@pytest.mark.parametrize(("rows", "inner"), [(0, 16), (35, 24), (70, 200)])
+def test_swiglu_and_its_gradient(rows: int, inner: int) -> None:
+    hidden, d_act = draw(rows, 2 * inner, dtype=DTYPE, seed=1) * 2, draw(rows, inner, dtype=DTYPE, seed=2)
+    gates = draw(rows, dtype=torch.float32, seed=3)
+    order = torch.randperm(rows).to(DEVICE, torch.int32)
+    exact, d_exact = hidden.cpu().double().requires_grad_(), d_act.cpu().double()
+    act = torch.nn.functional.silu(exact[:, :inner]) * exact[:, inner:]
+    close(triton_rows.swiglu(hidden), act.detach(), DTYPE)
+    weights = gates.cpu().double()[order.cpu().long()].requires_grad_()
+    d_hidden, weighted, d_gates = triton_rows.swiglu_backward(hidden, d_act, gates, order)
+    want = torch.autograd.grad((act * weights[:, None] * d_exact).sum(), (exact, weights))
+    close(d_hidden, want[0], DTYPE)
+    close(weighted, (act * weights[:, None]).detach(), DTYPE)
+    assert d_gates is not None
+    close(d_gates, want[1], torch.float32)
+    for got, reference in zip(
+        triton_rows.swiglu_backward(hidden, d_act), gemms.swiglu_backward(exact.detach(), d_exact), strict=True
+    ):
+        if got is None or reference is None:
+            assert got is reference
+        else:
+            close(got, reference, DTYPE)
+
+
+def test_shared_experts_side_by_side_are_one() -> None:
+    weight = torch.randn(3, 5, 8)
+    wide = side_by_side(weight)
+    assert torch.equal(apart(wide, 3), weight)
+    assert torch.equal(wide[:, 4:8], weight[1, :, :4])
+    assert torch.equal(wide[:, 12:16], weight[0, :, 4:])
+
+
+@settings(max_examples=8)
+@given(
+    tokens=st.sampled_from([1, 9, 40]),
+    sizes=st.sampled_from([(16, 8, 5, 2), (40, 24, 8, 6), (136, 72, 3, 3)]),
+    shared=st.sampled_from([0, 1, 2]),
+    score=st.sampled_from(["softmax", "sigmoid"]),
+    normalize=st.booleans(),
+    one=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_layer_is_the_papers(
+    tokens: int, sizes: tuple[int, int, int, int], shared: int, score: str, normalize: bool, one: bool, seed: int
+) -> None:
+    """Output, counts, sums and all gradients; ``one``: every token's first choice is the last expert."""
+    hidden, inner, count, k = sizes
+    draws = [(tokens, hidden), (count, hidden), (count, hidden, 2 * inner), (count, inner, hidden)]
+    draws += [(shared, hidden, 2 * inner), (shared, inner, hidden)] if shared else []
+    inputs = [
+        draw(*s, dtype=torch.float32, seed=seed + i) * s[-2 if len(s) > 2 else -1] ** -0.5 for i, s in enumerate(draws)
+    ]
+    inputs[0] *= hidden**0.5
+    inputs = [t.to(DTYPE).requires_grad_() for t in inputs]
+    bias = torch.zeros(count, device=DEVICE)
+    bias[-1] = 5.0 * one
+    x, centroids, gate_up, down = inputs[:4]
+    both = (inputs[4], inputs[5]) if shared else None
+    out = moe_layer(x, centroids, gate_up, down, both, k, score=score, normalize=normalize, bias=bias)
+    exact = [t.detach().cpu().double().requires_grad_() for t in inputs]
+    scores, gates, experts = expect_choice(exact[0] @ exact[1].T, k, score, normalize, bias.cpu().double())
+    rows = []
+    for t, token in enumerate(exact[0]):
+        parts = [
+            g * oracle.ffn(token, exact[2][e], exact[3][e]) for g, e in zip(gates[t], experts[t].tolist(), strict=True)
+        ]
+        parts += [oracle.ffn(token, exact[4][s], exact[5][s]) for s in range(shared)]
+        rows.append(sum(parts, torch.zeros(hidden, dtype=torch.float64)))
+    want = torch.stack(rows)
+    tolerance = 1.5e-2 if ON_GPU else 3e-6  # bf16: four roundings on the way, 2e-3 to 4e-3 each
+    near(out.out, want.detach(), tolerance)
+    near(out.sums, scores.sum(0).detach(), 1e-5)
+    assert out.counts.tolist() == torch.bincount(experts.flatten(), minlength=count).tolist()
+    upstream, on_sums = draw(tokens, hidden, dtype=DTYPE, seed=1), draw(count, dtype=torch.float32, seed=2)
+    got = torch.autograd.grad((out.out, out.sums), inputs, (upstream, on_sums))
+    total = (want * upstream.cpu().double()).sum() + (scores.sum(0) * on_sums.cpu().double()).sum()
+    for grad, reference in zip(got, torch.autograd.grad(total, exact), strict=True):
+        near(grad, reference, 2 * tolerance)
+
+
+def test_no_tokens() -> None:
+    shapes = [(0, 16), (4, 16), (4, 16, 16), (4, 8, 16)]
+    x, centroids, gate_up, down = (draw(*s, dtype=DTYPE, seed=0).requires_grad_() for s in shapes)
+    out = moe_layer(x, centroids, gate_up, down, (gate_up, down), 2)
+    assert out.out.shape == (0, 16)
+    assert out.counts.tolist() == [0] * 4
+    for grad in torch.autograd.grad(out.out.sum() + out.sums.sum(), (x, centroids, gate_up, down)):
+        assert not grad.any()
+
+
+@pytest.mark.parametrize("counts", [[0], [7], [16, 0, 33, 1, 0], [0, 2200, 3]])
+def test_tiles_cover_each_row_once_and_no_two_groups(counts: list[int]) -> None:
+    size = 16
+    ends = torch.tensor(counts).cumsum(0, dtype=torch.int32)
+    tiles = tiles_of(ends.to(DEVICE), sum(counts), size)
+    want = [
+        (start, end, group)
+        for group, (end, count) in enumerate(zip(ends.tolist(), counts, strict=True))
+        for start in range(end - count, end, size)
+    ]
+    assert tiles.count.tolist() == [len(want)]
+    assert tiles.table[:, : len(want)].T.tolist() == [list(tile) for tile in want]

@@ -1,0 +1,81 @@
+"""The experts' backends: which one a recipe gets, and that the layer in one piece is the layer in parts."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+import triton_on_cpu
+from small import small_recipe
+from torch import Tensor
+from triton_on_cpu import DEVICE, ON_GPU
+
+triton_on_cpu.prepare()
+
+from shoal.kernels.moe.backend import experts_backend  # noqa: E402
+from shoal.kernels.moe.gemms import Gemms  # noqa: E402
+from shoal.kernels.moe.triton_gemms import TritonGemms  # noqa: E402
+from shoal.workers.config import Recipe  # noqa: E402
+from shoal.workers.errors import InvalidInput  # noqa: E402
+from shoal.workers.mesh import make_mesh  # noqa: E402
+from shoal.workers.model.feedforward import MoE, MoELoad  # noqa: E402
+from shoal.workers.placement import Placement  # noqa: E402
+
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+
+
+def layer_of(backend: str, **changes: Any) -> MoE:
+    """A layer with the same weights every time, whatever computes it."""
+    recipe = Recipe.model_validate(small_recipe(parallel__device="auto", balance__expert=0.1, **changes))
+    # The interpreter runs where the backend itself would be refused: it is put in afterwards.
+    name = backend if ON_GPU else "torch"
+    changed = recipe.model_copy(update={"moe": recipe.moe.model_copy(update={"backend": name})})
+    layer = MoE(changed, make_mesh(Placement.of(recipe)), torch.device(DEVICE), DTYPE).to(DEVICE, DTYPE)
+    if not ON_GPU and backend == "triton":
+        layer.products, layer.whole = TritonGemms, True
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return layer
+
+
+def outcome(layer: MoE, x: Tensor) -> list[Tensor]:
+    """Output, counts, balance loss and all gradients."""
+    x, load = x.clone().requires_grad_(), MoELoad(len(x))
+    out = layer(x, torch.zeros(len(x), dtype=torch.int64, device=x.device), load)
+    upstream = torch.linspace(-1, 1, out.numel(), device=x.device, dtype=x.dtype).view_as(out)
+    grads = torch.autograd.grad((out * upstream).sum() + load.losses[0], [x, *layer.parameters()])
+    return [out.detach(), load.counts[0], load.losses[0].detach(), *grads]
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("shared", [0, 2])
+def test_triton_agrees_with_torch(normalize: bool, shared: int) -> None:
+    changes = {"moe__normalize_gates": normalize, "moe__shared_experts": shared}
+    ours, theirs = layer_of("triton", **changes), layer_of("torch", **changes)
+    assert ours.whole and not theirs.whole
+    x = torch.randn(50, theirs.centroids.shape[1], generator=torch.Generator().manual_seed(2)).to(DEVICE, DTYPE)
+    for got, want in zip(outcome(ours, x), outcome(theirs, x), strict=True):
+        assert got.dtype == want.dtype
+        got, want = got.double(), want.double()
+        assert (got - want).norm() <= (2e-2 if ON_GPU else 3e-6) * want.norm()
+
+
+def test_auto_is_torch_without_a_gpu_and_where_it_is_not_bfloat16() -> None:
+    assert experts_backend("auto", torch.device("cpu"), torch.bfloat16) is Gemms
+    assert experts_backend("auto", torch.device("cuda"), torch.float32) is Gemms
+    assert experts_backend("torch", torch.device("cuda"), torch.bfloat16) is Gemms
+
+
+def test_what_a_machine_cannot_do_is_refused_with_a_remedy() -> None:
+    with pytest.raises(ValueError, match=r"moe\.backend='triton' needs bfloat16 on a GPU.*set it to 'auto'"):
+        experts_backend("triton", torch.device("cpu"), torch.float32)
+    with pytest.raises(ValueError, match=r"moe\.backend='triton' needs a GPU.*set moe\.backend='auto'"):
+        Recipe.model_validate(small_recipe(moe__backend="triton", parallel__device="cpu"))
+    if not find_spec("megablocks"):
+        recipe = Recipe.model_validate(small_recipe(moe__backend="megablocks", parallel__device="auto"))
+        with pytest.raises(InvalidInput, match="make megablocks"):
+            MoE(recipe, make_mesh(Placement.of(recipe)), torch.device("cpu"))
