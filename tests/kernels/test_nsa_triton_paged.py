@@ -107,15 +107,17 @@ def test_chunks_against_float64(
     position: int, count: int, sizes: BlockSizes, kv: int, group: int, dims: tuple[int, int]
 ) -> None:
     """Queries that begin anywhere in their sequence, before its first compressed row too, and end anywhere."""
-    q, gates, cache, pages = chunk(position, count, sizes, kv, group, dims, torch.float32)
+    q, gates, cache, (far, near, first) = chunk(position, count, sizes, kv, group, dims, torch.float32)
     wide = PagedCache(*(getattr(cache, f.name).cpu().double() for f in fields(cache)))
-    host = (position, *(x.cpu() if isinstance(x, Tensor) else x for x in pages))
-    want = paged_prefill(q.cpu().double(), gates.cpu().double(), wide, *host, sizes, 0.4)
+    exact_q, exact_gates = q.cpu().double(), gates.cpu().double()
+    want = paged_prefill(exact_q, exact_gates, wide, position, far.cpu(), near.cpu(), first, sizes, 0.4)
     span = SpanTuning(rows=16, keys=16)
     for direct in (0, 2):
         gather = Tuning(chunk=7, rows=16, steps=2, direct=direct)
         tuning = ForwardTuning(span, span, ChooseTuning(chunk=5, rows=16, blocks=16), gather)
-        close(triton_paged_prefill(q, gates, cache, position, *pages, sizes, 0.4, tuning), want, torch.float32)
+        close(
+            triton_paged_prefill(q, gates, cache, position, far, near, first, sizes, 0.4, tuning), want, torch.float32
+        )
 
 
 def test_no_queries() -> None:
