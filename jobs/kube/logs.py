@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from shoal.jobs.kube.api import FIRST_PAUSE, Cluster, Object, Unreachable
@@ -111,7 +111,7 @@ def logs(
         source = _source(cluster, job)
         if source and source.pod not in shown:
             shown.add(source.pod)
-            _read(cluster, source, write, follow, tail)
+            _read(cluster, source, write, follow, tail, partial(_superseded, cluster, name, source))
             tail = None
         job = find_job(cluster, name)
         status = summarize(job)
@@ -147,24 +147,38 @@ def _source(cluster: Cluster, job: Object) -> Source | None:
     return Source(pod["metadata"]["name"], SUBMITTER if SUBMITTER in names else names[0])
 
 
+def _superseded(cluster: Cluster, name: str, source: Source) -> bool:
+    """Whether the job was begun again since, so that the log goes on elsewhere."""
+    newest = _source(cluster, find_job(cluster, name))
+    return newest is not None and newest.pod != source.pod
+
+
 def _started(pod: Object) -> bool:
     """Whether one of its containers has run: a pod that waits for its image has no log."""
     states = [each.get("state") or {} for each in (pod.get("status") or {}).get("containerStatuses") or []]
     return any("running" in state or "terminated" in state for state in states)
 
 
-def _read(cluster: Cluster, source: Source, write: Callable[[bytes], object], follow: bool, tail: int | None) -> None:
-    """Writes the log of one container, to its end with ``follow``."""
+def _read(
+    cluster: Cluster,
+    source: Source,
+    write: Callable[[bytes], object],
+    follow: bool,
+    tail: int | None,
+    superseded: Callable[[], bool],
+) -> None:
+    """Writes the log of one container, with ``follow`` to its end or until another one has taken its place."""
     cursor, away, pause = Cursor(), None, FIRST_PAUSE
     while True:
         try:
-            ended = not follow or _ended(cluster, source)
+            ended = not follow or _ended(cluster, source) or superseded()
             for line in _stream(cluster, source, cursor, follow and not ended, tail):
                 away, pause = None, FIRST_PAUSE
                 write(line)
             if ended:  # what was asked for after its end holds all of it
                 return
             away = None
+            time.sleep(FIRST_PAUSE)  # the stream of a container that goes on may end too
         except NotFound:  # the pod is gone, and its log with it
             return
         except Unreachable as error:

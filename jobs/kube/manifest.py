@@ -31,7 +31,8 @@ CODE = "/etc/shoal/code"
 STOPPING = 90  # seconds that a job told to stop has to save
 SUBMITTER_RETRIES = 3  # of the pod that hands the job to Ray and follows its log; it does not begin the job again
 SERVICE = "shoal.jobs.serve.deployed:application"
-HTTP_PORT, GRPC_PORT = 8000, 9000
+PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10001, "metrics": 8080}
+SERVE_PORTS = {"serve": 8000, "grpc": 9000}
 
 
 def render(work: Work, options: JobOptions) -> list[Object]:
@@ -157,13 +158,8 @@ def _cluster(work: Work, options: JobOptions, size: Sizes, name: str, has_code: 
     if head_memory <= shm:
         raise InvalidInput(f"--head-memory {options.head_memory} does not fit: Ray alone needs 4Gi, so raise it")
     head = _template(work, options, name, has_code, "ray-head", options.head_cpus, head_memory, shm)
-    head["spec"]["containers"][0]["ports"] = [
-        {"name": "gcs-server", "containerPort": 6379},
-        {"name": "dashboard", "containerPort": 8265},
-        {"name": "client", "containerPort": 10001},
-        {"name": "metrics", "containerPort": 8080},
-        *([{"name": "serve", "containerPort": HTTP_PORT}] if work.kind == "serve" else []),
-    ]
+    ports = PORTS | (SERVE_PORTS if work.kind == "serve" else {})
+    head["spec"]["containers"][0]["ports"] = [{"name": key, "containerPort": port} for key, port in ports.items()]
     store = str(OBJECT_STORE)
     cluster: Object = {
         "rayVersion": options.ray_version or _ray_here(),
@@ -258,7 +254,7 @@ def _serve_config(work: Work, environment: Object) -> str:
     application |= {"runtime_env": environment} if environment else {}
     config = {
         "proxy_location": "HeadOnly",
-        "http_options": {"host": "0.0.0.0", "port": HTTP_PORT},
+        "http_options": {"host": "0.0.0.0", "port": SERVE_PORTS["serve"]},
         "applications": [application],
     }
     return str(yaml.safe_dump(config, sort_keys=False))

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from job_request import job_manifest
 from kube_kubelet import Kubelet, Log, make_pod, set_pod
-from kube_server import ApiServer, missing
+from kube_server import ApiServer
 
 from shoal.jobs.cli.main import main
 from shoal.jobs.kube import api
@@ -31,17 +31,10 @@ from shoal.workers.errors import ClusterRefused, NotFound
 CPU = ("--recipe", "tiny", "--gpus-per-node", "0", "--volume", "runs:/mnt/shoal")
 LINES = 30_000
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
-
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
-    found = ApiServer(tmp_path_factory.mktemp("kube"))
-    try:
-        found.install_crds()
-        yield found
-    finally:
-        found.close()
+def server(api_server: ApiServer) -> ApiServer:
+    return api_server
 
 
 @pytest.fixture(scope="module")
