@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import threading
 import time
@@ -17,6 +18,7 @@ import yaml
 from job_request import job_manifest
 from kube_kubelet import Kubelet, Log, make_pod, set_pod
 from kube_server import ApiServer
+from shell import started
 
 from shoal.jobs.cli.main import main
 from shoal.jobs.kube import api
@@ -241,6 +243,11 @@ def test_a_job_that_never_ran_has_a_code_of_ours(server: ApiServer, shoal: Shell
         status = {"jobDeploymentStatus": "Failed", "reason": reason, "message": "why"}
         server.patch_status("rayjobs", cluster.namespace, name, status)
         assert shoal("wait", name)[0] == code
+    made(cluster, "refused")
+    status = {"jobDeploymentStatus": "ValidationFailed", "reason": "ValidationFailed", "message": "the rules"}
+    server.patch_status("rayjobs", cluster.namespace, "refused", status)
+    code, out, _ = shoal("wait", "refused")
+    assert code == 4 and "refused refused, exit code 4: the rules" in out
     made(cluster, "never")
     code, _, err = shoal("wait", "never", "--timeout", "0.5")
     assert code == 124 and "never has not ended in the time given" in err
@@ -394,7 +401,9 @@ def test_a_log_that_has_ended_is_printed_from_any_line(
     assert shoal("logs", "second", "-f")[1] == "".join(f"line {index}\n" for index in range(5))
 
 
-def test_the_dashboard_is_reached_through_the_api_server(server: ApiServer, kubelet: Kubelet, cluster: Cluster) -> None:
+def test_the_dashboard_is_reached_through_the_api_server(
+    server: ApiServer, kubelet: Kubelet, cluster: Cluster, tmp_path: Path
+) -> None:
     class Hello(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
@@ -421,6 +430,15 @@ def test_the_dashboard_is_reached_through_the_api_server(server: ApiServer, kube
             forwarded(cluster, "head", 8265, port),
         ):
             pass
+    command = ("job", "dashboard", "first", "--no-browser", "--port", "0", "--namespace", cluster.namespace)
+    with started(*command, cwd=tmp_path, KUBECONFIG=str(server.kubeconfig)) as process:
+        assert process.stdout
+        address, token = process.stdout.readline().split()[1], process.stdout.readline()
+        assert "get secret -n" in token
+        with urllib.request.urlopen(address, timeout=30) as answer:
+            assert answer.read() == b"hello " * 20_000
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
     web.shutdown()
 
 

@@ -65,6 +65,17 @@ def test_a_job_that_exits_7_makes_waiting_exit_7(place: dict[str, Any], tmp_path
     assert "two words" in job(place, "logs", "seven").stdout.splitlines()
 
 
+def test_the_log_of_a_job_without_a_submitter_is_rays(place: dict[str, Any], tmp_path: Path) -> None:
+    patch = tmp_path / "patch.yaml"
+    patch.write_text("spec:\n  entrypoint: bash -c 'for i in 1 2 3; do echo line $i; sleep 0.5; done'\n")
+    result = job(place, *train(place, "http", "--patch", str(patch), "--submission-mode", "HTTPMode"))
+    assert result.returncode == 0, result.stderr
+    assert job(place, "wait", "http", "--timeout", "240").returncode == 0
+    lines = job(place, "logs", "-f", "http").stdout.splitlines()
+    assert [line for line in lines if line.startswith("line")] == ["line 1", "line 2", "line 3"]
+    assert job(place, "logs", "http", "--tail", "1").stdout == "line 3\n"
+
+
 def test_a_job_is_preempted_cancelled_and_resubmitted_and_trains_to_its_end(place: dict[str, Any]) -> None:
     folder: Path = place["folder"]
     run, config = folder / "runs" / "first", str(place["server"].kubeconfig)

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
-from job_mutations import Edit, Operator, edited, job_edits, service_edits
+from hypothesis import strategies as st
+from job_mutations import ENV, NAMES, REMOVED, VERSIONS, Edit, Operator, edited, job_edits, service_edits
 from job_request import job_manifest, service_manifest
 
 from shoal.jobs.kube.check import check_manifest
@@ -79,6 +80,40 @@ def test_the_operator_refuses_no_manifest_that_is_let_through(kind: str, operato
         assert operator.refusal(manifest) == "" or refusal(manifest)
 
     no_refusal()
+
+
+requests = st.fixed_dictionaries(
+    {},
+    optional={
+        "name": st.one_of(st.sampled_from(NAMES), st.text(max_size=50)),
+        "ray_version": st.sampled_from([each for each in VERSIONS if each != REMOVED]),
+        "submission_mode": st.sampled_from(["K8sJobMode", "HTTPMode", "SidecarMode"]),
+        "suspend": st.booleans(),
+        "ttl": st.sampled_from([-1, 0, 60]),
+        "retries": st.sampled_from([-1, 0, 3]),
+        "deadline": st.sampled_from([0, 1, 60]),
+        "auth": st.sampled_from(["token", "off"]),
+        "auth_secret": st.sampled_from(["secret", "Not A Name"]),
+        "nodes": st.sampled_from([0, 1, 4]),
+        "label": st.lists(st.sampled_from(["a=b", "a=b c", "a b=c", "x/y=", "=b"]), max_size=2),
+        "env": st.lists(st.sampled_from([f"{name}=1" for name in ENV]), max_size=2),
+        "queue": st.sampled_from(["team-a", "Team A"]),
+        "service_account": st.sampled_from(["trainer", "-"]),
+    },
+)
+
+
+def test_the_operator_takes_every_request_that_is_rendered(operator: Operator) -> None:
+    @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(options=requests)
+    def taken(options: dict[str, Any]) -> None:
+        try:
+            manifest = job_manifest(**options)
+        except InvalidInput:
+            return
+        assert operator.refusal(manifest) == ""
+
+    taken()
 
 
 def record(program: str, count: int) -> None:
