@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 import threading
 import time
 import urllib.request
@@ -15,12 +14,12 @@ from typing import Any
 
 import pytest
 import yaml
+from called import called
 from job_request import job_manifest
 from kube_kubelet import Kubelet, Log, make_pod, set_pod
 from kube_server import ApiServer
 from shell import started
 
-from shoal.jobs.cli.main import main
 from shoal.jobs.kube import api
 from shoal.jobs.kube.api import Cluster
 from shoal.jobs.kube.ending import wait
@@ -64,14 +63,7 @@ def shoal(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
 
     def run(*arguments: str, namespace: bool = True) -> tuple[int, str, str]:
         where = ["--namespace", cluster.namespace] if namespace else []
-        monkeypatch.setattr(sys, "argv", ["shoal", "job", *arguments, *where])
-        capfd.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return (code, *capfd.readouterr())
+        return called(monkeypatch, capfd, "job", *arguments, *where)
 
     return run
 

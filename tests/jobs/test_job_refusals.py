@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from called import called
 from job_request import job_manifest
-from shell import shoal
 
 from shoal.workers.errors import InvalidInput
 
 VOLUME = ("--volume", "runs:/mnt")
 RULES = "[{policy: DeleteSelf, condition: {jobStatus: FAILED}}]"
+
+
+Shell = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Shell:
+    """``shoal ARGUMENTS`` in an empty folder that is also the home."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("SHOAL_PROFILES", raising=False)
+    return partial(called, monkeypatch, capfd)
 
 
 @pytest.mark.parametrize(
@@ -39,12 +53,12 @@ RULES = "[{policy: DeleteSelf, condition: {jobStatus: FAILED}}]"
     ],
 )
 def test_a_command_line_is_refused_in_one_sentence(
-    arguments: tuple[str, ...], code: int, says: str, tmp_path: Path
+    arguments: tuple[str, ...], code: int, says: str, here: Shell
 ) -> None:
-    result = shoal("job", "render", *arguments, cwd=tmp_path, HOME=str(tmp_path))
-    assert (result.returncode, result.stdout) == (code, ""), result.stderr
-    assert says in result.stderr
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    found, out, err = here("job", "render", *arguments)
+    assert (found, out) == (code, ""), err
+    assert says in err
+    assert err.startswith("error: ") and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -97,7 +111,7 @@ def test_gpus_that_no_rank_would_use_are_refused() -> None:
         ("[default\n", "cannot be read"),
     ],
 )
-def test_a_profile_that_says_nonsense_is_refused_with_its_place(text: str, says: str, tmp_path: Path) -> None:
-    (tmp_path / "shoal-jobs.toml").write_text(text)
-    result = shoal("job", "render", "train", *VOLUME, cwd=tmp_path)
-    assert result.returncode == 3 and says in result.stderr, result.stderr
+def test_a_profile_that_says_nonsense_is_refused_with_its_place(text: str, says: str, here: Shell) -> None:
+    Path("shoal-jobs.toml").write_text(text)
+    code, _, err = here("job", "render", "train", *VOLUME)
+    assert code == 3 and says in err

@@ -10,11 +10,14 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from called import called
 from job_request import job_manifest, service_manifest
 from shell import shoal
 
@@ -26,6 +29,17 @@ from shoal.workers.errors import InvalidInput
 
 CPU = ("--gpus-per-node", "0", "--volume", "runs:/mnt/shoal")
 GPU = ("--gpus-per-node", "8", "--volume", "runs:/mnt/shoal")
+
+
+Shell = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Shell:
+    """``shoal ARGUMENTS`` in the test's folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SHOAL_PROFILES", raising=False)
+    return partial(called, monkeypatch, capfd)
 
 
 def cluster_of(manifest: dict[str, Any]) -> Any:
@@ -64,10 +78,10 @@ def test_a_training_job_asks_for_its_nodes_and_gives_each_rank_a_gpu(tmp_path: P
     assert {"name": "recipe", "mountPath": "/etc/shoal/recipe", "readOnly": True} in box["volumeMounts"]
 
 
-def test_json_and_yaml_say_the_same(tmp_path: Path) -> None:
+def test_json_and_yaml_say_the_same(here: Shell) -> None:
     arguments = ("job", "render", "train", "--recipe", "tiny", *CPU, "--name", "first")
-    as_yaml, as_json = shoal(*arguments, cwd=tmp_path), shoal(*arguments, "-o", "json", cwd=tmp_path)
-    assert yaml.safe_load(as_yaml.stdout) == json.loads(as_json.stdout) == job_manifest()
+    as_yaml, as_json = here(*arguments), here(*arguments, "-o", "json")
+    assert yaml.safe_load(as_yaml[1]) == json.loads(as_json[1]) == job_manifest()
 
 
 def test_rendering_imports_neither_torch_nor_ray_nor_a_client() -> None:
@@ -125,18 +139,18 @@ def test_volumes_and_shm_are_mounted_where_ranks_stand() -> None:
         assert {each["name"] for each in mounted.values()} == set(declared)
 
 
-def test_evaluation_and_one_process_generation_stand_on_a_worker(tmp_path: Path) -> None:
+def test_evaluation_and_one_process_generation_stand_on_a_worker(here: Shell) -> None:
     gpu = ("--volume", "runs:/mnt")
-    evaluation = yaml.safe_load(shoal("job", "render", "evaluate", "first", *gpu, cwd=tmp_path).stdout)
+    evaluation = yaml.safe_load(here("job", "render", "evaluate", "first", *gpu)[1])
     assert evaluation["spec"]["entrypointNumGpus"] == 1
     assert evaluation["spec"]["entrypoint"] == "shoal evaluate first --runs-dir /mnt/runs -o json"
     files = ("--input", "/mnt/in.jsonl", "--output", "/mnt/out put.parquet")
-    alone = yaml.safe_load(shoal("job", "render", "generate", "first", *files, *gpu, cwd=tmp_path).stdout)
+    alone = yaml.safe_load(here("job", "render", "generate", "first", *files, *gpu)[1])
     assert alone["spec"]["entrypointNumGpus"] == 1
     words = shlex.split(alone["spec"]["entrypoint"])  # as the pod's shell does
     assert words[words.index("--output") + 1] == "/mnt/out put.parquet"
-    many = shoal("job", "render", "generate", "first", *files, *gpu, "--gpus-per-node", "4", cwd=tmp_path)
-    spec = yaml.safe_load(many.stdout)["spec"]
+    many = here("job", "render", "generate", "first", *files, *gpu, "--gpus-per-node", "4")
+    spec = yaml.safe_load(many[1])["spec"]
     assert "entrypointNumGpus" not in spec and "--workers 4" in spec["entrypoint"]
 
 
@@ -151,33 +165,32 @@ def test_a_service_is_one_application_of_serve_behind_a_token() -> None:
     assert token in head["env"]
 
 
-def test_local_code_travels_in_a_config_map(tmp_path: Path) -> None:
+def test_local_code_travels_in_a_config_map(tmp_path: Path, here: Shell) -> None:
     (tmp_path / "code" / "pkg").mkdir(parents=True)
     (tmp_path / "code" / "pkg" / "a.py").write_text("x = 1\n")
     (tmp_path / "code" / ".git").mkdir()
     (tmp_path / "code" / ".git" / "HEAD").write_text("no")
     (tmp_path / "code" / "loop").symlink_to(tmp_path / "code")
     arguments = ("job", "render", "train", "--recipe", "tiny", *CPU, "--name", "first", "--working-dir", "code")
-    result = shoal(*arguments, cwd=tmp_path)
-    config, job = yaml.safe_load_all(result.stdout)
+    out = here(*arguments)[1]
+    config, job = yaml.safe_load_all(out)
     assert config["kind"] == "ConfigMap" and config["metadata"]["name"] == "first-code"
     data = base64.b64decode(config["binaryData"]["code.zip"])
     assert zipfile.ZipFile(io.BytesIO(data)).namelist() == ["pkg/a.py"]
     assert yaml.safe_load(job["spec"]["runtimeEnvYAML"]) == {"working_dir": "file:///etc/shoal/code/code.zip"}
     for pod in pods_of(job)[:2]:
         assert {"name": "code", "configMap": {"name": "first-code"}} in pod["volumes"]
-    assert result.stdout == shoal(*arguments, cwd=tmp_path).stdout, "the same code gives the same bytes"
+    assert out == here(*arguments)[1], "the same code gives the same bytes"
 
 
-def test_a_profile_stands_below_the_command_line(tmp_path: Path) -> None:
+def test_a_profile_stands_below_the_command_line(tmp_path: Path, here: Shell) -> None:
     (tmp_path / "shoal-jobs.toml").write_text(
         'default = { image = "team:1", volume = ["runs:/mnt"], gpus-per-node = 0 }\n'
         '[big]\nimage = "team:2"\nvolume = ["runs:/mnt"]\ngpus_per_node = 0\nnodes = 4\nenv = ["A=1"]\n'
     )
     render = ("job", "render", "train", "--recipe", "tiny", "--name", "first")
-    assert pods_of(yaml.safe_load(shoal(*render, cwd=tmp_path).stdout))[0]["containers"][0]["image"] == "team:1"
-    result = shoal(*render, "--profile", "big", "--nodes", "3", "--env", "B=2", cwd=tmp_path)
-    manifest = yaml.safe_load(result.stdout)
+    assert pods_of(yaml.safe_load(here(*render)[1]))[0]["containers"][0]["image"] == "team:1"
+    manifest = yaml.safe_load(here(*render, "--profile", "big", "--nodes", "3", "--env", "B=2")[1])
     box = pods_of(manifest)[0]["containers"][0]
     assert box["image"] == "team:2" and cluster_of(manifest)["workerGroupSpecs"][0]["replicas"] == 3
     assert [each for each in box["env"] if each["name"] in "AB"] == [
@@ -222,6 +235,6 @@ def test_quantities_are_read_as_kubernetes_does(text: str, size: int) -> None:
     assert to_bytes(text, "--shm") == size
 
 
-def test_a_command_of_a_run_that_may_exist_needs_its_name(tmp_path: Path) -> None:
-    result = shoal("train", "--recipe", "tiny", "--or-resume", cwd=tmp_path)
-    assert result.returncode == 2 and "--or-resume needs the run's name" in result.stderr
+def test_a_command_of_a_run_that_may_exist_needs_its_name(here: Shell) -> None:
+    code, _, err = here("train", "--recipe", "tiny", "--or-resume")
+    assert code == 2 and "--or-resume needs the run's name" in err
