@@ -16,7 +16,7 @@ PATIENCE = 300.0  # seconds that the API server may be away
 INTERRUPTED = 130  # of a job that was told to end, where it left no exit code of its own
 WATCH = 50  # seconds that a watch is asked to last: less than a stream may be silent
 _SLOWEST = 5.0  # seconds between two tries
-_EXIT_CODE = re.compile(r"exit code (-?\d+)")
+_EXIT_CODE = re.compile(r"failed with exit code (-?\d+)")  # as Ray's job supervisor puts it
 
 
 def changes(cluster: Cluster, name: str, until: float | None = None) -> Iterator[Object]:
@@ -92,8 +92,10 @@ def wait(
         if status.phase != before:
             before = status.phase
             told(status)
-        if status.phase in ("failed", "stopped") and code is None:
-            code = _from_ray(cluster, job)  # at once: the cluster may be gone when KubeRay has said its last word
+        if (job.get("status") or {}).get("jobStatus") not in ("FAILED", "STOPPED"):
+            code = None
+        elif code is None:  # at once: the cluster may be gone when KubeRay has said its last word
+            code = _from_ray(cluster, job)
         if status.over:
             return status, exit_code(job) if code is None else code
     raise AssertionError("a watch goes on until it raises")

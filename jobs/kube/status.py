@@ -13,6 +13,7 @@ from shoal.workers.errors import NotFound, ShoalError
 
 CANCELLED = "shoal/cancelled"  # annotation of a job that was cancelled before it ran
 ENDED = ("succeeded", "failed", "stopped", "refused", "cancelled")
+_ENDS = {"SUCCEEDED": "succeeded", "FAILED": "failed", "STOPPED": "stopped"}  # Ray's word for it, and ours
 _PULLING = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 
 
@@ -68,8 +69,10 @@ def summarize(each: Object) -> Status:
 def _phase_of_job(each: Object) -> str:
     spec, status, metadata = each["spec"], each.get("status") or {}, each["metadata"]
     deployment, job = status.get("jobDeploymentStatus", ""), status.get("jobStatus", "")
-    if job in ("SUCCEEDED", "FAILED", "STOPPED") and deployment not in ("Retrying", "Suspending", "Suspended"):
-        return {"SUCCEEDED": "succeeded", "FAILED": "failed", "STOPPED": "stopped"}[job]
+    # one that has failed may be begun again; the operator has not said so yet while it calls the job running
+    undecided = job == "FAILED" and deployment == "Running" and spec.get("backoffLimit", 0) > 0
+    if job in _ENDS and deployment not in ("Retrying", "Suspending", "Suspended") and not undecided:
+        return _ENDS[job]
     if deployment in ("Complete", "Failed", "ValidationFailed"):
         return {"Complete": "succeeded", "Failed": "failed", "ValidationFailed": "refused"}[deployment]
     if spec.get("suspend") or deployment in ("Suspending", "Suspended"):

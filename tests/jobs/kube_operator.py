@@ -181,8 +181,12 @@ class Operator(threading.Thread):
         self._tell(name, told)
 
     def _copy_log(self, identity: str, ended: bool) -> None:
-        found, log = self._ray.ask("GET", f"/api/jobs/{identity}/logs"), self._kubelet.logs[identity]
-        text = (found or {}).get("logs") or ""
+        text, log = "", self._kubelet.logs[identity]
+        until = time.monotonic() + 60
+        while not text and time.monotonic() < until:  # a busy Ray may not answer; Ray itself writes the first lines
+            text = (self._ray.ask("GET", f"/api/jobs/{identity}/logs") or {}).get("logs") or ""
+            if not ended:
+                break
         lines = text.splitlines(keepends=True)
         if lines and not lines[-1].endswith("\n") and not ended:
             lines.pop()

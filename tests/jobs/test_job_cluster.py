@@ -8,6 +8,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,31 @@ def test_waiting_exits_with_the_jobs_own_code(
     ended(server, cluster, name, job, message, **more)
     found, out, _ = shoal("wait", name)
     assert found == code and f"exit code {code}" in out and "\nexit code 9" not in out
+
+
+def ends_with(phases: list[str], phase: str) -> bool:
+    return phases[-1:] == [phase]
+
+
+def test_a_job_that_is_begun_again_has_not_ended(server: ApiServer, cluster: Cluster) -> None:
+    made(cluster, "first", retries=1)
+    message = "Job entrypoint command failed with exit code 7. No logs available."
+    phases: list[str] = []
+    outcome: list[Any] = []
+    waiting = threading.Thread(
+        target=lambda: outcome.append(wait(cluster, "first", 120, lambda found: phases.append(found.phase)))
+    )
+    waiting.start()
+    for job, deployment, phase in (
+        ("RUNNING", "Running", "running"), ("FAILED", "Running", "running"), ("", "Retrying", "retrying"),
+        ("RUNNING", "Running", "running"), ("SUCCEEDED", "Complete", "succeeded"),
+    ):  # fmt: skip
+        status = {"jobStatus": job or None, "jobDeploymentStatus": deployment, "message": message}
+        server.patch_status("rayjobs", cluster.namespace, "first", status)
+        until(partial(ends_with, phases, phase))
+    waiting.join(60)
+    assert phases == ["waiting", "running", "retrying", "running", "succeeded"]
+    assert outcome[0][1] == 0
 
 
 def test_a_job_that_never_ran_has_a_code_of_ours(server: ApiServer, shoal: Shell, cluster: Cluster) -> None:
