@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import runpy
 import shutil
 import subprocess
 from pathlib import Path
@@ -58,6 +59,14 @@ def test_the_chart_is_clean_and_kuberay_takes_what_it_renders(values: Path) -> N
         spec = {"entrypoint": "true", "rayClusterSpec": ray["spec"]}
         ray = {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": {"name": "x", "labels": labels}, "spec": spec}
     check_manifest(ray)
+
+
+def test_the_readme_is_what_the_comments_say() -> None:
+    scope = runpy.run_path(str(CHART.parent / "chart_readme.py"))
+    assert (CHART / "README.md").read_text() == scope["readme"](), "run python k8s/chart_readme.py"
+    told = set(scope["commented"]((CHART / "values.yaml").read_text()))
+    tops = set(yaml.safe_load((CHART / "values.yaml").read_text()))
+    assert tops == {key.partition(".")[0] for key in told}, "every value is described"
 
 
 def test_a_disruption_budget_has_the_version_that_the_cluster_serves() -> None:
