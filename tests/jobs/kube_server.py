@@ -1,8 +1,8 @@
 """A real API server of Kubernetes for tests: etcd and kube-apiserver on free ports, with KubeRay's CRDs.
 
 ``KUBEBUILDER_ASSETS`` names the folder of the two programs, as controller-runtime's envtest has it. The CRDs are taken
-from ``SHOAL_KUBE`` (else ``../shared/kube`` beside the checkout): its ``crds/``, through its ``crds-for-old-server``
-when the API server is older than what they use. Without them the tests are skipped, and say what is missing.
+from ``SHOAL_KUBE`` (else ``../shared/kube`` beside the checkout): its ``crds/``, through its program
+``crds-for-old-server``, if there is one. Without them the tests are skipped, and say what is missing.
 """
 
 from __future__ import annotations
@@ -152,8 +152,11 @@ class ApiServer:
 
     def install_crds(self) -> None:
         """Makes KubeRay's CRDs, and returns once they are served."""
-        converted = self.folder / "crds"
-        subprocess.run([sys.executable, str(KUBE / "crds-for-old-server"), str(converted)], check=True)
+        converted, for_old = self.folder / "crds", KUBE / "crds-for-old-server"
+        if for_old.exists():
+            subprocess.run([sys.executable, str(for_old), str(converted)], check=True)
+        else:
+            converted = KUBE / "crds"
         for plural in KINDS:
             crd = yaml.load(
                 (converted / f"ray.io_{plural}.yaml").read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
