@@ -179,14 +179,24 @@ def _read(
                 return
             away = None
             time.sleep(FIRST_PAUSE)  # the stream of a container that goes on may end too
-        except NotFound:  # the pod is gone, and its log with it
-            return
+        except NotFound:
+            if _is_there(cluster, source):  # its log is not, with its node perhaps
+                raise
+            return  # the pod is gone, and its log with it
         except Unreachable as error:
             away = away or time.monotonic()
             if time.monotonic() - away > PATIENCE:
                 raise ClusterRefused(f"{error} (it was away for {PATIENCE:.0f} s)") from None
             time.sleep(pause)
             pause = min(2 * pause, _SLOWEST)
+
+
+def _is_there(cluster: Cluster, source: Source) -> bool:
+    try:
+        cluster.get(cluster.core("pods", source.pod))
+    except NotFound:
+        return False
+    return True
 
 
 def _ended(cluster: Cluster, source: Source) -> bool:

@@ -144,7 +144,7 @@ class Operator(threading.Thread):
         head, address = f"{cluster}-head", address_of_this_machine()
         labels = {"ray.io/cluster": cluster, "ray.io/node-type": "head"}
         ips: dict[str, Any] = {"phase": "Running", "podIP": address, "podIPs": [{"ip": address}]}
-        make_pod(self._server, self._namespace, head, labels, {"running": {}}, container="ray-head", **ips)
+        make_pod(self._server, self._namespace, head, labels, {"running": {}}, self._kubelet.node, "ray-head", **ips)
         target = {"kind": "Pod", "name": head, "namespace": self._namespace}
         ports = [{"name": "dashboard", "port": port}]
         subset = {"addresses": [{"ip": address, "targetRef": target}], "ports": ports}
@@ -158,9 +158,10 @@ class Operator(threading.Thread):
         body = {"entrypoint": words, "submission_id": identity, "metadata": job["spec"].get("metadata")}
         assert self._ray.ask("POST", "/api/jobs/", body), f"Ray did not take {identity}"
         self._kubelet.logs[identity] = Log()
+        running: dict[str, Any] = {"running": {}}
         make_pod(
-            self._server, self._namespace, identity, {"job-name": name}, {"running": {}}, phase="Running"
-        )  # fmt: skip
+            self._server, self._namespace, identity, {"job-name": name}, running, self._kubelet.node, phase="Running"
+        )
         url = f"{service}.{self._namespace}.svc.cluster.local:{port}"
         told = {"jobDeploymentStatus": "Running", "jobStatus": "PENDING", "jobId": identity}
         self._tell(name, {**told, "rayClusterName": cluster, "dashboardURL": url})
