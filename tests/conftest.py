@@ -56,6 +56,21 @@ def ray_temp_dir() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture(scope="session")
+def api_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A real API server with KubeRay's CRDs, see ``tests/jobs/kube_server.py``; skips, with the reason, without one."""
+    from kube_server import ApiServer, missing
+
+    if why := missing():
+        pytest.skip(why)
+    server = ApiServer(tmp_path_factory.mktemp("kube"))
+    try:
+        server.install_crds()
+        yield server
+    finally:
+        server.close()
+
+
 @pytest.fixture(autouse=True)
 def deterministic() -> None:
     """Fixed seeds, and one thread for torch; neither torch nor numpy is imported for tests that do not use it."""

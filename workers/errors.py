@@ -36,6 +36,12 @@ class NotFound(ShoalError):
     exit_code = 5
 
 
+class TimedOut(ShoalError):
+    """What was waited for did not come about in the time given."""
+
+    exit_code = 124
+
+
 class TrainingFailed(ShoalError):
     """Training stopped by itself: numbers that are not finite, or too many failures in a row."""
 

@@ -12,7 +12,7 @@ import typer.core
 import shoal
 from shoal.jobs.cli.common import exit_codes
 
-TRAIN, PREPARE, LOOK = "Train and use a model", "Prepare", "Look"
+TRAIN, CLUSTER, PREPARE, LOOK = "Train and use a model", "Use a cluster", "Prepare", "Look"
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ COMMANDS = {
     "generate": Lazy("generate:generate", "Continue a text with a trained model.", TRAIN),
     "serve": Lazy("serve:serve", "Serve a trained model over HTTP and gRPC.", TRAIN),
     "evaluate": Lazy("evaluate:evaluate", "Measure a trained model in bits per byte.", TRAIN),
+    "job": Lazy("job:app", "Run jobs on a Kubernetes cluster, through KubeRay.", CLUSTER),
     "data": Lazy("data:app", "Prepare, show and verify corpora.", PREPARE),
     "config": Lazy("config:app", "Show and check recipes, with what they cost.", PREPARE),
     "doctor": Lazy("doctor:doctor", "Say what this machine can do, what is missing, how to get it.", PREPARE),
@@ -89,6 +90,8 @@ def root(
     - `shoal generate first --prompt "def main("` continues a text
 
     - `shoal serve first` answers over HTTP, as OpenAI's API, and gRPC
+
+    - `shoal job submit train --recipe nsa-27b --nodes 8 --gpus-per-node 8 --volume runs:/mnt/shoal`
 
     - `shoal runs show first -o json` prints how the run went
 

@@ -39,6 +39,9 @@ def train(
         str | None, typer.Option(help="Name of the run; default: the recipe's, numbered.", autocompletion=complete_run)
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last good checkpoint.")] = False,
+    or_resume: Annotated[
+        bool, typer.Option("--or-resume", help="The same where the run exists already; else begin it.")
+    ] = False,
     runs_dir: RunsDirOption = Path("runs"),
     data_dir: Annotated[Path, typer.Option(help="Where prepared corpora lie.")] = Path("data"),
     output: OutputOption = Output.table,
@@ -57,11 +60,15 @@ def train(
         "train.steps": steps,
     }
     folder = None
-    if resume:
+    if resume or or_resume:
         if name is None:
-            raise UsageError("--resume needs the run's name: add --name NAME; `shoal runs list` shows the runs")
+            which = "--resume" if resume else "--or-resume"
+            raise UsageError(f"{which} needs the run's name: add --name NAME; `shoal runs list` shows the runs")
         folder = RunFolder(runs_dir / name)
-        folder.recipe()
+        if resume or folder.recipe_file.exists():
+            folder.recipe()
+        else:
+            folder = None
     source = recipe or (folder.recipe_file if folder else "tiny")
     checked = load_recipe(source, sets or (), overrides)
     if folder:

@@ -1,0 +1,224 @@
+"""The verbs of ``shoal job`` for jobs that are there: list, status, logs, wait, cancel, delete, resubmit, dashboard."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from shoal.jobs.cli.common import Output, OutputOption, console, emit, grid
+
+if TYPE_CHECKING:
+    from shoal.jobs.kube.api import Cluster
+    from shoal.jobs.kube.status import Status
+
+ContextOption = Annotated[str | None, typer.Option(help="Context of the kubeconfig; default: its current one.")]
+NamespaceOption = Annotated[str | None, typer.Option("--namespace", "-n", help="Namespace; default: the context's.")]
+TimeoutOption = Annotated[float | None, typer.Option(min=0, help="Seconds to wait; then exit with 124.")]
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The job's name.")]
+DASHBOARD = 8265
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verbs to ``shoal job``."""
+    app.command("list")(list_jobs)
+    for verb in (status, logs, wait, cancel, delete, resubmit, dashboard):
+        app.command(verb.__name__)(verb)
+
+
+def _cluster(context: str | None, namespace: str | None) -> Cluster:
+    from shoal.jobs.kube.api import Cluster
+
+    return Cluster(context, namespace)
+
+
+def list_jobs(
+    everything: Annotated[bool, typer.Option("--all", help="RayJobs and RayServices of others too.")] = False,
+    context: ContextOption = None,
+    namespace: NamespaceOption = None,
+    output: OutputOption = Output.table,
+) -> None:
+    """List the jobs of a namespace, newest first."""
+    from shoal.jobs.kube.status import summarize
+    from shoal.jobs.kube.submit import list_jobs as find
+
+    cluster = _cluster(context, namespace)
+    found = [summarize(each) for each in find(cluster, everything)]
+
+    def table() -> None:
+        if not found:
+            typer.echo(f"no jobs in namespace {cluster.namespace}")
+            return
+        lines = grid("name", "kind", "phase", "nodes", "queue", "run", "created", right={3})
+        for each in found:
+            lines.add_row(each.name, each.kind, each.phase, str(each.nodes), each.queue, each.run, each.created)
+        console().print(lines)
+
+    emit([_facts(each) for each in found], output, table)
+
+
+def status(
+    name: NameArgument,
+    context: ContextOption = None,
+    namespace: NamespaceOption = None,
+    output: OutputOption = Output.table,
+) -> None:
+    """Say where a job stands, and why it waits: for a queue, for nodes, for its image."""
+    from shoal.jobs.kube.status import explain
+    from shoal.jobs.kube.submit import find_job
+
+    cluster = _cluster(context, namespace)
+    found = explain(cluster, find_job(cluster, name))
+
+    def table() -> None:
+        rows = {key: value for key, value in _facts(found).items() if value and key != "reasons"}
+        lines = grid()
+        for key, value in rows.items():
+            lines.add_row(key.replace("_", " "), str(value).strip())
+        for reason in found.reasons:
+            lines.add_row("why", reason)
+        console().print(lines)
+
+    emit(_facts(found), output, table)
+
+
+def logs(
+    name: NameArgument,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
+    tail: Annotated[int | None, typer.Option(min=0, help="Begin so many lines before the end.")] = None,
+    context: ContextOption = None,
+    namespace: NamespaceOption = None,
+) -> None:
+    """Print what a job has printed; with -f as it comes, through restarts of the API server."""
+    from shoal.jobs.kube.logs import logs as read
+
+    out, said = sys.stdout.buffer, set[str]()
+
+    def write(line: bytes) -> None:
+        out.write(line)
+        out.flush()
+
+    def told(reason: str) -> None:
+        if reason not in said:
+            said.add(reason)
+            typer.echo(f"waiting: {reason}", err=True)
+
+    read(_cluster(context, namespace), name, write, follow, tail, told)
+
+
+def wait(
+    name: NameArgument,
+    timeout: TimeoutOption = None,
+    context: ContextOption = None,
+    namespace: NamespaceOption = None,
+    output: OutputOption = Output.table,
+) -> None:
+    """Wait for a job's end, and exit with its own exit code."""
+    from shoal.jobs.kube.submit import find_job, is_service
+    from shoal.workers.errors import InvalidInput
+
+    cluster = _cluster(context, namespace)
+    if is_service(find_job(cluster, name)):
+        raise InvalidInput(f"{name} is a service, which has no end to wait for: `shoal job status {name}` shows it")
+    wait_for(cluster, name, timeout, output)
+
+
+def wait_for(cluster: Cluster, name: str, timeout: float | None, output: Output) -> None:
+    """Waits, says each phase on standard error, and ends the process with the job's exit code."""
+    from shoal.jobs.kube.ending import wait as wait_until_over
+
+    def told(found: Status) -> None:
+        typer.echo(f"{name}: {found.phase}", err=True)
+
+    found, code = wait_until_over(cluster, name, timeout, told)
+
+    def say() -> None:
+        # the rest of Ray's message is the end of the log
+        message = found.message.partition("\n")[0].strip()
+        typer.echo(f"{name} {found.phase}, exit code {code}" + (f": {message}" if message and code else ""))
+
+    emit({**_facts(found), "exit_code": code}, output, say)
+    if code:
+        raise typer.Exit(code)
+
+
+def cancel(name: NameArgument, context: ContextOption = None, namespace: NamespaceOption = None) -> None:
+    """End a job: one that runs saves a checkpoint first. It stays in the list."""
+    from shoal.jobs.kube.submit import cancel as end
+    from shoal.jobs.kube.submit import find_job
+
+    cluster = _cluster(context, namespace)
+    typer.echo(end(cluster, find_job(cluster, name)))
+
+
+def delete(
+    names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Jobs and services.")],
+    context: ContextOption = None,
+    namespace: NamespaceOption = None,
+) -> None:
+    """Remove jobs and services with their clusters; what they wrote to volumes stays."""
+    from shoal.jobs.kube.submit import delete as remove
+    from shoal.jobs.kube.submit import find_job
+
+    cluster = _cluster(context, namespace)
+    found = [find_job(cluster, name) for name in names]  # all or none
+    for job in found:
+        remove(cluster, job)
+        typer.echo(f"{job['metadata']['name']} deleted")
+
+
+def resubmit(
+    name: NameArgument,
+    new_name: Annotated[str | None, typer.Option("--name", help="Of the new job; default: a fresh one.")] = None,
+    from_checkpoint: Annotated[
+        bool, typer.Option("--from-checkpoint", help="Go on with the old job's run; else begin another run.")
+    ] = False,
+    context: ContextOption = None,
+    namespace: NamespaceOption = None,
+    output: OutputOption = Output.table,
+) -> None:
+    """Submit a job again as it was, under another name."""
+    from shoal.jobs.kube.status import summarize
+    from shoal.jobs.kube.submit import find_job
+    from shoal.jobs.kube.submit import resubmit as again
+
+    cluster = _cluster(context, namespace)
+    found = summarize(again(cluster, find_job(cluster, name), new_name, from_checkpoint))
+    emit(_facts(found), output, lambda: typer.echo(f"{found.name} submitted, for run {found.run}"))
+
+
+def dashboard(
+    name: NameArgument,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of this machine; 0: a free one.")] = DASHBOARD,
+    browser: Annotated[bool, typer.Option(help="Open it in a browser.")] = True,
+    context: ContextOption = None,
+    namespace: NamespaceOption = None,
+) -> None:
+    """Reach a job's Ray dashboard on this machine, until Ctrl-C."""
+    import threading
+    import webbrowser
+
+    from shoal.jobs.kube.forward import forwarded, head_pod
+    from shoal.jobs.kube.ray_api import cluster_name
+    from shoal.jobs.kube.submit import find_job
+
+    cluster = _cluster(context, namespace)
+    job = find_job(cluster, name)
+    with forwarded(cluster, head_pod(cluster, job), DASHBOARD, port) as local:
+        address = f"http://127.0.0.1:{local}"
+        spec = job["spec"].get("rayClusterSpec") or job["spec"].get("rayClusterConfig") or {}
+        options = spec.get("authOptions") or {}
+        print(f"dashboard  {address}", flush=True)
+        if options.get("mode") == "token":
+            secret = options.get("secretName") or cluster_name(job)
+            where = f"-n {cluster.namespace} {secret} -o jsonpath={{.data.auth_token}}"
+            print(f"token      kubectl get secret {where} | base64 -d", flush=True)
+        if browser:
+            webbrowser.open(address)
+        threading.Event().wait()
+
+
+def _facts(found: Status) -> dict[str, Any]:
+    return asdict(found)

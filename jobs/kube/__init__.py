@@ -1,0 +1,1 @@
+"""Jobs on Kubernetes: a request becomes a manifest of KubeRay, is checked, submitted, watched."""

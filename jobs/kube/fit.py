@@ -1,0 +1,107 @@
+"""Whether a recipe's ranks fit the GPUs and the memory that a job asks for; nothing is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shoal.jobs.estimate import count_memory, count_parameters
+from shoal.jobs.kube.options import JobOptions
+from shoal.jobs.kube.quantity import in_gib, to_bytes
+from shoal.jobs.kube.work import Work
+from shoal.jobs.memory import PROCESS, gib
+from shoal.workers.config import Recipe
+from shoal.workers.errors import InvalidInput
+
+GIB = 1 << 30
+OBJECT_STORE = GIB // 2  # bytes; it lies in /dev/shm, and tensors never pass through it
+RAY = 3 * GIB // 2  # bytes of a node's raylet and agents
+CUDA = 3 * GIB // 2  # bytes of a GPU that its context and NCCL's buffers take
+HOST = 4 * GIB  # bytes of a node's memory for the process of a GPU rank, before any tensor
+UNKNOWN = 16 * GIB  # bytes of a node's memory for a rank of a model that is not known here
+SHM_RANK = GIB // 2  # bytes of /dev/shm a rank, where ranks of one node exchange
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a node asks for. Bytes, but for ``cpus``."""
+
+    ranks: int
+    cpus: int
+    memory: int
+    shm: int
+
+
+def sizes(work: Work, options: JobOptions) -> Sizes:
+    """A node's ranks, cores, memory and /dev/shm; what was not asked for follows from the recipe.
+
+    Raises InvalidInput, with what is needed and what was asked for, when the ranks do not fit.
+    """
+    ranks = _ranks_of_a_node(work, options)
+    cpus = options.cpus_per_node or (8 * options.gpus_per_node or max(ranks, 1))
+    if cpus < ranks:
+        raise InvalidInput(
+            f"--cpus-per-node {cpus} does not fit {ranks} ranks a node: a rank takes a core, so raise it"
+        )
+    least = OBJECT_STORE + ranks * (SHM_RANK // 8)
+    shm = to_bytes(options.shm, "--shm") if options.shm else GIB + max(ranks, 1) * SHM_RANK
+    if shm < least:
+        raise InvalidInput(f"--shm {options.shm} does not fit: Ray and {ranks} ranks need {gib(least)}: raise it")
+    a_rank = _host_memory(work.recipe) if work.recipe else UNKNOWN
+    others = RAY + shm
+    memory = others + max(ranks, 1) * a_rank
+    if options.memory_per_node:
+        asked = to_bytes(options.memory_per_node, "--memory-per-node")
+        if work.recipe and memory > asked:
+            left = max(0, asked - others) // ranks
+            raise InvalidInput(
+                f"does not fit: needs {gib(a_rank)} of memory a rank, {gib(left)} asked ({options.memory_per_node} a "
+                f"node, {gib(others)} of it for Ray and /dev/shm, over {ranks} ranks): raise --memory-per-node"
+            )
+        memory = asked
+    else:
+        memory = to_bytes(in_gib(memory + memory // 10), "memory")
+    if work.recipe and options.gpus_per_node:
+        _check_gpu(work.recipe, options)
+    return Sizes(ranks, cpus, memory, shm)
+
+
+def _ranks_of_a_node(work: Work, options: JobOptions) -> int:
+    gpus = options.nodes * options.gpus_per_node
+    if work.recipe and work.recipe.parallel.device == "cpu" and gpus:
+        raise InvalidInput(
+            f"parallel.device='cpu', and the job asks for {gpus} GPUs: add --gpus-per-node 0, or "
+            f"--set parallel.device=cuda"
+        )
+    if work.recipe and work.recipe.parallel.device == "cuda" and not gpus:
+        raise InvalidInput("parallel.device='cuda', and --gpus-per-node is 0: raise it")
+    if gpus and work.ranks > gpus:
+        raise InvalidInput(
+            f"parallel.ranks={work.ranks} do not fit: {options.nodes} nodes of {options.gpus_per_node} GPUs host "
+            f"{gpus} ranks: raise --nodes or --gpus-per-node, or lower parallel.ranks"
+        )
+    if gpus and work.ranks and work.ranks < gpus:
+        raise InvalidInput(
+            f"parallel.ranks={work.ranks} would leave {gpus - work.ranks} of {gpus} GPUs idle: lower --nodes or "
+            f"--gpus-per-node, or leave parallel.ranks out"
+        )
+    return -(-work.ranks // options.nodes)
+
+
+def _host_memory(recipe: Recipe) -> int:
+    """Bytes of a node's memory that a rank needs: on a GPU, for the copy that a checkpoint is written from."""
+    kinds = count_memory(recipe, count_parameters(recipe)).values()
+    if recipe.parallel.device == "cpu":
+        return max(kind.total for kind in kinds) + PROCESS
+    return max(kind.weights + kind.optimizer for kind in kinds) + HOST
+
+
+def _check_gpu(recipe: Recipe, options: JobOptions) -> None:
+    asked = to_bytes(options.gpu_memory, "--gpu-memory")
+    for kind, memory in count_memory(recipe, count_parameters(recipe)).items():
+        needed = memory.total + CUDA
+        if needed > asked:
+            which = "" if kind == "colocated" else f"{kind} "
+            raise InvalidInput(
+                f"does not fit: needs {gib(needed)} a {which}rank, {gib(asked)} asked (--gpu-memory): add nodes or "
+                f"GPUs, or lower train.batch or the model"
+            )

@@ -1,0 +1,65 @@
+"""Ray's own job API on a job's cluster, through the API server's proxy: nothing needs to be reachable but that."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+from shoal.jobs.kube.api import Cluster, Object
+from shoal.workers.errors import ShoalError
+
+DASHBOARD = 8265
+_TOKEN = "auth_token"  # entry of the Secret, as KubeRay names it
+
+
+def ray_job(cluster: Cluster, job: Object) -> Object:
+    """What Ray says of the job, such as ``driver_exit_code``. Raises ShoalError when its cluster cannot be asked."""
+    return cluster.get(_path(cluster, job, f"api/jobs/{_id(job)}"), headers=_headers(cluster, job))
+
+
+def ray_logs(cluster: Cluster, job: Object) -> str:
+    """All that the job has printed so far. Raises ShoalError."""
+    found = cluster.get(_path(cluster, job, f"api/jobs/{_id(job)}/logs"), headers=_headers(cluster, job))
+    return str(found.get("logs") or "")
+
+
+def stop_ray_job(cluster: Cluster, job: Object) -> None:
+    """Tells the job to end; it saves what it has to. Raises ShoalError."""
+    cluster.post(_path(cluster, job, f"api/jobs/{_id(job)}/stop"), {}, headers=_headers(cluster, job))
+
+
+def token_of(cluster: Cluster, job: Object) -> str | None:
+    """The token that Ray asks for, None where it asks for none. Raises ShoalError when it may not be read."""
+    spec = job["spec"]
+    options = (spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or {}).get("authOptions") or {}
+    if options.get("mode", "disabled") != "token":
+        return None
+    name = options.get("secretName") or cluster_name(job)
+    data: dict[str, Any] = cluster.get(cluster.core("secrets", name)).get("data") or {}
+    return base64.b64decode(data.get(_TOKEN, "")).decode()
+
+
+def cluster_name(job: Object) -> str:
+    """The RayCluster of a job or a service; empty when there is none yet."""
+    status = job.get("status") or {}
+    return str(status.get("rayClusterName") or (status.get("activeServiceStatus") or {}).get("rayClusterName") or "")
+
+
+def _id(job: Object) -> str:
+    return str((job.get("status") or {}).get("jobId", ""))
+
+
+def _path(cluster: Cluster, job: Object, below: str) -> str:
+    # "first-abcde-head-svc.team.svc.cluster.local:8265": the service, whose proxy the API server is
+    address = str((job.get("status") or {}).get("dashboardURL", ""))
+    host, _, port = address.removeprefix("http://").partition(":")
+    if not host:
+        raise ShoalError("the job has no cluster that could be asked")
+    service = f"{host.split('.')[0]}:{port or DASHBOARD}"
+    return cluster.path(f"/api/v1/namespaces/{{}}/services/{service}/proxy/{below}")
+
+
+def _headers(cluster: Cluster, job: Object) -> dict[str, str]:
+    # not `Authorization`, which the API server takes for itself
+    token = token_of(cluster, job)
+    return {"X-Ray-Authorization": f"Bearer {token}"} if token else {}

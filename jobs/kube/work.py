@@ -1,0 +1,173 @@
+"""What a job does: the command that runs in the cluster, and what it must be given."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shoal.jobs.kube.names import fresh_name
+from shoal.jobs.kube.options import JobOptions
+from shoal.jobs.kube.parts import volumes
+from shoal.jobs.recipe import load_recipe, recipe_to_toml
+from shoal.jobs.recipe_errors import quote
+from shoal.workers.config import Recipe
+from shoal.workers.errors import InvalidInput
+
+RECIPE_FILE = "/etc/shoal/recipe/recipe.toml"  # where the recipe stands in a pod
+KINDS = ("train", "evaluate", "generate", "serve")
+
+
+@dataclass(frozen=True)
+class Work:
+    """One of ``KINDS``. name: of the job. command: of the entrypoint, empty for serve. run: its name or path there.
+
+    ranks: how many compute, on Ray's workers; 0: the command itself computes, and stands on a worker. recipe: given to
+    the command as a file. service: keyword arguments of the service's builder.
+    """
+
+    kind: str
+    name: str
+    command: tuple[str, ...]
+    run: str
+    ranks: int
+    recipe: Recipe | None = None
+    service: dict[str, Any] | None = None
+
+    @property
+    def recipe_toml(self) -> str | None:
+        """The recipe as the file that a pod sees."""
+        return recipe_to_toml(self.recipe) if self.recipe else None
+
+
+@dataclass(frozen=True)
+class Places:
+    """Folders of the cluster, on a volume that all pods share."""
+
+    runs: str
+    data: str
+
+
+def places(options: JobOptions, runs: str | None, data: str | None = None) -> Places:
+    """Where runs and data lie: on the first shared volume, unless said otherwise.
+
+    Raises InvalidInput when no volume outlives the pods, or a folder is on none.
+    """
+    shared = [volume for volume in volumes(options.volume) if volume.shared]
+    if not shared:
+        raise InvalidInput(
+            "no --volume outlives the pods, so that runs would be lost with them: add --volume CLAIM:/path, "
+            "a claim that all nodes can write to"
+        )
+    found = Places(runs or posixpath.join(shared[0].path, "runs"), data or posixpath.join(shared[0].path, "data"))
+    for what, folder in (("--runs-dir", found.runs), ("--data-dir", found.data)):
+        if not any(_within(folder, volume.path) for volume in shared):
+            raise InvalidInput(
+                f"{what} {quote(folder)} is on no volume: set it to a folder below "
+                f"{', '.join(volume.path for volume in shared)}"
+            )
+    if any(_within(found.runs, volume.path) and volume.read_only for volume in shared):
+        raise InvalidInput(f"--runs-dir {quote(found.runs)} is on a volume mounted read-only: leave out its ':ro'")
+    return found
+
+
+def train(
+    options: JobOptions,
+    recipe: str,
+    sets: Sequence[str] = (),
+    overrides: dict[str, Any] | None = None,
+    run: str | None = None,
+    runs: str | None = None,
+    data: str | None = None,
+) -> Work:
+    """``shoal train`` of a recipe that is checked here; one rank a GPU unless the recipe is told its ranks.
+
+    The command goes on with the run where it exists, so that a job that was preempted or begun again loses nothing but
+    the steps since its last checkpoint.
+    """
+    where, overrides = places(options, runs, data), dict(overrides or {})
+    told = [text.partition("=")[0].strip() for text in sets]
+    told += [key for key, value in overrides.items() if value is not None]
+    gpus = options.nodes * options.gpus_per_node
+    if gpus and not {"parallel.ranks", "parallel.placement"} & set(told):
+        overrides["parallel.ranks"] = gpus
+    checked = load_recipe(recipe, sets, overrides)
+    name = options.name or fresh_name(checked.name)
+    if run is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run, re.ASCII):
+        raise InvalidInput(f"--run {quote(run)} is not a plain name: use letters, digits, '.', '_' and '-'")
+    folders = ("--runs-dir", where.runs, "--data-dir", where.data)
+    command = ("shoal", "train", "--recipe", RECIPE_FILE, "--name", run or name, "--or-resume", *folders)
+    return Work("train", name, command, run or name, checked.parallel.ranks, checked)
+
+
+def evaluate(options: JobOptions, run: str, runs: str | None = None, arguments: Sequence[str] = ()) -> Work:
+    """``shoal evaluate`` of a run on the volume; it computes in one process, on a worker."""
+    where = places(options, runs)
+    command = ("shoal", "evaluate", _run(run), "--runs-dir", where.runs, *arguments)
+    return Work("evaluate", _name(options, "evaluate", run), command, run, 0)
+
+
+def generate(
+    options: JobOptions, run: str, source: str, target: str, runs: str | None = None, arguments: Sequence[str] = ()
+) -> Work:
+    """``shoal generate`` of a file of prompts: a rank a GPU, or one process on a worker when that is one rank.
+
+    Raises InvalidInput for files that are on no volume.
+    """
+    where, shared = places(options, runs), [v for v in volumes(options.volume) if v.shared]
+    for what, file in (("--input", source), ("--output", target)):
+        if Path(file).suffix not in (".jsonl", ".parquet"):
+            raise InvalidInput(f"{what} {quote(file)} is neither .jsonl nor .parquet: name such a file on a volume")
+        if not any(_within(file, volume.path) for volume in shared):
+            raise InvalidInput(f"{what} {quote(file)} is on no volume: name a file below {shared[0].path}")
+    ranks = _serving_ranks(options)
+    spread = ("--workers", str(ranks)) if ranks > 1 else ()
+    files = ("--input", source, "--output", target, "--runs-dir", where.runs)
+    command = ("shoal", "generate", _run(run), *files, *spread, *arguments)
+    return Work("generate", _name(options, "generate", run), command, run, ranks if ranks > 1 else 0)
+
+
+def serve(
+    options: JobOptions,
+    run: str,
+    runs: str | None = None,
+    step: int | None = None,
+    model: str | None = None,
+    placement: str | None = None,
+    insecure: bool = False,
+) -> Work:
+    """The service of a run. Raises InvalidInput when it would be open to whoever reaches it, without ``insecure``."""
+    where = places(options, runs)
+    told = {text.partition("=")[0] for text in [*options.env, *options.secret]}
+    if "SHOAL_API_TOKEN" not in told and not insecure:
+        raise InvalidInput(
+            "the service would be open to everyone in the cluster: add --secret SHOAL_API_TOKEN=SECRET:ENTRY, "
+            "or --insecure if something else guards it"
+        )
+    arguments = {"run": _run(run), "runs_dir": where.runs, "step": step, "name": model, "placement": placement}
+    arguments |= {"workers": None if placement else _serving_ranks(options), "insecure": insecure or None}
+    given = {key: value for key, value in arguments.items() if value is not None}
+    return Work("serve", _name(options, "serve", run), (), run, _serving_ranks(options), service=given)
+
+
+def _name(options: JobOptions, kind: str, run: str) -> str:
+    return options.name or fresh_name(f"{kind}-{posixpath.basename(run.rstrip('/'))}")
+
+
+def _serving_ranks(options: JobOptions) -> int:
+    return options.nodes * max(options.gpus_per_node, 1)
+
+
+def _run(run: str) -> str:
+    if "://" in run or not run or not run.isprintable() or run.startswith("-"):
+        raise InvalidInput(f"RUN {quote(run)} is not a run on a volume: give its name, or its path on a --volume")
+    return run
+
+
+def _within(path: str, folder: str) -> bool:
+    """Whether ``path`` is absolute and lies in ``folder``."""
+    plain = posixpath.normpath(path)
+    return path.startswith("/") and (plain == folder or plain.startswith(f"{folder}/"))

@@ -1,0 +1,259 @@
+"""The verbs of ``shoal job`` against a real API server: what they do there, what they say, how they exit."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from job_request import job_manifest
+from kube_fixtures import (  # noqa: F401  # fixtures are found by their names
+    Shell,
+    cluster_fixture,
+    ended,
+    made,
+    server_fixture,
+    shoal_fixture,
+    until,
+)
+from kube_server import ApiServer
+
+from shoal.jobs.kube import api
+from shoal.jobs.kube.api import Cluster
+from shoal.jobs.kube.ending import wait
+from shoal.jobs.kube.status import summarize
+from shoal.jobs.kube.submit import cancel, find_job, list_jobs, submit
+from shoal.workers.errors import ClusterRefused
+
+CPU = ("--recipe", "tiny", "--gpus-per-node", "0", "--volume", "runs:/mnt/shoal")
+
+
+def holds(there: Any, sent: Any) -> bool:
+    """Whether all that was sent is there; the server adds defaults."""
+    if isinstance(sent, dict):
+        return all(key in there and holds(there[key], value) for key, value in sent.items())
+    if isinstance(sent, list):
+        return len(there) == len(sent) and all(map(holds, there, sent))
+    return bool(there == sent)
+
+
+def test_a_job_is_submitted_listed_shown_and_deleted(shoal: Shell, cluster: Cluster) -> None:
+    code, out, err = shoal("submit", "train", *CPU, "--name", "first", "-o", "json")
+    assert code == 0, err
+    assert json.loads(out) == {
+        "name": "first", "namespace": cluster.namespace, "kind": "train", "run": "first", "dry_run": False
+    }  # fmt: skip
+    assert holds(find_job(cluster, "first")["spec"], job_manifest()["spec"]), "something was dropped or changed"
+    assert shoal("submit", "serve", "first", "--volume", "runs:/mnt", "--insecure", "--name", "web")[0] == 0
+    code, out, _ = shoal("list", "-o", "json")
+    assert {(each["name"], each["kind"], each["phase"]) for each in json.loads(out)} == {
+        ("first", "train", "waiting"), ("web", "serve", "waiting")
+    }  # fmt: skip
+    code, out, _ = shoal("status", "first")
+    assert code == 0 and "KubeRay has not taken it up" in out
+    assert shoal("delete", "first", "web")[0] == 0
+    assert shoal("list", "-o", "json")[1].strip() == "[]"
+
+
+def test_a_dry_run_makes_nothing(shoal: Shell, cluster: Cluster) -> None:
+    code, out, _ = shoal("submit", "train", *CPU, "--name", "first", "--dry-run", "client")
+    assert code == 0 and yaml.safe_load(out)["metadata"] == {
+        **job_manifest()["metadata"], "namespace": cluster.namespace
+    }  # fmt: skip
+    code, out, _ = shoal("submit", "train", *CPU, "--name", "first", "--dry-run", "server")
+    assert code == 0 and "first would be submitted" in out
+    assert list_jobs(cluster) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("list", "--context", "stranger"), 4, "does not know you"),
+        (("list", "--context", "nobody"), 4, 'not allowed: rayjobs.ray.io is forbidden: User "nobody" cannot list'),
+        (("status", "ghost"), 5, "there is no job ghost in namespace"),
+        (("wait", "ghost"), 5, "there is no job ghost"),
+        (("delete", "ghost"), 5, "there is no job ghost"),
+        (("list", "--context", "moon"), 5, "--context 'moon' is not in the kubeconfig: it has admin, nobody, stranger"),
+        (("submit", "train", *CPU, "--name", "x", "--queue", "Bad Queue"), 3, "--queue 'Bad Queue' is not a name"),
+    ],
+)
+def test_what_the_server_refuses_is_one_sentence(
+    shoal: Shell, arguments: tuple[str, ...], code: int, says: str
+) -> None:
+    found, out, err = shoal(*arguments)
+    assert (found, out) == (code, ""), err
+    assert says in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_a_name_that_is_taken_is_refused(shoal: Shell, cluster: Cluster) -> None:
+    made(cluster, "taken")
+    code, _, err = shoal("submit", "train", *CPU, "--name", "taken")
+    assert code == 4 and '"taken" already exists: choose another --name' in err
+
+
+def test_a_namespace_that_is_not_there_is_refused(shoal: Shell) -> None:
+    arguments = ("submit", "train", *CPU, "--name", "first", "--namespace", "nowhere")
+    code, _, err = shoal(*arguments, namespace=False)
+    assert code == 5 and "nowhere" in err
+
+
+def test_what_the_server_finds_invalid_is_refused(cluster: Cluster) -> None:
+    manifest = job_manifest()
+    manifest["spec"]["backoffLimit"] = "many"  # our own check would say it; the server says it too
+    with pytest.raises(ClusterRefused, match=r"finds it invalid: .*spec\.backoffLimit"):
+        submit(cluster, [manifest])
+
+
+def test_a_field_that_an_older_kuberay_would_drop_is_refused(cluster: Cluster) -> None:
+    manifest = job_manifest()
+    manifest["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["newField"] = {"a": 1}
+    with pytest.raises(ClusterRefused, match=r"does not know spec\.rayClusterSpec\.workerGroupSpecs\[0\]\.newField"):
+        submit(cluster, [manifest])
+    assert list_jobs(cluster) == []
+
+
+def test_local_code_belongs_to_its_job(shoal: Shell, cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("x = 1\n")
+    assert shoal("submit", "train", *CPU, "--name", "first", "--working-dir", str(tmp_path))[0] == 0
+    owner = cluster.get(cluster.core("configmaps", "first-code"))["metadata"]["ownerReferences"][0]
+    job = find_job(cluster, "first")
+    assert (owner["kind"], owner["name"], owner["uid"]) == ("RayJob", "first", job["metadata"]["uid"])
+    code, _, err = shoal("submit", "train", *CPU, "--name", "first", "--working-dir", str(tmp_path))
+    assert code == 4 and "already exists" in err
+    code, _, err = shoal("resubmit", "first", "--name", "second")
+    assert code == 0, err
+    assert cluster.get(cluster.core("configmaps", "second-code"))["binaryData"]
+    volumes = find_job(cluster, "second")["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["volumes"]
+    assert {"name": "code", "configMap": {"name": "second-code"}} in volumes
+
+
+def test_a_list_is_read_page_by_page(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "PAGE", 3)
+    for index in range(8):
+        made(cluster, f"job-{index}")
+    assert {each["metadata"]["name"] for each in list_jobs(cluster)} == {f"job-{index}" for index in range(8)}
+
+
+def test_resubmitting_goes_on_with_the_run_or_begins_another(server: ApiServer, shoal: Shell, cluster: Cluster) -> None:
+    made(cluster, "first")
+    server.patch_status(
+        "rayjobs", cluster.namespace, "first", {"jobStatus": "RUNNING", "jobDeploymentStatus": "Running"}
+    )
+    code, _, err = shoal("resubmit", "first", "--from-checkpoint")
+    assert code == 4 and "two jobs must not write one run" in err
+    ended(server, cluster, "first", "FAILED", "Job entrypoint command failed with exit code 1. No logs available.")
+    code, out, err = shoal("resubmit", "first", "--from-checkpoint", "--name", "second", "-o", "json")
+    assert code == 0, err
+    assert json.loads(out)["run"] == "first"
+    assert find_job(cluster, "second")["spec"]["entrypoint"] == find_job(cluster, "first")["spec"]["entrypoint"]
+    code, out, _ = shoal("resubmit", "first", "-o", "json")
+    fresh = json.loads(out)
+    assert fresh["name"].startswith("first-") and fresh["run"] == fresh["name"]
+    assert f"--name {fresh['name']} --or-resume" in find_job(cluster, fresh["name"])["spec"]["entrypoint"]
+
+
+@pytest.mark.parametrize(
+    ("job", "message", "more", "code"),
+    [
+        ("SUCCEEDED", "Job finished successfully.", {}, 0),
+        (
+            "FAILED",
+            "Job entrypoint command failed with exit code 7, last available logs (truncated):\nexit code 9",
+            {},
+            7,
+        ),
+        ("FAILED", "Job entrypoint command failed with exit code -9. No logs available.", {}, 137),
+        ("STOPPED", "Job was intentionally stopped.", {}, 130),
+        ("FAILED", "Unexpected error occurred: The actor died.", {"reason": "AppFailed"}, 1),
+    ],
+)
+def test_waiting_exits_with_the_jobs_own_code(
+    server: ApiServer, shoal: Shell, cluster: Cluster, job: str, message: str, more: dict[str, str], code: int
+) -> None:
+    name = f"job-{code}"
+    made(cluster, name)
+    ended(server, cluster, name, job, message, **more)
+    found, out, _ = shoal("wait", name)
+    assert found == code and f"exit code {code}" in out and "\nexit code 9" not in out
+
+
+def ends_with(phases: list[str], phase: str) -> bool:
+    return phases[-1:] == [phase]
+
+
+def test_a_job_that_is_begun_again_has_not_ended(server: ApiServer, cluster: Cluster) -> None:
+    made(cluster, "first", retries=1)
+    message = "Job entrypoint command failed with exit code 7. No logs available."
+    phases: list[str] = []
+    outcome: list[Any] = []
+    waiting = threading.Thread(
+        target=lambda: outcome.append(wait(cluster, "first", 120, lambda found: phases.append(found.phase)))
+    )
+    waiting.start()
+    for job, deployment, phase in (
+        ("RUNNING", "Running", "running"), ("FAILED", "Running", "running"), ("", "Retrying", "retrying"),
+        ("RUNNING", "Running", "running"), ("SUCCEEDED", "Complete", "succeeded"),
+    ):  # fmt: skip
+        status = {"jobStatus": job or None, "jobDeploymentStatus": deployment, "message": message}
+        server.patch_status("rayjobs", cluster.namespace, "first", status)
+        until(partial(ends_with, phases, phase))
+    waiting.join(60)
+    assert phases == ["waiting", "running", "retrying", "running", "succeeded"]
+    assert outcome[0][1] == 0
+
+
+def test_a_job_that_never_ran_has_a_code_of_ours(server: ApiServer, shoal: Shell, cluster: Cluster) -> None:
+    for name, reason, code in (("late", "DeadlineExceeded", 124), ("unsent", "SubmissionFailed", 4)):
+        made(cluster, name)
+        status = {"jobDeploymentStatus": "Failed", "reason": reason, "message": "why"}
+        server.patch_status("rayjobs", cluster.namespace, name, status)
+        assert shoal("wait", name)[0] == code
+    made(cluster, "refused")
+    status = {"jobDeploymentStatus": "ValidationFailed", "reason": "ValidationFailed", "message": "the rules"}
+    server.patch_status("rayjobs", cluster.namespace, "refused", status)
+    code, out, _ = shoal("wait", "refused")
+    assert code == 4 and "refused refused, exit code 4: the rules" in out
+    made(cluster, "never")
+    code, _, err = shoal("wait", "never", "--timeout", "0.5")
+    assert code == 124 and "never has not ended in the time given" in err
+
+
+def test_a_waiting_job_that_is_cancelled_is_suspended(cluster: Cluster) -> None:
+    cancel(cluster, made(cluster, "first"))
+    assert find_job(cluster, "first")["spec"]["suspend"] is True
+    assert summarize(find_job(cluster, "first")).phase == "cancelled"
+
+
+def test_a_server_that_is_not_there_is_one_sentence(
+    shoal: Shell, server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = yaml.safe_load(server.kubeconfig.read_text())
+    config["clusters"][0]["cluster"]["server"] = "https://127.0.0.1:1"
+    (tmp_path / "config").write_text(yaml.safe_dump(config))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
+    code, _, err = shoal("list")
+    assert code == 4 and "https://127.0.0.1:1 does not answer (" in err and err.count("\n") == 1
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    code, _, err = shoal("list")
+    assert code == 5 and "no kubeconfig can be used" in err
+    (tmp_path / "bad").write_text("a: [")
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "bad"))
+    code, _, err = shoal("list")
+    assert code == 3 and "kubeconfig cannot be read" in err
+
+
+@pytest.mark.slow
+def test_a_thousand_jobs_are_listed(cluster: Cluster, shoal: Shell) -> None:
+    manifest = job_manifest()
+    for index in range(1000):
+        manifest["metadata"]["name"] = f"job-{index}"
+        cluster.post(cluster.ray("rayjobs"), manifest)
+    begun = time.monotonic()
+    code, out, _ = shoal("list", "-o", "json")
+    print(f"listed in {time.monotonic() - begun:.2f} s")
+    assert code == 0 and len(json.loads(out)) == 1000

@@ -1,0 +1,117 @@
+"""What ``shoal job render`` refuses: each in one sentence, with exit code 3 or 5, and nothing printed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from called import called
+from job_request import job_manifest
+
+from shoal.workers.errors import InvalidInput
+
+VOLUME = ("--volume", "runs:/mnt")
+RULES = "[{policy: DeleteSelf, condition: {jobStatus: FAILED}}]"
+
+
+Shell = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Shell:
+    """``shoal ARGUMENTS`` in an empty folder that is also the home."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("SHOAL_PROFILES", raising=False)
+    return partial(called, monkeypatch, capfd)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("train",), 3, "no --volume outlives the pods"),
+        (("train", *VOLUME, "--gpus-per-node", "0", "--name", "Bad_Name"), 3, "'Bad_Name' is not a name in Kubernetes"),
+        (("train", *VOLUME, "--gpus-per-node", "0", "--name", "a" * 48), 3, "48 characters, and KubeRay takes 47"),
+        (("train", *VOLUME), 3, "parallel.device='cpu', and the job asks for 1 GPUs"),
+        (("train", *VOLUME, "--nodes", "0"), 3, "--nodes=0 cannot be used: it should be greater than or equal to 1"),
+        (("train", *VOLUME, "--auth", "maybe"), 3, "--auth='maybe' cannot be used: it should be 'token' or 'off'"),
+        (("train", *VOLUME, "--profile", "big"), 5, "there is no file of profiles"),
+        (("train", *VOLUME, "--volume", "x:relative"), 3, "is not a volume: write CLAIM:/path"),
+        (("train", *VOLUME, "--volume", "other:/mnt/"), 3, "something is mounted at /mnt already"),
+        (("train", *VOLUME, "--gpus-per-node", "0", "--patch", "none.yaml"), 5, "--patch none.yaml does not exist"),
+        (("train", *VOLUME, "--gpus-per-node", "0", "--toleration", "a:Never"), 3, "has the effect 'Never'"),
+        (("train", *VOLUME, "--gpus-per-node", "0", "--working-dir", "none"), 5, "is not a folder"),
+        (("train", *VOLUME, "--runs-dir", "/elsewhere"), 3, "--runs-dir '/elsewhere' is on no volume"),
+        (("train", *VOLUME, "--recipe", "tinny"), 5, "did you mean tiny"),
+        (("train", *VOLUME, "--set", "train.stepz=1"), 3, "did you mean train.steps"),
+        (("evaluate", "s3://bucket/run", *VOLUME), 3, "is not a run on a volume"),
+        (("generate", "first", "--input", "/in.jsonl", "--output", "/mnt/o.jsonl", *VOLUME), 3, "is on no volume"),
+        (("serve", "first", *VOLUME), 3, "would be open to everyone in the cluster"),
+    ],
+)
+def test_a_command_line_is_refused_in_one_sentence(
+    arguments: tuple[str, ...], code: int, says: str, here: Shell
+) -> None:
+    found, out, err = here("job", "render", *arguments)
+    assert (found, out) == (code, ""), err
+    assert says in err
+    assert err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"suspend": True, "patch": "spec: {shutdownAfterJobFinishes: false, ttlSecondsAfterFinished: 0}"}, "suspend"),
+        ({"patch": "spec: {shutdownAfterJobFinishes: false}"}, "ttlSecondsAfterFinished=60 needs"),
+        ({"patch": "spec: {submissionMode: K8sjobMode}"}, "submissionMode='K8sjobMode' cannot be used"),
+        ({"submission_mode": "SidecarMode", "patch": "spec: {submitterConfig: {backoffLimit: 1}}"}, "submitterConfig"),
+        ({"patch": f"spec: {{deletionStrategy: {{deletionRules: {RULES}}}}}"}, "exclude each other"),
+        ({"patch": "spec: {deletionStrategy: {onSuccess: {policy: DeleteSelf}}}"}, "needs deletionRules, or both"),
+        ({"ray_version": "2.40.0"}, "needs Ray 2.52.0 or later, and rayVersion is '2.40.0'"),
+        ({"auth": "off", "auth_secret": "x"}, "--auth-secret is given with --auth off"),
+        ({"patch": "metadata: {name: " + "b" * 50 + "}"}, "KubeRay takes 47"),
+        ({"patch": "spec: {rayClusterSpec: {workerGroupSpecs: []}, entrypoint: ''}"}, "entrypoint is empty"),
+        ({"patch": "spec: {backoffLimit: 1.5}"}, "is not a whole number"),
+        ({"patch": "metadata: {labels: {a: 1}}"}, "is not text"),
+        ({"patch": "kind: Job"}, "a job is a RayJob or a RayService"),
+        ({"patch": "statuss: {}"}, "statuss is not a field of a manifest"),
+        (
+            {"sets": ("parallel.ranks=3", "moe.experts=15", "train.batch=3"), "nodes": 2, "cpus_per_node": 1},
+            "2 ranks a node",
+        ),
+        ({"shm": "64Mi"}, "--shm 64Mi does not fit"),
+        ({"head_memory": "1Gi"}, "--head-memory 1Gi does not fit"),
+    ],
+)
+def test_a_manifest_that_the_operator_would_refuse_is(options: dict[str, Any], says: str, tmp_path: Path) -> None:
+    if "patch" in options:
+        (tmp_path / "patch.yaml").write_text(options["patch"])
+        options = {**options, "patch": [tmp_path / "patch.yaml"]}
+    with pytest.raises(InvalidInput) as refused:
+        job_manifest(**options)
+    assert says in str(refused.value)
+
+
+def test_gpus_that_no_rank_would_use_are_refused() -> None:
+    with pytest.raises(InvalidInput, match=r"would leave 6 of 8 GPUs idle"):
+        job_manifest("deepseekmoe-2b", ("parallel.ranks=2",), gpus_per_node=8)
+    with pytest.raises(InvalidInput, match=r"parallel.ranks=16 do not fit: 1 nodes of 8 GPUs host 8 ranks"):
+        job_manifest("deepseekmoe-2b", ("parallel.ranks=16",), gpus_per_node=8)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[default]\nnods = 2\n", "'nods' is not an option of a job: did you mean nodes"),
+        ("[default]\nnodes = 'two'\n", "profile default of shoal-jobs.toml: nodes='two' cannot be used"),
+        ("default = 3\n", "default=3 is not a table"),
+        ("[default\n", "cannot be read"),
+    ],
+)
+def test_a_profile_that_says_nonsense_is_refused_with_its_place(text: str, says: str, here: Shell) -> None:
+    Path("shoal-jobs.toml").write_text(text)
+    code, _, err = here("job", "render", "train", *VOLUME)
+    assert code == 3 and says in err

@@ -1,0 +1,240 @@
+"""``shoal job render``: what a manifest holds, where options come from, and what is refused before there is one."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import shlex
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from called import called
+from job_request import job_manifest, service_manifest
+from shell import shoal
+
+from shoal.jobs.estimate import estimate
+from shoal.jobs.kube.quantity import to_bytes
+from shoal.jobs.memory import gib
+from shoal.jobs.recipe import check_recipe, load_recipe
+from shoal.workers.errors import InvalidInput
+
+CPU = ("--gpus-per-node", "0", "--volume", "runs:/mnt/shoal")
+GPU = ("--gpus-per-node", "8", "--volume", "runs:/mnt/shoal")
+
+
+Shell = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Shell:
+    """``shoal ARGUMENTS`` in the test's folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SHOAL_PROFILES", raising=False)
+    return partial(called, monkeypatch, capfd)
+
+
+def cluster_of(manifest: dict[str, Any]) -> Any:
+    return manifest["spec"].get("rayClusterSpec") or manifest["spec"]["rayClusterConfig"]
+
+
+def pods_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """Head, worker and, where there is one, submitter."""
+    cluster = cluster_of(manifest)
+    pods = [cluster["headGroupSpec"]["template"], cluster["workerGroupSpecs"][0]["template"]]
+    submitter = manifest["spec"].get("submitterPodTemplate")
+    return [pod["spec"] for pod in [*pods, *([submitter] if submitter else [])]]
+
+
+def test_a_training_job_asks_for_its_nodes_and_gives_each_rank_a_gpu(tmp_path: Path) -> None:
+    result = shoal(
+        "job", "render", "train", "--recipe", "deepseekmoe-2b", "--nodes", "2", *GPU, "--name", "first", cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    manifest = yaml.safe_load(result.stdout)
+    group = cluster_of(manifest)["workerGroupSpecs"][0]
+    assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (2, 2, 2)
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert limits["nvidia.com/gpu"] == 8
+    assert manifest["metadata"]["name"] == "first"
+    assert cluster_of(manifest)["authOptions"] == {"mode": "token"}
+    head = cluster_of(manifest)["headGroupSpec"]
+    recipe = check_recipe(tomllib.loads(head["template"]["metadata"]["annotations"]["shoal/recipe"]))
+    assert recipe == load_recipe("deepseekmoe-2b", overrides={"parallel.ranks": 16})
+    words = shlex.split(manifest["spec"]["entrypoint"])
+    assert words[:4] == ["shoal", "train", "--recipe", "/etc/shoal/recipe/recipe.toml"]
+    options = dict(zip(words[2::2], words[3::2], strict=False))
+    assert options["--name"] == "first"
+    assert "--or-resume" in words and "/mnt/shoal/runs" in words and "/mnt/shoal/data" in words
+    box = head["template"]["spec"]["containers"][0]
+    assert {"name": "recipe", "mountPath": "/etc/shoal/recipe", "readOnly": True} in box["volumeMounts"]
+
+
+def test_json_and_yaml_say_the_same(here: Shell) -> None:
+    arguments = ("job", "render", "train", "--recipe", "tiny", *CPU, "--name", "first")
+    as_yaml, as_json = here(*arguments), here(*arguments, "-o", "json")
+    assert yaml.safe_load(as_yaml[1]) == json.loads(as_json[1]) == job_manifest()
+
+
+def test_rendering_imports_neither_torch_nor_ray_nor_a_client() -> None:
+    code = (
+        "import sys\nfrom shoal.jobs.cli.main import app\n"
+        f"try:\n    app(['job', 'render', 'train', '--recipe', 'tiny', *{CPU!r}])\n"
+        "except SystemExit as end:\n    assert not end.code, end.code\n"
+        "print('HEAVY', [name for name in ('torch', 'ray', 'kubernetes', 'numpy') if name in sys.modules])\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.stdout.endswith("HEAVY []\n"), result.stderr
+
+
+def test_every_pod_has_what_all_pods_are_told() -> None:
+    manifest = job_manifest(
+        image="registry/shoal:1", pull_secret=["regcred"], service_account="trainer", node_selector=["pool=a100"],
+        toleration=["nvidia.com/gpu:NoSchedule", "team=nlp"], env=["A=b=c"], secret=["TOKEN=keys:one", "whole"],
+        priority="high",
+    )  # fmt: skip
+    for pod in pods_of(manifest):
+        box = pod["containers"][0]
+        assert box["image"] == "registry/shoal:1"
+        assert pod["imagePullSecrets"] == [{"name": "regcred"}]
+        assert pod["serviceAccountName"] == "trainer" and pod["priorityClassName"] == "high"
+        assert pod["nodeSelector"] == {"pool": "a100"}
+        assert pod["tolerations"] == [
+            {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
+            {"key": "team", "operator": "Equal", "value": "nlp"},
+        ]
+        assert {"name": "A", "value": "b=c"} in box["env"]
+        assert {"name": "TOKEN", "valueFrom": {"secretKeyRef": {"name": "keys", "key": "one"}}} in box["env"]
+        assert box["envFrom"] == [{"secretRef": {"name": "whole"}}]
+
+
+def test_a_queue_takes_the_priority_for_itself() -> None:
+    manifest = job_manifest(queue="team-a", priority="high")
+    labels = manifest["metadata"]["labels"]
+    assert labels["kueue.x-k8s.io/queue-name"] == "team-a" and labels["kueue.x-k8s.io/priority-class"] == "high"
+    assert all("priorityClassName" not in pod for pod in pods_of(manifest))
+
+
+def test_volumes_and_shm_are_mounted_where_ranks_stand() -> None:
+    manifest = job_manifest(volume=["runs:/mnt/runs", "corpus:/mnt/data:ro", "secret/keys:/keys", "/scratch:/fast"])
+    for pod in pods_of(manifest)[:2]:
+        declared = {each["name"]: each for each in pod["volumes"]}
+        mounted = {each["mountPath"]: each for each in pod["containers"][0]["volumeMounts"]}
+        assert declared[mounted["/mnt/data"]["name"]]["persistentVolumeClaim"] == {
+            "claimName": "corpus",
+            "readOnly": True,
+        }
+        assert mounted["/mnt/data"]["readOnly"] and "readOnly" not in mounted["/mnt/runs"]
+        assert declared[mounted["/keys"]["name"]]["secret"] == {"secretName": "keys"}
+        assert declared[mounted["/fast"]["name"]]["hostPath"] == {"path": "/scratch"}
+        assert declared[mounted["/dev/shm"]["name"]]["emptyDir"]["medium"] == "Memory"
+        assert {each["name"] for each in mounted.values()} == set(declared)
+
+
+def test_evaluation_and_one_process_generation_stand_on_a_worker(here: Shell) -> None:
+    gpu = ("--volume", "runs:/mnt")
+    evaluation = yaml.safe_load(here("job", "render", "evaluate", "first", *gpu)[1])
+    assert evaluation["spec"]["entrypointNumGpus"] == 1
+    assert evaluation["spec"]["entrypoint"] == "shoal evaluate first --runs-dir /mnt/runs -o json"
+    files = ("--input", "/mnt/in.jsonl", "--output", "/mnt/out put.parquet")
+    alone = yaml.safe_load(here("job", "render", "generate", "first", *files, *gpu)[1])
+    assert alone["spec"]["entrypointNumGpus"] == 1
+    words = shlex.split(alone["spec"]["entrypoint"])  # as the pod's shell does
+    assert words[words.index("--output") + 1] == "/mnt/out put.parquet"
+    many = here("job", "render", "generate", "first", *files, *gpu, "--gpus-per-node", "4")
+    spec = yaml.safe_load(many[1])["spec"]
+    assert "entrypointNumGpus" not in spec and "--workers 4" in spec["entrypoint"]
+
+
+def test_a_service_is_one_application_of_serve_behind_a_token() -> None:
+    manifest = service_manifest(gpus_per_node=2)
+    config = yaml.safe_load(manifest["spec"]["serveConfigV2"])
+    assert config["applications"][0]["args"] == {"run": "first", "runs_dir": "/mnt/shoal/runs", "workers": 2}
+    assert config["proxy_location"] == "HeadOnly"
+    head = pods_of(manifest)[0]["containers"][0]
+    assert {"name": "serve", "containerPort": 8000} in head["ports"]
+    token = {"name": "SHOAL_API_TOKEN", "valueFrom": {"secretKeyRef": {"name": "tokens", "key": "one"}}}
+    assert token in head["env"]
+
+
+def test_local_code_travels_in_a_config_map(tmp_path: Path, here: Shell) -> None:
+    (tmp_path / "code" / "pkg").mkdir(parents=True)
+    (tmp_path / "code" / "pkg" / "a.py").write_text("x = 1\n")
+    (tmp_path / "code" / ".git").mkdir()
+    (tmp_path / "code" / ".git" / "HEAD").write_text("no")
+    (tmp_path / "code" / "loop").symlink_to(tmp_path / "code")
+    arguments = ("job", "render", "train", "--recipe", "tiny", *CPU, "--name", "first", "--working-dir", "code")
+    out = here(*arguments)[1]
+    config, job = yaml.safe_load_all(out)
+    assert config["kind"] == "ConfigMap" and config["metadata"]["name"] == "first-code"
+    data = base64.b64decode(config["binaryData"]["code.zip"])
+    assert zipfile.ZipFile(io.BytesIO(data)).namelist() == ["pkg/a.py"]
+    assert yaml.safe_load(job["spec"]["runtimeEnvYAML"]) == {"working_dir": "file:///etc/shoal/code/code.zip"}
+    for pod in pods_of(job)[:2]:
+        assert {"name": "code", "configMap": {"name": "first-code"}} in pod["volumes"]
+    assert out == here(*arguments)[1], "the same code gives the same bytes"
+
+
+def test_a_profile_stands_below_the_command_line(tmp_path: Path, here: Shell) -> None:
+    (tmp_path / "shoal-jobs.toml").write_text(
+        'default = { image = "team:1", volume = ["runs:/mnt"], gpus-per-node = 0 }\n'
+        '[big]\nimage = "team:2"\nvolume = ["runs:/mnt"]\ngpus_per_node = 0\nnodes = 4\nenv = ["A=1"]\n'
+    )
+    render = ("job", "render", "train", "--recipe", "tiny", "--name", "first")
+    assert pods_of(yaml.safe_load(here(*render)[1]))[0]["containers"][0]["image"] == "team:1"
+    manifest = yaml.safe_load(here(*render, "--profile", "big", "--nodes", "3", "--env", "B=2")[1])
+    box = pods_of(manifest)[0]["containers"][0]
+    assert box["image"] == "team:2" and cluster_of(manifest)["workerGroupSpecs"][0]["replicas"] == 3
+    assert [each for each in box["env"] if each["name"] in "AB"] == [
+        {"name": "A", "value": "1"}, {"name": "B", "value": "2"}
+    ]  # fmt: skip
+
+
+def test_a_patch_is_laid_over_the_manifest_and_checked_with_it(tmp_path: Path) -> None:
+    patch = tmp_path / "patch.yaml"
+    patch.write_text("spec:\n  ttlSecondsAfterFinished: null\n  rayClusterSpec:\n    headServiceAnnotations: {a: b}\n")
+    manifest = job_manifest(patch=[patch])
+    assert "ttlSecondsAfterFinished" not in manifest["spec"]
+    assert cluster_of(manifest)["headServiceAnnotations"] == {"a": "b"}
+    patch.write_text("spec:\n  rayClusterSpec:\n    headGroupSpec:\n      rayStartParam: {}\n")
+    with pytest.raises(
+        InvalidInput, match=r"headGroupSpec\.rayStartParam is not a field .* did you mean rayStartParams"
+    ):
+        job_manifest(patch=[patch])
+
+
+def test_the_estimate_of_the_recipe_says_what_a_gpu_must_hold() -> None:
+    with pytest.raises(InvalidInput) as refused:
+        job_manifest("nsa-27b", gpus_per_node=8)
+    recipe = load_recipe("nsa-27b", overrides={"parallel.ranks": 8})
+    needed = estimate(recipe).memory["colocated"].total
+    assert f"does not fit: needs {gib(needed + (3 << 29))} a rank, 80.0 GiB asked" in str(refused.value)
+
+
+def test_the_memory_that_is_asked_for_by_itself_is_enough_and_a_byte_less_is_refused() -> None:
+    sets = ("parallel.ranks=4",)
+    manifest = job_manifest(sets=sets)
+    asked = pods_of(manifest)[1]["containers"][0]["resources"]["limits"]["memory"]
+    assert job_manifest(sets=sets, memory_per_node=asked)
+    with pytest.raises(InvalidInput, match=r"does not fit: needs \S+ GiB of memory a rank, \S+ GiB asked \(2Gi a node"):
+        job_manifest(sets=sets, memory_per_node="2Gi")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("64Gi", 64 << 30), ("500m", 1), ("1.5Ki", 1536), ("2e3", 2000), (".5M", 500_000), ("1k", 1000)]
+)
+def test_quantities_are_read_as_kubernetes_does(text: str, size: int) -> None:
+    assert to_bytes(text, "--shm") == size
+
+
+def test_a_command_of_a_run_that_may_exist_needs_its_name(here: Shell) -> None:
+    code, _, err = here("train", "--recipe", "tiny", "--or-resume")
+    assert code == 2 and "--or-resume needs the run's name" in err

@@ -1,0 +1,212 @@
+"""Watching jobs on a real API server: why they wait, their logs and dashboards, and how they end, come what may."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from job_request import job_manifest
+from kube_fixtures import (  # noqa: F401  # fixtures are found by their names
+    Shell,
+    cluster_fixture,
+    ended,
+    kubelet_fixture,
+    made,
+    server_fixture,
+    shoal_fixture,
+    until,
+)
+from kube_kubelet import Kubelet, Log, make_pod, set_pod
+from kube_server import ApiServer
+from shell import started
+
+from shoal.jobs.kube.api import Cluster
+from shoal.jobs.kube.ending import wait
+from shoal.jobs.kube.forward import forwarded, head_pod
+from shoal.jobs.kube.logs import logs
+from shoal.jobs.kube.status import explain, summarize
+from shoal.jobs.kube.submit import cancel, find_job
+from shoal.workers.errors import ClusterRefused, NotFound
+
+LINES = 30_000
+
+
+def test_status_says_why_a_job_waits(server: ApiServer, kubelet: Kubelet, cluster: Cluster) -> None:
+    made(cluster, "first", nodes=3)
+    server.patch_status(
+        "rayjobs", cluster.namespace, "first", {"jobDeploymentStatus": "Initializing", "rayClusterName": "first-abcde"}
+    )
+    head = job_manifest()["spec"]["rayClusterSpec"]
+    body = {"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": {"name": "first-abcde"}, "spec": head}
+    cluster.post(cluster.ray("rayclusters"), body)
+    event = {
+        "metadata": {"name": "first-abcde.1"}, "type": "Warning", "reason": "FailedToCreateWorkerPod",
+        "involvedObject": {"kind": "RayCluster", "name": "first-abcde", "namespace": cluster.namespace},
+        "message": "exceeded quota: team, requested: nvidia.com/gpu=8",
+    }  # fmt: skip
+    cluster.post(cluster.core("events"), event)
+    assert any("exceeded quota: team" in reason for reason in explain(cluster, find_job(cluster, "first")).reasons)
+    labels = {"ray.io/cluster": "first-abcde"}
+    unplaced = {"type": "PodScheduled", "status": "False", "message": "0/3 nodes are available: 3 Insufficient gpu."}
+    for index in range(2):
+        make_pod(server, cluster.namespace, f"waits-{index}", labels, phase="Pending", conditions=[unplaced])
+    pull = {"waiting": {"reason": "ImagePullBackOff", "message": "Back-off pulling image"}}
+    make_pod(server, cluster.namespace, "pulls", labels, pull, phase="Pending")
+    server.patch_status("rayclusters", cluster.namespace, "first-abcde", {"readyWorkerReplicas": 1})
+    assert explain(cluster, find_job(cluster, "first")).reasons == [
+        "2 pods: no node takes it (0/3 nodes are available: 3 Insufficient gpu.)",
+        "1 pod: image shoal:0.1.0 cannot be pulled (Back-off pulling image)",
+        "1 of 3 nodes are ready",
+    ]
+
+
+KUEUE = {"workloads": "Workload", "localqueues": "LocalQueue"}
+
+
+def install_kueue(server: ApiServer) -> None:
+    """Kueue's two objects that jobs ask about, of any content."""
+    for plural, kind in KUEUE.items():
+        schema = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+        version = {"name": "v1beta1", "served": True, "storage": True, "schema": {"openAPIV3Schema": schema}}
+        names = {"plural": plural, "kind": kind, "singular": kind.lower(), "listKind": f"{kind}List"}
+        spec = {"group": "kueue.x-k8s.io", "scope": "Namespaced", "names": names, "versions": [version]}
+        body = {"metadata": {"name": f"{plural}.kueue.x-k8s.io"}, "spec": spec}
+        body |= {"apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition"}
+        server.request("POST", "/apis/apiextensions.k8s.io/v1/customresourcedefinitions", body)
+    for plural in KUEUE:
+        path = f"/apis/kueue.x-k8s.io/v1beta1/namespaces/default/{plural}"
+        server._until(lambda path=path: server.request("GET", path, quiet=True) is not None)
+
+
+def test_a_queued_job_says_what_the_queue_says_and_never_starts_once_cancelled(
+    server: ApiServer, cluster: Cluster
+) -> None:
+    job = made(cluster, "first", queue="team-a", suspend=True)
+    assert "cannot" in explain(cluster, job).reasons[0] or "does not have" in explain(cluster, job).reasons[0]
+    install_kueue(server)
+    assert explain(cluster, job).reasons == [f"there is no LocalQueue team-a in namespace {cluster.namespace}"]
+    path, meta = (
+        f"/apis/kueue.x-k8s.io/v1beta1/namespaces/{cluster.namespace}",
+        {"apiVersion": "kueue.x-k8s.io/v1beta1"},
+    )
+    message = "couldn't assign flavors to pod set head: insufficient unused quota for nvidia.com/gpu"
+    body = {
+        **meta, "kind": "Workload", "spec": {"active": True},
+        "metadata": {"name": "w", "labels": {"kueue.x-k8s.io/job-uid": job["metadata"]["uid"]}},
+        "status": {"conditions": [{"type": "QuotaReserved", "status": "False", "message": message}]},
+    }  # fmt: skip
+    server.request("POST", f"{path}/workloads", body)
+    found = explain(cluster, job)
+    assert found.phase == "queued" and found.reasons == [f"it waits in queue team-a: {message}"]
+    assert cancel(cluster, job) == "first will not start"
+    assert server.request("GET", f"{path}/workloads/w")["spec"]["active"] is False
+    assert summarize(find_job(cluster, "first")).phase == "cancelled"
+    assert wait(cluster, "first")[1] == 130
+
+
+def numbered(log: Log, count: int, first: int = 0) -> None:
+    """Lines with their number, four of each time, and a second every thousand."""
+    for index in range(first, first + count):
+        log.write(f"line {index}", (index // 4) * 4_000_000)
+
+
+def test_logs_and_waiting_go_on_when_the_api_server_dies_and_comes_back(
+    server: ApiServer, kubelet: Kubelet, cluster: Cluster
+) -> None:
+    made(cluster, "first")
+    log = kubelet.logs["first-pod"] = Log()
+    numbered(log, LINES // 2)
+    make_pod(server, cluster.namespace, "first-pod", {"job-name": "first"}, {"running": {}}, phase="Running")
+    server.patch_status(
+        "rayjobs", cluster.namespace, "first", {"jobStatus": "RUNNING", "jobDeploymentStatus": "Running"}
+    )
+    lines: list[bytes] = []
+    phases: list[str] = []
+    outcome: list[Any] = []
+    threads = [
+        threading.Thread(target=lambda: logs(cluster, "first", lines.append, follow=True)),
+        threading.Thread(target=lambda: outcome.append(wait(cluster, "first", 120, lambda s: phases.append(s.phase)))),
+    ]
+    for thread in threads:
+        thread.start()
+    until(lambda: len(lines) > LINES // 4 and bool(phases))
+    server.kill()
+    numbered(log, LINES // 2, LINES // 2)
+    server.start_again()
+    until(lambda: len(lines) == LINES)
+    log.ended = True
+    set_pod(server, cluster.namespace, "first-pod", {"terminated": {"exitCode": 0}}, phase="Succeeded")
+    ended(server, cluster, "first", "FAILED", "Job entrypoint command failed with exit code 7. No logs available.")
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert lines == [f"line {index}\n".encode() for index in range(LINES)]
+    assert phases == ["running", "failed"] and outcome[0][1] == 7
+    assert any("sinceTime" in asked for asked in log.asked), "the stream was taken up where it broke"
+
+
+def test_a_log_that_has_ended_is_printed_from_any_line(
+    server: ApiServer, kubelet: Kubelet, shoal: Shell, cluster: Cluster
+) -> None:
+    made(cluster, "second")
+    code, _, err = shoal("logs", "second")
+    assert code == 5 and "second is waiting and has no log" in err
+    log = kubelet.logs["second-pod"] = Log(ended=True)
+    numbered(log, 5)
+    make_pod(
+        server,
+        cluster.namespace,
+        "second-pod",
+        {"job-name": "second"},
+        {"terminated": {"exitCode": 0}},
+        phase="Succeeded",
+    )
+    ended(server, cluster, "second", "SUCCEEDED")
+    assert shoal("logs", "second", "--tail", "2")[1] == "line 3\nline 4\n"
+    assert shoal("logs", "second", "-f")[1] == "".join(f"line {index}\n" for index in range(5))
+
+
+def test_the_dashboard_is_reached_through_the_api_server(
+    server: ApiServer, kubelet: Kubelet, cluster: Cluster, tmp_path: Path
+) -> None:
+    class Hello(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"hello " * 20_000)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    web = ThreadingHTTPServer(("127.0.0.1", 0), Hello)
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    kubelet.port = web.server_port
+    made(cluster, "first")
+    server.patch_status("rayjobs", cluster.namespace, "first", {"rayClusterName": "first-abcde"})
+    with pytest.raises(NotFound, match="the head of first does not run"):
+        head_pod(cluster, find_job(cluster, "first"))
+    labels = {"ray.io/cluster": "first-abcde", "ray.io/node-type": "head"}
+    make_pod(server, cluster.namespace, "head", labels, {"running": {}}, phase="Running")
+    with forwarded(cluster, head_pod(cluster, find_job(cluster, "first")), 8265) as port:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30) as answer:
+            assert answer.read() == b"hello " * 20_000
+        with (
+            pytest.raises(ClusterRefused, match=f"--port {port} cannot be listened on"),
+            forwarded(cluster, "head", 8265, port),
+        ):
+            pass
+    command = ("job", "dashboard", "first", "--no-browser", "--port", "0", "--namespace", cluster.namespace)
+    with started(*command, cwd=tmp_path, KUBECONFIG=str(server.kubeconfig)) as process:
+        assert process.stdout
+        address, token = process.stdout.readline().split()[1], process.stdout.readline()
+        assert "get secret -n" in token
+        with urllib.request.urlopen(address, timeout=30) as answer:
+            assert answer.read() == b"hello " * 20_000
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+    web.shutdown()
