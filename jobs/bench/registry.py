@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from shoal.jobs.bench.result import Document, Row, document
+from shoal.jobs.bench.result import Document, Row, document, gpu_kind
 
 BENCHMARKS = {
     "train": ("shoal.jobs.bench.train", "Tokens/s of tiny under Ray, beside the same training without Ray."),
@@ -20,6 +20,8 @@ BENCHMARKS = {
     "moe": ("shoal.jobs.bench.moe", "A DeepSeekMoE layer on a GPU, beside cuBLAS products with the same FLOPs."),
     "cli": ("shoal.jobs.bench.cli", "Time that shoal --help takes."),
 }
+
+GPU_KERNELS = ("nsa", "moe")
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,21 @@ class Settings:
 
 
 def measure(name: str, settings: Settings) -> Document:
-    """Runs a benchmark and returns its result. Raises ShoalError for what it cannot do."""
+    """Runs a benchmark and returns its result. Raises ShoalError for what it cannot do.
+
+    One of a GPU's kernels is named after the GPU as well: ``nsa-h100``.
+    """
     before = os.getloadavg()[0]
     rows: list[Row] = import_module(BENCHMARKS[name][0]).run(settings)
-    return document(name, rows, (before, os.getloadavg()[0]))
+    kind = gpu_kind() if name in GPU_KERNELS else ""
+    return document(f"{name}-{kind}" if kind else name, rows, (before, os.getloadavg()[0]))
+
+
+def draw(name: str, result: Document, folder: Path) -> Path | None:
+    """Draws a result as ``folder/BENCHMARK.png``, where its benchmark has a ``draw(result, path)``. Raises OSError."""
+    drawing: Callable[[Document, Path], None] | None = getattr(import_module(BENCHMARKS[name][0]), "draw", None)
+    if drawing is None:
+        return None
+    path = folder / f"{result['benchmark']}.png"
+    drawing(result, path)
+    return path

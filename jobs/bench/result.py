@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -139,6 +140,12 @@ def _gpus() -> str:
         return ""
     names = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
     return " + ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+
+
+def gpu_kind() -> str:
+    """What the first GPU is called for short: ``h100`` for an NVIDIA H100 80GB HBM3; empty without one."""
+    found = re.search(r"\b[A-Z]+\d+\w*", _gpus().partition(" x ")[2])
+    return found[0].lower() if found else ""
 
 
 def _processor() -> str:

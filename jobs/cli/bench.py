@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from shoal.jobs.bench.registry import BENCHMARKS, Settings, measure
+from shoal.jobs.bench.registry import BENCHMARKS, Settings, draw, measure
 from shoal.jobs.bench.result import table, write
 from shoal.jobs.cli.common import (
     RUNS_DIR,
@@ -66,13 +66,15 @@ def _command(name: str) -> Callable[..., None]:
         repeats: Annotated[int | None, typer.Option(min=1, help="How often to measure; medians are reported.")] = None,
         steps: Annotated[int | None, typer.Option(min=1, help="Steps trained, where a benchmark trains.")] = None,
         data_dir: Annotated[Path, typer.Option(help="Where prepared corpora lie.")] = Path("data"),
+        plots: Annotated[Path, typer.Option(help="Folder for a picture, where one is drawn.")] = Path("benchmarks"),
         output: OutputOption = Output.table,
     ) -> None:
         _warn_when_busy()
         result = measure(name, Settings(data_dir, repeats, steps, _say))
         path = write(result, out)
+        picture = draw(name, result, plots)
         emit(result, output, lambda: console().print(table(result)))
-        _say(f"written to {path}")
+        _say(f"written to {path}" + (f" and {picture}" if picture else ""))
 
     bench.__doc__ = f"{BENCHMARKS[name][1]}\n{EXAMPLES.format(name=name)}"
     return bench
