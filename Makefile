@@ -34,7 +34,7 @@ serve: .venv/installed-serve  ## install what serving needs as well, and serve t
 
 # Two files at a time: much of a test's time is waiting for processes to start.
 test: .venv/installed-dev  ## install the tools as well, and run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: .venv/installed-dev  ## the tests that take minutes too: fuzzing, kill loops, whole runs
 	HYPOTHESIS_PROFILE=slow $(BIN)/python -m pytest -m ""
