@@ -16,11 +16,17 @@ def experts_backend(name: str, device: torch.device, dtype: torch.dtype) -> type
 
     Raises ValueError with a remedy where the backend cannot be had.
     """
-    able = device.type == "cuda" and dtype == torch.bfloat16 and find_spec("triton") is not None
+    bf16 = device.type == "cuda" and dtype == torch.bfloat16
+    able = bf16 and torch.version.hip is None and find_spec("triton") is not None
     if name == "torch" or (name == "auto" and not able):
         return Gemms
     if name == "megablocks":
-        return _megablocks()
+        kind = _megablocks()
+        if not bf16:
+            raise ValueError(
+                f"moe.backend='megablocks' needs bfloat16 on a GPU: on {device.type} in {dtype} set it to 'auto'"
+            )
+        return kind
     if not able:
         raise ValueError(
             f"moe.backend='triton' needs bfloat16 on a GPU, and Triton: on {device.type} in {dtype} set it to 'auto'"

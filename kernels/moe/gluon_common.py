@@ -12,6 +12,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+"""Triton 3.7 calls it the first, 3.6 the second."""
+
 
 def supported(x: Tensor, *widths: int) -> bool:
     """Whether these kernels take bf16 rows like ``x`` and weights of these widths: on Hopper, multiples of 8."""
@@ -52,10 +55,11 @@ def launch(kernel: Any, arguments: tuple[Any, ...], **constants: Any) -> None:
     key = (kernel, device.index, *constants.values())
     found = _compiled.get(key)
     grid = (multiprocessors(device), 1, 1)
-    if found is None:
-        _compiled[key] = kernel[grid](*arguments, **constants, num_warps=4)
-    else:
-        found[grid](*arguments, *constants.values())
+    with torch.cuda.device(device):
+        if found is None:
+            _compiled[key] = kernel[grid](*arguments, **constants, num_warps=4)
+        else:
+            found[grid](*arguments, *constants.values())
 
 
 @gluon.jit

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from shoal.kernels.moe.gluon_common import descriptor, launch, split_columns
+from shoal.kernels.moe.gluon_common import barrier, descriptor, launch, split_columns
 
 SHAPE = (4, 2)
 """Depth of the rings, and a consumer's slots of 8 KiB."""
@@ -99,7 +99,7 @@ def _consumer(C, a_ring, b_ring, full, empty, slots, out, ends, E, A, B, STAGES,
                 kept = own.load(WIPE)
                 own.store(gl.where((r < end)[:, None], kept, gl.zeros_like(kept)))
                 fence_async_shared()
-                gl.thread_barrier()
+                barrier()
             acc = warpgroup_mma(own.permute((1, 0)), b_ring.index(slot), acc, is_async=True)
             acc = warpgroup_mma_wait(1, [acc])
             mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), pred=row > start)

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from shoal.kernels.moe.gluon_common import descriptor, launch, split_columns
+from shoal.kernels.moe.gluon_common import barrier, descriptor, launch, split_columns
 from shoal.kernels.moe.triton_tiles import Tiles
 
 PLAIN, UP, ACT = 0, 1, 2
@@ -272,7 +272,7 @@ def _consumer(
             if MODE == 2:  # noqa: SIM102
                 if k == ASK:  # known at run time only
                     tma.store_wait(0)
-                    gl.thread_barrier()
+                    barrier()
                     _fetch_hidden(hidden, slots, there, 0, row, column)
                     _fetch_hidden(hidden, slots, there, 1, row, column + 64)
             slot = i % STAGES

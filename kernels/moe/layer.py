@@ -97,7 +97,7 @@ class _MoELayer(torch.autograd.Function):
             choice.order,
         )
         assert d_gates is not None
-        d_logits = choose_backward(choice, d_gates, sum_grads, x.dtype, score=score, normalize=normalize)
+        d_logits = choose_backward(choice, d_gates, sum_grads.contiguous(), x.dtype, score=score, normalize=normalize)
         base: Tensor | None = None
         d_shared_up: Tensor | None = None
         d_shared_down: Tensor | None = None

@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 SCORES = ("softmax", "sigmoid")
+MOST = 128
+"""Experts whose logits fit into the kernel that chooses; of more, they are computed before it."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ def choose(
     """
     if score not in SCORES:
         raise ValueError(f"score={score!r}: one of {SCORES}")
+    if centroids is not None and len(centroids) > MOST:
+        x, centroids = x.float() @ centroids.float().T, None
     tokens, width = x.shape
     experts = width if centroids is None else len(centroids)
     tile = 64 if tokens >= 16384 else 16

@@ -7,7 +7,10 @@ nothing of size queries x keys outlives its tile.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -21,9 +24,27 @@ from shoal.kernels.nsa.select import importance, select
 Backend = Literal["auto", "torch", "triton"]
 
 
-def takes_triton(q: Tensor) -> bool:
-    """Whether ``backend="auto"`` computes with the Triton kernels: on CUDA GPUs, in 16 bits."""
-    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+def takes_triton(q: Tensor, v: Tensor) -> bool:
+    """Whether ``backend="auto"`` computes with the Triton kernels: in 16 bits, where tiles fit the GPU's shared memory.
+
+    q: ``[…, H, d_qk]``; v: values of the selected branch, ``[T, KV, d_v]`` or pages of them, ``[…, KV, l', d_v]``.
+    """
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or torch.version.hip is not None:
+        return False
+    kv, wide = v.shape[1], max(q.shape[-1], v.shape[-1])
+    # Bytes that the largest tile takes, of the backward pass over spans (triton_span_grad.py), as it was compiled.
+    bytes_needed = 165_000 if wide <= 128 else 214_000 if wide <= 192 else math.inf
+    return q.shape[-2] // kv <= 64 and bytes_needed <= _shared_memory(q.device.index)
+
+
+@lru_cache(maxsize=16)
+def _shared_memory(device: int) -> int:
+    """Bytes of shared memory that a program on a GPU may use; 0 without Triton."""
+    if find_spec("triton") is None:
+        return 0
+    from triton.runtime import driver
+
+    return int(driver.active.utils.get_device_properties(device)["max_shared_mem"])
 
 
 def nsa_attention(
@@ -59,9 +80,11 @@ def nsa_attention(
     if q.shape[1] % k_slc.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads do not divide over {k_slc.shape[1]} KV heads")
     tensors = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
-    if backend == "triton" or (backend == "auto" and takes_triton(q)):
-        if not q.is_cuda:
-            raise ValueError(f"backend='triton' needs tensors on a GPU, and q is on {q.device}: take 'auto' or 'torch'")
+    if backend == "triton" or (backend == "auto" and takes_triton(q, v_slc)):
+        if not q.is_cuda or q.dtype == torch.float64:
+            raise ValueError(
+                f"backend='triton' takes float32 and 16 bits on a GPU, and q is {q.dtype} on {q.device}: take 'auto'"
+            )
         # Imported here: Triton is not there on every system, and this is of no use without a GPU.
         from shoal.kernels.nsa.triton_attention import nsa_triton
 

@@ -91,7 +91,8 @@ class DecodeTables:
     positions: ``[N]`` int64, in the sequence. far, near: ``[N, KV, P]``, ``[N, KV, W]``, indices of :func:`by_head`;
     unused places name any page. near_first: ``[N]`` int64, the token that the near pages begin with. cmp_mask:
     ``[N, 1, 1, P · l'/d]``, win_mask: ``[N, 1, 1, W · l']``, 0 where visible and -inf where not. blind:
-    ``[N, 1, 1, 1]`` bool, queries without a compressed row; None when there is none.
+    ``[N, 1, 1, 1]`` bool, queries without a compressed row; None when there is none. forced, later: of
+    ``forced_blocks``. Triton reads positions, pages and ``near_first`` alone.
     """
 
     positions: Tensor
@@ -140,7 +141,7 @@ def paged_decode(
 
     Everything up to each query's own position must have been written to its pages. backend: as of ``nsa_attention``.
     """
-    if backend == "triton" or (backend == "auto" and takes_triton(q)):
+    if backend == "triton" or (backend == "auto" and takes_triton(q, cache.v_slc)):
         # Imported here: Triton is not there on every system, and this is of no use without a GPU.
         from shoal.kernels.nsa.triton_paged import triton_paged_decode
 
@@ -212,7 +213,7 @@ def paged_prefill(
     this many keys, selected attention of PyTorch operations masks dense scores; with more it gathers blocks. It changes
     speed only. backend: as of ``nsa_attention``.
     """
-    if backend == "triton" or (backend == "auto" and takes_triton(q)):
+    if backend == "triton" or (backend == "auto" and takes_triton(q, cache.v_slc)):
         from shoal.kernels.nsa.triton_paged import triton_paged_prefill
 
         return triton_paged_prefill(q, gates, cache, position, far, near, near_first, sizes, scale)

@@ -17,6 +17,9 @@ from torch import Tensor
 from shoal.kernels.nsa.triton_select import LOG2E, halves, load_keys, load_rows, padded, precision
 from shoal.kernels.nsa.triton_tables import Tables
 
+SCORES = 1 << 25
+"""Most scores of blocks that exist at a time: 256 MB, with what the next blocks get."""
+
 
 @dataclass(frozen=True)
 class ChooseTuning:
@@ -47,9 +50,9 @@ def choose_blocks(
     group_p = padded(heads // kv, least=1)
     # Only the first document of a tile is scored: in one that begins in a tile, the tile's queries take all blocks.
     tile = min(max(1, tuning.rows // group_p), 1 << (n * sizes.slc_block).bit_length() - 1)
-    chunk = min(tuning.chunk, tokens)
     longest = tables.longest_within(0, tokens)
     width = triton.cdiv(max(longest, 1), tuning.blocks) * tuning.blocks
+    chunk = min(tuning.chunk, tokens, max(tile, SCORES // (kv * width)))
     scores = torch.empty(2, kv, chunk, width, dtype=torch.float32, device=q.device)
     per_slc = sizes.slc_block // sizes.cmp_stride
     shape = {"KV": kv, "COUNT": n, "INITIAL": sizes.slc_initial, "LOCAL": sizes.slc_local, "BLOCK": sizes.slc_block}

@@ -63,12 +63,12 @@ def triton_paged_decode(
     weights, part = empty(group, pages * per), empty(parts, group, dim_v)
     tops, totals = empty(parts, group), empty(parts, group)
     importance, chosen = empty(pages), empty(sizes.slc_count, dtype=torch.int32)
-    shape = {"G": group, "GP": padded(group), "E": dim_v, "EP": padded(dim_v), "PARTS": parts}
+    # What grows with the sequences is no constant of a kernel: it would be compiled again and again while serving.
+    shape = {"G": group, "GP": padded(group), "E": dim_v, "EP": padded(dim_v)}
     rows = {"PER": per, "SKIPPED": sizes.cmp_block // sizes.cmp_stride - 1, "STRIDE": sizes.cmp_stride}
     _compressed_kernel[(n, kv, splits)](
         *(q.contiguous(), cache.k_cmp, cache.v_cmp, tables.positions, tables.far, weights, part, tops, totals),
-        *(scale * LOG2E, pages),
-        TILES=triton.cdiv(tiles, splits),
+        *(scale * LOG2E, pages, triton.cdiv(tiles, splits), parts),
         BJ=padded(tile, least=1),
         PER_P=padded(per, least=1),
         PRECISION=precision(q.dtype),
@@ -81,8 +81,7 @@ def triton_paged_decode(
     if pages > sizes.slc_count:
         width = min(128, padded(pages, least=1))
         _importance_kernel[(n, kv, triton.cdiv(pages, width))](
-            *(weights, tops, totals, tables.positions, importance, pages),
-            SPLITS=splits,
+            *(weights, tops, totals, tables.positions, importance, pages, splits, parts),
             SP=padded(splits, least=1),
             WIDTH=width,
             BLOCK=sizes.slc_block,
@@ -99,7 +98,7 @@ def triton_paged_decode(
     )
     _pages_kernel[(n, kv, sizes.slc_count + windows)](
         *(q.contiguous(), cache.k_slc, cache.v_slc, cache.k_win, cache.v_win, tables.positions, tables.far),
-        *(tables.near, tables.near_first, chosen, part, tops, totals, scale * LOG2E, pages, windows, splits),
+        *(tables.near, tables.near_first, chosen, part, tops, totals, scale * LOG2E, pages, windows, splits, parts),
         COUNT=sizes.slc_count,
         WINDOW=sizes.window,
         BLOCK=sizes.slc_block,
@@ -109,8 +108,8 @@ def triton_paged_decode(
         **shape,
         **halves(dim),
     )
-    args = (part, tops, totals, gates.contiguous(), out, splits, splits + sizes.slc_count)
-    _sum_kernel[(n * heads,)](*args, PARTS=parts, G=group, E=dim_v, EP=padded(dim_v))
+    args = (part, tops, totals, gates.contiguous(), out, splits, splits + sizes.slc_count, parts)
+    _sum_kernel[(n * heads,)](*args, G=group, E=dim_v, EP=padded(dim_v))
     return out
 
 
@@ -139,7 +138,8 @@ def triton_paged_prefill(
 
 def _rows(cache: Tensor, pages: Tensor) -> Tensor:
     """Rows of a sequence, in order: ``[pages, KV, rows, D]`` at ``pages [P]`` to ``[P · rows, KV, D]``."""
-    return cache[pages].transpose(1, 2).reshape(-1, cache.shape[1], cache.shape[3])
+    # A reshape of one page would be a view that is not contiguous.
+    return cache[pages].transpose(1, 2).contiguous().view(-1, cache.shape[1], cache.shape[3])
 
 
 @triton.jit
@@ -153,7 +153,7 @@ def _put_part(part, tops, totals, at, m, total, acc, G: tl.constexpr, GP: tl.con
     tl.store(part + (at * G + o_g)[:, None] * E + o_e[None, :], acc, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pages", "tiles", "parts"])
 def _compressed_kernel(
     q,
     k,
@@ -166,13 +166,13 @@ def _compressed_kernel(
     totals,
     scale,
     pages,
-    TILES: tl.constexpr,
+    tiles,
+    parts,
     BJ: tl.constexpr,
     PER: tl.constexpr,
     PER_P: tl.constexpr,
     SKIPPED: tl.constexpr,
     STRIDE: tl.constexpr,
-    PARTS: tl.constexpr,
     G: tl.constexpr,
     GP: tl.constexpr,
     D: tl.constexpr,
@@ -193,8 +193,8 @@ def _compressed_kernel(
     m = tl.full([GP], float("-inf"), tl.float32)
     total = tl.zeros([GP], tl.float32)
     acc = tl.zeros([GP, EP], tl.float32)
-    first = split * TILES * BJ
-    stop = tl.minimum(first + TILES * BJ, tl.minimum(pages, tl.cdiv(ended, PER)))
+    first = split * tiles * BJ
+    stop = tl.minimum(first + tiles * BJ, tl.minimum(pages, tl.cdiv(ended, PER)))
     for tile in range(first, stop, BJ):
         page = tile + o_c // PER_P
         inside = (o_c % PER_P < PER) & (page < stop)
@@ -214,10 +214,10 @@ def _compressed_kernel(
         total = total * fade + tl.sum(p, 1)
         acc = tl.dot(p.to(b_v.dtype), b_v, acc * fade[:, None], input_precision=PRECISION)
         m = m_new
-    _put_part(part, tops, totals, at * PARTS + split, m, total, acc, G, GP, E, EP)
+    _put_part(part, tops, totals, at * parts + split, m, total, acc, G, GP, E, EP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pages", "splits", "parts"])
 def _importance_kernel(
     weights,
     tops,
@@ -225,14 +225,14 @@ def _importance_kernel(
     positions,
     importance,
     pages,
-    SPLITS: tl.constexpr,
+    splits,
+    parts,
     SP: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     PER: tl.constexpr,
     SKIPPED: tl.constexpr,
     STRIDE: tl.constexpr,
-    PARTS: tl.constexpr,
     COUNT: tl.constexpr,
     INITIAL: tl.constexpr,
     LOCAL: tl.constexpr,
@@ -249,8 +249,8 @@ def _importance_kernel(
     if (own < COUNT) | (tl.program_id(2) * WIDTH > own - LOCAL):
         return
     o_g, o_s = tl.arange(0, GP), tl.arange(0, SP)
-    inside = (o_s < SPLITS)[:, None] & (o_g < G)[None, :]
-    each = (at * PARTS + o_s)[:, None] * G + o_g[None, :]
+    inside = (o_s < splits)[:, None] & (o_g < G)[None, :]
+    each = (at * parts + o_s)[:, None] * G + o_g[None, :]
     b_tops = tl.load(tops + each, mask=inside, other=float("-inf"))
     m = tl.max(b_tops, 0)
     m = tl.where(m == float("-inf"), 0.0, m)
@@ -272,7 +272,7 @@ def _importance_kernel(
     tl.store(importance + at * pages + block, acc, mask=block < pages)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pages"])
 def _choose_kernel(
     importance,
     positions,
@@ -304,7 +304,7 @@ def _choose_kernel(
         score = tl.where(block == index, -1.0, score)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pages", "windows", "splits", "parts"])
 def _pages_kernel(
     q,
     k_slc,
@@ -323,11 +323,11 @@ def _pages_kernel(
     pages,
     windows,
     splits,
+    parts,
     COUNT: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK: tl.constexpr,
     BN: tl.constexpr,
-    PARTS: tl.constexpr,
     G: tl.constexpr,
     GP: tl.constexpr,
     D: tl.constexpr,
@@ -362,18 +362,18 @@ def _pages_kernel(
     m = tl.max(s, 1)
     p = tl.exp2(s - tl.where(m == float("-inf"), 0.0, m)[:, None])
     acc = tl.dot(p.to(b_v.dtype), b_v, input_precision=PRECISION)
-    _put_part(part, tops, totals, at * PARTS + splits + i, m, tl.sum(p, 1), acc, G, GP, E, EP)
+    _put_part(part, tops, totals, at * parts + splits + i, m, tl.sum(p, 1), acc, G, GP, E, EP)
 
 
 @triton.jit
-def _sum_branch(part, tops, totals, at, g, begin, stop, PARTS, G, E: tl.constexpr, EP: tl.constexpr):
+def _sum_branch(part, tops, totals, at, g, begin, stop, parts, G, E: tl.constexpr, EP: tl.constexpr):
     """One branch's output ``[EP]`` of one head from partial ones, many at a time; 0 over no keys."""
     o_i, o_e = tl.arange(0, 32), tl.arange(0, EP)
     m, total = float("-inf"), 0.0
     acc = tl.zeros([EP], tl.float32)
     for i in range(begin, stop, 32):
         inside = i + o_i < stop
-        rows = (at * PARTS + i + o_i) * G + g
+        rows = (at * parts + i + o_i) * G + g
         b_tops = tl.load(tops + rows, mask=inside, other=float("-inf"))
         b_totals = tl.load(totals + rows, mask=inside, other=0.0)
         b_part = tl.load(part + rows[:, None] * E + o_e[None, :], inside[:, None] & (o_e < E)[None, :], other=0.0)
@@ -386,7 +386,7 @@ def _sum_branch(part, tops, totals, at, g, begin, stop, PARTS, G, E: tl.constexp
     return acc / tl.where(total == 0.0, 1.0, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slc", "win", "parts"])
 def _sum_kernel(
     part,
     tops,
@@ -395,7 +395,7 @@ def _sum_kernel(
     out,
     slc,
     win,
-    PARTS: tl.constexpr,
+    parts,
     G: tl.constexpr,
     E: tl.constexpr,
     EP: tl.constexpr,
@@ -404,10 +404,10 @@ def _sum_kernel(
     row = tl.program_id(0).to(tl.int64)
     at, g = row // G, row % G
     o_e = tl.arange(0, EP)
-    acc = _sum_branch(part, tops, totals, at, g, 0, slc, PARTS, G, E, EP)
+    acc = _sum_branch(part, tops, totals, at, g, 0, slc, parts, G, E, EP)
     acc = acc * tl.load(gates + row * 3).to(tl.float32)
-    o = _sum_branch(part, tops, totals, at, g, slc, win, PARTS, G, E, EP)
+    o = _sum_branch(part, tops, totals, at, g, slc, win, parts, G, E, EP)
     acc += o * tl.load(gates + row * 3 + 1).to(tl.float32)
-    o = _sum_branch(part, tops, totals, at, g, win, PARTS, PARTS, G, E, EP)
+    o = _sum_branch(part, tops, totals, at, g, win, parts, parts, G, E, EP)
     acc += o * tl.load(gates + row * 3 + 2).to(tl.float32)
     tl.store(out + row * E + o_e, acc.to(out.dtype.element_ty), mask=o_e < E)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -60,7 +61,8 @@ def span_backward(
     deterministic: bool = False,
     tuning: SpanGradTuning | None = None,
 ) -> None:
-    """Add the gradients of ``span_attention(q, k, v, span, scale)`` times its gates to ``grads``.
+    """Add the gradients of ``span_attention(q, k, v, span, scale)`` times its gates to ``grads``; those of keys and
+    values are put there, where no programs share them.
 
     base: ``[T, H]`` float32, log-sum-exp (base 2) minus log2 of the gate, inf where there is nothing. dots: ``[T, H]``
     float32, ``d_out · out``. seen: of each key the queries that see it, which have to lie side by side.
@@ -76,7 +78,9 @@ def span_backward(
     group_p = padded(heads // kv, least=1)
     tile = max(1, tuning.rows // group_p)
     # Wider rows leave less shared memory to load ahead into.
-    stages = min(tuning.stages, 3 if max(dim, dim_v) <= 128 else 2 if dim_v <= 128 else 1)
+    stages, tile_keys = min(tuning.stages, 3 if max(dim, dim_v) <= 128 else 2 if dim_v <= 128 else 1), tuning.keys
+    if q.dtype == torch.float32:
+        stages, tile_keys = 1, min(tile_keys, 64)
     chunk = tokens if deterministic or not tuning.chunk else tuning.chunk
     shape = {
         "KV": kv,
@@ -85,14 +89,14 @@ def span_backward(
         "TILE": tile,
         "E": dim_v,
         "EP": padded(dim_v),
-        "BN": tuning.keys,
+        "BN": tile_keys,
         "PRECISION": precision(q.dtype),
         "num_warps": tuning.warps,
         "num_stages": stages,
         **halves(dim),
     }
     args = (q, k, v, d_out, base, dots)
-    _keys_kernel[(triton.cdiv(keys, tuning.keys), triton.cdiv(tokens, chunk), kv)](
+    _keys_kernel[(triton.cdiv(keys, tile_keys), triton.cdiv(tokens, chunk), kv)](
         *args,
         grads.d_q,
         grads.d_k,

@@ -89,7 +89,7 @@ class PackTables(Tables):
     cmp_seen: Span
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=128)
 def chunk_tables(position: int, count: int, near_first: int, sizes: BlockSizes, device: torch.device) -> Tables:
     """Of queries at ``position …`` of one sequence, whose window's keys are counted from token ``near_first`` on, and
     compression blocks from the first; the last few are remembered."""

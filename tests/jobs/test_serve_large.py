@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from serve_source import PATIENCE, TEXTS, Stand, asynchronous, events, small_tokenizer, stand
 from test_serve_refusals import CHAT, COMPLETION, USER

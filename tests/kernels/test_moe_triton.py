@@ -183,6 +183,28 @@ def test_layer_is_the_papers(
         near(grad, reference, 2 * tolerance)
 
 
+def test_a_sum_of_everything_has_gradients_too() -> None:
+    """Its gradient of the sums is one number seen eight times."""
+    shapes = [(5, 16), (8, 16), (8, 16, 16), (8, 8, 16)]
+    leaves = [draw(*s, dtype=DTYPE, seed=i).requires_grad_() for i, s in enumerate(shapes)]
+    grads = []
+    for sums in (lambda out: out.sums.sum(), lambda out: out.sums @ torch.ones(8, device=DEVICE)):
+        out = moe_layer(*leaves, None, 2)
+        grads.append(torch.autograd.grad(out.out.float().sum() + 3 * sums(out), leaves))
+    for one, other in zip(*grads, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_more_experts_than_the_choice_can_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their logits come from a product before it; the same choice."""
+    x, centroids = draw(20, 16, dtype=DTYPE, seed=1), draw(24, 16, dtype=DTYPE, seed=2)
+    want = choose(x, centroids, 3)
+    monkeypatch.setattr("shoal.kernels.moe.triton_route.MOST", 10)
+    got = choose(x, centroids, 3)
+    assert torch.equal(got.experts, want.experts)
+    torch.testing.assert_close(got.gates, want.gates, rtol=1e-5, atol=1e-6)
+
+
 def test_no_tokens() -> None:
     shapes = [(0, 16), (4, 16), (4, 16, 16), (4, 8, 16)]
     x, centroids, gate_up, down = (draw(*s, dtype=DTYPE, seed=0).requires_grad_() for s in shapes)

@@ -101,12 +101,13 @@ def test_against_float64(positions: list[int], sizes: BlockSizes, kv: int, group
         (0, 21, BlockSizes(6, 2, 8, 3, 0, 1, 20), 1, 3, (24, 6)),
         (39, 2, BlockSizes(4, 4, 4, 5, 2, 1, 1), 1, 1, (16, 16)),
         (3, 6, BlockSizes(4, 2, 8, 4, 1, 2, 11), 1, 8, (8, 8)),
+        (1, 5, BlockSizes(4, 2, 8, 4, 1, 2, 11), 2, 2, (8, 4)),
     ],
 )
 def test_chunks_against_float64(
     position: int, count: int, sizes: BlockSizes, kv: int, group: int, dims: tuple[int, int]
 ) -> None:
-    """Queries that begin anywhere in their sequence, before its first compressed row too, and end anywhere."""
+    """Queries that begin anywhere in their sequence, before its first compressed row too, end anywhere, in one page."""
     q, gates, cache, (far, near, first) = chunk(position, count, sizes, kv, group, dims, torch.float32)
     wide = PagedCache(*(getattr(cache, f.name).cpu().double() for f in fields(cache)))
     exact_q, exact_gates = q.cpu().double(), gates.cpu().double()
