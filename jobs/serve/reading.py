@@ -127,7 +127,7 @@ def encode_prompt(tokenizer: CorpusTokenizer, text: str, context: int) -> list[i
 
     Raises Refusal for a text whose beginning alone has more tokens than the context, before the rest is encoded.
     """
-    size = COUNTED * context
+    size = COUNTED * max(context, 1)
     while size < len(text):
         count = len(tokenizer.prompt(text[:size]))
         if count > context + AT_THE_CUT:

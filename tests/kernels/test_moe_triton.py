@@ -186,11 +186,12 @@ def test_layer_is_the_papers(
 def test_a_sum_of_everything_has_gradients_too() -> None:
     """Its gradient of the sums is one number seen eight times."""
     shapes = [(5, 16), (8, 16), (8, 16, 16), (8, 8, 16)]
-    leaves = [draw(*s, dtype=DTYPE, seed=i).requires_grad_() for i, s in enumerate(shapes)]
-    grads = []
-    for sums in (lambda out: out.sums.sum(), lambda out: out.sums @ torch.ones(8, device=DEVICE)):
-        out = moe_layer(*leaves, None, 2)
-        grads.append(torch.autograd.grad(out.out.float().sum() + 3 * sums(out), leaves))
+    x, centroids, gate_up, down = (draw(*s, dtype=DTYPE, seed=i).requires_grad_() for i, s in enumerate(shapes))
+    ones, grads = torch.ones(8, device=DEVICE), []
+    for summed in (True, False):
+        out = moe_layer(x, centroids, gate_up, down, None, 2)
+        sums = out.sums.sum() if summed else out.sums @ ones
+        grads.append(torch.autograd.grad(out.out.float().sum() + 3 * sums, (x, centroids, gate_up, down)))
     for one, other in zip(*grads, strict=True):
         assert torch.equal(one, other)
 
