@@ -150,6 +150,17 @@ def test_on_a_gpu(dtype: torch.dtype, kv: int, group: int, dims: tuple[int, int]
 
 
 @pytest.mark.gpu
+def test_long_documents_give_the_same_gradients_both_ways() -> None:
+    """Over many chunks of queries, with blocks to choose: the atomic sums beside the deterministic ones."""
+    layout = make_layout((0, 9000, 20000), BlockSizes(32, 16, 64, 16, 1, 2, 512), DEVICE)
+    args = inputs(layout, 2, 16, (128, 128), torch.bfloat16)
+    one, other = (gradients(args, layout, 0.1, deterministic) for deterministic in (False, True))
+    for name, first, second in zip(NAMES, one, other, strict=True):
+        error = ((first.double() - second.double()).norm() / second.double().norm()).item()
+        assert error <= 4e-3, f"{name}: {error:.2e}"
+
+
+@pytest.mark.gpu
 def test_deterministic_gradients_repeat_their_bits() -> None:
     sizes = BlockSizes(32, 16, 64, 8, 1, 2, 200)
     layout = make_layout((0, 3000, 5000), sizes, DEVICE)

@@ -144,6 +144,20 @@ def test_on_a_gpu(dtype: torch.dtype, kv: int, group: int, dims: tuple[int, int]
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dims", [(128, 128), (64, 64), (192, 128)])
+@pytest.mark.parametrize(("position", "count"), [(0, 20), (0, 64), (1, 1), (700, 300)])
+def test_chunks_on_a_gpu(position: int, count: int, dims: tuple[int, int]) -> None:
+    """Prompts within a page and longer; every block is chosen, so that no rounding decides which."""
+    sizes = BlockSizes(32, 16, 64, 16, 1, 2, 512)
+    q, gates, cache, (far, near, first) = chunk(position, count, sizes, 4, 16, dims, torch.bfloat16)
+    wide = PagedCache(*(getattr(cache, f.name).cpu().double() for f in fields(cache)))
+    exact_q, exact_gates, scale = q.cpu().double(), gates.cpu().double(), dims[0] ** -0.5
+    want = paged_prefill(exact_q, exact_gates, wide, position, far.cpu(), near.cpu(), first, sizes, scale)
+    got = triton_paged_prefill(q, gates, cache, position, far, near, first, sizes, scale)
+    close(got, want, torch.bfloat16)
+
+
+@pytest.mark.gpu
 def test_in_a_cuda_graph() -> None:
     """A captured step gives, for other positions and pages put into its tables, what a step of their own gives."""
     sizes = BlockSizes(32, 16, 64, 16, 1, 2, 512)
