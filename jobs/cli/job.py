@@ -52,6 +52,10 @@ class DryRun(StrEnum):
     server = "server"
 
 
+def _say(said: str) -> None:
+    typer.echo(said, err=True)
+
+
 def _render(
     work: Work,
     options: JobOptions,
@@ -60,7 +64,7 @@ def _render(
 ) -> None:
     from shoal.jobs.kube.manifest import checked_objects, to_text
 
-    print(to_text(checked_objects(work, options, namespace), format is Format.json))
+    print(to_text(checked_objects(work, options, namespace, _say), format is Format.json))
 
 
 def _submit(
@@ -80,7 +84,7 @@ def _submit(
 
     if wait and work.kind == "serve":
         raise UsageError("--wait waits for an end, and a service has none: leave it out; `shoal job status` shows it")
-    objects = checked_objects(work, options, namespace)
+    objects = checked_objects(work, options, namespace, _say)
     if dry_run is DryRun.client:
         print(to_text(objects, format is Output.json))
         return

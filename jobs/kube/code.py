@@ -5,15 +5,20 @@ from __future__ import annotations
 import io
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from shoal.jobs.recipe_errors import quote
 from shoal.workers.errors import InvalidInput, NotFound
 
 LARGEST = 900_000  # bytes; a ConfigMap holds 1 MiB, its text in base64 is what etcd and the API count
-_LEFT_OUT = {"__pycache__", "runs", "data", "build", "dist", "node_modules", "venv"}
+_OUTPUTS = {"runs", "data", "build", "dist"}  # at the root, where they are no packages
+_CACHES = {"__pycache__", "node_modules", "venv"}  # anywhere
+_CHUNK = 1 << 16
+_SHOWN = 8  # of what was left out
 _EPOCH = (1980, 1, 1, 0, 0, 0)
+
+Skip = Callable[[Path], None]
 
 
 def is_url(working_dir: str) -> bool:
@@ -21,38 +26,78 @@ def is_url(working_dir: str) -> bool:
     return "://" in working_dir
 
 
-def zip_folder(folder: str) -> bytes:
-    """The folder's files, but for hidden ones, caches, runs and data; links are followed.
+def zip_folder(folder: str, told: Callable[[str], None] = lambda said: None) -> bytes:
+    """The folder's files, but for hidden ones, caches, and the root's runs, data, build and dist.
 
-    Raises NotFound, InvalidInput when it is empty or too large to be sent along.
+    Such a folder at the root is sent along where it is a package (has an ``__init__.py``). Links are followed within
+    the folder, and left out where they lead elsewhere. told: is given a sentence on what was left out.
+
+    Raises NotFound, InvalidInput when it is empty, cannot be read, or is too large to be sent along.
     """
     root = Path(folder)
     if not root.is_dir():
         raise NotFound(f"--working-dir {quote(folder)} is not a folder: name one, or the URL of a .zip")
-    buffer = io.BytesIO()
+    buffer, skipped = io.BytesIO(), list[str]()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in _files(root):
-            entry = zipfile.ZipInfo(path.relative_to(root).as_posix(), _EPOCH)
-            entry.external_attr = (0o755 if os.access(path, os.X_OK) else 0o644) << 16
-            archive.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED)
+        try:
+            for path in _files(root, lambda path: skipped.append(path.relative_to(root).as_posix())):
+                _add(archive, path, path.relative_to(root).as_posix(), folder)
+        except OSError as error:
+            raise InvalidInput(
+                f"--working-dir {quote(folder)}: {quote(str(error.filename))} cannot be read ({error.strerror}): "
+                f"make it readable, or move it elsewhere"
+            ) from None
         empty = not archive.namelist()
     if empty:
         raise InvalidInput(f"--working-dir {quote(folder)} holds no file: name the folder of the code")
-    if buffer.tell() > LARGEST:
-        raise InvalidInput(
-            f"--working-dir {quote(folder)} is {buffer.tell() / 1e6:.1f} MB zipped, and {LARGEST / 1e6:.1f} MB can be "
-            f"sent along: put a .zip of it somewhere and give its URL"
-        )
+    _check_size(buffer, folder)
+    if skipped:
+        more = f" and {len(skipped) - _SHOWN} more" if len(skipped) > _SHOWN else ""
+        told(f"--working-dir {quote(folder)} goes without {', '.join(map(quote, skipped[:_SHOWN]))}{more}")
     return buffer.getvalue()
 
 
-def _files(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+def _add(archive: zipfile.ZipFile, path: Path, name: str, folder: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise InvalidInput(
+            f"--working-dir {quote(folder)}: the name of {quote(name)} is not UTF-8: give it another"
+        ) from None
+    entry = zipfile.ZipInfo(name, _EPOCH)
+    entry.compress_type = zipfile.ZIP_DEFLATED
+    entry.external_attr = (0o755 if os.access(path, os.X_OK) else 0o644) << 16
+    with path.open("rb") as source, archive.open(entry, "w") as target:
+        while chunk := source.read(_CHUNK):
+            target.write(chunk)
+            _check_size(archive.fp, folder)
+
+
+def _check_size(buffer: object, folder: str) -> None:
+    assert isinstance(buffer, io.BytesIO)
+    if buffer.tell() > LARGEST:
+        raise InvalidInput(
+            f"--working-dir {quote(folder)} is more than {LARGEST / 1e6:.1f} MB zipped, which is what can be sent "
+            f"along: put a .zip of it somewhere and give its URL"
+        )
+
+
+def _files(root: Path, skip: Skip, folder: Path | None = None, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
     """Files below a folder, sorted; a link to a folder above itself is not followed round and round."""
-    above |= {folder.resolve()}
+    whole, folder = _real(root), folder or root
+    above |= {_real(folder)}
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name in _LEFT_OUT or path.suffix in (".egg-info", ".pyc"):
+        if path.name in _CACHES or path.suffix in (".egg-info", ".pyc"):
             continue
-        if path.is_file():
+        elsewhere = path.is_symlink() and not _real(path).is_relative_to(whole)
+        output = folder == root and path.name in _OUTPUTS and path.is_dir() and not (path / "__init__.py").is_file()
+        if path.name.startswith(".") or elsewhere or output:
+            skip(path)
+        elif path.is_file():
             yield path
-        elif path.is_dir() and path.resolve() not in above:
-            yield from _files(path, above)
+        elif path.is_dir() and _real(path) not in above:
+            yield from _files(root, skip, path, above)
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve raises at a link to itself

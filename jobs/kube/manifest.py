@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -34,9 +34,13 @@ SERVICE = "shoal.jobs.serve.deployed:application"
 PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10001, "metrics": 8080}
 SERVE_PORTS = {"serve": 8000, "grpc": 9000}
 
+Told = Callable[[str], None]
 
-def render(work: Work, options: JobOptions) -> list[Object]:
+
+def render(work: Work, options: JobOptions, told: Told = lambda said: None) -> list[Object]:
     """The objects of a job: the RayJob or RayService last, what it needs before it.
+
+    told: is given sentences on what was left out.
 
     Raises InvalidInput or NotFound, in one sentence, for options that cannot be rendered; the manifest itself is
     checked by ``shoal.jobs.kube.check``.
@@ -44,7 +48,7 @@ def render(work: Work, options: JobOptions) -> list[Object]:
     size = sizes(work, options)
     name = work.name
     check_name(name)
-    objects, environment = _code(name, options)
+    objects, environment = _code(name, options, told)
     cluster = _cluster(work, options, size, name, has_code=bool(objects))
     metadata = {"name": name, "labels": _labels(work, options), "annotations": {RUN: work.run}}
     if work.kind == "serve":
@@ -58,9 +62,11 @@ def render(work: Work, options: JobOptions) -> list[Object]:
     return [*objects, manifest]
 
 
-def checked_objects(work: Work, options: JobOptions, namespace: str | None = None) -> list[Object]:
+def checked_objects(
+    work: Work, options: JobOptions, namespace: str | None = None, told: Told = lambda said: None
+) -> list[Object]:
     """``render``, with every check of what comes out, and the namespace in each object if one is given."""
-    objects = render(work, options)
+    objects = render(work, options, told)
     for each in objects if namespace is not None else ():
         check_object(namespace or "", "--namespace")
         each["metadata"]["namespace"] = namespace
@@ -105,13 +111,13 @@ def _labels(work: Work, options: JobOptions) -> dict[str, str]:
     return found
 
 
-def _code(name: str, options: JobOptions) -> tuple[list[Object], Object]:
+def _code(name: str, options: JobOptions, told: Told) -> tuple[list[Object], Object]:
     """The ConfigMap of local code, if there is any, and the Ray runtime environment that uses it."""
     if options.working_dir is None:
         return [], {}
     if is_url(options.working_dir):
         return [], {"working_dir": options.working_dir}
-    data = base64.b64encode(zip_folder(options.working_dir)).decode()
+    data = base64.b64encode(zip_folder(options.working_dir, told)).decode()
     config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": f"{name}-code"}}
     return [config | {"binaryData": {"code.zip": data}}], {"working_dir": f"file://{CODE}/code.zip"}
 

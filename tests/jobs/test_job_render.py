@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import shlex
 import subprocess
 import sys
 import tomllib
-import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -163,24 +160,6 @@ def test_a_service_is_one_application_of_serve_behind_a_token() -> None:
     assert {"name": "serve", "containerPort": 8000} in head["ports"]
     token = {"name": "SHOAL_API_TOKEN", "valueFrom": {"secretKeyRef": {"name": "tokens", "key": "one"}}}
     assert token in head["env"]
-
-
-def test_local_code_travels_in_a_config_map(tmp_path: Path, here: Shell) -> None:
-    (tmp_path / "code" / "pkg").mkdir(parents=True)
-    (tmp_path / "code" / "pkg" / "a.py").write_text("x = 1\n")
-    (tmp_path / "code" / ".git").mkdir()
-    (tmp_path / "code" / ".git" / "HEAD").write_text("no")
-    (tmp_path / "code" / "loop").symlink_to(tmp_path / "code")
-    arguments = ("job", "render", "train", "--recipe", "tiny", *CPU, "--name", "first", "--working-dir", "code")
-    out = here(*arguments)[1]
-    config, job = yaml.safe_load_all(out)
-    assert config["kind"] == "ConfigMap" and config["metadata"]["name"] == "first-code"
-    data = base64.b64decode(config["binaryData"]["code.zip"])
-    assert zipfile.ZipFile(io.BytesIO(data)).namelist() == ["pkg/a.py"]
-    assert yaml.safe_load(job["spec"]["runtimeEnvYAML"]) == {"working_dir": "file:///etc/shoal/code/code.zip"}
-    for pod in pods_of(job)[:2]:
-        assert {"name": "code", "configMap": {"name": "first-code"}} in pod["volumes"]
-    assert out == here(*arguments)[1], "the same code gives the same bytes"
 
 
 def test_a_profile_stands_below_the_command_line(tmp_path: Path, here: Shell) -> None:
