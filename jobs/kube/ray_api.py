@@ -6,7 +6,7 @@ import base64
 from typing import Any
 
 from shoal.jobs.kube.api import Cluster, Object
-from shoal.workers.errors import ShoalError
+from shoal.workers.errors import InvalidInput, NotFound
 
 DASHBOARD = 8265
 _TOKEN = "auth_token"  # entry of the Secret, as KubeRay names it
@@ -29,14 +29,25 @@ def stop_ray_job(cluster: Cluster, job: Object) -> None:
 
 
 def token_of(cluster: Cluster, job: Object) -> str | None:
-    """The token that Ray asks for, None where it asks for none. Raises ShoalError when it may not be read."""
+    """The token that Ray asks for, None where it asks for none; spaces and line ends around it do not count.
+
+    Raises ShoalError when it may not be read, InvalidInput when it can be no token; what it is is never said.
+    """
     spec = job["spec"]
     options = (spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or {}).get("authOptions") or {}
     if options.get("mode", "disabled") != "token":
         return None
     name = options.get("secretName") or cluster_name(job)
     data: dict[str, Any] = cluster.get(cluster.core("secrets", name)).get("data") or {}
-    return base64.b64decode(data.get(_TOKEN, "")).decode()
+    try:
+        token = base64.b64decode(data.get(_TOKEN) or "", validate=True).decode("ascii").strip()
+    except ValueError:  # which would show the token
+        token = "\n"
+    if not token.isprintable() or " " in token:
+        raise InvalidInput(
+            f"entry {_TOKEN} of the Secret {name} cannot be sent as a token: write printable ASCII without spaces to it"
+        )
+    return token
 
 
 def cluster_name(job: Object) -> str:
@@ -54,7 +65,7 @@ def _path(cluster: Cluster, job: Object, below: str) -> str:
     address = str((job.get("status") or {}).get("dashboardURL", ""))
     host, _, port = address.removeprefix("http://").partition(":")
     if not host:
-        raise ShoalError("the job has no cluster that could be asked")
+        raise NotFound("the job has no cluster that could be asked")
     service = f"{host.split('.')[0]}:{port or DASHBOARD}"
     return cluster.path(f"/api/v1/namespaces/{{}}/services/{service}/proxy/{below}")
 
