@@ -8,14 +8,14 @@ import time
 from collections.abc import Callable, Iterator
 
 from shoal.jobs.kube.api import FIRST_PAUSE, JOBS, Cluster, Gone, Object, Unreachable
+from shoal.jobs.kube.patience import Patience
 from shoal.jobs.kube.ray_api import ray_job
 from shoal.jobs.kube.status import Status, summarize
 from shoal.workers.errors import ClusterRefused, NotFound, ShoalError, TimedOut
 
-PATIENCE = 300.0  # seconds that the API server may be away
 INTERRUPTED = 130  # of a job that was told to end, where it left no exit code of its own
 WATCH = 50  # seconds that a watch is asked to last: less than a stream may be silent
-_SLOWEST = 5.0  # seconds between two tries
+_SHORTEST = 0.9  # seconds that a watch lasts at least, where the server is as it should be
 _EXIT_CODE = re.compile(r"failed with exit code (-?\d+)")  # as Ray's job supervisor puts it
 
 
@@ -24,7 +24,7 @@ def changes(cluster: Cluster, name: str, until: float | None = None) -> Iterator
 
     until: a time of ``time.monotonic`` at which it raises TimedOut. Raises NotFound once the job is deleted.
     """
-    version, away, pause = "", None, FIRST_PAUSE
+    version, patience = "", Patience()
     while True:
         if until is not None and time.monotonic() >= until:
             raise TimedOut(f"{name} has not ended in the time given: it goes on, `shoal job status {name}` shows it")
@@ -33,19 +33,20 @@ def changes(cluster: Cluster, name: str, until: float | None = None) -> Iterator
                 job = cluster.get(cluster.ray(JOBS, name))
                 version = job["metadata"]["resourceVersion"]
                 yield job
+            begun, changed = time.monotonic(), False
             for job in _watched(cluster, name, version, until):
-                version = job["metadata"]["resourceVersion"]
-                away, pause = None, FIRST_PAUSE
+                version, changed = job["metadata"]["resourceVersion"], True
+                patience.restore()
                 yield job
-            away = None
-        except Gone:
+            if time.monotonic() - begun >= _SHORTEST:
+                patience.restore()
+            elif changed:
+                time.sleep(FIRST_PAUSE)
+            else:
+                raise Unreachable(f"the API server {cluster.host} ends every watch at once: check its proxy")
+        except (Gone, Unreachable) as error:
             version = ""
-        except Unreachable as error:
-            away = away or time.monotonic()
-            if time.monotonic() - away > PATIENCE:
-                raise ClusterRefused(f"{error} (it was away for {PATIENCE:.0f} s)") from None
-            time.sleep(pause)
-            pause, version = min(2 * pause, _SLOWEST), ""
+            patience.spend(error, until)
 
 
 def _watched(cluster: Cluster, name: str, version: str, until: float | None) -> Iterator[Object]:
@@ -64,7 +65,7 @@ def _watched(cluster: Cluster, name: str, version: str, until: float | None) -> 
             for line in filter(None, lines):
                 event = json.loads(line)
                 if event["type"] == "ERROR":
-                    raise Gone(str(event["object"].get("message", "the watch ended")))
+                    raise _watch_error(cluster, event["object"])
                 if event["type"] == "DELETED":
                     raise NotFound(f"{name} was deleted while it was waited for: `shoal job list` shows the jobs")
                 if event["type"] != "BOOKMARK":
@@ -74,6 +75,13 @@ def _watched(cluster: Cluster, name: str, version: str, until: float | None) -> 
     finally:
         answer.release_conn()
         answer.close()
+
+
+def _watch_error(cluster: Cluster, status: Object) -> Gone | Unreachable:
+    message = str(status.get("message") or "no reason given")
+    if status.get("code") == 410:
+        return Gone(message)
+    return Unreachable(f"the API server {cluster.host} ended the watch ({message})")
 
 
 def wait(

@@ -15,7 +15,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 from shoal.jobs.kube.api import FIRST_PAUSE, Cluster, Object, Unreachable
-from shoal.jobs.kube.ending import PATIENCE
+from shoal.jobs.kube.patience import PATIENCE
 from shoal.jobs.kube.ray_api import ray_logs
 from shoal.jobs.kube.status import explain, summarize
 from shoal.jobs.kube.submit import find_job, is_service

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from called import called
 from job_request import job_manifest
 from kube_kubelet import Kubelet
+from kube_proxy import Proxy
 from kube_server import ApiServer
 
 from shoal.jobs.kube.api import Cluster
@@ -35,6 +37,14 @@ def cluster_fixture(server: ApiServer, request: pytest.FixtureRequest, monkeypat
     name = "ns-" + request.node.name.split("[")[0].removeprefix("test_").replace("_", "-")[:50].strip("-")
     server.request("POST", "/api/v1/namespaces", {"metadata": {"name": name}}, quiet=True)
     return Cluster("admin", name)
+
+
+@pytest.fixture(name="proxy")
+def proxy_fixture(server: ApiServer, tmp_path: Path) -> Iterator[Proxy]:
+    """A proxy before the API server, which fails as it is told."""
+    found = Proxy(server, tmp_path)
+    yield found
+    found.close()
 
 
 Shell = Callable[..., tuple[int, str, str]]
