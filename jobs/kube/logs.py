@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 from shoal.jobs.kube.api import FIRST_PAUSE, Cluster, Object, Unreachable
-from shoal.jobs.kube.patience import PATIENCE
+from shoal.jobs.kube.patience import Patience
 from shoal.jobs.kube.ray_api import ray_logs
-from shoal.jobs.kube.status import explain, summarize
+from shoal.jobs.kube.status import Status, explain, summarize
 from shoal.jobs.kube.submit import find_job, is_service
-from shoal.workers.errors import ClusterRefused, NotFound, ShoalError
+from shoal.workers.errors import NotFound, ShoalError
 
 POLL = 1.0  # seconds between two looks at what is not there yet
-_SLOWEST = 5.0
+LAST_TRIES = 3  # of Ray's answer, once the job is over
 SUBMITTER = "ray-job-submitter"
 
 
@@ -36,21 +36,30 @@ class Source:
 
 @dataclass
 class Cursor:
-    """Where in a log we are: the time of the last line shown, in nanoseconds, and how many shown lines have it."""
+    """Where in a log we are: the time of the last line shown, in nanoseconds, and how many shown lines have it.
+
+    A line without a time, which the kubelet writes when it cannot go on, has that of the line before it.
+    """
 
     last: int = -1
     same: int = 0
     _skipped: int = 0
     _resuming: bool = False
+    _before: int | None = None
 
     def resume(self) -> None:
         """To be called before each stream, which begins at ``since``."""
-        self._skipped, self._resuming = 0, self.last >= 0
+        self._skipped, self._resuming, self._before = 0, self.last >= 0, None
 
     def take(self, line: bytes) -> bytes | None:
         """The text of a line with its time before it; None when it was shown already."""
         stamp, _, text = line.partition(b" ")
         at = _nanoseconds(stamp)
+        if at is None:
+            at, text = self._before, line
+            if at is None:  # the first line of a stream
+                return text
+        self._before = at
         if self._resuming:
             if at < self.last:
                 return None
@@ -75,8 +84,8 @@ def _seconds(text: bytes, zone: bytes) -> int:
     return int(datetime.fromisoformat((text + (b"+00:00" if zone == b"Z" else zone)).decode()).timestamp())
 
 
-def _nanoseconds(stamp: bytes) -> int:
-    """Of RFC 3339 with any number of digits behind the point. Raises ClusterRefused."""
+def _nanoseconds(stamp: bytes) -> int | None:
+    """Of RFC 3339 with any number of digits behind the point, None for what is no time."""
     try:
         whole, rest = stamp[:19], stamp[19:]
         digits = b""
@@ -85,7 +94,7 @@ def _nanoseconds(stamp: bytes) -> int:
             digits, rest = rest[1:end], rest[end:]
         return _seconds(whole, rest) * 10**9 + int(digits.ljust(9, b"0")[:9] or b"0")
     except (ValueError, StopIteration):
-        raise ClusterRefused(f"the log has a line without its time ({stamp[:40]!r}): try again") from None
+        return None
 
 
 def logs(
@@ -98,34 +107,150 @@ def logs(
 ) -> None:
     """Writes a job's log line by line, with line ends. follow: until the job ends, waiting for it to begin.
 
-    tail: begins that many lines before the end. told: is given sentences on why there is no log yet.
+    The API server may go away for ``PATIENCE`` while a log is followed. tail: begins that many lines before the end.
+    told: is given sentences on why there is no log yet.
 
     Raises NotFound (no such job, or it has no log without ``follow``), ClusterRefused.
     """
     job = find_job(cluster, name)
-    if not is_service(job) and job["spec"].get("submissionMode") == "HTTPMode":
-        _from_ray(cluster, name, write, follow, tail)
-        return
-    shown: set[str] = set()
+    from_ray = not is_service(job) and job["spec"].get("submissionMode") == "HTTPMode"
+    patience = Patience()
+    kind = RayLog if from_ray else PodLog
+    log = kind(cluster, name, write, follow, tail, told, patience)
     while True:
-        source = _source(cluster, job)
-        if source and source.pod not in shown:
-            shown.add(source.pod)
-            _read(cluster, source, write, follow, tail, partial(_superseded, cluster, name, source))
-            tail = None
-        job = find_job(cluster, name)
+        try:
+            if log.round():
+                return
+            patience.restore()
+            time.sleep(POLL)
+        except Unreachable as error:
+            if not follow:
+                raise
+            patience.spend(error)
+
+
+@dataclass
+class _Log:
+    """A log that is being written. ``round`` goes on where the one before it stopped, even where it raised."""
+
+    cluster: Cluster
+    name: str
+    write: Callable[[bytes], object]
+    follow: bool
+    tail: int | None
+    told: Callable[[str], None]
+    patience: Patience
+
+    def round(self) -> bool:
+        """Writes what is there, and returns whether that was all. Raises Unreachable, NotFound, ClusterRefused."""
+        raise NotImplementedError
+
+    def say_why(self, job: Object) -> None:
+        """Says why there is no log yet."""
+        for reason in explain(self.cluster, job).reasons or [f"{self.name} is {summarize(job).phase}"]:
+            self.told(reason)
+
+
+@dataclass
+class PodLog(_Log):
+    """The log of a container, and of those that took its place."""
+
+    shown: set[str] = field(default_factory=set)  # pods, but for the present one
+    source: Source | None = None
+    cursor: Cursor = field(default_factory=Cursor)
+
+    def round(self) -> bool:
+        """Reads a container's log to its end, or says why there is none."""
+        job = find_job(self.cluster, self.name)
+        self.source = self.source or self._next(job)
+        if self.source:
+            self._read(self.source)
+            self.shown.add(self.source.pod)
+            self.source, self.cursor, self.tail = None, Cursor(), None
+            job = find_job(self.cluster, self.name)
+        if self._next(job):
+            return self.round()
         status = summarize(job)
-        again = _source(cluster, job)
-        if again and again.pod not in shown:
-            continue
-        if not follow or status.over:
-            if not shown:
-                raise NotFound(f"{name} is {status.phase} and has no log: `shoal job status {name}` says more")
-            return
-        if not shown:
-            for reason in explain(cluster, job).reasons or [f"{name} is {status.phase}"]:
-                told(reason)
-        time.sleep(POLL)
+        if not self.follow or status.over:
+            if not self.shown:
+                raise NotFound(
+                    f"{self.name} is {status.phase} and has no log: `shoal job status {self.name}` says more"
+                )
+            return True
+        if not self.shown:
+            self.say_why(job)
+        return False
+
+    def _next(self, job: Object) -> Source | None:
+        found = _source(self.cluster, job)
+        return found if found and found.pod not in self.shown else None
+
+    def _superseded(self, source: Source) -> bool:
+        """Whether the job was begun again since, so that the log goes on elsewhere."""
+        newest = _source(self.cluster, find_job(self.cluster, self.name))
+        return newest is not None and newest.pod != source.pod
+
+    def _read(self, source: Source) -> None:
+        """Writes the log of one container, with ``follow`` to its end or until another one has taken its place."""
+        while True:
+            try:
+                ended = not self.follow or _ended(self.cluster, source) or self._superseded(source)
+                for line in _stream(self.cluster, source, self.cursor, self.follow and not ended, self.tail):
+                    self.patience.restore()
+                    self.write(line)
+            except NotFound:
+                if _is_there(self.cluster, source):  # its log is not, with its node perhaps
+                    raise
+                return  # the pod is gone, and its log with it
+            if ended:  # what was asked for after its end holds all of it
+                return
+            self.patience.restore()
+            time.sleep(FIRST_PAUSE)  # the stream of a container that goes on may end too
+
+
+@dataclass
+class RayLog(_Log):
+    """The log of a job without a submitter, which Ray gives whole each time; while its cluster lives."""
+
+    job_id: str = ""
+    lines: int = 0  # that were shown of this job
+    answered: bool = False
+    missed: int = 0  # times in a row that Ray did not answer once the job was over
+
+    def round(self) -> bool:
+        """Asks once."""
+        job = find_job(self.cluster, self.name)
+        status = summarize(job)
+        try:
+            text = ray_logs(self.cluster, job)
+        except (NotFound, Unreachable) as error:
+            return self._not_there(job, status, error)
+        self.missed = 0
+        if status.job_id != self.job_id:  # begun again
+            self.job_id, self.lines = status.job_id, 0
+        *lines, rest = text.split("\n")
+        if rest and (status.over or not self.follow):
+            lines.append(rest)
+        if not self.answered and self.tail is not None:
+            self.lines = max(0, len(lines) - self.tail)
+        self.answered = True
+        for line in lines[self.lines :]:
+            self.write(line.encode(errors="replace") + b"\n")
+        self.lines = max(self.lines, len(lines))
+        return status.over or not self.follow
+
+    def _not_there(self, job: Object, status: Status, error: ShoalError) -> bool:
+        """Whether it will not come either: Ray is not yet there, is gone, or has no answer for a while."""
+        self.missed += status.over
+        if self.follow and not status.over:
+            if not self.answered:
+                self.say_why(job)
+            return False
+        if self.follow and isinstance(error, Unreachable) and self.missed < LAST_TRIES:
+            return False
+        if self.answered:
+            return True
+        raise NotFound(f"the log of {self.name} is not there ({error}): HTTPMode keeps it on the cluster") from None
 
 
 def _source(cluster: Cluster, job: Object) -> Source | None:
@@ -139,56 +264,23 @@ def _source(cluster: Cluster, job: Object) -> Source | None:
     else:
         selector = f"job-name={status.name}"
     pods = list(cluster.items(cluster.core("pods"), labelSelector=selector))
-    begun = [pod for pod in pods if _started(pod)]
+    begun = [pod for pod in pods if _started(pod, _container(pod))]
     if not begun:
         return None
     pod = max(begun, key=lambda each: each["metadata"].get("creationTimestamp", ""))
-    names = [each["name"] for each in pod["spec"]["containers"]]
-    return Source(pod["metadata"]["name"], SUBMITTER if SUBMITTER in names else names[0])
+    return Source(pod["metadata"]["name"], _container(pod))
 
 
-def _superseded(cluster: Cluster, name: str, source: Source) -> bool:
-    """Whether the job was begun again since, so that the log goes on elsewhere."""
-    newest = _source(cluster, find_job(cluster, name))
-    return newest is not None and newest.pod != source.pod
+def _container(pod: Object) -> str:
+    names = [str(each["name"]) for each in pod["spec"]["containers"]]
+    return SUBMITTER if SUBMITTER in names else names[0]
 
 
-def _started(pod: Object) -> bool:
-    """Whether one of its containers has run: a pod that waits for its image has no log."""
-    states = [each.get("state") or {} for each in (pod.get("status") or {}).get("containerStatuses") or []]
+def _started(pod: Object, container: str) -> bool:
+    """Whether a container has run: one that waits for its image has no log."""
+    found = [each for each in (pod.get("status") or {}).get("containerStatuses") or [] if each["name"] == container]
+    states = [state for each in found for state in (each.get("state") or {}, each.get("lastState") or {})]
     return any("running" in state or "terminated" in state for state in states)
-
-
-def _read(
-    cluster: Cluster,
-    source: Source,
-    write: Callable[[bytes], object],
-    follow: bool,
-    tail: int | None,
-    superseded: Callable[[], bool],
-) -> None:
-    """Writes the log of one container, with ``follow`` to its end or until another one has taken its place."""
-    cursor, away, pause = Cursor(), None, FIRST_PAUSE
-    while True:
-        try:
-            ended = not follow or _ended(cluster, source) or superseded()
-            for line in _stream(cluster, source, cursor, follow and not ended, tail):
-                away, pause = None, FIRST_PAUSE
-                write(line)
-            if ended:  # what was asked for after its end holds all of it
-                return
-            away = None
-            time.sleep(FIRST_PAUSE)  # the stream of a container that goes on may end too
-        except NotFound:
-            if _is_there(cluster, source):  # its log is not, with its node perhaps
-                raise
-            return  # the pod is gone, and its log with it
-        except Unreachable as error:
-            away = away or time.monotonic()
-            if time.monotonic() - away > PATIENCE:
-                raise ClusterRefused(f"{error} (it was away for {PATIENCE:.0f} s)") from None
-            time.sleep(pause)
-            pause = min(2 * pause, _SLOWEST)
 
 
 def _is_there(cluster: Cluster, source: Source) -> bool:
@@ -231,30 +323,3 @@ def _stream(cluster: Cluster, source: Source, cursor: Cursor, follow: bool, tail
         raise Unreachable(f"the API server {cluster.host} went away ({type(error).__name__})") from None
     finally:
         answer.close()
-
-
-def _from_ray(cluster: Cluster, name: str, write: Callable[[bytes], object], follow: bool, tail: int | None) -> None:
-    """The log of a job without a submitter, which Ray gives whole each time; while its cluster lives."""
-    shown = 0
-    while True:
-        job = find_job(cluster, name)
-        over = summarize(job).over
-        try:
-            text = ray_logs(cluster, job)
-        except ShoalError as error:
-            if not follow or over:
-                if shown:
-                    return
-                raise NotFound(f"the log of {name} is not there ({error}): HTTPMode keeps it on the cluster") from None
-            text = ""
-        whole = text.splitlines(keepends=True)
-        if whole and not whole[-1].endswith("\n") and not over:
-            whole.pop()
-        if shown == 0 and tail is not None:
-            shown = max(0, len(whole) - tail)
-        for line in whole[shown:]:
-            write(line.rstrip("\n").encode() + b"\n")
-        shown = max(shown, len(whole))
-        if not follow or over:
-            return
-        time.sleep(POLL)

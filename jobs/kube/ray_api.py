@@ -57,7 +57,10 @@ def cluster_name(job: Object) -> str:
 
 
 def _id(job: Object) -> str:
-    return str((job.get("status") or {}).get("jobId", ""))
+    found = str((job.get("status") or {}).get("jobId") or "")
+    if not found:
+        raise NotFound("the job was not handed to Ray yet")
+    return found
 
 
 def _path(cluster: Cluster, job: Object, below: str) -> str:

@@ -24,22 +24,24 @@ START = int(datetime(2026, 8, 1, tzinfo=UTC).timestamp()) * 10**9
 
 @dataclass
 class Log:
-    """Lines of a container, each with its time in nanoseconds. ended: no more will come."""
+    """Lines of a container, each with its time in nanoseconds, or None. ended: no more will come."""
 
-    lines: list[tuple[int, bytes]] = field(default_factory=list)
+    lines: list[tuple[int | None, bytes]] = field(default_factory=list)
     ended: bool = False
     asked: list[dict[str, str]] = field(default_factory=list)
 
-    def write(self, text: str, at: int) -> None:
-        """Adds a line, ``at`` nanoseconds after ``START``."""
-        self.lines.append((START + at, text.encode()))
+    def write(self, text: str, at: int | None) -> None:
+        """Adds a line, ``at`` nanoseconds after ``START``; None: one of the kubelet's own, without a time."""
+        self.lines.append((None if at is None else START + at, text.encode()))
 
 
-def stamp(at: int) -> bytes:
-    """A time as Go's RFC3339Nano writes it: without zeros at the end."""
+def stamp(at: int | None) -> bytes:
+    """A time as Go's RFC3339Nano writes it, without zeros at the end, and a space; nothing for None."""
+    if at is None:
+        return b""
     seconds, nanos = divmod(at, 10**9)
     digits = f".{nanos:09d}".rstrip("0").rstrip(".")
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}{digits}Z".encode()
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}{digits}Z ".encode()
 
 
 class Kubelet:
@@ -92,7 +94,7 @@ class Kubelet:
                 ended = log.ended
                 batch = log.lines[at : at + 500]
                 at += len(batch)
-                text = b"".join(stamp(when) + b" " + line + b"\n" for when, line in batch if when >= first)
+                text = b"".join(stamp(when) + line + b"\n" for when, line in batch if when is None or when >= first)
                 for cut in (text[: len(text) // 2 + 3], text[len(text) // 2 + 3 :]):  # pieces end within lines
                     if cut:
                         await answer.write(cut)

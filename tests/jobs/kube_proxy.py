@@ -52,7 +52,10 @@ def _handler(proxy: Proxy, server: ApiServer) -> type[BaseHTTPRequestHandler]:
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
 
     class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
         def _serve(self) -> None:
+            self.close_connection = True
             proxy.asked.append((self.command, self.path))
             fate = proxy.fate(self.command, self.path)
             if isinstance(fate, tuple):
@@ -66,9 +69,10 @@ def _handler(proxy: Proxy, server: ApiServer) -> type[BaseHTTPRequestHandler]:
             try:
                 with urllib.request.urlopen(request, timeout=60, context=context) as answer:
                     if fate != "lost":
-                        self._answer(answer.status)
+                        self._head(answer.status, "Transfer-Encoding", "chunked")
                         while chunk := answer.read1(1 << 16):
-                            self.wfile.write(chunk)
+                            self.wfile.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
+                        self.wfile.write(b"0\r\n\r\n")
             except urllib.error.HTTPError as error:
                 self._answer(error.code, error.read())
             except OSError:
@@ -76,10 +80,15 @@ def _handler(proxy: Proxy, server: ApiServer) -> type[BaseHTTPRequestHandler]:
 
         do_GET = do_POST = do_PATCH = do_DELETE = _serve
 
-        def _answer(self, status: int, body: bytes = b"") -> None:
-            self.send_response(status)
-            self.end_headers()
+        def _answer(self, status: int, body: bytes) -> None:
+            self._head(status, "Content-Length", str(len(body)))
             self.wfile.write(body)
+
+        def _head(self, status: int, key: str, value: str) -> None:
+            self.send_response(status)
+            self.send_header(key, value)
+            self.send_header("Connection", "close")
+            self.end_headers()
 
         def log_message(self, *_: Any) -> None:
             pass
