@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -30,6 +30,7 @@ GPU = "nvidia.com/gpu"
 CODE = "/etc/shoal/code"
 STOPPING = 90  # seconds that a job told to stop has to save
 SUBMITTER_RETRIES = 3  # of the pod that hands the job to Ray and follows its log; it does not begin the job again
+_SHELL = frozenset("'\"`$\\;&|<>*?()[]{}#~!")
 SERVICE = "shoal.jobs.serve.deployed:application"
 PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10001, "metrics": 8080}
 SERVE_PORTS = {"serve": 8000, "grpc": 9000}
@@ -124,7 +125,7 @@ def _code(name: str, options: JobOptions, told: Told) -> tuple[list[Object], Obj
 
 def _job(work: Work, options: JobOptions, environment: Object) -> Object:
     job: Object = {
-        "entrypoint": shlex.join(work.command),
+        "entrypoint": _entrypoint(work.command),
         "submissionMode": options.submission_mode,
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": options.ttl,
@@ -143,6 +144,21 @@ def _job(work: Work, options: JobOptions, environment: Object) -> Object:
         job["submitterConfig"] = {"backoffLimit": SUBMITTER_RETRIES}
         job["submitterPodTemplate"] = {"metadata": {"labels": _labels(work, options)}, "spec": _submitter(options)}
     return job
+
+
+def _entrypoint(words: Sequence[str]) -> str:
+    """A command as Ray runs it. In K8sJobMode `ray job submit` drops the quotes, and a shell sees the words bare.
+
+    Raises InvalidInput for a word that would be more than a word there; a word with spaces is quoted anew.
+    """
+    for before, word in zip(("", *words), words, strict=False):
+        found = next((each for each in word if each in _SHELL or not each.isprintable()), None)
+        if found is not None:
+            raise InvalidInput(
+                f"{before if before.startswith('--') else 'RUN'} {quote(word)} holds {quote(found)}, which Ray's shell "
+                f"would take for itself: use a name or path without it"
+            )
+    return shlex.join(words)
 
 
 def _submitter(options: JobOptions) -> Object:

@@ -154,7 +154,7 @@ class Operator(threading.Thread):
         recipe = self._folder / f"{identity}.toml"
         recipe.write_text((pod["metadata"].get("annotations") or {}).get("shoal/recipe", ""))
         entrypoint = job["spec"]["entrypoint"].replace(RECIPE, str(recipe))
-        words = shlex.join(shlex.split(entrypoint))  # through the submitter's shell, and joined by `ray job submit`
+        words = subprocess.list2cmdline(shlex.split(entrypoint))  # the submitter's shell, then `ray job submit`
         body = {"entrypoint": words, "submission_id": identity, "metadata": job["spec"].get("metadata")}
         assert self._ray.ask("POST", "/api/jobs/", body), f"Ray did not take {identity}"
         self._kubelet.logs[identity] = Log()

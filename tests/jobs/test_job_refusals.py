@@ -49,6 +49,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
         (("train", *VOLUME, "--set", "train.stepz=1"), 3, "did you mean train.steps"),
         (("evaluate", "s3://bucket/run", *VOLUME), 3, "is not a run on a volume"),
         (("generate", "first", "--input", "/in.jsonl", "--output", "/mnt/o.jsonl", *VOLUME), 3, "is on no volume"),
+        (("evaluate", "a'b", *VOLUME), 3, """RUN "a'b" holds "'", which Ray's shell would take for itself"""),
+        (("evaluate", "first", *VOLUME, "--data", "/mnt/$HOME"), 3, "--data '/mnt/$HOME' holds '$'"),
+        (
+            ("generate", "r", "--input", "/mnt/*.jsonl", "--output", "/mnt/o.jsonl", *VOLUME),
+            3,
+            "--input '/mnt/*.jsonl'",
+        ),
+        (("generate", "r", "--input", "/mnt/i.jsonl", "--output", "/mnt/o;ls.jsonl", *VOLUME), 3, "holds ';'"),
+        (("evaluate", "first", *VOLUME, "--runs-dir", "/mnt/a\nb", "--submission-mode", "HTTPMode"), 3, "holds '\\n'"),
         (("serve", "first", *VOLUME), 3, "would be open to everyone in the cluster"),
     ],
 )
