@@ -21,6 +21,8 @@ from shoal.workers.errors import InvalidInput, NotFound
 
 PROFILES = (Path("shoal-jobs.toml"), Path("~/.config/shoal/jobs.toml"))  # looked for in this order
 
+DEFAULT = "default"  # the table that always holds
+
 CLUSTER, PODS, LIFE, SAFETY = "Cluster", "Pods", "Queue and life", "Access"
 
 
@@ -89,32 +91,34 @@ def flag(field: str) -> str:
 
 
 def resolve_options(given: Mapping[str, Any], profile: str | None = None, file: Path | None = None) -> JobOptions:
-    """Options of the command line laid over those of a profile, checked.
+    """Options of the command line laid over those of a profile, laid over those of the table ``default``; checked.
 
-    given: by field name; None, and empty lists, count as not said. Lists of both are joined. profile: the table of the
-    profiles' file, None for its table ``default``, where there is one.
+    given: by field name; None, and empty lists, count as not said. Lists of all are joined. profile: a table of the
+    profiles' file.
 
     Raises NotFound (no such file or profile), InvalidInput, each in one sentence.
     """
-    base, source = _read_profile(profile, file)
-    values = dict(base)
-    for key, value in given.items():
-        if value is None or value == []:
-            continue
-        values[key] = [*values[key], *value] if isinstance(value, list) and isinstance(values.get(key), list) else value
+    values: dict[str, Any] = {}
+    source: dict[str, str] = {}  # where a key was last said, by the table
+    for where, fields in [*_read_profiles(profile, file), ("", given)]:
+        for key, value in fields.items():
+            if value is None or (value == [] and not where):
+                continue
+            joined = isinstance(value, list) and isinstance(values.get(key), list)
+            values[key], source[key] = [*values[key], *value] if joined else value, where
     try:
         return JobOptions.model_validate(values)
     except ValidationError as error:
-        raise InvalidInput(_one_sentence(error, base, source)) from None
+        raise InvalidInput(_one_sentence(error, source)) from None
 
 
-def _read_profile(profile: str | None, file: Path | None) -> tuple[dict[str, Any], str]:
-    """A profile's keys by field name, and where they stand."""
+def _read_profiles(profile: str | None, file: Path | None) -> list[tuple[str, dict[str, Any]]]:
+    """The tables that hold, the first below the others: where each stands, and its keys by field name."""
     named = file or (Path(os.environ["SHOAL_PROFILES"]) if os.environ.get("SHOAL_PROFILES") else None)
     found = named or next((path for path in (p.expanduser() for p in PROFILES) if path.is_file()), None)
     if found is None:
         if profile is None:
-            return {}, ""
+            return []
         raise NotFound(f"--profile {profile}: there is no file of profiles: write [{profile}] to {PROFILES[0]}")
     try:
         tables = tomllib.loads(found.read_text("utf-8"))
@@ -122,25 +126,34 @@ def _read_profile(profile: str | None, file: Path | None) -> tuple[dict[str, Any
         raise NotFound(f"the file of profiles {found} does not exist: name another by --profiles") from None
     except (OSError, ValueError) as error:
         raise InvalidInput(f"the file of profiles {found} cannot be read ({error}): write valid TOML to it") from None
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise InvalidInput(
+                f"{found}: {name}={quote(table)} is not a table: write it below the head of one, such as [default]"
+            )
     if profile is not None and profile not in tables:
         raise NotFound(f"--profile {profile} is not in {found}: it has {', '.join(tables) or 'none'}")
-    name = profile or "default"
-    table = tables.get(name, {})
-    if not isinstance(table, dict):
-        raise InvalidInput(f"{found}: {name}={quote(table)} is not a table: write its keys under [{name}]")
-    where = f"profile {name} of {found}"
+    if file is not None and profile is None and DEFAULT not in tables:
+        raise InvalidInput(f"--profiles {file} has no table [{DEFAULT}]: add --profile {' or '.join(tables) or 'NAME'}")
+    names = dict.fromkeys(name for name in (DEFAULT, profile) if name in tables)
+    return [
+        (f"profile {name} of {found}", _fields(tables[name], f"profile {name} of {found}")) for name in names if name
+    ]
+
+
+def _fields(table: Mapping[str, Any], where: str) -> dict[str, Any]:
     fields = {str(key).replace("-", "_"): value for key, value in table.items()}
     for key in fields:
         if key not in JobOptions.model_fields:
             near = get_close_matches(key, JobOptions.model_fields, n=1)
             remedy = f"did you mean {near[0]}" if near else f"it may have {', '.join(JobOptions.model_fields)}"
             raise InvalidInput(f"{where}: {quote(key)} is not an option of a job: {remedy}")
-    return fields, where
+    return fields
 
 
-def _one_sentence(error: ValidationError, base: Mapping[str, Any], source: str) -> str:
+def _one_sentence(error: ValidationError, source: Mapping[str, str]) -> str:
     detail = error.errors(include_url=False)[0]
     field = str(detail["loc"][0])
-    where = f"{source}: {field}" if field in base else flag(field)
+    where = f"{source[field]}: {field}" if source.get(field) else flag(field)
     expected = detail["msg"].removeprefix("Input should be ")
     return f"{where}={quote(detail['input'])} cannot be used: it should be {expected}"

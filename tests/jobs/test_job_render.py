@@ -165,7 +165,7 @@ def test_a_service_is_one_application_of_serve_behind_a_token() -> None:
 def test_a_profile_stands_below_the_command_line(tmp_path: Path, here: Shell) -> None:
     (tmp_path / "shoal-jobs.toml").write_text(
         'default = { image = "team:1", volume = ["runs:/mnt"], gpus-per-node = 0 }\n'
-        '[big]\nimage = "team:2"\nvolume = ["runs:/mnt"]\ngpus_per_node = 0\nnodes = 4\nenv = ["A=1"]\n'
+        '[big]\nimage = "team:2"\nnodes = 4\nenv = ["A=1"]\n'
     )
     render = ("job", "render", "train", "--recipe", "tiny", "--name", "first")
     assert pods_of(yaml.safe_load(here(*render)[1]))[0]["containers"][0]["image"] == "team:1"
