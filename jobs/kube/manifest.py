@@ -16,7 +16,7 @@ from shoal.jobs.kube.code import is_url, zip_folder
 from shoal.jobs.kube.fit import OBJECT_STORE, Sizes, sizes
 from shoal.jobs.kube.names import check_name, check_object
 from shoal.jobs.kube.options import JobOptions
-from shoal.jobs.kube.parts import Object, labels, tolerations, variables, volumes
+from shoal.jobs.kube.parts import Object, labels, own_labels, tolerations, variables, volumes
 from shoal.jobs.kube.quantity import to_bytes
 from shoal.jobs.kube.work import Work
 from shoal.jobs.recipe_errors import quote
@@ -96,13 +96,19 @@ def _read_patch(file: Any) -> Object:
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         why = " ".join(str(error).split())[:200]
         raise InvalidInput(f"--patch {file} cannot be read ({why}): write valid YAML to it") from None
+    try:
+        json.dumps(found, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        raise InvalidInput(
+            f"--patch {file} holds what JSON cannot say, such as a date or a value within itself: write text in quotes"
+        ) from None
     if not isinstance(found, dict):
         raise InvalidInput(f"--patch {file} holds {quote(found)}: write the keys to change, such as spec:")
     return found
 
 
 def _labels(work: Work, options: JobOptions) -> dict[str, str]:
-    found = {"app.kubernetes.io/managed-by": "shoal", KIND: work.kind, **labels(options.label, "--label")}
+    found = {"app.kubernetes.io/managed-by": "shoal", KIND: work.kind, **own_labels(options.label)}
     if options.queue:
         check_object(options.queue, "--queue")
         found[QUEUE] = options.queue
@@ -232,7 +238,7 @@ def _template(
     if has_code:
         box["volumeMounts"].append({"name": "code", "mountPath": CODE, "readOnly": True})
         declared.append({"name": "code", "configMap": {"name": f"{name}-code"}})
-    metadata: Object = {"labels": {KIND: work.kind, **labels(options.label, "--label")}}
+    metadata: Object = {"labels": {KIND: work.kind, **own_labels(options.label)}}
     metadata |= {"annotations": annotations} if annotations else {}
     pod = _pod(options) | {"terminationGracePeriodSeconds": STOPPING + 30, "containers": [box], "volumes": declared}
     return {"metadata": metadata, "spec": pod}

@@ -14,6 +14,7 @@ Object = dict[str, Any]
 
 _EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
 _VOLUME = "write CLAIM:/path, CLAIM:/path:ro, secret/NAME:/path, configmap/NAME:/path or /host/path:/path"
+_PREFIXES = ("ray.io/", "shoal/")  # of labels that the operator and this program select by
 _RESERVED = ("/dev/shm", "/etc/shoal")
 
 
@@ -87,6 +88,17 @@ def labels(texts: Sequence[str], what: str) -> dict[str, str]:
     found = pairs(texts, what)
     for key, value in found.items():
         check_label(key, value, what)
+    return found
+
+
+def own_labels(texts: Sequence[str]) -> dict[str, str]:
+    """``--label``. Raises InvalidInput, also for a label that is not a person's to set."""
+    found = labels(texts, "--label")
+    for key, value in found.items():
+        if key.startswith(_PREFIXES) or key == "app.kubernetes.io/managed-by":
+            raise InvalidInput(
+                f"--label {quote(f'{key}={value}')}: {key} is set by Shoal or KubeRay: choose another key"
+            )
     return found
 
 

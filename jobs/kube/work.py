@@ -18,6 +18,7 @@ from shoal.workers.config import Recipe
 from shoal.workers.errors import InvalidInput
 
 RECIPE_FILE = "/etc/shoal/recipe/recipe.toml"  # where the recipe stands in a pod
+TRAIN = ("shoal", "train", "--recipe", RECIPE_FILE)  # how the command of a training job begins
 KINDS = ("train", "evaluate", "generate", "serve")
 
 
@@ -69,9 +70,14 @@ def places(options: JobOptions, runs: str | None, data: str | None = None) -> Pl
                 f"{what} {quote(folder)} is on no volume: set it to a folder below "
                 f"{', '.join(volume.path for volume in shared)}"
             )
-    if any(_within(found.runs, volume.path) and volume.read_only for volume in shared):
-        raise InvalidInput(f"--runs-dir {quote(found.runs)} is on a volume mounted read-only: leave out its ':ro'")
     return found
+
+
+def _check_writable(options: JobOptions, what: str, path: str) -> None:
+    """Refuses a path on a read-only volume; of volumes within each other the innermost decides."""
+    above = [volume for volume in volumes(options.volume) if _within(path, volume.path)]
+    if above and max(above, key=lambda volume: len(volume.path)).read_only:
+        raise InvalidInput(f"{what} {quote(path)} is on a volume mounted read-only: leave out its ':ro'")
 
 
 def train(
@@ -89,6 +95,7 @@ def train(
     the steps since its last checkpoint.
     """
     where, overrides = places(options, runs, data), dict(overrides or {})
+    _check_writable(options, "--runs-dir", where.runs)
     told = [text.partition("=")[0].strip() for text in sets]
     told += [key for key, value in overrides.items() if value is not None]
     gpus = options.nodes * options.gpus_per_node
@@ -99,7 +106,7 @@ def train(
     if run is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run, re.ASCII):
         raise InvalidInput(f"--run {quote(run)} is not a plain name: use letters, digits, '.', '_' and '-'")
     folders = ("--runs-dir", where.runs, "--data-dir", where.data)
-    command = ("shoal", "train", "--recipe", RECIPE_FILE, "--name", run or name, "--or-resume", *folders)
+    command = (*TRAIN, "--name", run or name, "--or-resume", *folders)
     return Work("train", name, command, run or name, checked.parallel.ranks, checked)
 
 
@@ -123,6 +130,7 @@ def generate(
             raise InvalidInput(f"{what} {quote(file)} is neither .jsonl nor .parquet: name such a file on a volume")
         if not any(_within(file, volume.path) for volume in shared):
             raise InvalidInput(f"{what} {quote(file)} is on no volume: name a file below {shared[0].path}")
+    _check_writable(options, "--output", target)
     ranks = _serving_ranks(options)
     spread = ("--workers", str(ranks)) if ranks > 1 else ()
     files = ("--input", source, "--output", target, "--runs-dir", where.runs)
@@ -141,7 +149,12 @@ def serve(
 ) -> Work:
     """The service of a run. Raises InvalidInput when it would be open to whoever reaches it, without ``insecure``."""
     where = places(options, runs)
-    told = {text.partition("=")[0] for text in [*options.env, *options.secret]}
+    if any(text.partition("=")[0] == "SHOAL_API_TOKEN" for text in options.env):
+        raise InvalidInput(
+            "--env SHOAL_API_TOKEN would stand in the manifest for all to read: put it into a Secret, and write "
+            "--secret SHOAL_API_TOKEN=SECRET:ENTRY"
+        )
+    told = {text.partition("=")[0] for text in options.secret}
     if "SHOAL_API_TOKEN" not in told and not insecure:
         raise InvalidInput(
             "the service would be open to everyone in the cluster: add --secret SHOAL_API_TOKEN=SECRET:ENTRY, "

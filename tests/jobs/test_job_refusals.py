@@ -13,7 +13,7 @@ from job_request import job_manifest
 
 from shoal.workers.errors import InvalidInput
 
-VOLUME = ("--volume", "runs:/mnt")
+VOLUME, LOCKED = ("--volume", "runs:/mnt"), ("--volume", "b:/mnt/o:ro")
 RULES = "[{policy: DeleteSelf, condition: {jobStatus: FAILED}}]"
 
 
@@ -58,6 +58,25 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
         ),
         (("generate", "r", "--input", "/mnt/i.jsonl", "--output", "/mnt/o;ls.jsonl", *VOLUME), 3, "holds ';'"),
         (("evaluate", "first", *VOLUME, "--runs-dir", "/mnt/a\nb", "--submission-mode", "HTTPMode"), 3, "holds '\\n'"),
+        (("serve", "first", *VOLUME, "--env", "SHOAL_API_TOKEN=x"), 3, "would stand in the manifest for all to read"),
+        (("evaluate", "first", *VOLUME, "--label", "ray.io/cluster=x"), 3, "ray.io/cluster is set by Shoal or KubeRay"),
+        (("evaluate", "first", *VOLUME, "--label", "shoal/kind=x"), 3, "shoal/kind is set by Shoal or KubeRay"),
+        (
+            (
+                "generate",
+                "r",
+                "--input",
+                "/mnt/i.jsonl",
+                "--output",
+                "/mnt/o/o.jsonl",
+                *VOLUME,
+                "--volume",
+                "b:/mnt/o:ro",
+            ),
+            3,
+            "--output '/mnt/o/o.jsonl' is on a volume mounted read-only",
+        ),
+        (("train", "--volume", "runs:/mnt:ro"), 3, "--runs-dir '/mnt/runs' is on a volume mounted read-only"),
         (("serve", "first", *VOLUME), 3, "would be open to everyone in the cluster"),
     ],
 )
@@ -85,6 +104,8 @@ def test_a_command_line_is_refused_in_one_sentence(
         ({"patch": "spec: {rayClusterSpec: {workerGroupSpecs: []}, entrypoint: ''}"}, "entrypoint is empty"),
         ({"patch": "spec: {backoffLimit: 1.5}"}, "is not a whole number"),
         ({"patch": "metadata: {labels: {a: 1}}"}, "is not text"),
+        ({"patch": "metadata: {finalizers: [2026-08-01]}"}, "what JSON cannot say, such as a date"),
+        ({"patch": "spec: &all {a: *all}"}, "what JSON cannot say"),
         ({"patch": "kind: Job"}, "a job is a RayJob or a RayService"),
         ({"patch": "statuss: {}"}, "statuss is not a field of a manifest"),
         (
@@ -117,6 +138,7 @@ def test_gpus_that_no_rank_would_use_are_refused() -> None:
         ("[default]\nnods = 2\n", "'nods' is not an option of a job: did you mean nodes"),
         ("[default]\nnodes = 'two'\n", "profile default of shoal-jobs.toml: nodes='two' cannot be used"),
         ("default = 3\n", "default=3 is not a table"),
+        ("nodes = 2\n[default]\n", "nodes=2 is not a table: write it below the head of one"),
         ("[default\n", "cannot be read"),
     ],
 )
@@ -124,3 +146,21 @@ def test_a_profile_that_says_nonsense_is_refused_with_its_place(text: str, says:
     Path("shoal-jobs.toml").write_text(text)
     code, _, err = here("job", "render", "train", *VOLUME)
     assert code == 3 and says in err
+
+
+def test_a_file_of_profiles_of_which_nothing_would_hold_is_refused(here: Shell) -> None:
+    Path("mine.toml").write_text("[big]\nnodes = 2\n")
+    render = ("job", "render", "train", *VOLUME, "--profiles", "mine.toml")
+    code, _, err = here(*render)
+    assert code == 3 and "--profiles mine.toml has no table [default]: add --profile big" in err
+    code, _, err = here(
+        "job", "render", "train", *VOLUME, "--profiles", "mine.toml", "--profile", "big", "--nodes", "0"
+    )
+    assert code == 3 and err.startswith("error: --nodes=0 cannot be used")
+
+
+def test_what_is_only_read_may_lie_on_a_read_only_volume(here: Shell) -> None:
+    read_only = ("--volume", "runs:/mnt:ro")
+    assert here("job", "render", "serve", "first", *read_only, "--secret", "SHOAL_API_TOKEN=tokens:api")[0] == 0
+    files = ("--input", "/mnt/in.jsonl", "--output", "/mnt/out/a.jsonl")
+    assert here("job", "render", "generate", "first", *read_only, "--volume", "out:/mnt/out", *files)[0] == 0
