@@ -82,6 +82,10 @@ def _submit(
     from shoal.jobs.kube.manifest import checked_objects, to_text
     from shoal.workers.errors import UsageError
 
+    if wait and dry_run:
+        raise UsageError("--wait waits for a job, and --dry-run submits none: leave one of them out")
+    if timeout is not None and not wait:
+        raise UsageError("--timeout is how long --wait waits: add --wait, or leave it out")
     if wait and work.kind == "serve":
         raise UsageError("--wait waits for an end, and a service has none: leave it out; `shoal job status` shows it")
     objects = checked_objects(work, options, namespace, _say)
@@ -101,7 +105,7 @@ def _submit(
     def say() -> None:
         typer.echo(f"{name} {done} to namespace {where}{more}")
 
-    if wait and not dry_run:
+    if wait:
         if format is Output.table:
             say()
         wait_for(cluster, name, timeout, format)

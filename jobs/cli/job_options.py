@@ -7,14 +7,16 @@ another function with options of its own. A command has the arguments of all thr
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from shoal.jobs.kube.options import JobOptions, flag, panel_of, resolve_options
+from shoal.jobs.cli.job_kinds import KINDS
+from shoal.jobs.kube.options import OF_JOBS, JobOptions, flag, panel_of, resolve_options
 from shoal.jobs.kube.work import Work
+from shoal.workers.errors import UsageError
 
 Build = Callable[..., Work]
 Finish = Callable[..., None]
@@ -35,7 +37,8 @@ def command(build: Build, finish: Finish) -> Callable[..., None]:
 
     def run(**given: Any) -> None:
         said = {name: given[name] for name in JobOptions.model_fields}
-        said["suspend"] = said["suspend"] or None  # a flag that was not given leaves a profile's
+        if build is KINDS["serve"]:
+            _refuse_for_services(said)
         options = resolve_options(said, given["profile"], given["profiles"])
         work = build(options, **{each.name: given[each.name] for each in own})
         finish(work, options, **{each.name: given[each.name] for each in last})
@@ -44,6 +47,13 @@ def command(build: Build, finish: Finish) -> Callable[..., None]:
     run.__annotations__ = {name: each.annotation for name, each in parameters.items()}
     run.__doc__ = build.__doc__
     return run
+
+
+def _refuse_for_services(said: Mapping[str, Any]) -> None:
+    """Options of the command line that a RayService has no place for; a profile may hold them, for jobs."""
+    for name in OF_JOBS:
+        if said[name] is not None:
+            raise UsageError(f"{flag(name)} is for jobs, and a service has no place for it: leave it out")
 
 
 def _parameters(function: Callable[..., Any], skipped: int) -> list[inspect.Parameter]:
@@ -66,11 +76,11 @@ def _cluster_parameters() -> list[inspect.Parameter]:
 
 
 def _parameter(name: str, kind: Any, help: str, panel: str) -> inspect.Parameter:
-    default = None if kind is not bool else False
-    optional: Any = kind if kind is bool else kind | None
-    shown = typer.Option(flag(name), help=_with_default(name, help), rich_help_panel=panel, show_default=False)
+    optional: Any = kind | None
+    names = f"{flag(name)}/--no-{flag(name)[2:]}" if kind is bool else flag(name)
+    shown = typer.Option(names, help=_with_default(name, help), rich_help_panel=panel, show_default=False)
     annotation: Any = Annotated[optional, shown]  # type: ignore[valid-type]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def _kind(annotation: Any) -> Any:

@@ -174,11 +174,10 @@ def _client(context: str | None) -> tuple[Any, str]:
     settings = client.Configuration()
     settings.retries = False
     try:
-        contexts, active = config.list_kube_config_contexts(file)
+        contexts, active = _contexts(config, file, context)
     except config.ConfigException as error:
         if context is None and os.environ.get("KUBERNETES_SERVICE_HOST"):
-            config.load_incluster_config(client_configuration=settings)
-            return client.ApiClient(settings), _NAMESPACE_OF_POD.read_text().strip()
+            return _in_pod(settings)
         why = " ".join(str(error).split())
         raise NotFound(f"no kubeconfig can be used ({why}): set KUBECONFIG, or write ~/.kube/config") from None
     except Exception as error:  # PyYAML's, for a file that is no YAML
@@ -196,6 +195,40 @@ def _client(context: str | None) -> tuple[Any, str]:
             f"context {quote(chosen['name'])} of the kubeconfig cannot be used ({why}): correct it"
         ) from None
     return client.ApiClient(settings), chosen["context"].get("namespace") or "default"
+
+
+def _contexts(config: Any, file: str | None, context: str | None) -> tuple[list[Object], Object]:
+    """The contexts of the kubeconfig, and the current one; without one, which ``context`` makes up for, an empty one.
+
+    Raises the client's ConfigException, and PyYAML's errors.
+    """
+    try:
+        found: tuple[list[Object], Object] = config.list_kube_config_contexts(file)
+        return found
+    except config.ConfigException:
+        if context is None:
+            raise
+    # the client insists on a current context, whichever is asked for
+    from kubernetes.config.kube_config import KUBE_CONFIG_DEFAULT_LOCATION, KubeConfigMerger
+
+    merged = KubeConfigMerger(file or KUBE_CONFIG_DEFAULT_LOCATION).config
+    if merged is None:
+        raise config.ConfigException("there is none")
+    return [each.value for each in merged["contexts"]], {}
+
+
+def _in_pod(settings: Any) -> tuple[Any, str]:
+    """The client of a pod's own account, and the pod's namespace."""
+    from kubernetes import client, config
+
+    try:
+        config.load_incluster_config(client_configuration=settings)
+        return client.ApiClient(settings), _NAMESPACE_OF_POD.read_text().strip()
+    except (config.ConfigException, OSError):
+        raise NotFound(
+            "there is no kubeconfig, and no token of an account is mounted into this pod: set KUBECONFIG, or "
+            "automountServiceAccountToken: true"
+        ) from None
 
 
 def _reason(error: Exception) -> str:

@@ -23,6 +23,9 @@ PROFILES = (Path("shoal-jobs.toml"), Path("~/.config/shoal/jobs.toml"))  # looke
 
 DEFAULT = "default"  # the table that always holds
 
+# options that a RayService has no place for
+OF_JOBS = ("queue", "retries", "deadline", "ttl", "suspend", "submission_mode")
+
 CLUSTER, PODS, LIFE, SAFETY = "Cluster", "Pods", "Queue and life", "Access"
 
 

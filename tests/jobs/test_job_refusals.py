@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from called import called
 from job_request import job_manifest
 
+from shoal.jobs.kube.api import Cluster
 from shoal.workers.errors import InvalidInput
 
 VOLUME, LOCKED = ("--volume", "runs:/mnt"), ("--volume", "b:/mnt/o:ro")
@@ -89,6 +91,37 @@ def test_a_command_line_is_refused_in_one_sentence(
     assert err.startswith("error: ") and err.count("\n") == 1
 
 
+SERVE = ("serve", "first", *VOLUME, "--insecure")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((*SERVE, "--retries", "0"), "--retries is for jobs, and a service has no place for it"),
+        ((*SERVE, "--deadline", "9"), "--deadline is for jobs"),
+        ((*SERVE, "--suspend"), "--suspend is for jobs"),
+        ((*SERVE, "--ttl", "9"), "--ttl is for jobs"),
+        ((*SERVE, "--submission-mode", "HTTPMode"), "--submission-mode is for jobs"),
+        ((*SERVE, "--queue", "team-a"), "--queue is for jobs"),
+        ((*SERVE, "--wait"), "a service has none"),
+        (("train", *VOLUME, "--timeout", "9"), "--timeout is how long --wait waits: add --wait"),
+        (("train", *VOLUME, "--wait", "--dry-run", "client"), "--wait waits for a job, and --dry-run submits none"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(arguments: tuple[str, ...], says: str, here: Shell) -> None:
+    code, out, err = here("job", "submit", *arguments, "--gpus-per-node", "0")
+    assert (code, out) == (2, "") and says in err
+
+
+def test_a_profile_of_suspended_jobs_is_overruled(here: Shell) -> None:
+    Path("shoal-jobs.toml").write_text("[default]\nsuspend = true\nttl = 9\n")
+    cpu = ("--gpus-per-node", "0", *VOLUME)
+    assert "suspend: true" in here("job", "render", "train", *cpu)[1]
+    code, out, _ = here("job", "render", "train", *cpu, "--no-suspend")
+    assert code == 0 and "suspend" not in out
+    assert here("job", "render", *SERVE)[0] == 0, "what a profile holds for jobs does not matter to a service"
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -164,3 +197,35 @@ def test_what_is_only_read_may_lie_on_a_read_only_volume(here: Shell) -> None:
     assert here("job", "render", "serve", "first", *read_only, "--secret", "SHOAL_API_TOKEN=tokens:api")[0] == 0
     files = ("--input", "/mnt/in.jsonl", "--output", "/mnt/out/a.jsonl")
     assert here("job", "render", "generate", "first", *read_only, "--volume", "out:/mnt/out", *files)[0] == 0
+
+
+def kubeconfig(folder: Path, **more: Any) -> str:
+    config = {
+        "apiVersion": "v1", "kind": "Config", "users": [{"name": "me", "user": {"token": "x"}}],
+        "clusters": [{"name": "c", "cluster": {"server": "http://127.0.0.1:1"}}],
+        "contexts": [{"name": "lab", "context": {"cluster": "c", "user": "me", "namespace": "team"}}], **more,
+    }  # fmt: skip
+    (folder / "config").write_text(yaml.safe_dump(config))
+    return str(folder / "config")
+
+
+def test_a_kubeconfig_without_a_current_context_serves_a_named_one(
+    here: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", kubeconfig(tmp_path))
+    found = Cluster("lab")
+    assert (found.namespace, found.host) == ("team", "http://127.0.0.1:1")
+    code, _, err = here("job", "list", "--context", "moon")
+    assert code == 5 and "--context 'moon' is not in the kubeconfig: it has lab" in err
+    code, _, err = here("job", "list")
+    assert code == 5 and "no kubeconfig can be used" in err
+
+
+def test_a_pod_without_a_token_is_refused_in_one_sentence(
+    here: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "1")
+    code, _, err = here("job", "list")
+    assert code == 5 and "no token of an account is mounted into this pod" in err and err.count("\n") == 1
