@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import shlex
 from typing import Any
 
-from shoal.jobs.kube.api import JOBS, SERVICES, Cluster, Object
+from shoal.jobs.kube.api import JOBS, SERVICES, Cluster, Object, Unreachable
 from shoal.jobs.kube.check import check_manifest
 from shoal.jobs.kube.manifest import QUEUE, RUN
 from shoal.jobs.kube.names import check_name, fresh_name
 from shoal.jobs.kube.ray_api import stop_ray_job
 from shoal.jobs.kube.status import CANCELLED, summarize
+from shoal.jobs.kube.work import TRAIN
+from shoal.jobs.recipe_errors import quote
 from shoal.workers.errors import ClusterRefused, InvalidInput, NotFound, ShoalError
 
 _OURS = "app.kubernetes.io/managed-by=shoal"
@@ -22,7 +25,8 @@ def submit(cluster: Cluster, objects: list[Object], dry: bool = False) -> Object
     """Creates the objects, the job last; with ``dry`` the server only says what it would do. Returns the job.
 
     Before anything is created, the server is asked what it would make of the job: what it would drop without a word,
-    because its KubeRay is older than the field, is refused. What the job needs is owned by it, and goes with it.
+    because its KubeRay is older than the field, is refused. What the job needs is created after it, since its pods wait
+    for that; it is owned by the job, and goes with it. Where creating it fails, the job is removed.
 
     Raises ShoalError.
     """
@@ -34,22 +38,37 @@ def submit(cluster: Cluster, objects: list[Object], dry: bool = False) -> Object
             f"the cluster's KubeRay does not know {dropped} and would drop it: install a newer one, or leave it out"
             + (" by --auth off" if dropped.endswith("authOptions") else "")
         )
+    for each in needs:
+        cluster.post(_path(cluster, each), each, dryRun="All")
     if dry:
-        for each in needs:
-            cluster.post(_path(cluster, each), each, dryRun="All")
         return kept
-    made = [cluster.post(_path(cluster, each), each) for each in needs]
+    created: Object | None = None
     try:
-        created = cluster.post(path, job)
-    except ShoalError:
-        for each in made:
-            cluster.delete(f"{_path(cluster, each)}/{each['metadata']['name']}")
-        raise
-    for each in made:
+        created = _created(cluster, job)
         owner = {key: created[key] for key in ("apiVersion", "kind")}
         owner |= {key: created["metadata"][key] for key in ("name", "uid")}
-        cluster.patch(f"{_path(cluster, each)}/{each['metadata']['name']}", {"metadata": {"ownerReferences": [owner]}})
+        for each in needs:
+            metadata = {**each["metadata"], "ownerReferences": [owner]}
+            _created(cluster, {**each, "metadata": metadata})
+    except BaseException as error:
+        refused = created is None and isinstance(error, ShoalError) and not isinstance(error, Unreachable)
+        if needs and not refused:  # a job without its code would wait for it for ever; what it owns goes with it
+            with contextlib.suppress(ShoalError):
+                delete(cluster, job)
+        raise
     return created
+
+
+def _created(cluster: Cluster, each: Object) -> Object:
+    """What was created; where the answer was lost, what is there. Raises ShoalError."""
+    path = _path(cluster, each)
+    try:
+        return cluster.post(path, each)
+    except Unreachable as error:
+        try:
+            return cluster.get(f"{path}/{each['metadata']['name']}")
+        except ShoalError:
+            raise error from None
 
 
 def _path(cluster: Cluster, each: Object) -> str:
@@ -153,7 +172,7 @@ def resubmit(cluster: Cluster, job: Object, name: str | None, from_checkpoint: b
     status = summarize(job)
     if is_service(job):
         raise InvalidInput(f"{old} is a service: change it by submitting it again, or delete it first")
-    if from_checkpoint and not (status.over or status.phase in ("queued", "suspended")):
+    if from_checkpoint and not status.over:
         raise ClusterRefused(f"{old} is {status.phase}, and two jobs must not write one run: cancel it first")
     again = copy.deepcopy({key: job[key] for key in ("apiVersion", "kind", "spec")})
     labels = dict(job["metadata"].get("labels") or {})
@@ -164,15 +183,34 @@ def resubmit(cluster: Cluster, job: Object, name: str | None, from_checkpoint: b
         again["spec"].pop(key, None)
     if not from_checkpoint and status.kind == "train":
         run = fresh
-        words = shlex.split(again["spec"]["entrypoint"])
-        words[words.index("--name") + 1] = run
-        again["spec"]["entrypoint"] = shlex.join(words)
+        again["spec"]["entrypoint"] = _renamed(again["spec"]["entrypoint"], old, run)
     if again["spec"].get("metadata"):
         again["spec"]["metadata"]["run"] = run
-    again["metadata"] = {"name": fresh, "labels": labels, "annotations": {RUN: run, "shoal/resubmits": old}}
+    annotations = {
+        key: value
+        for key, value in (job["metadata"].get("annotations") or {}).items()
+        if key != CANCELLED and "kubectl.kubernetes.io/" not in key
+    }
+    annotations |= {RUN: run, "shoal/resubmits": old}
+    again["metadata"] = {"name": fresh, "labels": labels, "annotations": annotations}
     needs = _code_of(cluster, again, old, fresh)
     check_manifest(again)
     return submit(cluster, [*needs, again])
+
+
+def _renamed(entrypoint: str, job: str, run: str) -> str:
+    """The command of a training job with another run's name. Raises InvalidInput for a command of another form."""
+    try:
+        words = shlex.split(entrypoint)
+    except ValueError:
+        words = []
+    if words[:5] != [*TRAIN, "--name"] or words[6:7] != ["--or-resume"]:
+        raise InvalidInput(
+            f"the entrypoint {quote(entrypoint)} of {job} was not written by Shoal, so its run cannot be named anew: "
+            f"submit the job again, or add --from-checkpoint to go on with its run"
+        )
+    words[5] = run
+    return shlex.join(words)
 
 
 def _stem(name: str) -> str:

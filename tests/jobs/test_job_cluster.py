@@ -146,15 +146,31 @@ def test_resubmitting_goes_on_with_the_run_or_begins_another(server: ApiServer, 
     )
     code, _, err = shoal("resubmit", "first", "--from-checkpoint")
     assert code == 4 and "two jobs must not write one run" in err
+    annotations = {"team/cost-centre": "7", "kubectl.kubernetes.io/last-applied-configuration": "{}"}
+    cluster.patch(cluster.ray("rayjobs", "first"), {"metadata": {"annotations": annotations}})
     ended(server, cluster, "first", "FAILED", "Job entrypoint command failed with exit code 1. No logs available.")
     code, out, err = shoal("resubmit", "first", "--from-checkpoint", "--name", "second", "-o", "json")
     assert code == 0, err
     assert json.loads(out)["run"] == "first"
     assert find_job(cluster, "second")["spec"]["entrypoint"] == find_job(cluster, "first")["spec"]["entrypoint"]
+    assert find_job(cluster, "second")["metadata"]["annotations"] == {
+        "shoal/run": "first", "shoal/resubmits": "first", "team/cost-centre": "7"
+    }  # fmt: skip
     code, out, _ = shoal("resubmit", "first", "-o", "json")
     fresh = json.loads(out)
     assert fresh["name"].startswith("first-") and fresh["run"] == fresh["name"]
     assert f"--name {fresh['name']} --or-resume" in find_job(cluster, fresh["name"])["spec"]["entrypoint"]
+
+
+def test_a_job_that_may_run_again_or_is_not_of_our_command_is_not_resubmitted(shoal: Shell, cluster: Cluster) -> None:
+    made(cluster, "queued", queue="team-a", suspend=True)
+    code, _, err = shoal("resubmit", "queued", "--from-checkpoint")
+    assert code == 4 and "queued is queued, and two jobs must not write one run" in err
+    manifest = job_manifest(name="patched")
+    manifest["spec"]["entrypoint"] = "sh -c 'shoal train'"
+    submit(cluster, [manifest])
+    code, _, err = shoal("resubmit", "patched")
+    assert code == 3 and "of patched was not written by Shoal, so its run cannot be named anew" in err
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import base64
 import json
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,9 +27,58 @@ from shoal.jobs.kube import patience
 from shoal.jobs.kube.api import Cluster
 from shoal.jobs.kube.ending import wait
 from shoal.jobs.kube.logs import logs
+from shoal.jobs.kube.manifest import checked_objects
+from shoal.jobs.kube.options import resolve_options
 from shoal.jobs.kube.ray_api import token_of
-from shoal.jobs.kube.submit import list_jobs
+from shoal.jobs.kube.submit import list_jobs, submit
+from shoal.jobs.kube.work import train
 from shoal.workers.errors import ClusterRefused, InvalidInput, NotFound
+
+
+@pytest.mark.parametrize("kind", ["rayjobs", "configmaps"])
+def test_a_submission_whose_answer_is_lost_is_found(
+    cluster: Cluster, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, kind: str, tmp_path: Path
+) -> None:
+    objects = job_with_code(f"lost-{kind}-job", tmp_path)
+    proxy.fate = lambda method, path: "lost" if method == "POST" and path.endswith(kind) else None
+    job = submit(proxy.cluster(cluster.namespace, monkeypatch), objects)
+    config = cluster.get(cluster.core("configmaps", f"lost-{kind}-job-code"))
+    assert config["metadata"]["ownerReferences"][0]["uid"] == job["metadata"]["uid"]
+    assert [method for method, path in proxy.asked if path.endswith(kind)] == ["POST"], "asked once"
+
+
+@pytest.mark.parametrize("kind", ["rayjobs", "configmaps"])
+@pytest.mark.parametrize("status", [403, 503, 0])
+def test_a_submission_that_fails_halfway_leaves_nothing_and_says_why(
+    cluster: Cluster, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, kind: str, status: int, tmp_path: Path
+) -> None:
+    name = f"half-{kind}-{status}"
+    objects, body = job_with_code(name, tmp_path), json.dumps({"message": "not today"}).encode()
+    seen = proxy.cluster(cluster.namespace, monkeypatch)
+    if status:
+        proxy.fate = lambda method, path: (status, body) if method == "POST" and path.endswith(kind) else None
+    else:  # Ctrl-C while the request is on its way, which has arrived
+        post = seen.post
+
+        def interrupted(path: str, body: Any, **query: Any) -> Any:
+            found = post(path, body, **query)
+            if path.endswith(kind) and not query:
+                raise KeyboardInterrupt
+            return found
+
+        monkeypatch.setattr(seen, "post", interrupted)
+    with pytest.raises(ClusterRefused if status else KeyboardInterrupt, match="not today" if status else None):
+        submit(seen, objects)
+    assert name not in {each["metadata"]["name"] for each in list_jobs(cluster)}
+    for each in cluster.items(cluster.core("configmaps")):  # there is no garbage collector here: owned is gone
+        assert each["metadata"]["name"] != f"{name}-code" or each["metadata"]["ownerReferences"]
+
+
+def job_with_code(name: str, folder: Path) -> list[Any]:
+    (folder / "a.py").write_text("x = 1\n")
+    given = {"name": name, "volume": ["runs:/mnt"], "gpus_per_node": 0, "working_dir": str(folder)}
+    options = resolve_options(given)
+    return checked_objects(train(options, "tiny"), options)
 
 
 def error_event(code: int) -> bytes:
