@@ -115,11 +115,33 @@ def test_the_service_asks_for_the_token_of_the_secret_or_says_that_it_is_open() 
         ("kind=RayJob", "kind"),
         ("queue=team", "a RayService does not wait in one"),
         ("rayVersion=two", "rayVersion"),
+        ("rayVersion=2.51.2", "rayVersion 2.51.2 has no token authentication: use 2.52.0 or later"),
     ],
 )
 def test_values_that_cannot_be_are_refused(change: str, says: str) -> None:
     result = helm("template", "rel", str(CHART), "-f", str(SERVICE), "--set", change)
     assert result.returncode != 0 and says in result.stderr
+
+
+@pytest.mark.parametrize("name", ["4shoal", "a.shoal"])
+def test_names_that_kuberay_cannot_make_names_of_are_refused(name: str) -> None:
+    result = helm("template", name, str(CHART), "-f", str(SERVICE))
+    assert result.returncode != 0 and f"the release's name gives {name}" in result.stderr
+
+
+def test_texts_that_yaml_would_take_for_something_else_stay_texts() -> None:
+    texts = ("priorityClassName=123", "storage.claim=1e3", "storage.mountPath=/m: #x", "imagePullSecrets={012}")
+    changes = [
+        part for text in (*texts, "image.tag=1.0", "token.existingSecret=12e4") for part in ("--set-string", text)
+    ]
+    service = one(rendered("-f", str(SERVICE), *changes), "RayService")["spec"]
+    pod = service["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]
+    box = pod["containers"][0]
+    assert pod["priorityClassName"] == "123" and pod["imagePullSecrets"] == [{"name": "012"}]
+    assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "1e3"
+    assert box["volumeMounts"][0]["mountPath"] == "/m: #x" and box["image"] == "shoal:1.0"
+    assert box["env"][1]["valueFrom"]["secretKeyRef"]["name"] == "12e4"
+    assert yaml.safe_load(service["serveConfigV2"])["applications"][0]["args"]["runs_dir"] == "/m: #x/runs"
 
 
 def test_a_release_is_installed_upgraded_rolled_back_and_removed(api_server: ApiServer) -> None:

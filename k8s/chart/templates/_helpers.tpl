@@ -1,21 +1,22 @@
 {{/* The release's name, short enough for what KubeRay derives from it. */}}
 {{- define "shoal.name" -}}
 {{- $name := ternary .Release.Name (printf "%s-shoal" .Release.Name) (contains "shoal" .Release.Name) -}}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $name) }}{{ fail (printf "the release's name gives %s, and the names that KubeRay makes of it begin with a letter and have letters, digits and '-' alone: choose another" $name) }}{{ end -}}
 {{- if gt (len $name) 47 }}{{ fail (printf "the release's name gives %s, and KubeRay takes 47 characters: choose a shorter one" $name) }}{{ end -}}
 {{- $name -}}
 {{- end -}}
 
 {{/* Labels of pods. Not app.kubernetes.io/name, which KubeRay sets on its pods and selects them by. */}}
 {{- define "shoal.selector" -}}
-shoal/release: {{ .Release.Name }}
+shoal/release: {{ .Release.Name | quote }}
 {{- end -}}
 
 {{- define "shoal.labels" -}}
 {{ include "shoal.selector" . }}
 app.kubernetes.io/name: shoal
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
-app.kubernetes.io/managed-by: {{ .Release.Service }}
+app.kubernetes.io/managed-by: {{ .Release.Service | quote }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 
@@ -51,17 +52,17 @@ metadata:
   labels:
     {{- include "shoal.selector" $ | nindent 4 }}
 spec:
-  serviceAccountName: {{ include "shoal.serviceAccount" $ }}
+  serviceAccountName: {{ include "shoal.serviceAccount" $ | quote }}
   automountServiceAccountToken: false
   terminationGracePeriodSeconds: {{ $.Values.terminationGracePeriodSeconds }}
   {{- with $.Values.imagePullSecrets }}
   imagePullSecrets:
     {{- range . }}
-    - name: {{ . }}
+    - name: {{ . | quote }}
     {{- end }}
   {{- end }}
   {{- with $.Values.priorityClassName }}
-  priorityClassName: {{ . }}
+  priorityClassName: {{ . | quote }}
   {{- end }}
   {{- with $.Values.nodeSelector }}
   nodeSelector:
@@ -75,8 +76,8 @@ spec:
     {{- toYaml $.Values.podSecurityContext | nindent 4 }}
   containers:
     - name: {{ .container }}
-      image: {{ include "shoal.image" $ }}
-      imagePullPolicy: {{ $.Values.image.pullPolicy }}
+      image: {{ include "shoal.image" $ | quote }}
+      imagePullPolicy: {{ $.Values.image.pullPolicy | quote }}
       securityContext:
         {{- toYaml $.Values.securityContext | nindent 8 }}
       resources:
@@ -91,7 +92,7 @@ spec:
         - name: SHOAL_API_TOKEN
           valueFrom:
             secretKeyRef:
-              name: {{ . }}
+              name: {{ . | quote }}
               key: token
         {{- end }}
         {{- with $.Values.env }}
@@ -106,7 +107,7 @@ spec:
       {{- end }}
       volumeMounts:
         - name: runs
-          mountPath: {{ $.Values.storage.mountPath }}
+          mountPath: {{ $.Values.storage.mountPath | quote }}
           readOnly: {{ $.Values.storage.readOnly }}
         - name: shm
           mountPath: /dev/shm
@@ -115,11 +116,11 @@ spec:
   volumes:
     - name: runs
       persistentVolumeClaim:
-        claimName: {{ required "storage.claim is empty: name a PersistentVolumeClaim that all nodes can mount" $.Values.storage.claim }}
+        claimName: {{ required "storage.claim is empty: name a PersistentVolumeClaim that all nodes can mount" $.Values.storage.claim | quote }}
     - name: shm
       emptyDir:
         medium: Memory
-        sizeLimit: {{ .shm }}
+        sizeLimit: {{ .shm | quote }}
     - name: tmp
       emptyDir: {}
 {{- end -}}
@@ -131,6 +132,7 @@ spec:
 {{- if $serving }}{{ $ports = concat $ports (list (dict "name" "serve" "containerPort" 8000) (dict "name" "grpc" "containerPort" 9000)) }}{{ end -}}
 rayVersion: {{ .Values.rayVersion | quote }}
 {{- if .Values.rayTokenAuth }}
+{{- if semverCompare "<2.52.0" .Values.rayVersion }}{{ fail (printf "rayTokenAuth is set, and rayVersion %s has no token authentication: use 2.52.0 or later, or set rayTokenAuth to false" .Values.rayVersion) }}{{ end }}
 authOptions:
   mode: token
 {{- end }}
