@@ -37,9 +37,12 @@ def command(build: Build, finish: Finish) -> Callable[..., None]:
 
     def run(**given: Any) -> None:
         said = {name: given[name] for name in JobOptions.model_fields}
-        if build is KINDS["serve"]:
+        serves = build is KINDS["serve"]
+        if serves:
             _refuse_for_services(said)
         options = resolve_options(said, given["profile"], given["profiles"])
+        if serves:  # a queue of the profile, which would take the priority as well
+            options = options.model_copy(update={"queue": None})
         work = build(options, **{each.name: given[each.name] for each in own})
         finish(work, options, **{each.name: given[each.name] for each in last})
 

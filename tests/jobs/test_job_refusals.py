@@ -119,7 +119,12 @@ def test_a_profile_of_suspended_jobs_is_overruled(here: Shell) -> None:
     assert "suspend: true" in here("job", "render", "train", *cpu)[1]
     code, out, _ = here("job", "render", "train", *cpu, "--no-suspend")
     assert code == 0 and "suspend" not in out
-    assert here("job", "render", *SERVE)[0] == 0, "what a profile holds for jobs does not matter to a service"
+
+
+def test_what_a_profile_holds_for_jobs_does_not_matter_to_a_service(here: Shell) -> None:
+    Path("shoal-jobs.toml").write_text("[default]\nsuspend = true\nqueue = 'team-a'\npriority = 'high'\n")
+    code, out, _ = here("job", "render", *SERVE)
+    assert code == 0 and "kueue" not in out and "priorityClassName: high" in out
 
 
 @pytest.mark.parametrize(
