@@ -154,8 +154,9 @@ class Operator(threading.Thread):
         recipe = self._folder / f"{identity}.toml"
         recipe.write_text((pod["metadata"].get("annotations") or {}).get("shoal/recipe", ""))
         entrypoint = job["spec"]["entrypoint"].replace(RECIPE, str(recipe))
-        words = subprocess.list2cmdline(shlex.split(entrypoint))  # the submitter's shell, then `ray job submit`
-        body = {"entrypoint": words, "submission_id": identity, "metadata": job["spec"].get("metadata")}
+        if job["spec"].get("submissionMode") != "HTTPMode":  # the submitter's shell, then `ray job submit`
+            entrypoint = subprocess.list2cmdline(shlex.split(entrypoint))
+        body = {"entrypoint": entrypoint, "submission_id": identity, "metadata": job["spec"].get("metadata")}
         assert self._ray.ask("POST", "/api/jobs/", body), f"Ray did not take {identity}"
         self._kubelet.logs[identity] = Log()
         running: dict[str, Any] = {"running": {}}
