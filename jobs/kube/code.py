@@ -13,7 +13,7 @@ from shoal.workers.errors import InvalidInput, NotFound
 
 LARGEST = 900_000  # bytes; a ConfigMap holds 1 MiB, its text in base64 is what etcd and the API count
 _OUTPUTS = {"runs", "data", "build", "dist"}  # at the root, where they are no packages
-_CACHES = {"__pycache__", "node_modules", "venv"}  # anywhere
+_CACHES = {"__pycache__", "node_modules", "venv", ".mypy_cache", ".pytest_cache", ".ruff_cache"}  # anywhere
 _CHUNK = 1 << 16
 _SHOWN = 8  # of what was left out
 _EPOCH = (1980, 1, 1, 0, 0, 0)
