@@ -75,8 +75,9 @@ def test_http_and_grpc_give_the_same_answer(service: Running) -> None:
 
 
 def test_the_commands_that_are_printed_work(service: Running) -> None:
-    curl, ask = (line.strip().removeprefix("try").strip() for line in service.told().splitlines()[-2:])
-    assert curl.startswith("curl ") and ask.startswith("python -m shoal.jobs.serve.ask ")
+    said = [line.strip().removeprefix("try").strip() for line in service.told().splitlines()]
+    (curl,) = (line for line in said if line.startswith("curl "))
+    (ask,) = (line for line in said if line.startswith("python -m shoal.jobs.serve.ask "))
     assert f"{service.url}/v1\n" in service.told()
     answer = subprocess.run(ask.replace("python", sys.executable, 1), shell=True, capture_output=True, text=True)
     assert (answer.returncode, answer.stderr) == (0, "")
