@@ -65,7 +65,7 @@ def selected_backward(
     chunk = min(tuning.chunk, tokens)
     part = torch.empty(chunk, n, heads, dim, dtype=q.dtype, device=q.device)
     if deterministic:
-        pairs, first, chunks = lists_by_block(blocks, tables, chunk, stable=True)
+        pairs, first, chunks = lists_by_block(blocks, tables, chunk)
         items, size = pairs, 0
     else:
         inverse = invert(blocks, tables, chunk, tuning.item)

@@ -55,40 +55,24 @@ def invert(blocks: Tensor, tables: Tables, chunk: int, size: int) -> Inverse:
     return Inverse(chunk, chunks, size, item_blocks, item_pairs, first[::bins].contiguous())
 
 
-def lists_by_block(blocks: Tensor, tables: Tables, chunk: int, *, stable: bool = False) -> tuple[Tensor, Tensor, int]:
-    """The choices of ``blocks [T, KV, n]`` that fell on each block, chunk by chunk of queries.
+def lists_by_block(blocks: Tensor, tables: Tables, chunk: int) -> tuple[Tensor, Tensor, int]:
+    """The choices of ``blocks [T, KV, n]`` that fell on each block, chunk by chunk of queries, in the queries' order.
 
     Returns pairs ``[KV * T * n]`` int32, ``t * n + i`` for the i-th choice of query t, sorted by KV head, chunk, block
-    of the pack; where each such list begins, ``[KV * chunks * B + 1]`` int32; and the number of chunks. Lists come in
-    an order that differs from run to run, or stable: in that of the queries. What lies beyond the last is undefined.
+    of the pack; where each such list begins, ``[KV * chunks * B + 1]`` int32; and the number of chunks. What lies
+    beyond the last list is undefined. By a sort, which takes longer than the counting of :func:`invert`, and whose
+    order is the same in every run.
     """
     tokens, kv, n = blocks.shape
-    chunks, bins = -(-tokens // chunk), tables.blocks
-    counts = blocks.new_zeros(kv * chunks * bins)
-    ranks = blocks.new_empty(kv, tokens, n)
-    tile = 64
-    grid = (-(-tokens // tile), kv)
-    shape = {"N": n, "NP": triton.next_power_of_2(n), "TILE": tile}
-    args = (tables.block_base, ranks, counts, tokens, chunk, chunks, bins, blocks.stride(0), blocks.stride(1))
-    _count_kernel[grid](blocks, *args, **shape)
-    first = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
-    if stable:
-        return _sorted_lists(blocks, tables, chunk, chunks), first, chunks
-    pairs = blocks.new_empty(kv * tokens * n)
-    _list_kernel[grid](blocks, *args, first, pairs, **shape)
-    return pairs, first, chunks
-
-
-def _sorted_lists(blocks: Tensor, tables: Tables, chunk: int, chunks: int) -> Tensor:
-    """The lists of ``lists_by_block`` in order: by a sort, which takes longer than counting."""
-    tokens, kv, n = blocks.shape
+    chunks = -(-tokens // chunk)
+    lists = kv * chunks * tables.blocks
     t = torch.arange(tokens, device=blocks.device)
     head = torch.arange(kv, device=blocks.device)[:, None, None]
-    list_of = (head * chunks + (t // chunk)[:, None]) * tables.blocks + tables.block_base[:, None]
-    list_of = list_of + blocks.transpose(0, 1)
-    list_of = torch.where(blocks.transpose(0, 1) >= 0, list_of, kv * chunks * tables.blocks)
-    order = torch.argsort(list_of.flatten(), stable=True)
-    return (order % (tokens * n)).to(torch.int32)
+    by_head = blocks.transpose(0, 1)
+    list_of = (head * chunks + (t // chunk)[:, None]) * tables.blocks + tables.block_base[:, None] + by_head
+    sorted_lists, order = torch.sort(torch.where(by_head >= 0, list_of, lists).flatten(), stable=True)
+    first = torch.searchsorted(sorted_lists, torch.arange(lists + 1, device=blocks.device))
+    return (order % (tokens * n)).to(torch.int32), first.to(torch.int32), chunks
 
 
 @triton.jit
@@ -155,28 +139,3 @@ def _fill_kernel(
     item = tl.load(first + counter, mask=there, other=0).to(tl.int64) + rank // SIZE
     tl.store(item_blocks + item, at, mask=there & (rank % SIZE == 0))
     tl.store(item_pairs + item * SIZE + rank % SIZE, (t[:, None] * N + i[None, :]).to(tl.int32), mask=there)
-
-
-@triton.jit
-def _list_kernel(
-    blocks,
-    block_base,
-    ranks,
-    counts,
-    tokens,
-    chunk,
-    chunks,
-    bins,
-    stride_t,
-    stride_h,
-    first,
-    pairs,
-    N: tl.constexpr,
-    NP: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    t, i, _at, counter, pair, there = _bins(
-        blocks, block_base, tokens, chunk, chunks, bins, stride_t, stride_h, N, NP, TILE
-    )
-    place = tl.load(first + counter, mask=there, other=0) + tl.load(ranks + pair, mask=there, other=0)
-    tl.store(pairs + place, (t[:, None] * N + i[None, :]).to(tl.int32), mask=there)
