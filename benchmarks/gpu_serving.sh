@@ -2,9 +2,10 @@
 # Serving on GPUs, in one call of a few minutes: benchmarks/gpu_serving.sh OUT [GPUS]
 #
 # On one GPU: the paged caches beside a training forward (pytest), the engine alone, then `shoal serve` over random
-# weights under load, NSA beside full attention. On two: the service with a model over both ranks, then with attention
-# and experts apart. OUT gets JSON, pictures and logs; the tables are printed last. A part that fails does not stop the
-# others; the exit code is the number of those that failed.
+# weights under load, NSA beside full attention. On two: the same, engine and service side by side, each on a card of its
+# own; then the service with a model over both ranks, and with attention and experts apart. OUT gets JSON, pictures and
+# logs; the tables are printed last. A part that fails does not stop the others; the exit code is the number of those
+# that failed.
 #
 # Environment: PYTHON, and, to try it without a GPU, RECIPE, SETS, CONTEXT, MIX, CONCURRENCY, DURATION, CHUNK, WARMUP.
 set -u
@@ -57,21 +58,32 @@ serve() { # NAME OPTIONS…
         --duration "$DURATION" --warmup "$WARMUP" --out "$OUT/$name" --plot "$OUT/$name/serve.png" "$@"
 }
 
-if [ "$GPUS" = 1 ]; then
+engine() {
     part caches 120 "$PYTHON" -m pytest -q -p no:cacheprovider tests/workers/test_gpu.py -k paged
     part engine 200 "$PYTHON" -m shoal.jobs.cli.main bench engine --out "$OUT"
+}
+
+service() {
     untrained nsa
     untrained full
     serve service --against "$WORK/full"
-    set -- caches engine service
+}
+
+names="caches engine service"
+if [ "$GPUS" = 1 ]; then
+    engine
+    service
 else
-    untrained nsa
-    untrained full
+    (export CUDA_VISIBLE_DEVICES=1; engine; exit $failed) &
+    (export CUDA_VISIBLE_DEVICES=0; service; exit $failed)
+    failed=$?
+    wait $!
+    failed=$((failed + $?))
     serve colocated --workers "$GPUS" --against "$WORK/full"
     serve apart --workers "$GPUS" --placement "1A:$((GPUS - 1))F"
-    set -- colocated apart
+    names="$names colocated apart"
 fi
-for name in "$@"; do
+for name in $names; do
     echo
     echo "== $name"
     tail -n 40 "$OUT/$name.txt"
