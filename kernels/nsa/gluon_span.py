@@ -27,6 +27,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from shoal.kernels.nsa.triton_select import LOG2E
 from shoal.kernels.nsa.triton_tables import Span
 
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+"""Triton 3.7 calls it the first, 3.6 the second."""
+
 ROWS = 64
 """Rows of a warpgroup's matrix products."""
 

@@ -15,7 +15,7 @@ from shoal.kernels.nsa.triton_forward import Forward
 from shoal.kernels.nsa.triton_gather_grad import GatherGradTuning, selected_backward
 from shoal.kernels.nsa.triton_select import padded
 from shoal.kernels.nsa.triton_span_grad import Grads, SpanGradTuning, span_backward
-from shoal.kernels.nsa.triton_tables import make_tables
+from shoal.kernels.nsa.triton_tables import Span, make_tables
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,38 @@ def nsa_backward(
         (2, win, k_win, v_win, tables.window, tables.window_seen, tuning.window),
     ):
         args = (q, k, v, d_out, bases[side], dots[side], span, seen, scale, branch)
-        span_backward(*args, deterministic=deterministic, tuning=tuned)
+        _branch_backward(*args, deterministic=deterministic, tuning=tuned)
     selected = (q, k_slc, v_slc, d_out, bases[1], dots[1], forward.blocks, tables, scale, slc)
     d_q = selected_backward(*selected, deterministic=deterministic, tuning=tuning.selected)
     keys = [rounded(x, factor, q) for g in (cmp, slc, win) for x, factor in ((g.d_k, scale), (g.d_v, 1.0))]
     return (d_q, *keys, d_gates)
+
+
+def _branch_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    d_out: Tensor,
+    base: Tensor,
+    dots: Tensor,
+    span: Span,
+    seen: Span,
+    scale: float,
+    grads: Grads,
+    *,
+    deterministic: bool,
+    tuning: SpanGradTuning,
+) -> None:
+    """``span_backward``, by its twin for Hopper where that takes them and may add in any order."""
+    args = (q, k, v, d_out, base, dots, span, seen, scale, grads)
+    if q.is_cuda and not deterministic:
+        from shoal.kernels.nsa.gluon_span_grad import gluon_span_backward, supported
+
+        if supported(q, v):
+            # Programs enough for the multiprocessors, and few that add to the same keys.
+            chunk = min(max(256, q.shape[0] // 2048 * 64), 2048) if tuning.chunk else 0
+            return gluon_span_backward(*args, chunk=chunk, lap=triton.cdiv(tuning.lap, 64) * 64)
+    return span_backward(*args, deterministic=deterministic, tuning=tuning)
 
 
 def rounded(x: Tensor, factor: float, like: Tensor) -> Tensor:

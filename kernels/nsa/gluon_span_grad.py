@@ -1,0 +1,356 @@
+"""Gradients of attention over spans of keys for Hopper, in Gluon: the twin of ``triton_span_grad``'s atomic way.
+
+A program holds 128 keys, 64 for each of two warpgroups, and goes through the queries that see them, 64 rows (queries
+times group) at a time, which a producer warp copies with TMA. The gradients of a tile's queries need what both
+warpgroups found: they exchange it, each sums half of the columns, and TMA adds them to memory. While it does, the next
+scores are multiplied.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from shoal.kernels.nsa.gluon_span import barrier
+from shoal.kernels.nsa.triton_select import LOG2E
+from shoal.kernels.nsa.triton_span_grad import Grads
+from shoal.kernels.nsa.triton_tables import Span
+
+ROWS = 64
+"""Rows of a tile, and keys of a warpgroup."""
+
+STAGES = 2
+"""Depth of the rings; 3 is no faster."""
+
+
+def supported(q: Tensor, v: Tensor) -> bool:
+    """Whether :func:`gluon_span_backward` takes these: Hopper, 16 bits, 128 dimensions of keys and 64 or 128 of values,
+    groups of 4 to 64 heads, powers of two."""
+    group, rest = divmod(q.shape[1], v.shape[1])
+    return (
+        q.is_cuda
+        and torch.cuda.get_device_capability(q.device) == (9, 0)
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[2] == 128
+        and v.shape[2] in (64, 128)
+        and rest == 0
+        and group in (4, 8, 16, 32, 64)
+    )
+
+
+def gluon_span_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    d_out: Tensor,
+    base: Tensor,
+    dots: Tensor,
+    span: Span,
+    seen: Span,
+    scale: float,
+    grads: Grads,
+    *,
+    chunk: int = 0,
+    lap: int = 64,
+) -> None:
+    """What ``span_backward`` adds to ``grads``, for tensors as :func:`supported` says.
+
+    chunk: queries of a program, a multiple of 64, 0 for all that see its keys. lap: as in ``SpanGradTuning``, a
+    multiple of 64.
+    """
+    tokens, heads, dim = q.shape
+    keys, kv, dim_v = v.shape
+    if not tokens or not keys:
+        return
+    group = heads // kv
+    tile, chunk = ROWS // group, chunk or triton.cdiv(tokens, ROWS) * ROWS
+    _grad_kernel[(triton.cdiv(keys, 2 * ROWS), triton.cdiv(tokens, chunk), kv)](
+        _descriptor(q, [tile, group, dim]),
+        _descriptor(k.view(keys, kv * dim), [ROWS, dim]),
+        _descriptor(v.view(keys, kv * dim_v), [ROWS, dim_v]),
+        _descriptor(d_out, [tile, group, dim_v]),
+        _row_descriptor(base, [tile, group]),
+        _row_descriptor(dots, [tile, group]),
+        _descriptor(grads.d_q, [tile, group, 64]),
+        _descriptor(grads.d_k.view(keys, kv * dim), [ROWS, 64]),
+        _descriptor(grads.d_v.view(keys, kv * dim_v), [ROWS, 64]),
+        span.low,
+        span.high,
+        seen.low,
+        seen.high,
+        scale * LOG2E,
+        tokens,
+        keys,
+        chunk,
+        lap,
+        KV=kv,
+        G=group,
+        TILE=tile,
+        STAGES=STAGES,
+        num_warps=4,
+    )
+
+
+def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
+    dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}[x.dtype]
+    return TensorDescriptor.from_tensor(x, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
+
+
+def _row_descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
+    """Numbers of rows lie side by side in shared memory."""
+    return TensorDescriptor.from_tensor(x, block, gl.NVMMASharedLayout(0, 32, rank=2))
+
+
+@builtin
+def reduce_add(tensor, at, source, _semantic=None):
+    """Add a tile in shared memory to ``tensor``, atomically, by TMA; it is waited for as stores are."""
+    at = _semantic._convert_to_ir_values(at, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor.handle, at, source.handle)
+
+
+@gluon.jit
+def _queries(seen_low, seen_high, tokens, keys, chunk, lap, TILE: gl.constexpr):
+    """This program's tiles of queries: how many, where they begin and end, the one to begin with; and the queries, if
+    any, that see all its keys.
+
+    All programs go through the queries in step, each from a multiple of a lap: those that share queries meet at them,
+    and what they add to is still in the L2 cache.
+    """
+    n = gl.program_id(0) * 128 + gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    b_low = gl.load(seen_low + n, mask=n < keys, other=1 << 30)
+    b_high = gl.load(seen_high + n, mask=n < keys, other=0)
+    some = b_high > b_low
+    begin = gl.program_id(1) * chunk
+    stop = gl.minimum(begin + chunk, tokens)
+    begin = gl.maximum(begin, gl.min(gl.where(some, b_low, 2147483647), 0)) // TILE * TILE
+    stop = gl.minimum(stop, gl.max(gl.where(some, b_high, 0), 0))
+    turn = gl.cdiv(begin, lap) * lap
+    turn = gl.where(turn < stop, turn, begin)
+    count = gl.where(begin < stop, gl.cdiv(stop - begin, TILE), 0)
+    return count, begin, stop, turn, gl.max(b_low, 0), gl.min(b_high, 0)
+
+
+@gluon.jit
+def _next(t, begin, stop, TILE: gl.constexpr):
+    """First query of the tile after that of t."""
+    return gl.where(t + TILE < stop, t + TILE, begin)
+
+
+@gluon.jit
+def _producer(
+    q, k, v, d_out, base, dots, q_ring, o_ring, base_ring, dots_ring, k_smem, v_smem, there, q_full, q_empty, o_full,
+    o_empty, seen_low, seen_high, tokens, keys, chunk, lap, G, TILE, STAGES,
+):  # fmt: skip
+    """Copy the keys and values, then queries and gradients of outputs, tile by tile."""
+    h = gl.program_id(2)
+    D: gl.constexpr = k.block_type.shape[1]
+    E: gl.constexpr = v.block_type.shape[1]
+    count, begin, stop, t, _, _ = _queries(seen_low, seen_high, tokens, keys, chunk, lap, TILE)
+    if count > 0:
+        mbarrier.expect(there, 2 * k.block_type.nbytes + 2 * v.block_type.nbytes)
+        for c in gl.static_range(2):
+            at = gl.program_id(0) * 128 + c * 64
+            tma.async_copy_global_to_shared(k, [at, h * D], there, k_smem.index(c))
+            tma.async_copy_global_to_shared(v, [at, h * E], there, v_smem.index(c))
+    for i in range(count):
+        slot, phase = i % STAGES, (i // STAGES & 1) ^ 1
+        mbarrier.wait(q_empty.index(slot), phase)
+        mbarrier.expect(q_full.index(slot), q.block_type.nbytes + base.block_type.nbytes)
+        tma.async_copy_global_to_shared(q, [t, h * G, 0], q_full.index(slot), q_ring.index(slot))
+        tma.async_copy_global_to_shared(base, [t, h * G], q_full.index(slot), base_ring.index(slot))
+        mbarrier.wait(o_empty.index(slot), phase)
+        mbarrier.expect(o_full.index(slot), d_out.block_type.nbytes + dots.block_type.nbytes)
+        tma.async_copy_global_to_shared(d_out, [t, h * G, 0], o_full.index(slot), o_ring.index(slot))
+        tma.async_copy_global_to_shared(dots, [t, h * G], o_full.index(slot), dots_ring.index(slot))
+        t = _next(t, begin, stop, TILE)
+
+
+@gluon.jit
+def _query_grads(C: gl.constexpr, j, ds_smem, ds_full, k_parts, S: gl.constexpr):
+    """Begin half the columns of ``d_sᵀ k`` over both warpgroups' keys, with the j-th d_s, ``[64, 64]``."""
+    PARTS: gl.constexpr = k_parts.shape[0] // 2
+    mbarrier.wait(ds_full.index(j % 2), j // 2 & 1)
+    zeros = gl.zeros([64, 64], gl.float32, S)
+    own = C + (j >> 30)
+    dq = warpgroup_mma(
+        ds_smem.index(j % 2 * 2).permute((1, 0)), k_parts.index(own), zeros, use_acc=False, is_async=True
+    )
+    return warpgroup_mma(ds_smem.index(j % 2 * 2 + 1).permute((1, 0)), k_parts.index(PARTS + own), dq, is_async=True)
+
+
+@gluon.jit
+def _put_ds(C: gl.constexpr, j, ds, ds_smem, ds_full, ds_empty):
+    """Share the j-th d_s ``[keys, rows]`` with the other warpgroup."""
+    mbarrier.wait(ds_empty.index(j % 2), (j // 2 & 1) ^ 1)
+    ds_smem.index(j % 2 * 2 + C).store(ds)
+    fence_async_shared()
+    barrier()
+    mbarrier.arrive(ds_full.index(j % 2))
+
+
+@gluon.jit
+def _add_keys(x, acc, at, column, smem):
+    """Add ``acc [64, 64 or 128]`` to rows of keys."""
+    WIDTH: gl.constexpr = acc.shape[1]
+    if WIDTH == 64:
+        tma.store_wait(0)
+        smem.reshape([64, 64]).store(acc)
+        fence_async_shared()
+        reduce_add(x, [at, column], smem._reinterpret(gl.float32, [64, 64], x.layout))
+    else:
+        left, right = _halves(acc)
+        _add_keys(x, left, at, column, smem)
+        _add_keys(x, right, at, column + 64, smem)
+
+
+@gluon.jit
+def _halves(x):
+    """Left and right columns."""
+    M: gl.constexpr = x.shape[0]
+    N: gl.constexpr = x.shape[1]
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N // 2, 16])
+    left, right = gl.split(gl.permute(gl.reshape(x, [M, 2, N // 2]), [0, 2, 1]))
+    return gl.convert_layout(left, L, assert_trivial=True), gl.convert_layout(right, L, assert_trivial=True)
+
+
+@gluon.jit
+def _consumer(
+    C, q_ring, o_ring, base_ring, dots_ring, k_smem, v_smem, there, q_full, q_empty, o_full, o_empty, ds_smem, ds_full,
+    ds_empty, dq_smem, d_q, d_k, d_v, low, high, seen_low, seen_high, scale, tokens, keys, chunk, lap, G, TILE, STAGES,
+):  # fmt: skip
+    """The gradients of 64 keys and of half the columns of the queries."""
+    D: gl.constexpr = k_smem.shape[2]
+    E: gl.constexpr = v_smem.shape[2]
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    ACC_D: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    ACC_E: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E, 16])
+    ROW: gl.constexpr = gl.SliceLayout(0, S)
+    h = gl.program_id(2)
+    count, begin, stop, first, clear_low, clear_high = _queries(seen_low, seen_high, tokens, keys, chunk, lap, TILE)
+    if count > 0:
+        k_parts = k_smem._reinterpret(k_smem.dtype, [D // 32, 64, 64], k_smem.layout)
+        pass
+        n = gl.program_id(0) * 128 + C * 64
+        zeros = gl.zeros([64, 64], gl.float32, S)
+        dk = gl.zeros([64, D], gl.float32, ACC_D)
+        dv = gl.zeros([64, E], gl.float32, ACC_E)
+        mbarrier.wait(there, 0)
+        mbarrier.wait(q_full.index(0), 0)
+        b_q = q_ring.index(0).reshape([64, D])
+        s = warpgroup_mma(k_smem.index(C), b_q.permute((1, 0)), zeros, use_acc=False)
+        for i in range(count):
+            slot, phase = i % STAGES, i // STAGES & 1
+            b_q, b_o = q_ring.index(slot).reshape([64, D]), o_ring.index(slot).reshape([64, E])
+            # i >> 30 is 0, which the compiler does not know: it would keep all addresses in registers.
+            v_c, k_c = v_smem.index(C + (i >> 30)), k_smem.index(C + (i >> 30))
+            mbarrier.wait(o_full.index(slot), phase)
+            dp = warpgroup_mma(v_c, b_o.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            b_base = base_ring.index(slot).load(ROW)
+            w = gl.exp2(s * scale - b_base[None, :])
+            if (first < clear_low) | (first + TILE > clear_high):
+                t = first + gl.arange(0, 64, layout=ROW) // G
+                b_low = gl.load(low + t, mask=t < tokens, other=0)
+                b_high = gl.load(high + t, mask=t < tokens, other=0)
+                o_n = n + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
+                w = gl.where((o_n[:, None] >= b_low[None, :]) & (o_n[:, None] < b_high[None, :]), w, 0.0)
+            b_w = gl.convert_layout(w.to(k_smem.dtype), gl.DotOperandLayout(0, ACC_E, 2))
+            dv = warpgroup_mma(b_w, b_o, dv, is_async=True)
+            b_dots = dots_ring.index(slot).load(ROW)
+            dp, w = warpgroup_mma_wait(1, [dp, w])
+            ds = (w * (dp - b_dots[None, :])).to(k_smem.dtype)
+            _put_ds(C, i, ds, ds_smem, ds_full, ds_empty)
+            dk = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, ACC_D, 2)), b_q, dk, is_async=True)
+            dv = warpgroup_mma_wait(1, [dv])
+            mbarrier.arrive(o_empty.index(slot))
+            dq = _query_grads(C, i, ds_smem, ds_full, k_parts, S)
+            # After the last tile old queries are multiplied once more, for nothing.
+            mbarrier.wait(q_full.index((i + 1) % STAGES), (i + 1) // STAGES & 1, pred=i + 1 < count)
+            b_q = q_ring.index((i + 1) % STAGES).reshape([64, D])
+            s = warpgroup_mma(k_c, b_q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            dq, dk = warpgroup_mma_wait(1, [dq, dk])
+            mbarrier.arrive(q_empty.index(slot))
+            mbarrier.arrive(ds_empty.index(i % 2))
+            tma.store_wait(0)
+            dq_smem.index(C).reshape([64, 64]).store(dq)
+            fence_async_shared()
+            reduce_add(d_q, [first, h * G, C * 64], dq_smem.index(C))
+            first = _next(first, begin, stop, TILE)
+            s = warpgroup_mma_wait(0, [s])
+        _add_keys(d_k, dk, n, h * D, dq_smem.index(C))
+        _add_keys(d_v, dv, n, h * E, dq_smem.index(C))
+        tma.store_wait(0)
+
+
+@gluon.jit
+def _grad_kernel(
+    q, k, v, d_out, base, dots, d_q, d_k, d_v, low, high, seen_low, seen_high, scale, tokens, keys, chunk, lap,
+    KV: gl.constexpr, G: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One program for 128 keys, a chunk of queries and a KV head."""
+    FIRST: gl.constexpr = 0
+    SECOND: gl.constexpr = 1
+    NUMBERS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q_ring = gl.allocate_shared_memory(q.dtype, [STAGES] + q.block_type.shape, q.layout)  # noqa: RUF005
+    o_ring = gl.allocate_shared_memory(q.dtype, [STAGES] + d_out.block_type.shape, d_out.layout)  # noqa: RUF005
+    k_smem = gl.allocate_shared_memory(q.dtype, [2] + k.block_type.shape, k.layout)  # noqa: RUF005
+    v_smem = gl.allocate_shared_memory(q.dtype, [2] + v.block_type.shape, v.layout)  # noqa: RUF005
+    ds_smem = gl.allocate_shared_memory(q.dtype, [4, 64, 64], k.layout)
+    dq_smem = gl.allocate_shared_memory(gl.float32, [2] + d_q.block_type.shape, d_q.layout)  # noqa: RUF005
+    base_ring = gl.allocate_shared_memory(gl.float32, [STAGES, TILE, G], base.layout)
+    dots_ring = gl.allocate_shared_memory(gl.float32, [STAGES, TILE, G], dots.layout)
+    bases = base_ring._reinterpret(gl.float32, [STAGES, 64], NUMBERS)
+    all_dots = dots_ring._reinterpret(gl.float32, [STAGES, 64], NUMBERS)
+    there = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    o_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    o_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    ds_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(there, count=1)
+    for s in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(s), count=1)
+        mbarrier.init(q_empty.index(s), count=2)
+        mbarrier.init(o_full.index(s), count=1)
+        mbarrier.init(o_empty.index(s), count=2)
+    for s in gl.static_range(2):
+        mbarrier.init(ds_full.index(s), count=2)
+        mbarrier.init(ds_empty.index(s), count=2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (
+                _consumer,
+                (FIRST, q_ring, o_ring, bases, all_dots, k_smem, v_smem, there, q_full, q_empty, o_full, o_empty,
+                 ds_smem, ds_full, ds_empty, dq_smem, d_q, d_k, d_v, low, high, seen_low, seen_high, scale, tokens,
+                 keys, chunk, lap, G, TILE, STAGES),
+            ),
+            (
+                _consumer,
+                (SECOND, q_ring, o_ring, bases, all_dots, k_smem, v_smem, there, q_full, q_empty, o_full, o_empty,
+                 ds_smem, ds_full, ds_empty, dq_smem, d_q, d_k, d_v, low, high, seen_low, seen_high, scale, tokens,
+                 keys, chunk, lap, G, TILE, STAGES),
+            ),
+            (
+                _producer,
+                (q, k, v, d_out, base, dots, q_ring, o_ring, base_ring, dots_ring, k_smem, v_smem, there, q_full,
+                 q_empty, o_full, o_empty, seen_low, seen_high, tokens, keys, chunk, lap, G, TILE, STAGES),
+            ),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
