@@ -7,7 +7,8 @@ What moves, of one layer, between the ranks of a context group:
 - ``near``: the window before each segment;
 - ``far``: keys and values of the selected branch, for all blocks that a query might choose. They are on their way
   while compressed attention, the choice of blocks and the window are computed; they are not kept for the backward
-  pass, which fetches them again, and whose gradients return while those of the compression are computed.
+  pass, which fetches them again, and whose gradients return while those of the compression are computed. Or only those
+  that were chosen, when that is known: less where queries agree, but nothing hides it.
 
 Each query reads its own document, and no later token, so that less moves than all keys to all ranks.
 """
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,9 +30,12 @@ from shoal.kernels.nsa.attention import Backend, Kept, chosen_backend, nsa_backw
 from shoal.kernels.nsa.compress import OwnBlocks, own_blocks
 from shoal.kernels.nsa.layout import BlockSizes, Layout, make_layout
 from shoal.kernels.nsa.rows import Rows, needs
-from shoal.workers.exchange import Give, Plan, fetch_rows
+from shoal.workers.exchange import Fetch, Give, Plan, fetch_rows
 from shoal.workers.mesh import Group
+from shoal.workers.pull import Pages, Pull, PullGive
 
+Chosen = Literal["never", "always", "less"]
+"""Whether only chosen pages are fetched; ``less``: where the ranks together fetch fewer rows that way."""
 Pair = tuple[Tensor, Tensor]
 Compress = Callable[[Tensor], Tensor]
 
@@ -52,7 +56,9 @@ def zigzag(tokens: int, ranks: int, multiple: int) -> tuple[Rows, ...]:
 class Sequence:
     """A packed batch on one rank of a context group: where its tokens, keys and compressed blocks are.
 
-    layout: of this rank's queries. own: the compressed blocks that it makes. received: bytes that arrived, by plan.
+    layout: of this rank's queries. own: the compressed blocks that it makes. pages: of the far keys. received: bytes
+    that arrived, by plan. coverage: where a list, each layer adds the share of the pages at other ranks, of all that
+    it might read, that its queries chose.
     """
 
     layout: Layout
@@ -61,7 +67,9 @@ class Sequence:
     cmp: Plan
     near: Plan
     far: Plan
+    pages: Pages
     received: Counter[str]
+    coverage: list[float] | None = None
 
 
 def make_sequence(
@@ -89,13 +97,16 @@ def _make_sequence(
     need = [needs(cu_seqlens, sizes, rows) for rows in owned]
     layout = make_layout(cu_seqlens, sizes, device, tile, dense_keys, owned[group.index])
     received: Counter[str] = Counter()
+    reads = tuple(n.far for n in need)
+    far = Plan.of("far", group, owned, reads, received)
     return Sequence(
         layout=layout,
         own=own_blocks(layout),
         raw=Plan.of("raw", group, owned, [n.raw for n in need], received),
         cmp=Plan.of("cmp", group, [n.own for n in need], [n.cmp for n in need], received),
         near=Plan.of("near", group, owned, [n.near for n in need], received),
-        far=Plan.of("far", group, owned, [n.far for n in need], received),
+        far=far,
+        pages=Pages(far, owned, reads, cu_seqlens[-1], sizes.slc_block),
         received=received,
     )
 
@@ -111,15 +122,16 @@ def sequence_attention(
     scale: float,
     backend: Backend = "auto",
     wide: bool = False,
+    chosen: Chosen = "never",
 ) -> Tensor:
     """``nsa_attention`` for this rank's queries, from this rank's tokens. Every rank of the group calls it.
 
     q: ``[t, H, d_qk]``, gates: ``[t, H, 3]``; raw, slc, win: keys ``[t, KV, d_qk]`` and values ``[t, KV, d_v]`` of
     the three branches, rotated but for raw. compress: what makes keys and values of ``sequence.own`` blocks from raw
-    tokens ``[raw, KV, D]``, keys rotated. wide: gradients of the selected branch travel in float32. Returns
-    ``[t, H, d_v]``.
+    tokens ``[raw, KV, D]``, keys rotated. wide: gradients of the selected branch travel in float32. chosen:
+    whether only the keys of chosen blocks are fetched; alike on all ranks. Returns ``[t, H, d_v]``.
     """
-    flight = _Flight(sequence, scale, backend, wide)
+    flight = _Flight(sequence, scale, backend, wide, chosen)
     slc = _Deliver.apply(*slc, flight)
     keys, values = fetch_rows(sequence.raw, *raw)
     near = fetch_rows(sequence.near, *win)
@@ -136,7 +148,38 @@ class _Flight:
     scale: float
     backend: Backend
     wide: bool
-    returning: Give | None = None
+    chosen: Chosen
+    returning: Give | PullGive | None = None
+
+
+class _Arrival:
+    """The selected branch's keys and values on their way to ``buffers``; called when they are about to be read.
+
+    source: the plan that brings them, or what was asked for once blocks were chosen.
+    """
+
+    def __init__(self, flight: _Flight, k: Tensor, v: Tensor) -> None:
+        self.flight, self.kept = flight, (k, v)
+        self.source: Plan | Pull = flight.sequence.far
+        self.fetch: Fetch | None = None
+        if flight.chosen == "never":
+            self.fetch = flight.sequence.far.fetch(k, v)
+            self.buffers = self.fetch.buffers
+        else:
+            self.buffers = tuple(x.new_empty(flight.sequence.far.needed, *x.shape[1:]) for x in (k, v))
+
+    def __call__(self, read: Callable[[], Tensor]) -> None:
+        sequence = self.flight.sequence
+        if sequence.coverage is not None:
+            sequence.coverage.append(sequence.pages.coverage(read()))
+        if self.fetch is not None:
+            self.fetch.wait()
+            return
+        pull = sequence.pages.ask(read())
+        if self.flight.chosen == "always" or pull.moved < sequence.pages.fetched_rows(self.kept[0].shape[1]):
+            self.source = pull
+        for buffer, x in zip(self.buffers, self.source.fetch(*self.kept).wait(), strict=True):
+            buffer.copy_(x)
 
 
 class _Deliver(torch.autograd.Function):
@@ -168,14 +211,13 @@ class _Attend(torch.autograd.Function):
         *inputs, flight = args
         q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = inputs
         sequence: Sequence = flight.sequence
-        fetch = sequence.far.fetch(k_slc, v_slc)
-        k_far, v_far = fetch.buffers
+        arrival = _Arrival(flight, k_slc, v_slc)
+        k_far, v_far = arrival.buffers
         tensors = (q, k_cmp, v_cmp, k_far, v_far, k_win, v_win, gates)
         backend = chosen_backend(tensors, sequence.layout, flight.backend)
-        out, kept = nsa_forward(tensors, sequence.layout, flight.scale, backend, lambda _: fetch.wait())
-        fetch.wait()
+        out, kept = nsa_forward(tensors, sequence.layout, flight.scale, backend, arrival)
         ctx.save_for_backward(*inputs, *kept.tensors)
-        ctx.flight, ctx.backend, ctx.choices = flight, backend, kept.choices
+        ctx.flight, ctx.backend, ctx.choices, ctx.source = flight, backend, kept.choices, arrival.source
         return out
 
     @staticmethod
@@ -184,12 +226,13 @@ class _Attend(torch.autograd.Function):
         q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = ctx.saved_tensors[:8]
         flight: _Flight = ctx.flight
         sequence, kept = flight.sequence, Kept(ctx.saved_tensors[8:], ctx.choices)
-        fetch = sequence.far.fetch(k_slc, v_slc)
+        source: Plan | Pull = ctx.source
+        fetch = source.fetch(k_slc, v_slc)
         k_far, v_far = fetch.buffers
         tensors = (q, k_cmp, v_cmp, k_far, v_far, k_win, v_win, gates)
         settings = (sequence.layout, flight.scale, ctx.backend, fetch.wait, flight.wide)
         back = nsa_backward(grads[0], tensors, kept, *settings)
-        flight.returning = sequence.far.give(*back[3:5])
+        flight.returning = source.give(*back[3:5])
         # Only word that gradients are under way: what they come to has the rows of this rank.
         word = (x.new_zeros(()).expand_as(x) for x in (k_slc, v_slc))
         return (*back[:3], *word, *back[5:], None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from shoal.kernels.nsa import BlockSizes, Layout, compress, make_layout, nsa_attention
 from shoal.kernels.nsa.compress import OwnBlocks
 from shoal.workers.mesh import Group
-from shoal.workers.sequence import Sequence, make_sequence, sequence_attention, zigzag
+from shoal.workers.sequence import Chosen, Sequence, make_sequence, sequence_attention, zigzag
 from shoal.workers.volume import Shape, nsa_volume
 
 SIZES = BlockSizes(8, 4, 8, 4, 1, 2, 12)
@@ -52,7 +53,9 @@ def whole(cu: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
 
 
-def _on_rank(rank: int, world: int, packs: list[tuple[int, ...]], dtype: torch.dtype, tile: int, dense: int) -> Any:
+def _on_rank(
+    rank: int, world: int, packs: list[tuple[int, ...]], dtype: torch.dtype, tile: int, dense: int, chosen: Chosen
+) -> Any:
     """Of each pack what this rank computes: its part of the output, gradients, and its sequence's facts."""
     import torch.distributed as dist
 
@@ -65,7 +68,8 @@ def _on_rank(rank: int, world: int, packs: list[tuple[int, ...]], dtype: torch.d
         leaves = [x[at] if i < 8 else x for i, x in enumerate(args)]
         leaves = [x.clone().requires_grad_() for x in leaves]
         q, k_raw, v_raw, k_slc, v_slc, k_win, v_win, gates, *phi = leaves
-        sequence = make_sequence(cu, SIZES, group, torch.device("cpu"), tile, dense)
+        made = make_sequence(cu, SIZES, group, torch.device("cpu"), tile, dense)
+        sequence = replace(made, coverage=[])
         out = sequence_attention(
             q,
             (k_raw, v_raw),
@@ -75,10 +79,11 @@ def _on_rank(rank: int, world: int, packs: list[tuple[int, ...]], dtype: torch.d
             (partial(_phi, phi[:3], sequence.own), partial(_phi, phi[3:], sequence.own)),
             sequence,
             SCALE,
+            chosen=chosen,
         )
         forward = dict(sequence.received)
         grads = torch.autograd.grad(out, leaves, upstream[at])
-        results.append((out.detach(), grads, forward, dict(sequence.received), _buffers(sequence)))
+        results.append((out.detach(), grads, forward, dict(sequence.received), _buffers(sequence), sequence.coverage))
     return results
 
 
@@ -92,9 +97,16 @@ def _buffers(sequence: Sequence) -> dict[str, int]:
     return {plan.name: plan.needed for plan in (sequence.raw, sequence.cmp, sequence.near, sequence.far)}
 
 
-def check(world: int, packs: list[tuple[int, ...]], dtype: torch.dtype, tile: int = 64, dense: int = 512) -> list[Any]:
+def check(
+    world: int,
+    packs: list[tuple[int, ...]],
+    dtype: torch.dtype,
+    tile: int = 64,
+    dense: int = 512,
+    chosen: Chosen = "never",
+) -> list[Any]:
     """All ranks' parts put together beside one rank's; returns what the ranks returned."""
-    results = run_ranks(world, _on_rank, packs, dtype, tile, dense)
+    results = run_ranks(world, _on_rank, packs, dtype, tile, dense, chosen)
     bound = 1e-10 if dtype == torch.float64 else 3e-5
     for i, cu in enumerate(packs):
         want = whole(cu, dtype)
@@ -137,7 +149,7 @@ def test_bytes_and_buffers_are_those_of_the_formula(world: int) -> None:
     tokens = 512
     results = check(world, [pack(tokens)], torch.float32)
     for rank in range(world):
-        _, _, forward, total, buffers = results[rank][0]
+        _, _, forward, total, buffers, _ = results[rank][0]
         model = nsa_volume(
             tokens, world, rank, Shape(KV, (D_QK, D_V), 4, 4), SIZES.cmp_block, SIZES.cmp_stride, SIZES.window
         )
@@ -149,3 +161,26 @@ def test_bytes_and_buffers_are_those_of_the_formula(world: int) -> None:
         assert buffers["cmp"] == SIZES.cmp_blocks(keys)
         assert buffers["near"] <= tokens // world + 2 * (SIZES.window - 1)
         assert buffers["raw"] <= tokens // world + 2 * (SIZES.cmp_block - SIZES.cmp_stride)
+
+
+@pytest.mark.parametrize("dense", [0, 10**6])
+def test_only_chosen_pages_are_fetched_where_that_is_less(dense: int) -> None:
+    """Of a long document few of its first pages are chosen by few late queries; of a short one all of them."""
+    packs = [pack(1024), pack(40, 150, 66)]
+    always = check(4, packs, torch.float64, 16, dense, "always")
+    fetched = check(4, packs, torch.float64, 16, dense)
+    for rank in range(4):
+        for many, few in zip(fetched[rank], always[rank], strict=True):
+            assert many[5] == few[5]  # the coverage
+            (coverage,) = few[5]
+            assert few[2].get("far", 0) <= many[2].get("far", 0)
+            if many[2].get("far", 0):
+                assert few[2].get("far", 0) / many[2]["far"] == pytest.approx(coverage, abs=0.12)
+    less = check(4, packs, torch.float64, 16, dense, "less")
+    for i in range(len(packs)):
+        rows = {
+            name: sum(r[rank][i][2].get("far", 0) for rank in range(4))
+            for name, r in (("all", fetched), ("few", always), ("less", less))
+        }
+        assert rows["less"] == min(rows["all"], rows["few"])
+    assert 0 < sum(always[rank][0][5][0] for rank in range(4)) < 4
