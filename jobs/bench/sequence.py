@@ -155,20 +155,24 @@ def draw(result: Document, path: Path) -> None:
     for panel, key, title in zip(panels, ("ms", "bytes", "peak_bytes"), titles, strict=False):
         for kind, ranks in sorted({(row["attention"], row["ranks"]) for row in timed}):
             rows = [row for row in timed if (row["attention"], row["ranks"]) == (kind, ranks) and row[key]]
+            if not rows:  # no memory is measured on a CPU
+                continue
             style = "o-" if ranks > 1 else "o--"
             label = f"{kind}, {_of(ranks)}"
             panel.plot([r["context"] for r in rows], [r[key] for r in rows], style, color=colours[kind], label=label)
-            if key == "bytes" and rows:
+            if key == "bytes":
                 model = [row["bytes_by_formula"] for row in rows]
                 panel.plot([r["context"] for r in rows], model, "k+", label=f"{kind}, formula")
-        panel.set_title(title)
+        panel.set_title(title, fontsize=9)
         panel.set_xlabel("context, tokens")
     for kind, colour in colours.items():
         rows = [r for r in result["rows"] if r["what"] == "bytes by formula" and r["attention"] == kind]
         panels[3].plot([r["ranks"] for r in rows], [r["value"] for r in rows], "o-", color=colour, label=kind)
-    panels[3].set_title("bytes received a rank by formula, 1M tokens")
+    panels[3].set_title("bytes received a rank by formula, 1M tokens", fontsize=9)
     panels[3].set_xlabel("ranks")
     for panel in panels:
+        if not panel.has_data():
+            continue
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         panel.legend(fontsize=7)

@@ -65,6 +65,8 @@ def rank_main(rank: int, ranks: int, store: str, cases: list[Case], results: str
     group = Group((0,), 0)
     if cuda:
         torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
     if ranks > 1:
         backend, wait = "nccl" if cuda else "gloo", timedelta(minutes=5)
         dist.init_process_group(backend, f"file://{store}", wait, ranks, rank)
@@ -107,8 +109,10 @@ def _draw(case: Case, rows: Tensor | None, device: torch.device) -> list[Tensor]
     return [x.requires_grad_() for x in out] + [normal(tokens, case.heads, dim)]
 
 
-def _layer(case: Case, group: Group, device: torch.device) -> tuple[Layer, Callable[[], int]]:
-    """The layer, from the leaves of :func:`_draw`, and how many bytes have arrived so far."""
+def _layer(
+    case: Case, group: Group, device: torch.device, coverage: list[float] | None = None
+) -> tuple[Layer, Callable[[], int]]:
+    """The layer, from the leaves of :func:`_draw`, and how many bytes have arrived. coverage: see ``Sequence``."""
     scale = case.dim**-0.5
     cu = (0, case.context)
     if case.kind == "full":
@@ -125,7 +129,7 @@ def _layer(case: Case, group: Group, device: torch.device) -> tuple[Layer, Calla
             return nsa_attention(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, layout, scale)
 
         return alone, lambda: 0
-    sequence = make_sequence(cu, SIZES, group, device)
+    sequence = replace(make_sequence(cu, SIZES, group, device), coverage=coverage)
 
     def shared(x: list[Tensor]) -> Tensor:
         phi = (_phi(x[8:11], sequence.own), _phi(x[11:14], sequence.own))
@@ -211,6 +215,7 @@ def _measure(case: Case, group: Group, device: torch.device) -> list[dict[str, A
     volumes = [case.model(r) for r in range(group.size)]
     by_formula = [max(v["forward"] for v in volumes), max(v["backward"] for v in volumes)]
     by_formula.append(max(v["forward"] + v["backward"] for v in volumes))
+    facts_of_nsa = {"coverage": _coverage(case, group, device, leaves)} if case.kind == "nsa" and group.size > 1 else {}
     return [
         {
             "phase": phase,
@@ -219,9 +224,18 @@ def _measure(case: Case, group: Group, device: torch.device) -> list[dict[str, A
             "bytes_by_formula": by_formula[i] if group.size > 1 else 0,
             "peak_bytes": int(most[6]),
             "repeats": len(times),
+            **facts_of_nsa,
         }
         for i, phase in enumerate(("forward", "backward", "forward+backward"))
     ]
+
+
+@torch.no_grad()
+def _coverage(case: Case, group: Group, device: torch.device, leaves: list[Tensor]) -> float:
+    """The mean over ranks of the share of other ranks' pages that was chosen."""
+    found: list[float] = []
+    _layer(case, group, device, found)[0](leaves)
+    return float(group.all_reduce(torch.tensor(found, device=device))) / group.size
 
 
 def _memory(device: torch.device, reset: bool = False) -> int:
