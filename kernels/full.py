@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 
+from shoal.kernels.nsa.rows import Rows, runs
+
 
 def full_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], scale: float) -> Tensor:
     """``softmax(scale · q kᵀ) v``, causal, within each document of the pack.
@@ -58,6 +60,48 @@ def varlen(
     out = varlen_attn(q, k, v, at_q, at_k, most_q, most_k, scale=scale, **options)
     assert isinstance(out, Tensor)
     return out
+
+
+def full_attention_of(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], queries: Rows, keys: Rows, scale: float
+) -> Tensor:
+    """:func:`full_attention` of some queries of a pack, over keys that hold all that they may see.
+
+    q: ``[t, H, Dqk]``, the tokens ``queries``. k: ``[s, KV, Dqk]``, v: ``[s, KV, Dv]``, the tokens ``keys``. Returns
+    ``[t, H, Dv]``. A call for each range of queries in 16 bits on a GPU, elsewhere one for each document in each.
+    """
+    width, most = v.shape[2], max(q.shape[2], v.shape[2])
+    fast = varlen_fits(q, most)
+    if fast:
+        most = -(-most // 8) * 8
+    q, k, v = (functional.pad(x, (0, most - x.shape[2])) if x.shape[2] < most else x for x in (q, k, v))
+    outs, at = [q[:0] + 0 * (k.sum() + v.sum())], 0
+    pieces = runs(cu_seqlens, queries)
+    for start, stop in queries.ranges:
+        here = [run for run in pieces if start <= run.start < stop]
+        # Of the first document there may be more keys than queries, which are its last ones then.
+        first = keys.at(cu_seqlens[here[0].document])
+        part, k_part, v_part = q[at : at + stop - start], *(x[first : keys.at(stop - 1) + 1] for x in (k, v))
+        at += stop - start
+        cu_q = (0, *(run.stop - start for run in here))
+        cu_k = (0, *(keys.at(run.stop - 1) + 1 - first for run in here))
+        if fast:
+            outs.append(varlen(part, k_part, v_part, cu_q, cu_k, scale))
+            continue
+        for (q_low, q_high), (k_low, k_high) in zip(pairwise(cu_q), pairwise(cu_k), strict=True):
+            outs.append(_last_queries(part[q_low:q_high], k_part[k_low:k_high], v_part[k_low:k_high], scale))
+    return torch.cat(outs)[..., :width]
+
+
+def _last_queries(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention of the last queries of a document, in one piece."""
+    count, total = q.shape[0], k.shape[0]
+    seen = torch.ones(count, total, dtype=torch.bool, device=q.device).tril(total - count)
+    bq, bk, bv = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out = functional.scaled_dot_product_attention(
+        bq, bk, bv, attn_mask=seen, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out[0].transpose(0, 1)
 
 
 def _by_length(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], scale: float) -> Tensor:

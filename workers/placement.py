@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from shoal.workers.config import Recipe
+if TYPE_CHECKING:
+    from shoal.workers.config import Recipe
 
 
 @dataclass(frozen=True)

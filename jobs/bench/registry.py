@@ -17,11 +17,12 @@ BENCHMARKS = {
     "engine": ("shoal.jobs.bench.engine", "What batching brings to generation, and NSA beside full attention."),
     "serve": ("shoal.jobs.bench.serve", "Latencies and tokens/s of a server, under one load after another."),
     "nsa": ("shoal.jobs.bench.nsa", "NSA's kernels on a GPU, beside dense attention of cuDNN and FlashAttention-2."),
+    "sequence": ("shoal.jobs.bench.sequence", "Attention over a sequence that GPUs share: NSA beside ring attention."),
     "moe": ("shoal.jobs.bench.moe", "A DeepSeekMoE layer on a GPU, beside cuBLAS products with the same FLOPs."),
     "cli": ("shoal.jobs.bench.cli", "Time that shoal --help takes."),
 }
 
-GPU_KERNELS = ("nsa", "moe")
+GPU_KERNELS = ("nsa", "moe", "sequence")
 
 
 @dataclass(frozen=True)

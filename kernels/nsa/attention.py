@@ -8,10 +8,11 @@ nothing of size queries x keys outlives its tile.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from shoal.kernels.nsa.layout import Layout, Tile
 from shoal.kernels.nsa.select import importance, select
 
 Backend = Literal["auto", "torch", "triton"]
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates."""
+Arrive = Callable[[Callable[[], Tensor]], object]
 
 
 def takes_triton(q: Tensor, v: Tensor) -> bool:
@@ -63,34 +67,37 @@ def nsa_attention(
     """``o_t = Σ_c g_t^c · Attn(q_t, K_t^c, V_t^c)`` over c = cmp, slc, win (NSA eq. 5), causal, per document.
 
     q: ``[T, H, Dqk]``. k_cmp, v_cmp: ``[C, KV, Dqk]``, ``[C, KV, Dv]``, compressed. k_slc, k_win: ``[T, KV, Dqk]``;
-    v_slc, v_win: ``[T, KV, Dv]``. gates: ``[T, H, 3]`` after the sigmoid, in the order cmp, slc, win. scale: factor on
-    the scores. H is a multiple of KV. Returns ``[T, H, Dv]`` in q's dtype, computed in float32 or q's float64.
+    v_slc, v_win: ``[T, KV, Dv]``; for a layout of some queries, as many rows of each as ``layout.needs`` says. gates:
+    ``[T, H, 3]`` after the sigmoid, in the order cmp, slc, win. scale: factor on the scores. H is a multiple of KV.
+    Returns ``[T, H, Dv]`` in q's dtype, computed in float32 or q's float64.
 
     Queries and keys come rotated: q, k_slc and k_win at their own positions, k_cmp (φ of un-rotated keys) at the
     position of its block's first key, ``layout.cmp_positions``. The choice of blocks is not differentiated through; a
     branch without keys contributes 0. backend: auto takes Triton where :func:`takes_triton` says so; it wants no
     negative gates. Raises ValueError when a shape does not fit the layout, or Triton is asked for without a GPU.
     """
-    tokens, blocks = layout.tokens, layout.cmp_starts.numel()
-    if q.shape[0] != tokens or k_slc.shape[0] != tokens or k_win.shape[0] != tokens or k_cmp.shape[0] != blocks:
+    tensors = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
+    out: Tensor = _NSA.apply(*tensors, layout, scale, chosen_backend(tensors, layout, backend))
+    return out
+
+
+def chosen_backend(tensors: Tensors, layout: Layout, backend: Backend) -> Literal["torch", "triton"]:
+    """Who computes, for the arguments of :func:`nsa_attention`; raises ValueError as it does."""
+    q, k_cmp, _, k_slc, v_slc, k_win, _, _ = tensors
+    found = [x.shape[0] for x in (q, k_slc, k_win, k_cmp)]
+    needs = layout.needs
+    if found != [layout.queries.count, needs.far.count, needs.near.count, needs.cmp.count]:
         raise ValueError(
-            f"q, k_slc, k_win hold {q.shape[0]}, {k_slc.shape[0]}, {k_win.shape[0]} tokens and k_cmp {k_cmp.shape[0]} "
-            f"blocks; the layout has {tokens} tokens and {blocks} blocks"
+            f"q, k_slc, k_win hold {found[0]}, {found[1]}, {found[2]} tokens and k_cmp {found[3]} blocks; the layout "
+            f"has {layout.queries.count}, {needs.far.count}, {needs.near.count} tokens and {needs.cmp.count} blocks"
         )
     if q.shape[1] % k_slc.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads do not divide over {k_slc.shape[1]} KV heads")
-    tensors = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
-    if backend == "triton" or (backend == "auto" and takes_triton(q, v_slc)):
-        if not q.is_cuda or q.dtype == torch.float64:
-            raise ValueError(
-                f"backend='triton' takes float32 and 16 bits on a GPU, and q is {q.dtype} on {q.device}: take 'auto'"
-            )
-        # Imported here: Triton is not there on every system, and this is of no use without a GPU.
-        from shoal.kernels.nsa.triton_attention import nsa_triton
-
-        return nsa_triton(*tensors, layout, scale)
-    out: Tensor = _NSA.apply(*tensors, layout, scale)
-    return out
+    if backend == "triton" and (not q.is_cuda or q.dtype == torch.float64):
+        raise ValueError(
+            f"backend='triton' takes float32 and 16 bits on a GPU, and q is {q.dtype} on {q.device}: take 'auto'"
+        )
+    return "triton" if backend == "triton" or (backend == "auto" and takes_triton(q, v_slc)) else "torch"
 
 
 class _NSA(torch.autograd.Function):
@@ -98,36 +105,106 @@ class _NSA(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        *tensors, layout, scale = args
-        t = _inputs(tensors, layout, scale)
-        outs = t.q.new_zeros(3, *t.q.shape[:-1], t.v_win.shape[-1])
-        mixed = torch.empty_like(outs[0])
-        choices = []
-        for tile in layout.tiles:
-            here = outs[:, :, tile.start : tile.stop]
-            choices.append(_forward_tile(t, tile, layout, here))
-            torch.sum(here * t.gates[:, :, tile.start : tile.stop], 0, out=mixed[:, tile.start : tile.stop])
-        ctx.save_for_backward(*tensors, outs)
-        ctx.layout, ctx.scale, ctx.choices = layout, scale, choices
-        return mixed.transpose(0, 1).reshape(*tensors[0].shape[:2], outs.shape[-1]).to(tensors[0].dtype)
+        *tensors, layout, scale, backend = args
+        out, kept = nsa_forward(cast(Tensors, tensors), layout, scale, backend)
+        ctx.save_for_backward(*tensors, *kept.tensors)
+        ctx.layout, ctx.scale, ctx.backend, ctx.choices = layout, scale, backend, kept.choices
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, outs = ctx.saved_tensors
-        layout: Layout = ctx.layout
-        t = _inputs(tensors, layout, ctx.scale)
-        d_mixed = _rows(grads[0], outs.shape[1])
-        d = _Inputs(**{f.name: torch.zeros_like(getattr(t, f.name)) for f in fields(t)})
-        for tile, choice in zip(layout.tiles, ctx.choices, strict=True):
-            _backward_tile(t, d, outs, d_mixed, tile, choice, layout)
-        d.q.mul_(ctx.scale)
-        tokens, heads, dim = tensors[0].shape
-        d_q = d.q.transpose(0, 1).reshape(tokens, heads, dim)
-        d_keys = (d.k_cmp, d.v_cmp, d.k_slc[:, :tokens], d.v_slc[:, :tokens], d.k_win, d.v_win)
-        d_gates = d.gates[..., 0].permute(2, 1, 3, 0).reshape(tokens, heads, 3)
-        back = (d_q, *(x.transpose(0, 1) for x in d_keys), d_gates)
-        return (*(g.to(x.dtype) for g, x in zip(back, tensors, strict=True)), None, None)
+        tensors, kept = ctx.saved_tensors[:8], Kept(ctx.saved_tensors[8:], ctx.choices)
+        return (*nsa_backward(grads[0], tensors, kept, ctx.layout, ctx.scale, ctx.backend), None, None, None)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a forward pass leaves for the backward pass beside its arguments. choices: of each tile, in PyTorch."""
+
+    tensors: tuple[Tensor, ...]
+    choices: tuple[Tensor | None, ...] = ()
+
+
+def nsa_forward(
+    tensors: Tensors, layout: Layout, scale: float, backend: Literal["torch", "triton"], arrive: Arrive | None = None
+) -> tuple[Tensor, Kept]:
+    """:func:`nsa_attention` without autograd. arrive: called before k_slc and v_slc are read for the first time, with a
+    function that tells which of their rows are read, ``[KV, rows]`` bool: who calls may fill them then."""
+    if backend == "triton":
+        # Imported here: Triton is not there on every system, and this is of no use without a GPU.
+        from shoal.kernels.nsa.triton_attention import forward
+
+        out, kept = forward(tensors, layout, scale, arrive)
+        return out, Kept(kept)
+    t = _inputs(tensors, layout, scale)
+    outs = t.q.new_zeros(3, *t.q.shape[:-1], t.v_win.shape[-1])
+    choices = tuple(_compressed_tile(t, tile, layout, outs[:, :, tile.start : tile.stop]) for tile in layout.tiles)
+    if arrive is not None:
+        arrive(partial(_rows_read, choices, layout, t.k_win.shape[0]))
+        t.k_slc, t.v_slc = (_by_head(x, layout.sizes.slc_block) for x in tensors[3:5])
+    mixed = torch.empty_like(outs[0])
+    for tile, choice in zip(layout.tiles, choices, strict=True):
+        rows = slice(tile.start, tile.stop)
+        _near_tile(t, tile, choice, layout, outs[:, :, rows])
+        torch.sum(outs[:, :, rows] * t.gates[:, :, rows], 0, out=mixed[:, rows])
+    out = mixed.transpose(0, 1).reshape(*tensors[0].shape[:2], outs.shape[-1]).to(tensors[0].dtype)
+    return out, Kept((outs,), choices)
+
+
+def nsa_backward(
+    d_out: Tensor,
+    tensors: Tensors,
+    kept: Kept,
+    layout: Layout,
+    scale: float,
+    backend: Literal["torch", "triton"],
+    arrive: Callable[[], object] | None = None,
+    wide: bool = False,
+) -> tuple[Tensor, ...]:
+    """Gradients of :func:`nsa_forward`'s tensors, in their dtypes. arrive: called before k_slc and v_slc are read.
+
+    wide: those of k_slc and v_slc in float32 at least, as they were summed.
+    """
+    if backend == "triton":
+        from shoal.kernels.nsa.triton_attention import backward
+
+        return backward(d_out, tensors, kept.tensors, layout, scale, arrive, wide)
+    if arrive is not None:
+        arrive()
+    (outs,) = kept.tensors
+    t = _inputs(tensors, layout, scale)
+    d_mixed = _rows(d_out, outs.shape[1])
+    d = _Inputs(**{f.name: torch.zeros_like(getattr(t, f.name)) for f in fields(t)})
+    for tile, choice in zip(layout.tiles, kept.choices, strict=True):
+        _backward_tile(t, d, outs, d_mixed, tile, choice, layout)
+    d.q.mul_(scale)
+    tokens, heads, dim = tensors[0].shape
+    d_q = d.q.transpose(0, 1).reshape(tokens, heads, dim)
+    far = tensors[3].shape[0]
+    d_keys = (d.k_cmp, d.v_cmp, d.k_slc[:, :far], d.v_slc[:, :far], d.k_win, d.v_win)
+    d_gates = d.gates[..., 0].permute(2, 1, 3, 0).reshape(tokens, heads, 3)
+    back = (d_q, *(x.transpose(0, 1) for x in d_keys), d_gates)
+    return tuple(
+        g if wide and i in (3, 4) else g.to(x.dtype) for i, (g, x) in enumerate(zip(back, tensors, strict=True))
+    )
+
+
+def _rows_read(choices: tuple[Tensor | None, ...], layout: Layout, kv: int) -> Tensor:
+    """Which rows of k_slc the choices read, ``[KV, rows]`` bool."""
+    block = layout.sizes.slc_block
+    read = torch.zeros(kv, layout.needs.far.count + block, dtype=torch.bool, device=layout.device)
+    for tile, choice in zip(layout.tiles, choices, strict=True):
+        here = read[:, tile.first : tile.last]
+        if choice is None:
+            here.fill_(True)
+            continue
+        blocks = choice.any(1)
+        if choice.dtype != torch.bool:
+            blocks = torch.zeros(kv, tile.blocks + 1, dtype=torch.bool, device=layout.device)
+            blocks = blocks.scatter_(1, choice.flatten(1), True)[:, :-1]
+        here |= blocks.repeat_interleave(block, 1)[:, : here.shape[1]]
+    return read[:, :-block]
 
 
 @dataclass
@@ -148,16 +225,9 @@ class _Inputs:
     gates: Tensor
 
 
-def _inputs(tensors: list[Tensor], layout: Layout, scale: float) -> _Inputs:
+def _inputs(tensors: Tensors, layout: Layout, scale: float) -> _Inputs:
     q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = tensors
-    kv, dtype = k_slc.shape[1], torch.promote_types(q.dtype, torch.float32)
-
-    def keys(x: Tensor, extra: int = 0) -> Tensor:
-        out = x.new_zeros(kv, x.shape[0] + extra, x.shape[2], dtype=dtype)
-        out[:, : x.shape[0]] = x.transpose(0, 1)
-        return out
-
-    pad = layout.sizes.slc_block
+    kv, keys, pad = k_slc.shape[1], _by_head, layout.sizes.slc_block
     by_gate = _rows(gates, kv).permute(3, 0, 1, 2)[..., None]
     return _Inputs(
         (_rows(q, kv) * scale).contiguous(),
@@ -171,32 +241,43 @@ def _inputs(tensors: list[Tensor], layout: Layout, scale: float) -> _Inputs:
     )
 
 
+def _by_head(x: Tensor, extra: int = 0) -> Tensor:
+    """``[T, KV, D]`` to ``[KV, T + extra, D]``, zeros at the end, in float32 at least."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    out = x.new_zeros(x.shape[1], x.shape[0] + extra, x.shape[2], dtype=dtype)
+    out[:, : x.shape[0]] = x.transpose(0, 1)
+    return out
+
+
 def _rows(x: Tensor, kv: int) -> Tensor:
     """``[T, H, D]`` to a contiguous ``[KV, T, G, D]``, in float32 at least."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x.reshape(x.shape[0], kv, x.shape[1] // kv, x.shape[2]).transpose(0, 1).contiguous()
 
 
-def _forward_tile(t: _Inputs, tile: Tile, layout: Layout, outs: Tensor) -> Tensor | None:
-    """Fill ``outs [3, KV, rows, G, Dv]``; returns the choice of blocks, if one was made, for the backward pass."""
+def _compressed_tile(t: _Inputs, tile: Tile, layout: Layout, outs: Tensor) -> Tensor | None:
+    """Fill the first of ``outs [3, KV, rows, G, Dv]``; returns the choice of blocks, if one was made."""
+    if tile.cmp_stop == tile.cmp_first:
+        return None
     q = t.q[:, tile.start : tile.stop].flatten(1, 2)
-    cmp, slc, win = (out.flatten(1, 2) for out in outs)
-    choice: Tensor | None = None
-    if tile.cmp_stop > tile.cmp_first:
-        p = _cmp_weights(q, t.k_cmp, tile)
-        torch.bmm(p, t.v_cmp[:, tile.cmp_first : tile.cmp_stop], out=cmp)
-        if tile.blocks:
-            choice = _choose(p, tile, layout)
+    p = _cmp_weights(q, t.k_cmp, tile)
+    torch.bmm(p, t.v_cmp[:, tile.cmp_first : tile.cmp_stop], out=outs[0].flatten(1, 2))
+    return _choose(p, tile, layout) if tile.blocks else None
+
+
+def _near_tile(t: _Inputs, tile: Tile, choice: Tensor | None, layout: Layout, outs: Tensor) -> None:
+    """Fill the others of ``outs [3, KV, rows, G, Dv]``."""
+    q = t.q[:, tile.start : tile.stop].flatten(1, 2)
+    _, slc, win = (out.flatten(1, 2) for out in outs)
     if choice is None or not _gathers(tile, layout):
         p = _slc_weights(q, t.k_slc, tile, choice, layout)
-        torch.bmm(p, t.v_slc[:, tile.first : tile.stop], out=slc)
+        torch.bmm(p, t.v_slc[:, tile.first : tile.last], out=slc)
     else:
         at = slice(tile.first, tile.first + tile.blocks * layout.sizes.slc_block)
-        q_rows, position = t.q[:, tile.start : tile.stop], tile.start - tile.first
-        gather_forward(q_rows, t.k_slc[:, at], t.v_slc[:, at], choice, position, layout.sizes.slc_block, outs[1])
-    p = _weights(q, t.k_win[:, tile.win_first : tile.stop], tile.win_mask)
-    torch.bmm(p.flatten(1, 2), t.v_win[:, tile.win_first : tile.stop], out=win)
-    return choice
+        q_rows, block = t.q[:, tile.start : tile.stop], layout.sizes.slc_block
+        gather_forward(q_rows, t.k_slc[:, at], t.v_slc[:, at], choice, tile.position, block, outs[1])
+    p = _weights(q, t.k_win[:, tile.win_first : tile.win_last], tile.win_mask)
+    torch.bmm(p.flatten(1, 2), t.v_win[:, tile.win_first : tile.win_last], out=win)
 
 
 def _backward_tile(
@@ -214,16 +295,16 @@ def _backward_tile(
         keys = (t.k_cmp[:, at], t.v_cmp[:, at], d.k_cmp[:, at], d.v_cmp[:, at])
         attend_backward(p, q, *keys, d_out[0], d_q)
     if choice is None or not _gathers(tile, layout):
-        at = slice(tile.first, tile.stop)
+        at = slice(tile.first, tile.last)
         p = _slc_weights(q, t.k_slc, tile, choice, layout)
         keys = (t.k_slc[:, at], t.v_slc[:, at], d.k_slc[:, at], d.v_slc[:, at])
         attend_backward(p, q, *keys, d_out[1], d_q)
     else:
         at, block = slice(tile.first, tile.first + tile.blocks * layout.sizes.slc_block), layout.sizes.slc_block
         keys = (t.k_slc[:, at], t.v_slc[:, at], d.k_slc[:, at], d.v_slc[:, at])
-        d_rows, position = d_out[1].view(d_mixed[:, here].shape), tile.start - tile.first
-        gather_backward(t.q[:, here], *keys, d_rows, d.q[:, here], choice, position, block)
-    at = slice(tile.win_first, tile.stop)
+        d_rows = d_out[1].view(d_mixed[:, here].shape)
+        gather_backward(t.q[:, here], *keys, d_rows, d.q[:, here], choice, tile.position, block)
+    at = slice(tile.win_first, tile.win_last)
     p = _weights(q, t.k_win[:, at], tile.win_mask).flatten(1, 2)
     keys = (t.k_win[:, at], t.v_win[:, at], d.k_win[:, at], d.v_win[:, at])
     attend_backward(p, q, *keys, d_out[2], d_q)
@@ -256,20 +337,20 @@ def _cmp_weights(q: Tensor, k_cmp: Tensor, tile: Tile) -> Tensor:
 
 def _slc_weights(q: Tensor, k_slc: Tensor, tile: Tile, chosen: Tensor | None, layout: Layout) -> Tensor:
     """Weights ``[KV, rows * G, stop - first]`` on all keys of the document so far, zeros in blocks not chosen."""
-    k = k_slc[:, tile.first : tile.stop]
+    k = k_slc[:, tile.first : tile.last]
     return _weights(q, k, tile.own_mask, chosen, layout.sizes.slc_block).flatten(1, 2)
 
 
 def _gathers(tile: Tile, layout: Layout) -> bool:
     """Whether the tile gathers its chosen blocks, rather than mask dense scores."""
-    return tile.blocks > 0 and tile.stop - tile.first > layout.dense_keys
+    return tile.blocks > 0 and tile.last - tile.first > layout.dense_keys
 
 
 def _choose(p_cmp: Tensor, tile: Tile, layout: Layout) -> Tensor:
     """The tile's blocks: a mask ``[KV, rows, blocks]``, or for gathering the indices ``[KV, rows, n]``, ascending."""
     rows = tile.stop - tile.start
     group = p_cmp.view(p_cmp.shape[0], rows, -1, p_cmp.shape[-1]).sum(2)
-    positions = torch.arange(tile.start - tile.first, tile.stop - tile.first, device=p_cmp.device)
+    positions = torch.arange(tile.position, tile.position + rows, device=p_cmp.device)
     chosen = select(importance(group, tile.blocks, layout.sizes), positions, layout.sizes)
     if not _gathers(tile, layout):
         return chosen

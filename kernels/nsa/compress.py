@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from shoal.kernels.nsa.layout import Layout
+from shoal.kernels.nsa.layout import BlockSizes, Layout
 
 
-def compress(x: Tensor, position: Tensor, w1: Tensor, w2: Tensor, layout: Layout) -> Tensor:
+@dataclass(frozen=True)
+class OwnBlocks:
+    """The compression blocks that end with one of a layout's queries, and where their tokens stand among
+    ``layout.needs.raw``.
+
+    chunk_tokens: ``[n*d]`` int64, rows of x. cmp_chunks: ``[C]`` int64, the first chunk of each block. cmp_positions:
+    ``[C]`` int64, of its first key in the document.
+    """
+
+    sizes: BlockSizes
+    chunk_tokens: Tensor
+    cmp_chunks: Tensor
+    cmp_positions: Tensor
+
+
+def own_blocks(layout: Layout) -> OwnBlocks:
+    """Those of a layout."""
+    needs, stride = layout.needs, layout.sizes.cmp_stride
+    own, chunks = needs.own.indices(), needs.chunks.indices()
+    tokens = layout.chunk_tokens.cpu().view(-1, stride)[chunks].flatten()
+    return OwnBlocks(
+        layout.sizes,
+        needs.raw.places(tokens).to(layout.device),
+        needs.chunks.places(layout.cmp_chunks.cpu()[own]).to(layout.device),
+        layout.cmp_positions.cpu()[own].to(layout.device),
+    )
+
+
+def compress(x: Tensor, position: Tensor, w1: Tensor, w2: Tensor, layout: Layout | OwnBlocks) -> Tensor:
     """φ of every whole block of ``l`` keys, one every ``d``, within a document (NSA eq. 7).
 
     ``φ(block) = silu(flatten(block + position) @ w1) @ w2``, one set of weights per KV head. x: ``[T, KV, D]``, keys
     or values, keys *before* RoPE. position: ``[KV, l, D]``. w1: ``[KV, l*D, 2*D]``. w2: ``[KV, 2*D, D]``. Returns
-    ``[C, KV, D]``, C as in ``layout.cmp_starts``; it may be 0.
+    ``[C, KV, D]``, C as in ``layout.cmp_chunks``; it may be 0.
 
     Blocks overlap, so the first product is taken once per chunk of ``d`` keys and added up over the chunks of a block:
     ``flatten(block) @ w1 = Σ_j chunk_j @ w1_j``. The position's share is the same for all blocks.
@@ -21,8 +51,7 @@ def compress(x: Tensor, position: Tensor, w1: Tensor, w2: Tensor, layout: Layout
     sizes = layout.sizes
     kv, dim = x.shape[1:]
     parts, width = sizes.cmp_block // sizes.cmp_stride, sizes.cmp_stride * dim
-    blocks = layout.cmp_starts.numel()
-    if not blocks:
+    if not layout.cmp_chunks.numel():
         return x.new_zeros(0, kv, dim) + 0 * (x.sum() + position.sum() + w1.sum() + w2.sum())
     chunks = x.transpose(0, 1).index_select(1, layout.chunk_tokens).reshape(kv, -1, width)
     by_part = w1.view(kv, parts, width, -1).transpose(1, 2).reshape(kv, width, -1)

@@ -10,6 +10,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from shoal.kernels.nsa.rows import Needs, Rows, Run, needs, runs
+
 
 @dataclass(frozen=True)
 class BlockSizes:
@@ -54,7 +56,7 @@ class BlockSizes:
 
 @dataclass(frozen=True)
 class Tile:
-    """Some consecutive queries, and the ranges of keys that they may see.
+    """Some consecutive queries, and the rows of keys that they may see.
 
     A tile lies within one document, or it holds several whole documents that are so short that every query selects
     all of its blocks. The masks are added to scores ``[…, rows, group, keys]``: 0 where visible, -inf where not. They
@@ -63,18 +65,22 @@ class Tile:
 
     start: int
     stop: int
-    """Queries ``start ≤ t < stop`` of the pack."""
+    """Rows ``start ≤ t < stop`` of q."""
+    position: int
+    """Of the first query in its document."""
     first: int
-    """First key of the tile's (first) document."""
+    last: int
+    """Rows of k_slc ``first ≤ s < last``: from the start of the tile's (first) document to its last query."""
     win_first: int
-    """First key of the tile's windows."""
+    win_last: int
+    """Rows of k_win, of the tile's windows."""
     cmp_first: int
     cmp_stop: int
-    """Compression blocks that some query of the tile sees."""
+    """Rows of k_cmp: compression blocks that some query of the tile sees."""
     own_mask: Tensor
     """``[rows, 1, rows]``: causal, within a document."""
     win_mask: Tensor
-    """``[rows, 1, stop - win_first]``."""
+    """``[rows, 1, win_last - win_first]``."""
     cmp_mask: Tensor
     """``[rows, 1, ≤ cmp_stop - cmp_first]``."""
     cmp_none: Tensor | None
@@ -85,8 +91,10 @@ class Tile:
 
 @dataclass(frozen=True)
 class Layout:
-    """Index tables of one packed batch.
+    """Index tables of one packed batch, for all its queries or for some.
 
+    queries: tokens of the pack that are rows of q. needs: tokens and compression blocks of the pack that are rows of
+    the keys: ``far`` of k_slc, ``near`` of k_win, ``cmp`` of k_cmp, each all that these queries may see or more.
     cu_seqlens: N+1 offsets of the documents. cmp_starts: ``[C]`` int64, first key of each compression block in the
     pack. cmp_positions: ``[C]`` int64, the same counted from the start of the document (RoPE's position of the
     compressed key). cmp_documents: ``[C]`` int64. chunk_tokens: ``[n*d]`` int64, the tokens of the n whole chunks of
@@ -99,6 +107,8 @@ class Layout:
     cu_seqlens: tuple[int, ...]
     sizes: BlockSizes
     device: torch.device
+    queries: Rows
+    needs: Needs
     cmp_starts: Tensor
     cmp_positions: Tensor
     cmp_documents: Tensor
@@ -121,23 +131,30 @@ def make_layout(
     device: torch.device | str,
     tile: int | None = None,
     dense_keys: int | None = None,
+    queries: Rows | None = None,
 ) -> Layout:
     """The layout of a pack; the last few are remembered, so that every layer may ask for it.
 
     cu_seqlens: N+1 offsets on the host, ``0 … T``. tile: queries computed together. dense_keys: see
-    :class:`Layout`. Both are chosen here when None and change speed, never results (beyond rounding).
+    :class:`Layout`. Both are chosen here when None and change speed, never results (beyond rounding). queries: the
+    tokens that are queries, over the keys that :func:`shoal.kernels.nsa.rows.needs` names; None: all, over all keys.
     """
     device = torch.device(device)
     if tile is None:
         tile = 64 if device.type == "cpu" else 256
     if dense_keys is None:
         dense_keys = 8 * sizes.slc_count * sizes.slc_block
-    return _make_layout(tuple(cu_seqlens), sizes, device, tile, dense_keys)
+    return _make_layout(tuple(cu_seqlens), sizes, device, tile, dense_keys, queries)
 
 
 @lru_cache(maxsize=8)
 def _make_layout(
-    cu_seqlens: tuple[int, ...], sizes: BlockSizes, device: torch.device, tile: int, dense_keys: int
+    cu_seqlens: tuple[int, ...],
+    sizes: BlockSizes,
+    device: torch.device,
+    tile: int,
+    dense_keys: int,
+    some: Rows | None,
 ) -> Layout:
     lengths = [stop - start for start, stop in pairwise(cu_seqlens)]
     offsets = torch.tensor(cu_seqlens, dtype=torch.int64)
@@ -146,11 +163,17 @@ def _make_layout(
     starts = offsets[documents] + positions
     chunks_before, chunk_documents, chunk = _ragged([n // sizes.cmp_stride for n in lengths])
     chunk_starts = offsets[chunk_documents] + chunk * sizes.cmp_stride
-    maker = _TileMaker(cu_seqlens, sizes, before.tolist(), documents, starts, device)
+    everything = Rows.of([(0, cu_seqlens[-1])])
+    blocks, chunks = (Rows.of([(0, n)]) for n in (len(starts), len(chunk_starts)))
+    whole = Needs(everything, everything, blocks, blocks, everything, chunks)
+    queries, need = (everything, whole) if some is None else (some, needs(cu_seqlens, sizes, some))
+    maker = _TileMaker(cu_seqlens, sizes, before.tolist(), documents, starts, device, queries, need)
     return Layout(
         cu_seqlens=cu_seqlens,
         sizes=sizes,
         device=device,
+        queries=queries,
+        needs=need,
         cmp_starts=starts.to(device),
         cmp_positions=positions.to(device),
         cmp_documents=documents.to(device),
@@ -158,7 +181,7 @@ def _make_layout(
         cmp_chunks=(chunks_before[documents] + index).to(device),
         cmp_before=tuple(before.tolist()),
         slc_blocks=tuple(sizes.slc_blocks(n) for n in lengths),
-        tiles=tuple(maker.tile(*part) for part in _parts(cu_seqlens, tile, sizes)),
+        tiles=tuple(maker.tile(*part) for part in _parts(cu_seqlens, queries, tile, sizes)),
         dense_keys=dense_keys,
     )
 
@@ -171,19 +194,26 @@ def _ragged(counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     return before, documents, torch.arange(int(before[-1])) - before[documents]
 
 
-def _parts(cu_seqlens: tuple[int, ...], tile: int, sizes: BlockSizes) -> Iterator[tuple[int, int, int, int]]:
-    """Cut a pack into ``(first document, last document, start, stop)``: at most ``tile`` queries each."""
+def _parts(
+    cu_seqlens: tuple[int, ...], queries: Rows, tile: int, sizes: BlockSizes
+) -> Iterator[tuple[int, int, int, int]]:
+    """Cut queries into ``(first document, last document, start, stop)``, tokens of the pack: at most ``tile`` each."""
     short = min(tile, sizes.slc_count * sizes.slc_block)
-    doc, last = 0, len(cu_seqlens) - 2
-    while doc <= last:
-        start, stop, end = cu_seqlens[doc], cu_seqlens[doc + 1], doc
-        while end < last and cu_seqlens[end + 2] - start <= tile and cu_seqlens[end + 2] - cu_seqlens[end + 1] <= short:
-            if stop - start > short:
+    pieces = runs(cu_seqlens, queries)
+    at = 0
+    while at < len(pieces):
+        first, last = pieces[at], at
+        alone = first.stop - first.start > short or first.start > cu_seqlens[first.document]
+        while not alone and last + 1 < len(pieces):
+            following: Run = pieces[last + 1]
+            whole = following.start == pieces[last].stop  # the one before ends with it, so that it begins here
+            if not whole or following.stop - first.start > tile or following.stop - following.start > short:
                 break
-            end, stop = end + 1, cu_seqlens[end + 2]
-        for row in range(start, stop, tile):
-            yield doc, end, row, min(row + tile, stop)
-        doc = end + 1
+            last += 1
+        stop = pieces[last].stop
+        for row in range(first.start, stop, tile):
+            yield first.document, pieces[last].document, row, min(row + tile, stop)
+        at = last + 1
 
 
 class _TileMaker:
@@ -197,32 +227,41 @@ class _TileMaker:
         cmp_documents: Tensor,
         cmp_starts: Tensor,
         device: torch.device,
+        queries: Rows,
+        need: Needs,
     ) -> None:
         self.cu_seqlens, self.sizes, self.cmp_before, self.device = cu_seqlens, sizes, cmp_before, device
+        self.queries, self.need = queries, need
         self.cmp_documents, self.cmp_ends = cmp_documents, cmp_starts + sizes.cmp_block - 1
         bounds = torch.tensor(cu_seqlens[1:], dtype=torch.int64)
         self.token_documents = torch.searchsorted(bounds, torch.arange(cu_seqlens[-1]), right=True)
         self.shared: dict[tuple[object, ...], Tensor] = {}
 
     def tile(self, doc: int, end: int, start: int, stop: int) -> Tile:
+        """Of tokens ``start ≤ t < stop`` in documents ``doc`` to ``end``."""
         sizes, first, several = self.sizes, self.cu_seqlens[doc], end > doc
         at, rows, seen = start - first, stop - start, stop - first
         win_first = max(first, start - sizes.window + 1)
         cmp_first = self.cmp_before[doc]
-        cmp_stop = self.cmp_before[end + 1] if several else cmp_first + sizes.cmp_blocks(seen)
+        cmp_stop = self.cmp_before[end] + sizes.cmp_blocks(stop - self.cu_seqlens[end])
         cmp_all = 0 if several else sizes.cmp_blocks(at + 1)
         lead = at + 1 - sizes.cmp_block
         phase = lead % sizes.cmp_stride if lead >= 0 else lead
         alone = (start,) if several else ()
         cmp_mask = self._mask(start, stop, cmp_first + cmp_all, cmp_stop, "cmp", (rows, phase, *alone))
         blind = at + 1 < sizes.cmp_block and cmp_stop > cmp_first
+        row, far, near = self.queries.at(start), self.need.far.at(first), self.need.near.at(win_first)
+        cmp_row = self.need.cmp.at(cmp_first) if cmp_stop > cmp_first else 0
         return Tile(
-            start=start,
-            stop=stop,
-            first=first,
-            win_first=win_first,
-            cmp_first=cmp_first,
-            cmp_stop=cmp_stop,
+            start=row,
+            stop=row + rows,
+            position=at,
+            first=far,
+            last=far + seen,
+            win_first=near,
+            win_last=near + stop - win_first,
+            cmp_first=cmp_row,
+            cmp_stop=cmp_row + cmp_stop - cmp_first,
             own_mask=self._mask(start, stop, start, stop, "own", (rows, *alone)),
             win_mask=self._mask(start, stop, win_first, stop, "win", (rows, start - win_first, *alone)),
             cmp_mask=cmp_mask,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from shoal.kernels.nsa.attention import Arrive, Tensors
 from shoal.kernels.nsa.layout import Layout
 from shoal.kernels.nsa.triton_backward import BackwardTuning, nsa_backward
 from shoal.kernels.nsa.triton_forward import Forward, ForwardTuning, nsa_forward
@@ -42,24 +44,43 @@ def nsa_triton(
     return out
 
 
+def forward(tensors: Tensors, layout: Layout, scale: float, arrive: Arrive | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """:func:`shoal.kernels.nsa.attention.nsa_forward`."""
+    f = nsa_forward(*tensors, layout, scale, arrive=arrive)
+    return f.out, f.kept
+
+
+def backward(
+    d_out: Tensor,
+    tensors: Tensors,
+    kept: tuple[Tensor, ...],
+    layout: Layout,
+    scale: float,
+    arrive: Callable[[], object] | None,
+    wide: bool,
+) -> tuple[Tensor, ...]:
+    """:func:`shoal.kernels.nsa.attention.nsa_backward`, deterministic as torch is set."""
+    exact = torch.are_deterministic_algorithms_enabled()
+    f = Forward(d_out, *kept)  # the sum of the branches is not needed again
+    return nsa_backward(d_out, *tensors, f, layout, scale, deterministic=exact, arrive=arrive, wide=wide)
+
+
 class _Triton(torch.autograd.Function):
     """Forward keeps the inputs, the three branches' outputs with their log-sum-exps, and the chosen blocks."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, layout, scale, deterministic, tunings = args
-        tensors = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
+        layout, scale, deterministic, tunings = args[8:]
+        tensors = cast(Tensors, args[:8])
         f = nsa_forward(*tensors, layout, scale, tunings[0])
-        ctx.save_for_backward(*tensors, f.cmp, f.cmp_lse, f.slc, f.slc_lse, f.win, f.win_lse, f.blocks)
+        ctx.save_for_backward(*tensors, *f.kept)
         ctx.settings = layout, scale, deterministic, tunings[1]
         return f.out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, *kept = ctx.saved_tensors
+        tensors, f = cast(Tensors, ctx.saved_tensors[:8]), Forward(grads[0], *ctx.saved_tensors[8:])
         layout, scale, deterministic, tuning = ctx.settings
-        f = Forward(grads[0], *kept)  # the sum of the branches is not needed again
-        tensors = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
         back = nsa_backward(grads[0], *tensors, f, layout, scale, deterministic=deterministic, tuning=tuning)
         return (*back, None, None, None, None)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -43,10 +44,13 @@ def nsa_backward(
     *,
     deterministic: bool = False,
     tuning: BackwardTuning | None = None,
+    arrive: Callable[[], object] | None = None,
+    wide: bool = False,
 ) -> tuple[Tensor, ...]:
     """Gradients of ``nsa_forward``'s eight tensors, in their order and dtypes, for ``d_out [T, H, E]``.
 
-    Gates must not be negative. deterministic: the same bits in every run, for more time.
+    Gates must not be negative. deterministic: the same bits in every run, for more time. arrive, wide: as in
+    ``attention.nsa_backward``.
     """
     tuning = tuning or BackwardTuning()
     q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, d_out = (
@@ -67,9 +71,15 @@ def nsa_backward(
     ):
         args = (q, k, v, d_out, bases[side], dots[side], span, seen, scale, branch)
         _branch_backward(*args, deterministic=deterministic, tuning=tuned)
+    if arrive is not None:
+        arrive()
     selected = (q, k_slc, v_slc, d_out, bases[1], dots[1], forward.blocks, tables, scale, slc)
     d_q = selected_backward(*selected, deterministic=deterministic, tuning=tuning.selected)
-    keys = [rounded(x, factor, q) for g in (cmp, slc, win) for x, factor in ((g.d_k, scale), (g.d_v, 1.0))]
+    keys = [
+        rounded(x, factor, torch.float32 if wide and g is slc else q.dtype)
+        for g in (cmp, slc, win)
+        for x, factor in ((g.d_k, scale), (g.d_v, 1.0))
+    ]
     return (d_q, *keys, d_gates)
 
 
@@ -100,9 +110,9 @@ def _branch_backward(
     return span_backward(*args, deterministic=deterministic, tuning=tuning)
 
 
-def rounded(x: Tensor, factor: float, like: Tensor) -> Tensor:
-    """``factor · x`` in the dtype of ``like``, in one pass."""
-    return torch.mul(x, factor, out=torch.empty(x.shape, dtype=like.dtype, device=like.device))
+def rounded(x: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    """``factor · x`` in ``dtype``, in one pass."""
+    return torch.mul(x, factor, out=torch.empty(x.shape, dtype=dtype, device=x.device))
 
 
 def row_sums(d_out: Tensor, gates: Tensor, forward: Forward) -> tuple[Tensor, Tensor, Tensor]:

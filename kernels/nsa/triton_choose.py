@@ -56,9 +56,9 @@ def choose_blocks(
     scores = torch.empty(2, kv, chunk, width, dtype=torch.float32, device=q.device)
     per_slc = sizes.slc_block // sizes.cmp_stride
     shape = {"KV": kv, "COUNT": n, "INITIAL": sizes.slc_initial, "LOCAL": sizes.slc_local, "BLOCK": sizes.slc_block}
-    for start in range(0, tokens, max(chunk, 1)):
-        rows = min(chunk, tokens - start)
-        seen = padded(tables.longest_within(start, start + rows))
+    for start, stop in tables.chunks(tokens, chunk):
+        rows = stop - start
+        seen = padded(tables.longest_within(start, stop))
         if longest > n > sizes.slc_initial + sizes.slc_local:
             _importance_kernel[(triton.cdiv(rows, tile), kv)](
                 q,
@@ -70,7 +70,7 @@ def choose_blocks(
                 scores,
                 scale * LOG2E,
                 start,
-                start + rows,
+                stop,
                 width,
                 chunk,
                 G=heads // kv,

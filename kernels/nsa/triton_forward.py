@@ -4,18 +4,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from shoal.kernels.nsa.attention import Arrive
 from shoal.kernels.nsa.layout import Layout
 from shoal.kernels.nsa.triton_choose import ChooseTuning, choose_blocks
 from shoal.kernels.nsa.triton_gather import Tuning, selected_by_block
 from shoal.kernels.nsa.triton_select import padded
 from shoal.kernels.nsa.triton_span import SpanTuning, span_attention
-from shoal.kernels.nsa.triton_tables import Span, Tables, make_tables
+from shoal.kernels.nsa.triton_tables import PackTables, Span, Tables, make_tables
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class Forward:
     win_lse: Tensor
     blocks: Tensor
 
+    @property
+    def kept(self) -> tuple[Tensor, ...]:
+        """All but the output."""
+        return (self.cmp, self.cmp_lse, self.slc, self.slc_lse, self.win, self.win_lse, self.blocks)
+
 
 def nsa_forward(
     q: Tensor,
@@ -58,16 +65,18 @@ def nsa_forward(
     layout: Layout,
     scale: float,
     tuning: ForwardTuning | None = None,
+    arrive: Arrive | None = None,
 ) -> Forward:
     """``o_t = Σ_c g_t^c · Attn(q_t, K_t^c, V_t^c)`` (NSA eq. 5), from the arguments of ``nsa_attention``.
 
     q, keys and values are of one dtype, bfloat16, float16 or float32; gates: ``[T, H, 3]``, of any. scale: above 0.
+    arrive: as in ``attention.nsa_forward``; k_slc and v_slc have to be contiguous then.
     """
     q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = (
         x.contiguous() for x in (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
     )
     tensors = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
-    return attend(*tensors, make_tables(layout), scale, tuning or ForwardTuning())
+    return attend(*tensors, make_tables(layout), scale, tuning or ForwardTuning(), arrive)
 
 
 def attend(
@@ -82,12 +91,16 @@ def attend(
     tables: Tables,
     scale: float,
     tuning: ForwardTuning,
+    arrive: Arrive | None = None,
 ) -> Forward:
     """The same over any keys that tables speak of, all tensors contiguous."""
     sizes = tables.sizes
     cmp, cmp_lse = attend_span(q, k_cmp, v_cmp, tables.cmp, scale, tuning.cmp)
     blocks = choose_blocks(q, k_cmp, cmp_lse, tables, scale, tuning.choose)
     win, win_lse = attend_span(q, k_win, v_win, tables.window, scale, tuning.near)
+    if arrive is not None:
+        assert isinstance(tables, PackTables)
+        arrive(partial(tables.rows_read, blocks))
     # Forced blocks lie side by side for neighbouring queries: dense tiles read them. The others are gathered.
     forced = span_attention(q, k_slc, v_slc, tables.local, scale, also=tables.initial, tuning=tuning.near)
     others = blocks[..., sizes.slc_initial + sizes.slc_local :]

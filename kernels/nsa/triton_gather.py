@@ -54,7 +54,8 @@ def selected_by_block(
 ) -> tuple[Tensor, Tensor]:
     """What ``selected_by_query`` returns, from the same arguments.
 
-    own: False promises that ``blocks`` never holds the block of the query itself, so that no key has to be masked.
+    own: False promises that ``blocks`` never holds the block of the query itself, so that no key has to be masked; it
+    must be False where queries are not all tokens of the keys.
     beside: output and log-sum-exp of the same queries over other keys (the forced blocks), merged into the result.
     mix: outputs of the compressed and the window branch, gates ``[T, H, 3]``, and where the sum of the three goes.
     Partial outputs are kept in q's dtype, ``chunk * (n - direct)`` of them a head, whatever the length of the pack.
@@ -107,7 +108,7 @@ def selected_by_block(
                     **shape,
                 )
             _merge_kernel[(stop - start, width)](
-                *(q, k, v, part, part_lse, blocks, tables.starts, tables.before),
+                *(q, k, v, part, part_lse, blocks, tables.starts, tables.key_starts),
                 *(beside if beside is not None else (out, lse)),
                 *(out, lse),
                 *(mix if mix is not None else (out, out, lse, out)),
@@ -205,7 +206,7 @@ def _attend_blocks(
     rows,
     in_g,
     chosen,
-    t,
+    last,
     h,
     start,
     scale,
@@ -233,7 +234,7 @@ def _attend_blocks(
         keys = start + block * BLOCK + o_n
         seen = (block >= 0) & (o_n < BLOCK)
         if OWN:
-            seen = seen & (keys <= t)
+            seen = seen & (keys <= last)
         at = keys * KV + h
         b_k, b_k2 = load_keys(k, at, seen, D, D1, D2)
         b_v = tl.load(v + at[:, None] * E + o_e[None, :], mask=seen[:, None] & (o_e < E)[None, :], other=0.0)
@@ -259,7 +260,7 @@ def _merge_kernel(
     part_lse,
     blocks,
     starts,
-    before,
+    key_starts,
     beside,
     beside_lse,
     out,
@@ -327,9 +328,10 @@ def _merge_kernel(
             part + slot[:, None] * E + o_e[None, :], mask=inside & yes, other=0.0, eviction_policy="evict_first"
         )
     if DIRECT > 0:
-        first = tl.load(starts + t).to(tl.int64) + before
+        first = tl.load(key_starts + t).to(tl.int64)
+        last = first + t - tl.load(starts + t)
         m_d, total_d, acc_d = _attend_blocks(
-            *(q, k, v, rows, in_g, chosen, t, h, first, scale, DIRECT, OWN),
+            *(q, k, v, rows, in_g, chosen, last, h, first, scale, DIRECT, OWN),
             *(KV, GP, E, EP, D, D1, D2, BLOCK, BN, PRECISION),
         )
         both = tl.maximum(m, m_d)

@@ -18,7 +18,7 @@ from torch import Tensor
 from shoal.kernels.nsa.triton_inverse import invert, lists_by_block
 from shoal.kernels.nsa.triton_select import LOG2E, halves, load_rows, padded, precision
 from shoal.kernels.nsa.triton_span_grad import Grads, score_weights
-from shoal.kernels.nsa.triton_tables import Tables
+from shoal.kernels.nsa.triton_tables import PackTables
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def selected_backward(
     base: Tensor,
     dots: Tensor,
     blocks: Tensor,
-    tables: Tables,
+    tables: PackTables,
     scale: float,
     grads: Grads,
     *,
@@ -81,13 +81,13 @@ def selected_backward(
             programs = min((stop - start) * n, programs + (stop - start) * n // size)
         _block_kernel[(programs, kv)](
             *(q, k, v, d_out, base, dots, grads.d_k, grads.d_v, part, items, pairs, first),
-            *(tables.block_first, tables.starts, scale * LOG2E, tokens, start, low, index, chunks, tables.blocks),
+            *(tables.block_first, tables.block_last, tables.own_rows, scale * LOG2E),
+            *(start, low, index, chunks, tables.blocks),
             ITEM=size,
             GP=group_p,
             TILE=max(1, tuning.rows // group_p),
             E=dim_v,
             EP=padded(dim_v),
-            BLOCK=tables.sizes.slc_block,
             BN=padded(tables.sizes.slc_block),
             PRECISION=precision(q.dtype),
             num_warps=tuning.warps,
@@ -141,9 +141,9 @@ def _block_kernel(
     pairs,
     first,
     block_first,
-    starts,
+    block_last,
+    own_rows,
     scale,
-    tokens,
     start,
     low,
     chunk,
@@ -160,7 +160,6 @@ def _block_kernel(
     D2: tl.constexpr,
     E: tl.constexpr,
     EP: tl.constexpr,
-    BLOCK: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -180,11 +179,9 @@ def _block_kernel(
         if begin >= stop:
             return
     o_n, o_e, o_r = tl.arange(0, BN), tl.arange(0, EP), tl.arange(0, TILE * GP)
-    key = tl.load(block_first + block)
-    keys = key + o_n
+    keys = tl.load(block_first + block) + o_n
     # The last block of a document ends with it: what stands behind it is another program's.
-    held = (keys < tokens) & (o_n < BLOCK)
-    held = held & (tl.load(starts + keys, mask=held, other=-1) == tl.load(starts + key))
+    held = keys < tl.load(block_last + block)
     at = keys.to(tl.int64) * KV + h
     b_k, b_k2 = load_rows(k, at, held, D, D1, D2)
     b_v = tl.load(v + at[:, None] * E + o_e[None, :], mask=held[:, None] & (o_e < E)[None, :], other=0.0)
@@ -204,7 +201,8 @@ def _block_kernel(
         w, dp = score_weights(b_k, b_k2, b_v, b_q, b_q2, b_do, b_base, scale, D2, PRECISION)
         # Of its own block a query sees what stands before it, of others all. Keys that do not exist are zeros, whose
         # weight may be infinite.
-        w = tl.where((keys[:, None] <= t[None, :]) & held[:, None], w, 0.0)
+        own = tl.load(own_rows + t, mask=there, other=0)
+        w = tl.where((keys[:, None] <= own[None, :]) & held[:, None], w, 0.0)
         ds = (w * (dp - b_dots[None, :])).to(b_q.dtype)
         dv = tl.dot(w.to(b_do.dtype), b_do, dv, input_precision=PRECISION)
         dk = tl.dot(ds, b_q, dk, input_precision=PRECISION)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.nsa.layout import BlockSizes, Layout
+from shoal.kernels.nsa.rows import Needs, Rows, runs
 
 
 @dataclass(frozen=True)
@@ -20,73 +22,90 @@ class Span:
     high: Tensor
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """Queries ``start ≤ t < stop``, rows of q, that follow one another in one document, the first at ``position``;
+    ``first_block`` is the document's first selection block."""
+
+    start: int
+    stop: int
+    position: int
+    first_block: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tables:
-    """Index tables of a forward pass, all int32: of a packed batch, or of some queries of one sequence.
+    """Index tables of a forward pass, all int32: of a packed batch, or of some queries of one.
 
-    starts: ``[T]``, first token of each token's document. block_base: ``[T]``, selection blocks of the documents
-    before it, so that ``block_base[t] + j`` numbers the blocks of the pack. block_first: ``[B]``, first token of each
-    selection block of the pack. window, local, initial, cmp: the spans of each query; ``initial`` ends where
-    ``local``, the forced blocks that end with the query's own, begins; ``cmp`` counts compression blocks of the pack.
-    before: tokens of the sequence that stand before its queries; ``starts`` is ``-before`` then, and rows of keys are
-    counted from the start of the sequence.
+    starts: ``[T]``, of each query its row of q less its position in its document. key_starts: ``[T]``, the row of k_slc
+    that its document begins with. block_base: ``[T]``, selection blocks of the documents before it, so that
+    ``block_base[t] + j`` numbers the blocks of the pack. block_first: ``[B]``, the row of k_slc that each selection
+    block of the pack begins with. window, local, initial, cmp: the rows of keys of each query; ``initial`` ends where
+    ``local``, the forced blocks that end with the query's own, begins.
     """
 
-    cu_seqlens: tuple[int, ...]
+    stretches: tuple[Stretch, ...]
     sizes: BlockSizes
     starts: Tensor
+    key_starts: Tensor
     block_base: Tensor
     block_first: Tensor
     window: Span
     local: Span
     initial: Span
     cmp: Span
-    before: int = 0
-
-    @property
-    def tokens(self) -> int:
-        """T, the tokens of the pack."""
-        return self.cu_seqlens[-1]
 
     @property
     def blocks(self) -> int:
         """B, the selection blocks of the pack."""
         return self.block_first.numel()
 
+    def chunks(self, tokens: int, size: int) -> Iterator[tuple[int, int]]:
+        """Rows of q cut into ``start ≤ t < stop``, at most ``size`` each, that skip no query of a document."""
+        ends = [a.stop for a, b in pairwise(self.stretches) if b.position] + [tokens]
+        for low, high in pairwise([0, *ends]):
+            for start in range(low, high, max(size, 1)):
+                yield start, min(start + size, high)
+
     def blocks_within(self, start: int, stop: int) -> int:
         """How many blocks queries ``start … stop - 1`` may see, all together."""
-        return sum(self._seen(start, stop))
+        return sum(count for _, count in self._seen(start, stop))
 
     def reach(self, start: int, stop: int) -> tuple[int, int]:
         """First and last block of the pack, the last not included, that queries ``start … stop - 1`` may see."""
-        before, seen = 0, 0
-        for low, high in pairwise(self.cu_seqlens):
-            if high <= start:
-                before += self.sizes.slc_blocks(high - low)
-            elif low < stop:
-                seen += self.sizes.slc_blocks(min(high, stop) - low)
-        return before, before + seen
+        seen = list(self._seen(start, stop))
+        return min(first for first, _ in seen), max(first + count for first, count in seen)
 
     def longest_within(self, start: int, stop: int) -> int:
         """How many blocks one of the queries ``start … stop - 1`` may see at most."""
-        return max(self._seen(start, stop), default=0)
+        return max((count for _, count in self._seen(start, stop)), default=0)
 
-    def _seen(self, start: int, stop: int) -> list[int]:
-        """Of each document that has queries in ``start … stop - 1``: its blocks before ``stop``."""
-        return [
-            self.sizes.slc_blocks(min(high, stop) - low + self.before)
-            for low, high in pairwise(self.cu_seqlens)
-            if low < stop and high > start
-        ]
+    def _seen(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Of each stretch with queries in ``start … stop - 1``: first block, and how many are seen before ``stop``."""
+        for s in self.stretches:
+            if s.start < stop and s.stop > start:
+                yield s.first_block, self.sizes.slc_blocks(min(s.stop, stop) - s.start + s.position)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackTables(Tables):
-    """Those of a packed batch; turned around for the backward pass, the queries that see each key, and each compression
-    block."""
+    """Those of a packed batch; turned around for the backward pass, the queries that see each row of k_win and k_cmp.
 
+    own_rows: ``[T]``, the row of k_slc that stands where each query does. block_last: ``[B]``, the row behind the last
+    one of each block. row_blocks: ``[far]``, the block that each row of k_slc is in.
+    """
+
+    own_rows: Tensor
+    block_last: Tensor
+    row_blocks: Tensor
     window_seen: Span
     cmp_seen: Span
+
+    def rows_read(self, blocks: Tensor) -> Tensor:
+        """``[KV, far]`` bool: rows of k_slc that are in one of ``blocks [T, KV, n]``, of ``choose_blocks``."""
+        read = torch.zeros(blocks.shape[1], self.blocks + 1, dtype=torch.bool, device=blocks.device)
+        index = torch.where(blocks >= 0, blocks + self.block_base[:, None, None], self.blocks)
+        return read.scatter_(1, index.transpose(0, 1).flatten(1).long(), True)[:, self.row_blocks.long()]
 
 
 @lru_cache(maxsize=128)
@@ -99,59 +118,96 @@ def chunk_tables(position: int, count: int, near_first: int, sizes: BlockSizes, 
     blocks = sizes.slc_blocks(position + count)
     ended = ((t + 1 - sizes.cmp_block).div(sizes.cmp_stride, rounding_mode="floor") + 1).clamp(min=0)
     return Tables(
-        cu_seqlens=(0, count),
+        stretches=(Stretch(0, count, position, 0),),
         sizes=sizes,
         starts=nothing - position,
+        key_starts=nothing,
         block_base=nothing,
         block_first=torch.arange(blocks, dtype=torch.int32, device=device) * sizes.slc_block,
         window=Span((t - sizes.window + 1).clamp(min=0) - near_first, t + 1 - near_first),
         local=Span(local, t + 1),
         initial=Span(nothing, local.clamp(max=sizes.slc_initial * sizes.slc_block)),
         cmp=Span(nothing, ended),
-        before=position,
     )
 
 
 def make_tables(layout: Layout) -> PackTables:
     """The tables of a layout; the last few are remembered."""
-    return _make_tables(layout.cu_seqlens, layout.sizes, layout.device)
+    return _make_tables(layout.cu_seqlens, layout.sizes, layout.device, layout.queries, layout.needs)
+
+
+@dataclass(frozen=True)
+class _Pack:
+    """Of each token of a pack its document's first token, end, first selection and compression block, on the host."""
+
+    starts: Tensor
+    ends: Tensor
+    slc_base: Tensor
+    cmp_base: Tensor
 
 
 @lru_cache(maxsize=8)
-def _make_tables(cu_seqlens: tuple[int, ...], sizes: BlockSizes, device: torch.device) -> PackTables:
+def _make_tables(
+    cu_seqlens: tuple[int, ...], sizes: BlockSizes, device: torch.device, queries: Rows, needs: Needs
+) -> PackTables:
     lengths = torch.tensor([stop - start for start, stop in pairwise(cu_seqlens)], dtype=torch.int64)
     slc = torch.tensor([sizes.slc_blocks(n) for n in lengths.tolist()], dtype=torch.int64)
     cmp = torch.tensor([sizes.cmp_blocks(n) for n in lengths.tolist()], dtype=torch.int64)
-    firsts = torch.tensor(cu_seqlens[:-1], dtype=torch.int64)
-    starts = torch.repeat_interleave(firsts, lengths)
-    block_base = torch.repeat_interleave(slc.cumsum(0) - slc, lengths)
-    cmp_base = torch.repeat_interleave(cmp.cumsum(0) - cmp, lengths)
-    block = torch.arange(int(slc.sum())) - torch.repeat_interleave(slc.cumsum(0) - slc, slc)
-    token = torch.arange(cu_seqlens[-1])
-    position = token - starts
-    own = position // sizes.slc_block
-    local = starts + (own - sizes.slc_local + 1).clamp(min=0) * sizes.slc_block
+    firsts, slc_before, cmp_before = torch.tensor(cu_seqlens[:-1]).long(), slc.cumsum(0) - slc, cmp.cumsum(0) - cmp
+    pack = _Pack(*(torch.repeat_interleave(x, lengths) for x in (firsts, firsts + lengths, slc_before, cmp_before)))
+    block = torch.arange(int(slc.sum())) - torch.repeat_interleave(slc_before, slc)
+    block_first = torch.repeat_interleave(firsts, slc) + block * sizes.slc_block
+    cmp_first = torch.repeat_interleave(firsts, cmp)
+    cmp_index = torch.arange(int(cmp.sum())) - torch.repeat_interleave(cmp_before, cmp)
+    cmp_last = cmp_first + cmp_index * sizes.cmp_stride + sizes.cmp_block - 1
+    cmp_end = torch.repeat_interleave(firsts + lengths, cmp)
+
+    token = queries.indices()
+    starts, position = pack.starts[token], token - pack.starts[token]
+    local = starts + (position // sizes.slc_block - sizes.slc_local + 1).clamp(min=0) * sizes.slc_block
     initial = torch.minimum(starts + sizes.slc_initial * sizes.slc_block, local)
     ended = ((position + 1 - sizes.cmp_block).div(sizes.cmp_stride, rounding_mode="floor") + 1).clamp(min=0)
-
-    ends = starts + torch.repeat_interleave(lengths, lengths)
-    cmp_first = torch.repeat_interleave(firsts, cmp)
-    cmp_index = torch.arange(int(cmp.sum())) - torch.repeat_interleave(cmp.cumsum(0) - cmp, cmp)
-    cmp_last = cmp_first + cmp_index * sizes.cmp_stride + sizes.cmp_block - 1
+    far, near, seen = needs.far, needs.near.indices(), needs.cmp.indices()
+    own_rows, key_starts, near_rows = far.places(token), far.places(starts), needs.near.places(token)
+    cmp_low = needs.cmp.places(pack.cmp_base[token])
+    here = far.holds(block_first)
+    # Of a block only what is at hand: it may go on behind the last query.
+    far_tokens = far.indices()
+    row_blocks = pack.slc_base[far_tokens] + (far_tokens - pack.starts[far_tokens]) // sizes.slc_block
+    held = torch.bincount(row_blocks, minlength=len(block_first))
 
     def put(x: Tensor) -> Tensor:
         return x.to(torch.int32).to(device)
 
+    def queries_from(low: Tensor, high: Tensor) -> Span:
+        """Rows of q among tokens ``low ≤ t < high``."""
+        return Span(*(put(torch.searchsorted(token, x)) for x in (low, high)))
+
+    first_row = torch.where(here, far.places(block_first), 0)
     return PackTables(
-        cu_seqlens=cu_seqlens,
+        stretches=_stretches(cu_seqlens, queries, slc_before.tolist()),
         sizes=sizes,
-        starts=put(starts),
-        block_base=put(block_base),
-        block_first=put(torch.repeat_interleave(firsts, slc) + block * sizes.slc_block),
-        window=Span(put(torch.maximum(starts, token + 1 - sizes.window)), put(token + 1)),
-        local=Span(put(local), put(token + 1)),
-        initial=Span(put(starts), put(initial)),
-        cmp=Span(put(cmp_base), put(cmp_base + ended)),
-        window_seen=Span(put(token), put(torch.minimum(token + sizes.window, ends))),
-        cmp_seen=Span(put(cmp_last), put(torch.repeat_interleave(firsts + lengths, cmp))),
+        starts=put(torch.arange(len(token)) - position),
+        key_starts=put(key_starts),
+        block_base=put(pack.slc_base[token]),
+        block_first=put(first_row),
+        window=Span(put(near_rows - (token - torch.maximum(starts, token + 1 - sizes.window))), put(near_rows + 1)),
+        local=Span(put(own_rows - (token - local)), put(own_rows + 1)),
+        initial=Span(put(key_starts), put(key_starts + initial - starts)),
+        cmp=Span(put(cmp_low), put(cmp_low + ended)),
+        own_rows=put(own_rows),
+        block_last=put(first_row + held),
+        row_blocks=put(row_blocks),
+        window_seen=queries_from(near, torch.minimum(near + sizes.window, pack.ends[near])),
+        cmp_seen=queries_from(cmp_last[seen], cmp_end[seen]),
     )
+
+
+def _stretches(cu_seqlens: tuple[int, ...], queries: Rows, blocks_before: list[int]) -> tuple[Stretch, ...]:
+    found, at = [], 0
+    for run in runs(cu_seqlens, queries):
+        count = run.stop - run.start
+        position = run.start - cu_seqlens[run.document]
+        found.append(Stretch(at, at + count, position, blocks_before[run.document]))
+        at += count
+    return tuple(found)

@@ -235,7 +235,7 @@ def test_float32_is_close_to_float64_and_repeats_its_bits() -> None:
 
 def test_shapes_that_do_not_fit_the_layout_are_refused() -> None:
     p = problem(SMALL, [20])
-    with pytest.raises(ValueError, match="the layout has 21 tokens"):
+    with pytest.raises(ValueError, match="the layout has 21, 21, 21 tokens"):
         p.fast(make_layout((0, 21), SMALL, "cpu"))
 
 

@@ -68,7 +68,7 @@ def check(
     tunings: list[Tuning],
 ) -> None:
     tables = tables_of(lengths, size)
-    tokens = tables.tokens
+    tokens = tables.starts.numel()
     q = draw(tokens, kv * group, dims[0], dtype=dtype, seed=2)
     k, v = draw(tokens, kv, dims[0], dtype=dtype, seed=3), draw(tokens, kv, dims[1], dtype=dtype, seed=4)
     for own in (True, False):

@@ -1,0 +1,204 @@
+"""Attention of one layer over a sequence that GPUs share: NSA beside full attention around a ring, on 1 GPU and on all.
+
+A layer is everything from q, three pairs of keys and values and gates to the output, φ and all exchanges included;
+linear projections, which no rank shares, are not. On one GPU nothing is exchanged, and full attention is cuDNN's. In a
+shared sequence times are those of the slowest rank, bytes those of the rank that receives most.
+
+``python -m shoal.jobs.bench.sequence --out FILE`` measures with torch and triton alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.multiprocessing as mp
+
+from shoal.jobs.bench.result import Document, Row, document, gpu_kind, time_row, value_row
+from shoal.jobs.bench.sequence_rank import SIZES, Case, rank_main
+from shoal.workers.volume import Shape, nsa_volume, ring_volume
+
+if TYPE_CHECKING:
+    from shoal.jobs.bench.registry import Settings
+
+CONTEXTS = (32768, 65536, 131072, 262144, 524288)
+TARGETS = {65536: 1.85, 262144: 1.92}
+"""The least ratio that two GPUs are asked for, NSA, forward and backward together."""
+BEYOND = (1 << 20, (2, 4, 8, 16, 32, 64))
+"""Tokens and ranks that the formula alone tells about."""
+SMALL = {"heads": 4, "kv_heads": 2, "dim": 16, "repeats": 1}
+
+
+def run(settings: Settings) -> list[Row]:
+    """Rows of all cases: with NCCL on the GPUs at hand, up to two; without one a small case with gloo on two ranks."""
+    if not torch.cuda.is_available():
+        return measure((2048,), 2, settings.repeats or 1, settings.say, SMALL)
+    return measure(CONTEXTS, min(2, torch.cuda.device_count()), settings.repeats or 0, settings.say)
+
+
+def measure(
+    contexts: tuple[int, ...], ranks: int, repeats: int, say: Any = print, options: dict[str, int] | None = None
+) -> list[Row]:
+    """Rows for each context, on one rank and on ``ranks``; then bytes by formula, and errors beside one rank."""
+    options = {**(options or {}), "repeats": repeats}
+    kinds = ("nsa", "full")
+    cases = [Case(kind, n, r, **options) for r in sorted({1, ranks}) for n in contexts for kind in kinds]
+    found: dict[Case, list[Row]] = {}
+    for count in sorted({1, ranks}):
+        mine = [case for case in cases if case.ranks == count]
+        if count > 1:
+            mine.insert(0, Case("check", contexts[0], count, **options))
+        found |= _run_cases(count, mine, say)
+    rows: list[Row] = []
+    for case, measured in found.items():
+        rows += _checks(case, measured) if case.kind == "check" else _times(case, measured, found)
+    return rows + _by_formula()
+
+
+def _times(case: Case, measured: list[Row], found: dict[Case, list[Row]]) -> list[Row]:
+    """Rows of a case, beside the same layer on one rank where that was measured."""
+    one = Case(case.kind, case.context, 1, case.heads, case.kv_heads, case.dim, case.repeats)
+    rows = []
+    for i, facts in enumerate(measured):
+        more = dict(facts)
+        ms, phase = more.pop("ms"), more.pop("phase")
+        more = {"attention": case.kind, "context": case.context, "ranks": case.ranks, "phase": phase, **more}
+        baseline = found[one][i]["ms"] if case.ranks > 1 and one in found else None
+        target = TARGETS.get(case.context) if case.kind == "nsa" and case.ranks == 2 and i == 2 else None
+        name = "one rank" if baseline is not None else ""
+        rows.append(time_row(f"{case.kind}, {_of(case.ranks)}", ms, name, baseline, target, **more))
+    return rows
+
+
+def _of(ranks: int) -> str:
+    return "1 rank" if ranks == 1 else f"{ranks} ranks"
+
+
+def _checks(case: Case, measured: list[Row]) -> list[Row]:
+    return [
+        value_row(
+            f"{facts['check']}, {_of(case.ranks)} beside one: relative error of {what}",
+            facts[what],
+            "",
+            attention=facts["check"],
+            context=case.context,
+            ranks=case.ranks,
+        )
+        for facts in measured
+        for what in ("output", "gradients")
+    ]
+
+
+def _by_formula() -> list[Row]:
+    """Bytes that the rank which receives most receives, of one layer of 4 KV heads of 128, forward and backward."""
+    tokens, ranks = BEYOND
+    rows = []
+    for count in ranks:
+        nsa, ring = Shape(4, (128, 128), 2, 2), Shape(4, (128, 128), 2, 4)
+        sizes = (SIZES.cmp_block, SIZES.cmp_stride, SIZES.window)
+        volumes = [nsa_volume(tokens, count, rank, nsa, *sizes) for rank in range(count)]
+        most = max(sum(sum(phase.values()) for phase in volume.values()) for volume in volumes)
+        facts: Row = {"context": tokens, "ranks": count}
+        rows.append(value_row("bytes by formula", most, "bytes", attention="nsa", **facts))
+        full = sum(ring_volume(tokens, count, ring).values())
+        rows.append(value_row("bytes by formula", full, "bytes", attention="full", **facts))
+    return rows
+
+
+def _run_cases(ranks: int, cases: list[Case], say: Any) -> dict[Case, list[Row]]:
+    """Rows by case. One that ends the ranks (for want of memory, say) is left out; the others go on in new ones."""
+    found: dict[Case, list[Row]] = {}
+    left = list(cases)
+    while left:
+        say(f"{_of(ranks)}: {', '.join(f'{case.kind} {case.context}' for case in left)}")
+        with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+            results = Path(folder) / "results"
+            results.touch()
+            failed = ""
+            if torch.cuda.device_count() < ranks:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            try:
+                mp.spawn(rank_main, (ranks, str(Path(folder) / "store"), left, str(results)), ranks)
+            except Exception as error:  # whatever a rank raised, or what killed it
+                failed = str(error).strip().splitlines()[-1]
+            lines = [json.loads(line) for line in results.read_text().splitlines()]
+        begun = 0
+        for line in lines:
+            begun = max(begun, line.get("begins", 0))
+            if "rows" in line:
+                found[left[line["case"]]] = line["rows"]
+        if failed:
+            case = left[begun]
+            say(f"left out, {_of(ranks)}, {case.kind} {case.context}: {failed}")
+            left = [case for case in left[begun + 1 :] if case not in found]
+        else:
+            left = []
+    return found
+
+
+def draw(result: Document, path: Path) -> None:
+    """Writes a PNG: time, bytes received and peak memory against the context, and bytes by formula against ranks."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 4)
+    timed = [row for row in result["rows"] if row.get("phase") == "forward+backward"]
+    colours = {"nsa": "tab:blue", "full": "tab:orange"}
+    titles = ("forward + backward, ms", "bytes received a rank", "peak bytes a rank, beyond the inputs")
+    for panel, key, title in zip(panels, ("ms", "bytes", "peak_bytes"), titles, strict=False):
+        for kind, ranks in sorted({(row["attention"], row["ranks"]) for row in timed}):
+            rows = [row for row in timed if (row["attention"], row["ranks"]) == (kind, ranks) and row[key]]
+            if not rows:  # no memory is measured on a CPU
+                continue
+            style = "o-" if ranks > 1 else "o--"
+            label = f"{kind}, {_of(ranks)}"
+            panel.plot([r["context"] for r in rows], [r[key] for r in rows], style, color=colours[kind], label=label)
+            if key == "bytes":
+                model = [row["bytes_by_formula"] for row in rows]
+                panel.plot([r["context"] for r in rows], model, "k+", label=f"{kind}, formula")
+        panel.set_title(title, fontsize=9)
+        panel.set_xlabel("context, tokens")
+    for kind, colour in colours.items():
+        rows = [r for r in result["rows"] if r["what"] == "bytes by formula" and r["attention"] == kind]
+        panels[3].plot([r["ranks"] for r in rows], [r["value"] for r in rows], "o-", color=colour, label=kind)
+    panels[3].set_title("bytes received a rank by formula, 1M tokens", fontsize=9)
+    panels[3].set_xlabel("ranks")
+    for panel in panels:
+        if not panel.has_data():
+            continue
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Measures and writes a JSON file; needs neither Ray nor pydantic."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--contexts", default=",".join(map(str, CONTEXTS)), help="tokens, separated by commas")
+    parser.add_argument("--repeats", type=int, default=0, help="0: about as many as fit into some seconds")
+    args = parser.parse_args()
+    before = os.getloadavg()[0]
+    options = {} if torch.cuda.is_available() else SMALL
+    contexts = tuple(int(n) for n in args.contexts.split(","))
+    rows = measure(contexts, args.ranks, args.repeats, options=options)
+    name = f"sequence-{args.ranks}x{gpu_kind() or 'cpu'}"
+    result = document(name, rows, (before, os.getloadavg()[0]))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    for row in result["rows"]:
+        print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()
