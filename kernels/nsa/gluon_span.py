@@ -66,7 +66,7 @@ def gluon_span_attention(q: Tensor, k: Tensor, v: Tensor, span: Span, scale: flo
     group = heads // kv
     tile, block = ROWS // group, 128
     tiles = triton.cdiv(tokens, 2 * tile)
-    _span_kernel[(min(tiles * kv, _multiprocessors(q.device)),)](
+    _span_kernel[(min(tiles * kv, multiprocessors(q.device)),)](
         _descriptor(q, [tile, group, dim]),
         _descriptor(k.view(keys, kv * dim), [block, dim]),
         _descriptor(v.view(keys, kv * dim_v), [block, dim_v]),
@@ -89,7 +89,7 @@ def gluon_span_attention(q: Tensor, k: Tensor, v: Tensor, span: Span, scale: flo
 
 
 @lru_cache(maxsize=8)
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

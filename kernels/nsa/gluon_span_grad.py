@@ -79,15 +79,15 @@ def gluon_span_backward(
     group = heads // kv
     tile, chunk = ROWS // group, chunk or triton.cdiv(tokens, ROWS) * ROWS
     _grad_kernel[(triton.cdiv(keys, 2 * ROWS), triton.cdiv(tokens, chunk), kv)](
-        _descriptor(q, [tile, group, dim]),
-        _descriptor(k.view(keys, kv * dim), [ROWS, dim]),
-        _descriptor(v.view(keys, kv * dim_v), [ROWS, dim_v]),
-        _descriptor(d_out, [tile, group, dim_v]),
-        _row_descriptor(base, [tile, group]),
-        _row_descriptor(dots, [tile, group]),
-        _descriptor(grads.d_q, [tile, group, 64]),
-        _descriptor(grads.d_k.view(keys, kv * dim), [ROWS, 64]),
-        _descriptor(grads.d_v.view(keys, kv * dim_v), [ROWS, 64]),
+        descriptor(q, [tile, group, dim]),
+        descriptor(k.view(keys, kv * dim), [ROWS, dim]),
+        descriptor(v.view(keys, kv * dim_v), [ROWS, dim_v]),
+        descriptor(d_out, [tile, group, dim_v]),
+        row_descriptor(base, [tile, group]),
+        row_descriptor(dots, [tile, group]),
+        descriptor(grads.d_q, [tile, group, 64]),
+        descriptor(grads.d_k.view(keys, kv * dim), [ROWS, 64]),
+        descriptor(grads.d_v.view(keys, kv * dim_v), [ROWS, 64]),
         span.low,
         span.high,
         seen.low,
@@ -105,12 +105,12 @@ def gluon_span_backward(
     )
 
 
-def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
+def descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
     dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}[x.dtype]
     return TensorDescriptor.from_tensor(x, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
 
 
-def _row_descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
+def row_descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
     """Numbers of rows lie side by side in shared memory."""
     return TensorDescriptor.from_tensor(x, block, gl.NVMMASharedLayout(0, 32, rank=2))
 
