@@ -175,6 +175,7 @@ class ServeTable(Table):
     )
     speculate: int = Field(default=0, ge=0, le=32, description="n-gram guesses a sequence and step; 0: none")
     prefix_cache: bool = True
+    cuda_graphs: bool = Field(default=True, description="decode steps in CUDA graphs, where one GPU serves the model")
 
 
 class Recipe(Table):

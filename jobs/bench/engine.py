@@ -2,8 +2,9 @@
 
 On a CPU ``tiny``'s answers, many at a time, are compared with one request at a time, both with a cache (as
 transformers' ``generate`` has one) and by the plain loop, which has none. Then, on a CPU and on a GPU, two models that
-differ in nothing but their attention compute a prompt, and generate far into their context. For the latter the pages
-are filled with random numbers: what a step costs does not depend on them, and no prompt has to be computed for it.
+differ in nothing but their attention compute a prompt, and generate far into their context, on a GPU in CUDA graphs and
+without. For the latter the pages are filled with random numbers: what a step costs does not depend on them, and no
+prompt has to be computed for it.
 """
 
 from __future__ import annotations
@@ -29,29 +30,44 @@ TARGET = 5.0
 PROMPT, ANSWER, AT_ONCE = 64, 64, 16
 REPEATS, STEPS, WARM = 3, 20, 3
 KINDS = ("nsa", "full")
-MEMORY = 0.8  # of a GPU's memory that is free once the weights are there
+PROMPTS, STEP, PLAIN_STEP = "a prompt", "a decode step", "a decode step, no graph,"
+MEMORY = 0.9  # of a GPU's memory that is free once the weights are there
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What is measured on a kind of device. step: tokens of a chunk of a prompt."""
+    """What is measured on a kind of device. at_once: sequences that generate together, by context. step: tokens of a
+    chunk of a prompt. memory: bytes that it takes."""
 
     recipe: str
     sets: tuple[str, ...]
-    contexts: tuple[int, ...]
-    at_once: tuple[int, ...]
+    at_once: dict[int, tuple[int, ...]]
     step: int
+    memory: float = 0
+
+    @property
+    def most(self) -> int:
+        """Sequences at once."""
+        return max(map(max, self.at_once.values()))
 
 
 SCALES = {
-    "cpu": Scale(
-        "tiny", ("attention.slc_count=8", "attention.window=128"), contexts=(1024, 4096), at_once=(1, 4), step=512
-    ),
+    "cpu": [
+        Scale(
+            "tiny", ("attention.slc_count=8", "attention.window=128"), at_once={1024: (1, 4), 4096: (1, 4)}, step=512
+        )
+    ],
     # groups of 16 heads share keys and values, as in the NSA paper; its block sizes are the defaults
-    "cuda": Scale(
-        "deepseekmoe-2b", ("model.heads=32", "model.kv_heads=2", "parallel.device=cuda"),
-        contexts=(4096, 16384, 65536), at_once=(1, 7, 32), step=2048,
-    ),
+    "cuda": [
+        Scale(
+            "deepseekmoe-2b", ("model.heads=32", "model.kv_heads=2", "parallel.device=cuda"),
+            at_once={4096: (1, 7, 32), 16384: (1, 7, 32), 65536: (1, 7, 32)}, step=2048,
+        ),
+        Scale(
+            "deepseekmoe-16b", ("model.heads=64", "model.kv_heads=4", "parallel.device=cuda"),
+            at_once={4096: (1, 7, 128), 65536: (1, 7)}, step=2048, memory=70e9,
+        ),
+    ],
 }  # fmt: skip
 
 
@@ -88,17 +104,27 @@ def _batching(settings: Settings) -> Iterator[Row]:
 
 
 def _attentions(settings: Settings, device: str) -> Iterator[Row]:
-    scale = SCALES[device]
-    found = {kind: _of_kind(settings, device, scale, kind) for kind in KINDS}
-    for key, ms in found["nsa"].items():
-        what, context, at_once = key
-        tokens = context if what == "a prompt" else at_once
-        facts: dict[str, Any] = {"recipe": scale.recipe, "context": context, "at_once": at_once, "device": device}
-        other = found["full"].get(key)
-        yield time_row(
-            f"{what} with NSA", ms, "the same with full attention" * (other is not None), other,
-            tokens_per_second=1000 * tokens / ms, **facts,
-        )  # fmt: skip
+    import torch
+
+    from shoal.workers.machine import free_memory
+
+    for scale in SCALES[device]:
+        if scale.memory and free_memory(device) < scale.memory:
+            settings.say(f"{scale.recipe}: left out, since it needs {scale.memory / 1e9:.0f} GB")
+            continue
+        found = {}
+        for kind in KINDS:
+            found[kind] = _of_kind(settings, device, scale, kind)
+            torch.cuda.empty_cache()  # for the next one's pages, which are what is free
+        for key, ms in found["nsa"].items():
+            what, context, at_once = key
+            tokens = context if what == PROMPTS else at_once
+            facts: dict[str, Any] = {"recipe": scale.recipe, "context": context, "at_once": at_once, "device": device}
+            other = found["full"].get(key)
+            yield time_row(
+                f"{what} with NSA", ms, "the same with full attention" * (other is not None), other,
+                tokens_per_second=1000 * tokens / ms, **facts,
+            )  # fmt: skip
 
 
 def _of_kind(settings: Settings, device: str, scale: Scale, kind: str) -> dict[tuple[str, int, int], float]:
@@ -107,20 +133,25 @@ def _of_kind(settings: Settings, device: str, scale: Scale, kind: str) -> dict[t
     from shoal.workers.machine import free_memory
 
     model = _model(recipe_of(scale, kind), device)
-    limits = Limits(sequences=max(scale.at_once), step=scale.step, prefix_cache=False)
+    limits = Limits(sequences=scale.most, step=scale.step, prefix_cache=False)
     engine = Engine(model, limits, int(MEMORY * free_memory(device)) if device == "cuda" else None)
     _fill(engine)
-    found = {}
-    _prompt_ms(engine, min(scale.contexts))  # the first one loads kernels
-    for context in scale.contexts:
-        ms = found["a prompt", context, 1] = _prompt_ms(engine, context)
+    found: dict[tuple[str, int, int], float] = {}
+    _prompt_ms(engine, min(scale.at_once))  # the first one loads kernels
+    for context, counts in scale.at_once.items():
+        ms = found[PROMPTS, context, 1] = _prompt_ms(engine, context)
         settings.say(f"{kind}, a prompt of {context}: {ms:.0f} ms, {1000 * context / ms:,.0f} tokens/s")
-        for at_once in scale.at_once:
+        for at_once in counts:
             if at_once * engine.pools.pages(context) > engine.pools.far.size:
                 settings.say(f"{kind}, {context} tokens, {at_once} at once: more than fits into the memory")
                 continue
-            ms = found["a decode step", context, at_once] = _decode_ms(engine, at_once, context, settings.steps)
+            ms = found[STEP, context, at_once] = _decode_ms(engine, at_once, context, settings.steps)
             settings.say(f"{kind}, {context} tokens, {at_once} at once: {ms:.2f} ms a step")
+            if graphs := engine.decode:
+                engine.decode = None
+                ms = found[PLAIN_STEP, context, at_once] = _decode_ms(engine, at_once, context, settings.steps)
+                engine.decode = graphs
+                settings.say(f"{kind}, {context} tokens, {at_once} at once: {ms:.2f} ms a step without a graph")
     return found
 
 
@@ -162,7 +193,7 @@ def _plain(model: Transformer, requests: list[Request]) -> float:
 
 def recipe_of(scale: Scale, kind: str) -> Recipe:
     """The recipe with an attention of ``kind``, for one rank, whatever training would ask for."""
-    sets = (f"attention.kind={kind}", f"model.context={max(scale.contexts)}", "parallel.ranks=1", "parallel.expert=0")
+    sets = (f"attention.kind={kind}", f"model.context={max(scale.at_once)}", "parallel.ranks=1", "parallel.expert=0")
     return load_recipe(scale.recipe, [*scale.sets, *sets, "train.batch=1", "train.accumulate=1", "train.sequence=64"])
 
 

@@ -40,6 +40,15 @@ def experts_backend(name: str, device: torch.device, dtype: torch.dtype) -> type
     return TritonGemms
 
 
+def counts_stay(kind: type[Gemms], device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether these products read no number of rows on the host, so that a CUDA graph can hold them.
+
+    MegaBlocks wants them there, and so does PyTorch's grouped product, but for bfloat16 on Hopper.
+    """
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return hopper and dtype == torch.bfloat16 and not kind.host_counts
+
+
 def _megablocks() -> type[Gemms]:
     if not (find_spec("megablocks") and find_spec("grouped_gemm")):
         raise ValueError(

@@ -19,10 +19,12 @@ class Gemms:
     """Products of rows sorted by expert, for one division into groups. ends: ``[E]`` int32, where each group ends.
 
     Without ends there is one expert for all rows, and weights have no first dimension. triton: whether routing and
-    copying go with it in Triton, as :func:`shoal.kernels.moe.layer.moe_layer` does them.
+    copying go with it in Triton, as :func:`shoal.kernels.moe.layer.moe_layer` does them. host_counts: whether the host
+    has to know how many rows each expert has.
     """
 
     triton = False
+    host_counts = False
 
     def __init__(self, ends: Tensor | None) -> None:
         self.ends = ends

@@ -20,11 +20,12 @@ from shoal.kernels.moe.triton_rows import combine, expand
 
 class MoEOutput(NamedTuple):
     """out: ``[T, H]``, without the residual. counts: ``[N]`` int32, tokens of each expert. sums: ``[N]`` float32, of
-    the scores over tokens, with a gradient: what the balance losses are made of."""
+    the scores over tokens, with a gradient: what the balance losses are made of. experts: ``[T, K]`` int32, chosen."""
 
     out: Tensor
     counts: Tensor
     sums: Tensor
+    experts: Tensor
 
 
 def moe_layer(
@@ -64,7 +65,7 @@ class _MoELayer(torch.autograd.Function):
         shared_down: Tensor | None,
         bias: Tensor | None,
         options: tuple[int, str, bool, type[Gemms]],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         top_k, score, normalize, kind = options
         x, centroids = x.contiguous(), centroids.contiguous()
         choice = choose(x, centroids, top_k, score=score, normalize=normalize, bias=bias)
@@ -78,11 +79,11 @@ class _MoELayer(torch.autograd.Function):
             x, centroids, gate_up, down, shared_up, shared_down, hidden, shared_hidden, *vars(choice).values()
         )
         ctx.options = options
-        ctx.mark_non_differentiable(choice.counts)
-        return out, choice.counts, choice.sums
+        ctx.mark_non_differentiable(choice.counts, choice.experts)
+        return out, choice.counts, choice.sums, choice.experts
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _of_counts: None, sum_grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _counts: None, sum_grads: Tensor, _experts: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, centroids, gate_up, down, shared_up, shared_down, hidden, shared_hidden, *tables = ctx.saved_tensors
         _, score, normalize, kind = ctx.options
         choice, grad = Choice(*tables), grad.contiguous()

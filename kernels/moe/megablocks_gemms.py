@@ -12,6 +12,8 @@ from shoal.kernels.moe.gemms import Gemms
 class MegaBlocksGemms(Gemms):
     """``gmm(rows, weight, counts)``, bf16 on a GPU; the activation is PyTorch's."""
 
+    host_counts = True
+
     def __init__(self, ends: Tensor | None) -> None:
         super().__init__(ends)
         if ends is not None:

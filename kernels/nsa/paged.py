@@ -12,6 +12,7 @@ first ``l/d - 1`` rows do not exist. A query at position t sees the rows ``l/d -
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -85,47 +86,61 @@ def compress_blocks(blocks: Tensor, position: Tensor, w1: Tensor, w2: Tensor) ->
 
 
 @dataclass(frozen=True)
+class DecodeMasks:
+    """What PyTorch's operations read of single queries besides their pages.
+
+    cmp: ``[N, 1, 1, P · l'/d]``, win: ``[N, 1, 1, W · l']``, 0 where visible and -inf where not. blind: ``[N, 1, 1,
+    1]`` bool, queries without a compressed row; None when there is none. forced, later: of ``forced_blocks``.
+    """
+
+    cmp: Tensor
+    win: Tensor
+    blind: Tensor | None
+    forced: Tensor
+    later: Tensor
+
+
+@dataclass(frozen=True)
 class DecodeTables:
     """Single queries, each with pages of its own; shared by all layers.
 
     positions: ``[N]`` int64, in the sequence. far, near: ``[N, KV, P]``, ``[N, KV, W]``, indices of :func:`by_head`;
-    unused places name any page. near_first: ``[N]`` int64, the token that the near pages begin with. cmp_mask:
-    ``[N, 1, 1, P · l'/d]``, win_mask: ``[N, 1, 1, W · l']``, 0 where visible and -inf where not. blind:
-    ``[N, 1, 1, 1]`` bool, queries without a compressed row; None when there is none. forced, later: of
-    ``forced_blocks``. Triton reads positions, pages and ``near_first`` alone.
+    unused places name any page, whose rows must be finite. near_first: ``[N]`` int64, the token that the near pages
+    begin with. blind: False promises that every query sees a compressed row.
     """
 
     positions: Tensor
     far: Tensor
     near: Tensor
     near_first: Tensor
-    cmp_mask: Tensor
-    win_mask: Tensor
-    blind: Tensor | None
-    forced: Tensor
-    later: Tensor
+    sizes: BlockSizes
+    blind: bool = True
+
+    @cached_property
+    def masks(self) -> DecodeMasks:
+        """Made when the first layer asks for them; Triton does not."""
+        t, device = self.positions[:, None], self.positions.device
+        cmp = _visible_rows(self.far.shape[-1], t, self.sizes)
+        keys = self.near_first[:, None] + torch.arange(self.near.shape[-1] * self.sizes.slc_block, device=device)
+        return DecodeMasks(
+            _mask(cmp)[:, None, None],
+            _mask((keys <= t) & (keys > t - self.sizes.window))[:, None, None],
+            ~cmp.any(-1, keepdim=True)[:, None, None] if self.blind else None,
+            *forced_blocks(t[..., None], self.far.shape[-1], self.sizes),
+        )
 
 
 def decode_tables(
     positions: Tensor, far: Tensor, near: Tensor, near_first: Tensor, kv: int, sizes: BlockSizes, blind: bool = True
 ) -> DecodeTables:
     """Tables of N queries. positions: ``[N]``. far: ``[N, P]``, pages of the sequence from its start; near: ``[N, W]``,
-    pages from token ``near_first [N]`` on. All int64, on one device. blind: False promises that every query sees a
-    compressed row."""
-    device, page = positions.device, sizes.slc_block
-    t = positions[:, None]
-    cmp = _visible_rows(far.shape[1], t, sizes)
-    keys = near_first[:, None] + torch.arange(near.shape[1] * page, device=device)
-    return DecodeTables(
-        positions,
-        by_head(far, kv),
-        by_head(near, kv),
-        near_first,
-        _mask(cmp)[:, None, None],
-        _mask((keys <= t) & (keys > t - sizes.window))[:, None, None],
-        ~cmp.any(-1, keepdim=True)[:, None, None] if blind else None,
-        *forced_blocks(t[..., None], far.shape[1], sizes),
-    )
+    pages from token ``near_first [N]`` on. All int64, on one device. blind: as of ``DecodeTables``."""
+    return DecodeTables(positions, by_head(far, kv), by_head(near, kv), near_first, sizes, blind)
+
+
+def reads_in_place(q: Tensor, cache: PagedCache, backend: Backend) -> bool:
+    """Whether :func:`paged_decode` reads keys where they lie, with Triton, instead of copying them."""
+    return backend == "triton" or (backend == "auto" and takes_triton(q, cache.v_slc))
 
 
 def paged_decode(
@@ -141,7 +156,7 @@ def paged_decode(
 
     Everything up to each query's own position must have been written to its pages. backend: as of ``nsa_attention``.
     """
-    if backend == "triton" or (backend == "auto" and takes_triton(q, cache.v_slc)):
+    if reads_in_place(q, cache, backend):
         # Imported here: Triton is not there on every system, and this is of no use without a GPU.
         from shoal.kernels.nsa.triton_paged import triton_paged_decode
 
@@ -149,15 +164,15 @@ def paged_decode(
     n, heads, dim = q.shape
     kv = cache.k_slc.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
-    rows = (q.to(wide) * scale).view(n * kv, heads // kv, dim)
-    p = _decode_weights(rows, read_pages(cache.k_cmp, tables.far), tables.cmp_mask)
-    if tables.blind is not None:
-        p = p.masked_fill(tables.blind, 0)
+    rows, masks = (q.to(wide) * scale).view(n * kv, heads // kv, dim), tables.masks
+    p = _decode_weights(rows, read_pages(cache.k_cmp, tables.far), masks.cmp)
+    if masks.blind is not None:
+        p = p.masked_fill(masks.blind, 0)
     cmp = _decode_values(p, cache.v_cmp, tables.far)
     chosen, mask = _chosen_pages(p, tables, sizes)
     p = _decode_weights(rows, read_pages(cache.k_slc, chosen), mask)
     slc = _decode_values(p, cache.v_slc, chosen)
-    p = _decode_weights(rows, read_pages(cache.k_win, tables.near), tables.win_mask)
+    p = _decode_weights(rows, read_pages(cache.k_win, tables.near), masks.win)
     win = _decode_values(p, cache.v_win, tables.near)
     mixed = torch.stack((cmp, slc, win), -1).view(n, heads, -1, 3) @ gates.to(wide)[..., None]
     return mixed[..., 0].to(q.dtype)
@@ -183,7 +198,7 @@ def _chosen_pages(p_cmp: Tensor, tables: DecodeTables, sizes: BlockSizes) -> tup
     if blocks > sizes.slc_count:
         skipped = sizes.cmp_block // sizes.cmp_stride - 1
         scores = importance(p_cmp.sum(2)[..., skipped:], blocks, sizes)
-        kept = keep_best(scores, tables.forced, tables.later, sizes)
+        kept = keep_best(scores, tables.masks.forced, tables.masks.later, sizes)
         # Places that stay empty name the block after the last: its keys come after the query, which masks them.
         order = torch.where(kept, block, blocks).topk(sizes.slc_count, dim=-1, largest=False, sorted=True).values
         far = far.gather(-1, order.clamp(max=blocks - 1))
@@ -213,7 +228,7 @@ def paged_prefill(
     this many keys, selected attention of PyTorch operations masks dense scores; with more it gathers blocks. It changes
     speed only. backend: as of ``nsa_attention``.
     """
-    if backend == "triton" or (backend == "auto" and takes_triton(q, cache.v_slc)):
+    if reads_in_place(q, cache, backend):
         from shoal.kernels.nsa.triton_paged import triton_paged_prefill
 
         return triton_paged_prefill(q, gates, cache, position, far, near, near_first, sizes, scale)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import IO, Any
 
@@ -454,8 +455,8 @@ def test_the_engine_is_measured_beside_one_request_at_a_time_and_full_attention(
     """In small: the same work on both sides of every ratio, and nothing left in the engine."""
     from shoal.jobs.bench import engine
 
-    small = replace(engine.SCALES["cpu"], contexts=(96, 512), at_once=(1, 2), step=128)
-    for name, value in {"AT_ONCE": 4, "PROMPT": 8, "ANSWER": 6, "SCALES": {"cpu": small}}.items():
+    small = replace(engine.SCALES["cpu"][0], at_once={96: (1, 2), 512: (1, 2)}, step=128)
+    for name, value in {"AT_ONCE": 4, "PROMPT": 8, "ANSWER": 6, "SCALES": {"cpu": [small]}}.items():
         monkeypatch.setattr(engine, name, value)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     said: list[str] = []
@@ -485,10 +486,12 @@ def test_what_is_measured_on_a_gpu_fits_into_one() -> None:
     from shoal.jobs.estimate import estimate
     from shoal.workers.engine.cache import page_bytes
 
-    scale = engine.SCALES["cuda"]
-    for kind in engine.KINDS:
+    for scale, kind in product(engine.SCALES["cuda"], engine.KINDS):
         recipe = engine.recipe_of(scale, kind)
         weights = 2 * estimate(recipe).parameters.total
-        pages = max(scale.at_once) * max(scale.contexts) // recipe.attention.slc_block
+        tokens = max(context * max(counts) for context, counts in scale.at_once.items())
         far, near = page_bytes(recipe, itemsize=2)
-        assert pages * far + 1000 * near < engine.MEMORY * ((78 << 30) - weights)
+        page = recipe.attention.slc_block
+        windows = scale.most * (recipe.attention.window // page + 2) + scale.step // page
+        assert tokens // page * far + windows * near < engine.MEMORY * ((78 << 30) - weights)
+        assert weights < scale.memory or not scale.memory

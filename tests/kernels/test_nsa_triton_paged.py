@@ -29,6 +29,7 @@ from shoal.kernels.nsa.triton_paged import PagedTuning, triton_paged_decode, tri
 from shoal.kernels.nsa.triton_span import SpanTuning  # noqa: E402
 
 Case = tuple[Tensor, Tensor, PagedCache, DecodeTables]
+ARRAYS = ("positions", "far", "near", "near_first")
 
 
 def case(
@@ -73,7 +74,7 @@ def chunk(
 def exact(q: Tensor, gates: Tensor, cache: PagedCache, tables: DecodeTables, sizes: BlockSizes, scale: float) -> Tensor:
     """The same in float64 on the CPU."""
     wide = PagedCache(*(getattr(cache, f.name).cpu().double() for f in fields(cache)))
-    host = DecodeTables(*(getattr(tables, f.name).cpu() for f in fields(tables)))
+    host = replace(tables, **{name: getattr(tables, name).cpu() for name in ARRAYS})
     return paged_decode(q.cpu().double(), gates.cpu().double(), wide, host, sizes, scale)
 
 
@@ -124,7 +125,7 @@ def test_chunks_against_float64(
 def test_no_queries() -> None:
     sizes = BlockSizes(4, 2, 8, 4, 1, 2, 11)
     q, gates, cache, tables = case([5], sizes, 2, 2, (8, 4), torch.float32)
-    nothing = DecodeTables(*(getattr(tables, f.name)[:0] for f in fields(tables)))
+    nothing = replace(tables, **{name: getattr(tables, name)[:0] for name in ARRAYS})
     assert triton_paged_decode(q[:0], gates[:0], cache, nothing, sizes, 0.4).shape == (0, 4, 4)
 
 
@@ -171,7 +172,7 @@ def test_in_a_cuda_graph() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = triton_paged_decode(q, gates, cache, tables, sizes, 0.1)
-    for name in ("positions", "far", "near", "near_first"):
+    for name in ARRAYS:
         getattr(tables, name).copy_(getattr(other, name))
     graph.replay()
     assert torch.equal(out, want)

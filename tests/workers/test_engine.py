@@ -83,8 +83,8 @@ class Mix:
         stops = tuple(rng.sample(range(VOCAB), rng.choice([0, 0, 40])))
         return Request(name, tuple(prompt), Sampling(most, temperature=0.0, stop_tokens=stops))
 
-    def check(self, model: Transformer) -> None:
-        engine = Engine(model, self.limits)
+    def check(self, model: Transformer, fixed: bool | None = None) -> None:
+        engine = Engine(model, self.limits, fixed=fixed)
         for request in self.requests:
             if request not in self.late:
                 engine.add(request)
@@ -118,12 +118,17 @@ def test_greedy_tokens_of_full_attention(seed: int, full: Transformer) -> None:
     Mix(random.Random(seed)).check(full)
 
 
+@pytest.mark.parametrize("seed", range(100, 120))
+def test_greedy_tokens_in_steps_of_fixed_shapes(seed: int, model: Transformer, full: Transformer) -> None:
+    Mix(random.Random(seed)).check(full if seed % 4 == 0 else model, fixed=True)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("start", range(0, 1000, 100))
 def test_greedy_tokens_of_1000_mixes(start: int, model: Transformer) -> None:
     for seed in range(start, start + 100):
-        Mix(random.Random(1000 + seed)).check(model)
+        Mix(random.Random(1000 + seed)).check(model, fixed=seed % 2 == 0)
 
 
 @pytest.fixture

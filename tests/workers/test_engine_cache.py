@@ -15,9 +15,10 @@ from small import VOCAB, small_recipe
 from shoal.kernels.nsa.paged import PagedCache
 from shoal.workers.config import Recipe
 from shoal.workers.data.batch import IGNORE, PackedBatch
-from shoal.workers.engine.cache import PagedAttention, Part, StepTables, make_caches, reach
+from shoal.workers.engine.cache import PagedAttention, make_caches, reach
 from shoal.workers.engine.request import Request, Sampling
 from shoal.workers.engine.sequence import Pools, Sequence
+from shoal.workers.engine.tables import Part, StepTables
 from shoal.workers.model import Transformer
 from shoal.workers.model.feedforward import MoELoad
 

@@ -38,7 +38,9 @@ class EngineActor(RankActor):
         mesh = make_mesh(Placement.of(checked), self.rank, device)
         model = load_model(checked, Path(checkpoints), step, mesh, torch.device(device))
         memory = int(free_memory(device) * checked.serve.memory / (1 if device == "cuda" else self.ranks))
-        self.loop = EngineLoop(Engine(model, limits_of(checked.serve), memory), _agree(mesh))
+        engine = Engine(model, limits_of(checked.serve), memory)
+        engine.warm_up()
+        self.loop = EngineLoop(engine, _agree(mesh))
 
     def submit(self, request: Request, again: bool = False) -> None:
         """Queues a request. again: it was accepted before, by an engine that is gone: a full queue takes it too.
@@ -74,7 +76,7 @@ class EngineActor(RankActor):
 
 def limits_of(s: ServeTable) -> Limits:
     """A recipe's ``[serve]`` table as an engine takes it."""
-    return Limits(s.sequences, s.step_tokens, s.waiting, s.pages, s.speculate, s.prefix_cache)
+    return Limits(s.sequences, s.step_tokens, s.waiting, s.pages, s.speculate, s.prefix_cache, s.cuda_graphs)
 
 
 def _agree(mesh: Mesh) -> Agree:

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from shoal.kernels.nsa.paged import PagedCache
 from shoal.workers.data.batch import IGNORE, PackedBatch
-from shoal.workers.engine.cache import SINGLE, PagedAttention, Part, StepTables, make_caches, page_bytes, reach
+from shoal.workers.engine.cache import PagedAttention, make_caches, page_bytes, reach
+from shoal.workers.engine.decode import DecodeSteps, capturable
 from shoal.workers.engine.request import Busy, Finish, Limits, Load, Output, Request, Sampling, Token
-from shoal.workers.engine.sampling import NO_TOKEN, accepted, choose, spans
+from shoal.workers.engine.sampling import NO_TOKEN, accepted, choose, spans, to_device
 from shoal.workers.engine.scheduler import Chunk, Scheduler
 from shoal.workers.engine.sequence import Pools, Sequence
+from shoal.workers.engine.tables import SINGLE, Part, StepTables
 from shoal.workers.errors import ClusterRefused, InvalidInput
 from shoal.workers.model import Transformer
 from shoal.workers.model.feedforward import MoELoad, Stages, interleave
@@ -30,26 +32,37 @@ class Engine:
     With several ranks every rank steps at the same time, those without requests too: the experts are shared.
     """
 
-    def __init__(self, model: Transformer, limits: Limits, memory: int | None = None) -> None:
-        """memory: bytes that the caches may take; None for no limit.
+    def __init__(
+        self, model: Transformer, limits: Limits, memory: int | None = None, fixed: bool | None = None
+    ) -> None:
+        """memory: bytes that the caches may take; None for no limit. fixed: whether decode steps have fixed shapes, in
+        CUDA graphs on a GPU; None: where a graph can hold them and ``limits`` want graphs.
 
         Raises ClusterRefused when the pages of one sequence at full context do not fit.
         """
         self.model, self.limits = model, limits
         recipe = model.recipe
         self.context, self.device = recipe.model.context, next(model.parameters()).device
+        fixed = limits.graphs and capturable(model) if fixed is None else fixed
         self.pools = self._make_pools(memory)
         self.scheduler = Scheduler(limits, self.pools, self.context)
         self.sequences: dict[str, Sequence] = {}
         self._load = Load(capacity=limits.sequences, pages=self.pools.far.size)
-        self._experts: Tensor | None = None  # [MoE layers, experts]
+        layers = sum(block.moe is not None for block in model.layers)
+        counts = torch.zeros(layers, recipe.moe.experts, dtype=torch.int64, device=self.device)
+        self._experts: Tensor | None = counts if layers else None
         self._accepted = 0
         placement = model.mesh.placement
         self._apart = bool(placement.experts) and set(placement.attention) != set(placement.experts)
         if model.hosts_attention:
-            layers: list[Any] = [block.attention for block in model.layers]
-            caches = make_caches(recipe, self.pools.far.size, self.pools.near.size, model.dtype, self.device)
-            self.caches: dict[nn.Module, PagedCache] = dict(zip(layers, caches, strict=True))
+            attentions: list[Any] = [block.attention for block in model.layers]
+            scratch = self.pools.far.size, self.pools.near.size
+            caches = make_caches(recipe, scratch[0] + fixed, scratch[1] + fixed, model.dtype, self.device)
+            self.caches: dict[nn.Module, PagedCache] = dict(zip(attentions, caches, strict=True))
+        self.decode: DecodeSteps | None = None
+        if fixed:
+            most = min(limits.step, limits.sequences * (1 + min(limits.speculate, SINGLE - 1)))
+            self.decode = DecodeSteps(model, self.caches, scratch, most, self._experts, self.device.type == "cuda")
 
     def _make_pools(self, memory: int | None) -> Pools:
         recipe, limits = self.model.recipe, self.limits
@@ -58,7 +71,7 @@ class Engine:
         near = 0
         if back:
             each = -(-back // page) + 2
-            near = limits.sequences * each * (1 + CACHED_SEQUENCES) + -(-limits.step // page)
+            near = limits.sequences * each * (1 + CACHED_SEQUENCES * limits.prefix_cache) + -(-limits.step // page)
         far = limits.pages or limits.sequences * whole
         if memory is not None and self.model.hosts_attention:
             far_bytes, near_bytes = page_bytes(recipe, self.model.dtype.itemsize)
@@ -124,6 +137,11 @@ class Engine:
         self._count(chunks, outputs, prompt, time.perf_counter() - began)
         return [o for o in outputs if o.tokens or o.finish]
 
+    def warm_up(self) -> None:
+        """Prepares what steps need and what is slow the first time. Without it they are slow the first time."""
+        if self.decode and self.decode.capture:
+            self.decode.warm_up()
+
     def load(self) -> Load:
         """How busy this engine is."""
         return replace(
@@ -139,7 +157,6 @@ class Engine:
 
     def _compute(self, chunks: list[Chunk], parts: int) -> list[list[Token]]:
         """Of each chunk the tokens chosen after its last token and after each guess; none if it ends before."""
-        hidden = torch.cat(interleave([self._forward(chunks[part::parts]) for part in range(parts)]))
         order = [chunk for part in range(parts) for chunk in chunks[part::parts]]
         rows: list[int] = []
         places: list[int] = []
@@ -149,13 +166,20 @@ class Engine:
                 rows += range(span.start + chunk.count - 1, span.stop)
                 samplings += [chunk.sequence.request.sampling] * (1 + len(chunk.guesses))
                 places += range(chunk.sequence.generated, chunk.sequence.generated + 1 + len(chunk.guesses))
+        logits = self._logits(chunks, parts, rows)
         if not rows:
             return [[] for _ in chunks]
-        logits = self.model.logits(hidden[torch.tensor(rows, device=self.device)])
         chosen = choose(logits, samplings, places)
         counts = spans([1 + len(c.guesses) if c.samples else 0 for c in order])
         found = {id(chunk): chosen[span] for chunk, span in zip(order, counts, strict=True)}
         return [found[id(chunk)] for chunk in chunks]
+
+    def _logits(self, chunks: list[Chunk], parts: int, rows: list[int]) -> Tensor:
+        """``[len(rows), vocab]`` of rows of the chunks, computed in ``parts`` halves."""
+        if self.decode and self.decode.fits(one_step := [_part(c) for c in chunks]):
+            return _rows(self.decode.logits(one_step), rows)
+        hidden = torch.cat(interleave([self._forward(chunks[part::parts]) for part in range(parts)]))
+        return self.model.logits(_rows(hidden, rows)) if rows else hidden
 
     def _forward(self, chunks: list[Chunk]) -> Stages:
         """Hidden states ``[tokens, hidden]`` of chunks, short ones first."""
@@ -165,9 +189,7 @@ class Engine:
         load = MoELoad(max(1, len(ids)), balance=False)
         attention = PagedAttention(tables, self.caches) if self.model.hosts_attention else None
         hidden = yield from self.model.stages(batch, load, attention)
-        if load.counts:
-            counts = torch.stack(load.counts)
-            self._experts = counts if self._experts is None else self._experts + counts
+        load.add_to(self._experts)
         return hidden
 
     def _take(self, chunk: Chunk, tokens: list[Token]) -> Output:
@@ -229,3 +251,10 @@ def _part(chunk: Chunk) -> Part:
     s = chunk.sequence
     tokens = (*s.tokens[s.computed : s.computed + chunk.count], *chunk.guesses)
     return Part(tokens, s.computed, s.far.array, np.fromiter(s.near, np.int64), s.near_start)
+
+
+def _rows(x: Tensor, rows: list[int]) -> Tensor:
+    """``x[rows]``, without a copy of all of them, and without waiting for a GPU."""
+    if rows == list(range(len(x))):
+        return x
+    return x.index_select(0, to_device(torch.tensor(rows, dtype=torch.int64), x.device))

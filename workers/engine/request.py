@@ -126,7 +126,8 @@ class Limits:
 
     sequences: requests computed together. step: tokens of one step, over all of them; a longer prompt is computed in
     chunks. waiting: requests in the queue; more are refused. pages: cache pages of l' tokens at most; 0 for as many as
-    all sequences need at full context. speculate: n-gram guesses a sequence and step; 0 for none.
+    all sequences need at full context. speculate: n-gram guesses a sequence and step; 0 for none. graphs: decode steps
+    in CUDA graphs, where that can be.
     """
 
     sequences: int = 32
@@ -135,3 +136,4 @@ class Limits:
     pages: int = 0
     speculate: int = 0
     prefix_cache: bool = True
+    graphs: bool = True

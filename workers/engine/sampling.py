@@ -6,6 +6,7 @@ So a token does not depend on what else is in the batch, and a request that is c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -46,11 +47,41 @@ def _choose(logits: Tensor, samplings: Sequence[Sampling], places: Sequence[int]
     best, ids = logits.max(-1)  # NaN, where there is one
     spoilt = ~torch.isfinite(best)
     for draw, rows in ((_draw_any, _rows(samplings, cut=False)), (_draw_likely, _rows(samplings, cut=True))):
-        if rows:
-            index = torch.tensor(rows, device=logits.device)
-            numbers = [uniform(samplings[i].seed, places[i]) for i in rows]
-            ids[index] = draw(logits[index], [samplings[i] for i in rows], numbers)
+        if not rows:
+            continue
+        draws = Draws.of([samplings[i] for i in rows], [places[i] for i in rows], logits)
+        if len(rows) == len(samplings):
+            ids = draw(logits, draws)
+        else:
+            index = to_device(torch.tensor(rows), logits.device)
+            ids = ids.index_copy(0, index, draw(logits.index_select(0, index), draws))
     return _with_logprobs(logits, ids.masked_fill(spoilt, NO_TOKEN), samplings)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How rows of logits are drawn from: columns ``[n, 1]`` float64 on their device. number: uniform in [0, 1)."""
+
+    number: Tensor
+    temperature: Tensor
+    top_k: Tensor
+    min_p: Tensor
+    top_p: Tensor
+
+    @staticmethod
+    def of(samplings: Sequence[Sampling], places: Sequence[int], logits: Tensor) -> Draws:
+        """All columns in one copy, which nothing waits for."""
+        vocab = logits.shape[-1]
+        rows = [
+            (uniform(s.seed, place), s.temperature, s.top_k or vocab, s.min_p, s.top_p)
+            for s, place in zip(samplings, places, strict=True)
+        ]
+        return Draws(*to_device(torch.tensor(rows, dtype=torch.float64), logits.device).split(1, dim=1))
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device, which the host does not wait for."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
 def _rows(samplings: Sequence[Sampling], cut: bool) -> list[int]:
@@ -59,49 +90,45 @@ def _rows(samplings: Sequence[Sampling], cut: bool) -> list[int]:
     return [i for i, s in drawn if cut == (s.top_k > 0 or s.top_p < 1 or s.min_p > 0)]
 
 
-def _probabilities(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+def _probabilities(logits: Tensor, temperature: Tensor) -> Tensor:
     """Softmax at each row's temperature, float64."""
     gap = (logits - logits.amax(-1, keepdim=True)).double()  # at most 0: no temperature makes infinities of it
-    return torch.softmax((gap / _column(gap, [s.temperature for s in samplings])).nan_to_num(neginf=-1e300), -1)
+    return torch.softmax((gap / temperature).nan_to_num(neginf=-1e300), -1)
 
 
-def _column(like: Tensor, values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]
-
-
-def _draw_any(logits: Tensor, samplings: Sequence[Sampling], numbers: Sequence[float]) -> Tensor:
+def _draw_any(logits: Tensor, draws: Draws) -> Tensor:
     """Inverse-transform sampling over all tokens in the order of their ids."""
-    total = _probabilities(logits, samplings).cumsum(-1)
-    at = torch.searchsorted(total, (_column(total, numbers) * total[:, -1:]).contiguous(), right=True)
+    total = _probabilities(logits, draws.temperature).cumsum(-1)
+    at = torch.searchsorted(total, (draws.number * total[:, -1:]).contiguous(), right=True)
     return at.clamp(max=logits.shape[-1] - 1)[:, 0]
 
 
-def _draw_likely(logits: Tensor, samplings: Sequence[Sampling], numbers: Sequence[float]) -> Tensor:
+def _draw_likely(logits: Tensor, draws: Draws) -> Tensor:
     """Inverse-transform sampling among the likely tokens; of equally likely ones the lower ids are kept."""
     ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
-    p = _probabilities(ordered, samplings)
+    p = _probabilities(ordered, draws.temperature)
     place = torch.arange(p.shape[-1], device=p.device)
-    kept = place < _column(p, [s.top_k or p.shape[-1] for s in samplings])
-    kept &= p >= _column(p, [s.min_p for s in samplings]) * p[:, :1]
+    kept = place < draws.top_k
+    kept &= p >= draws.min_p * p[:, :1]
     # top_p counts the mass of what the other two leave
     p = p * kept
     total = p.cumsum(-1)
-    kept &= total - p < _column(p, [s.top_p for s in samplings]) * total[:, -1:]
+    kept &= total - p < draws.top_p * total[:, -1:]
     kept[:, 0] = True
     # Drawn in the order of ids, as without a cut: rounding may swap the places of two that are equally likely.
     total = torch.zeros_like(p).scatter_(-1, ids, p * kept).cumsum(-1)
-    at = torch.searchsorted(total, (_column(p, numbers) * total[:, -1:]).contiguous(), right=True)
+    at = torch.searchsorted(total, (draws.number * total[:, -1:]).contiguous(), right=True)
     last = torch.searchsorted(total, total[:, -1:].contiguous())  # the last that is kept: rounding must not lead past
     return torch.minimum(at, last)[:, 0]
 
 
 def _with_logprobs(logits: Tensor, ids: Tensor, samplings: Sequence[Sampling]) -> list[Token]:
-    chosen = ids.tolist()
+    chosen = ids.tolist()  # waits for all that was computed
     asked = [i for i, s in enumerate(samplings) if s.logprobs is not None]
     if not asked:
         return [Token(i) for i in chosen]
     tokens = [Token(i) for i in chosen]
-    rows = torch.tensor(asked, device=logits.device)
+    rows = to_device(torch.tensor(asked), logits.device)
     logprobs = torch.log_softmax(logits[rows], -1)
     most = min(logits.shape[-1], max(samplings[i].logprobs or 0 for i in asked))
     best, which = (x.tolist() for x in logprobs.topk(most, dim=-1))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from shoal.kernels.moe import balance_loss, grouped_ffn, hash_route, load_fractions, route, swiglu_ffn
-from shoal.kernels.moe.backend import experts_backend
+from shoal.kernels.moe.backend import counts_stay, experts_backend
 from shoal.kernels.moe.gemms import Gemms
 from shoal.kernels.moe.router import Routing
 from shoal.workers.config import Recipe
@@ -66,13 +66,28 @@ class MoELoad:
 
     tokens: T of the balance losses, over all ranks and micro-batches. fractions: f of each layer where it is known
     beforehand (accumulation), else it is taken from this micro-batch of all ranks. balance: False for no losses, and
-    counts of this dispatch group only, which cost no exchange.
+    counts of this dispatch group only, which cost no exchange. live: ``[T]`` int64, 1 for tokens that count and 0 for
+    others, of one rank alone; None where all do.
     """
 
-    def __init__(self, tokens: int, fractions: list[Tensor] | None = None, balance: bool = True) -> None:
-        self.tokens, self.fractions, self.balance = tokens, fractions, balance
+    def __init__(
+        self, tokens: int, fractions: list[Tensor] | None = None, balance: bool = True, live: Tensor | None = None
+    ) -> None:
+        self.tokens, self.fractions, self.balance, self.live = tokens, fractions, balance, live
         self.counts: list[Tensor] = []
+        self.chosen: list[Tensor] = []  # ``[T, K]`` a layer, instead of counts, where not all tokens count
         self.losses: list[Tensor] = []
+
+    def add_to(self, total: Tensor | None) -> None:
+        """Adds the tokens that chose each routed expert to ``[MoE layers, experts]`` int64; None without MoE layers."""
+        if total is None:
+            return
+        if self.live is None:
+            total += torch.stack(self.counts)
+            return
+        chosen = torch.stack(self.chosen).long().flatten(1)
+        each = self.live[:, None].expand(-1, chosen.shape[1] // len(self.live)).reshape(-1)
+        total.scatter_add_(1, chosen, each.expand(len(chosen), -1))
 
 
 class MoE(nn.Module):
@@ -86,7 +101,7 @@ class MoE(nn.Module):
         moe, hidden = recipe.moe, recipe.model.hidden
         self.table, self.balance, self.mesh = moe, recipe.balance, mesh
         self.sent_shared = moe.shared_experts if moe.shared == "dispatched" else 0
-        self.products = _backend(moe.backend, device, dtype)
+        self.products, self.dtype = _backend(moe.backend, device, dtype), dtype
         # All of the layer on this rank: no rows are exchanged, and they need not exist for the backward pass.
         alone = mesh.dispatch.size == 1 and not self.sent_shared
         self.whole = alone and moe.router == "softmax" and self.products.triton
@@ -100,6 +115,11 @@ class MoE(nn.Module):
                 self.shared = ExpertStack(names, hidden, moe.expert_hidden)
         if mesh.hosts_experts:
             self.experts = ExpertStack([self._name(e) for e in self.dispatcher.local], hidden, moe.expert_hidden)
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the layer can be part of a CUDA graph: all of it here, and no count read by the host."""
+        return self.mesh.world.size == 1 and counts_stay(self.products, self.dispatcher.slots.device, self.dtype)
 
     def _name(self, expert: int) -> str:
         routed = self.table.experts
@@ -123,7 +143,10 @@ class MoE(nn.Module):
             rows = grouped_ffn(rows, counts, self.experts.gate_up, self.experts.down, self.products)
         returned = flight.give_back(rows)
         sums = None if routing.scores is None else routing.scores.sum(0)
-        self._count(sums, flight.expert_counts()[: self.table.experts], load)
+        if load.live is None:
+            self._count(sums, flight.expert_counts()[: self.table.experts], load)
+        else:
+            load.chosen.append(routing.experts)
         yield
         out = flight.combine(returned, gates)
         return out if local is None else out + local
@@ -136,7 +159,10 @@ class MoE(nn.Module):
         weights = (self.centroids, self.experts.gate_up, self.experts.down)
         normalize = self.table.normalize_gates
         result = moe_layer(x, *weights, shared, self.table.top_k, normalize=normalize, kind=self.products)
-        self._count(result.sums, result.counts.long(), load)
+        if load.live is None:
+            self._count(result.sums, result.counts.long(), load)
+        else:
+            load.chosen.append(result.experts)
         return result.out
 
     def _route(self, x: Tensor, tokens: Tensor) -> Routing:

@@ -1,0 +1,244 @@
+"""Decode steps of fixed shapes: the same operations whatever the requests, so that a CUDA graph holds a whole step.
+
+A step has 1, 2, 4, 8 … rows, each a token with pages of its own. What a row is lies in one array of numbers, copied to
+the device before the step; everything else is worked out there. Rows that nobody needs write to a page that nobody
+reads, and count for nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from shoal.kernels.nsa.paged import PagedCache, decode_tables
+from shoal.workers.data.batch import PackedBatch
+from shoal.workers.engine.cache import PagedAttention, reach
+from shoal.workers.engine.tables import SINGLE, Compressed, Part, Tables, sizes_of
+from shoal.workers.model import Transformer
+from shoal.workers.model.feedforward import MoE, MoELoad, run
+
+MOST_ROWS = 256
+FEWEST_PAGES = 64  # that a graph has room for: below, a step costs the same
+BOTH = 8  # rows up to which a step without compressed rows has a graph of its own: of more, some row mostly ends one
+ALIGNED = 16  # numbers: an array that begins anywhere else would be another variant of a Triton kernel
+
+
+@dataclass(frozen=True)
+class Shape:
+    """rows: of a step. pages: far pages that a row may have. compress: whether compressed rows may end."""
+
+    rows: int
+    pages: int
+    compress: bool
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the rows of a step are, int64, on the device. tokens, positions: ``[B]``. live: ``[B]``, 1 for rows that
+    somebody needs. near_start: ``[B]``, the number of the first near page. near: ``[B, W]``, far: ``[B, P]``."""
+
+    tokens: Tensor
+    positions: Tensor
+    live: Tensor
+    near_start: Tensor
+    near: Tensor
+    far: Tensor
+
+
+class RowTables(Tables):
+    """Tables of single rows, made on the device. scratch: the far page for compressed rows that do not end."""
+
+    def __init__(self, model: Transformer, rows: Rows, compress: bool, scratch: int) -> None:
+        recipe = model.recipe
+        super().__init__(recipe, rows.tokens, rows.positions, model.dtype)
+        page = self.sizes.slc_block
+        own, at = rows.positions // page, rows.positions % page
+        self.far = self.to_rows(_pick(rows.far, own), at)
+        self.near = self.far[:0]
+        if self.nsa:
+            self.near = self.to_rows(_pick(rows.near, own - rows.near_start), at)
+            self.compressed = self._compress(rows, scratch) if compress else None
+        first = rows.near_start * page
+        tables = decode_tables(rows.positions, rows.far, rows.near, first, recipe.model.kv_heads, self.sizes)
+        self.whole = [(slice(0, len(at)), tables)]
+
+    def _compress(self, rows: Rows, scratch: int) -> Compressed:
+        """A compressed row for every row of the step; those that do not end yet go to the scratch page."""
+        s, page, t = self.sizes, self.sizes.slc_block, rows.positions
+        per = page // s.cmp_stride
+        ended = ((t + 1) // s.cmp_stride - 1).clamp(min=0)
+        begins = (ended + 1) * s.cmp_stride - s.cmp_block
+        ends = ((t + 1) % s.cmp_stride == 0) & (begins >= 0)
+        keys = (begins[:, None] + torch.arange(s.cmp_block, device=t.device)).clamp(min=0)
+        near = (keys // page - rows.near_start[:, None]).clamp(0, rows.near.shape[1] - 1)
+        far = torch.where(ends, _pick(rows.far, ended // per), scratch)
+        return Compressed(
+            self.to_compressed(far, ended % per), rows.near.gather(1, near), keys % page, self.rope(keys[:, 0])
+        )
+
+
+class DecodeSteps:
+    """Steps of short parts over a model's caches. With ``capture`` each shape is a CUDA graph, made when it is first
+    needed or by :meth:`warm_up`; without, the same operations run one by one.
+
+    scratch: a far and a near page of the caches that no sequence has. experts: ``[MoE layers, experts]`` int64, to
+    which the choices of live rows are added; None without MoE layers.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        caches: dict[nn.Module, PagedCache],
+        scratch: tuple[int, int],
+        most: int,
+        experts: Tensor | None,
+        capture: bool,
+    ) -> None:
+        self.model, self.caches, self.scratch, self.experts, self.capture = model, caches, scratch, experts, capture
+        self.sizes, self.nsa = sizes_of(model.recipe), model.recipe.attention.kind == "nsa"
+        self.device = next(model.parameters()).device
+        whole = -(-model.recipe.model.context // self.sizes.slc_block)
+        self.rows, self.pages = _doubled(min(most, MOST_ROWS)), _quartered(whole)
+        back = reach(model.recipe)
+        self.windows = (back + SINGLE) // self.sizes.slc_block + 2 if back else 0
+        size = self._places(Shape(self.rows[-1], self.pages[-1], False))[-1][0].stop
+        self.numbers = torch.zeros(size, dtype=torch.int64, device=self.device)
+        if capture:
+            self.out = torch.empty(self.rows[-1], model.recipe.model.vocab, dtype=model.dtype, device=self.device)
+            self.graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
+
+    def fits(self, parts: Sequence[Part]) -> bool:
+        """Whether these parts can be one step: at least one token, and no part too long."""
+        tokens = sum(len(p.tokens) for p in parts)
+        return 0 < tokens <= self.rows[-1] and all(len(p.tokens) <= SINGLE for p in parts)
+
+    def logits(self, parts: Sequence[Part]) -> Tensor:
+        """``[T, vocab]`` of the tokens of all parts, to be read before the next step."""
+        count = sum(len(p.tokens) for p in parts)
+        shape = self._shape(parts, count)
+        self._put(parts, shape)
+        return self._run(shape)[:count]
+
+    def shapes(self) -> Iterator[Shape]:
+        """All there are, the largest first, whose memory the others can use."""
+        for rows in reversed(self.rows):
+            for pages in reversed(self.pages):
+                yield from (Shape(rows, pages, c) for c in self._ways(rows))
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Makes the graphs of all shapes."""
+        for shape in self.shapes():
+            self._put((), shape)
+            self._run(shape)
+
+    def _ways(self, rows: int) -> tuple[bool, ...]:
+        if not self.nsa:
+            return (False,)
+        return (True, False) if rows <= BOTH else (True,)
+
+    def _shape(self, parts: Sequence[Part], count: int) -> Shape:
+        rows = next(n for n in self.rows if n >= count)
+        longest = max(len(p.far) for p in parts)
+        stride = self.sizes.cmp_stride
+        ends = any(p.stop // stride > p.start // stride for p in parts)
+        compress = self.nsa and (ends or rows > BOTH)
+        return Shape(rows, next(n for n in self.pages if n >= longest), compress)
+
+    def _places(self, shape: Shape) -> list[tuple[slice, tuple[int, ...]]]:
+        """Where the arrays of ``Rows`` lie in one flat array, and their shapes."""
+        n, at = shape.rows, 0
+        found: list[tuple[slice, tuple[int, ...]]] = []
+        for dims in ((n,), (n,), (n,), (n,), (n, self.windows), (n, shape.pages)):
+            found.append((slice(at, at + math.prod(dims)), dims))
+            at += -(-math.prod(dims) // ALIGNED) * ALIGNED
+        return found
+
+    def _put(self, parts: Sequence[Part], shape: Shape) -> None:
+        """Copies what the rows are to the device, without waiting for it."""
+        places = self._places(shape)
+        size = places[-1][0].stop
+        host = torch.empty(size, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        flat, row = host.numpy(), 0
+        tokens, positions, live, near_start, near, far = (flat[place].reshape(dims) for place, dims in places)
+        for p in parts:
+            rows = slice(row, row + len(p.tokens))
+            tokens[rows], positions[rows] = p.tokens, range(p.start, p.stop)
+            live[rows], near_start[rows] = 1, p.near_start
+            _fill(far[rows], p.far)
+            _fill(near[rows], p.near)
+            row = rows.stop
+        for array in (tokens, positions, live, near_start):
+            array[row:] = 0
+        far[row:], near[row:] = self.scratch
+        self.numbers[:size].copy_(host, non_blocking=True)
+
+    def _run(self, shape: Shape) -> Tensor:
+        """Logits ``[rows, vocab]`` of what was put."""
+        if not self.capture:
+            return self._compute(shape)
+        if shape not in self.graphs:
+            self.graphs[shape] = self._graph(shape)
+        self.graphs[shape].replay()
+        return self.out[: shape.rows]
+
+    def _graph(self, shape: Shape) -> torch.cuda.CUDAGraph:
+        """Captures a step. It is computed once before, which compiles and loads what is not to be loaded during it."""
+        graph, counted = torch.cuda.CUDAGraph(), None if self.experts is None else self.experts.clone()
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            self._compute(shape)
+            if self.experts is not None and counted is not None:
+                self.experts.copy_(counted)
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        # Only this thread may not allocate meanwhile; others have nothing to do with the capture.
+        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+            self.out[: shape.rows].copy_(self._compute(shape))
+        return graph
+
+    def _compute(self, shape: Shape) -> Tensor:
+        """What a graph holds: nothing in it depends on a number that the host would have to know."""
+        rows = Rows(*(self.numbers[place].view(dims) for place, dims in self._places(shape)))
+        batch = PackedBatch(rows.tokens, rows.tokens, rows.positions, (0, shape.rows))
+        tables = RowTables(self.model, rows, shape.compress, self.scratch[0])
+        load = MoELoad(shape.rows, balance=False, live=rows.live)
+        hidden = run(self.model.stages(batch, load, PagedAttention(tables, self.caches)))
+        load.add_to(self.experts)
+        return self.model.logits(hidden)
+
+
+def capturable(model: Transformer) -> bool:
+    """Whether a CUDA graph can hold a step: on one GPU, with experts whose counts stay there."""
+    layers = (block.moe for block in model.layers if isinstance(block.moe, MoE))
+    alone = model.mesh.world.size == 1 and next(model.parameters()).device.type == "cuda"
+    return alone and all(layer.on_device for layer in layers)
+
+
+def _doubled(most: int) -> list[int]:
+    """1, 2, 4, 8 … up to the first that is ``most`` or more."""
+    return [1 << i for i in range((most - 1).bit_length() + 1)]
+
+
+def _quartered(whole: int) -> list[int]:
+    """``whole``, a quarter of it, and so on, the smallest first."""
+    sizes = [whole]
+    while sizes[-1] > FEWEST_PAGES:
+        sizes.append(-(-sizes[-1] // 4))
+    return sizes[::-1]
+
+
+def _pick(table: Tensor, column: Tensor) -> Tensor:
+    """Of each row of ``[B, n]`` the element in its column ``[B]``."""
+    return table.gather(1, column[:, None])[:, 0]
+
+
+def _fill(rows: np.ndarray, pages: np.ndarray) -> None:
+    """Puts pages into each row, filled up with the first of them, which is its own to read."""
+    rows[:, : len(pages)] = pages
+    rows[:, len(pages) :] = pages[0] if len(pages) else 0
