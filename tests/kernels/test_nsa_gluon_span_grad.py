@@ -22,7 +22,7 @@ SCALE = 0.1
 
 def drawn(tables: PackTables, branch: str, kv: int, group: int, dim_v: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """q, k, v, d_out, base and dots, with bases that make the weights of a row sum up to about one."""
-    rows, keys = tables.tokens, tables.tokens if branch == "window" else tables.cmp_seen.low.numel()
+    rows, keys = tables.starts.numel(), getattr(tables, f"{branch}_seen").low.numel()
     q, k = draw(rows, kv * group, 128, dtype=dtype, seed=1), draw(keys, kv, 128, dtype=dtype, seed=2)
     v, d_out = draw(keys, kv, dim_v, dtype=dtype, seed=3), draw(rows, kv * group, dim_v, dtype=dtype, seed=4)
     span = getattr(tables, branch)
