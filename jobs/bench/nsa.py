@@ -204,10 +204,10 @@ def _forward_parts(problem: Problem) -> list[Row]:
 
 @torch.no_grad()
 def _backward_parts(problem: Problem) -> list[Row]:
-    from shoal.kernels.nsa.triton_backward import BackwardTuning, row_sums
+    from shoal.kernels.nsa.triton_backward import BackwardTuning, branch_backward, row_sums
     from shoal.kernels.nsa.triton_forward import nsa_forward
     from shoal.kernels.nsa.triton_gather_grad import selected_backward
-    from shoal.kernels.nsa.triton_span_grad import Grads, span_backward
+    from shoal.kernels.nsa.triton_span_grad import Grads
     from shoal.kernels.nsa.triton_tables import make_tables
 
     q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = problem.inputs
@@ -221,14 +221,17 @@ def _backward_parts(problem: Problem) -> list[Row]:
     )
     parts = {
         "row sums": lambda: row_sums(d_out, gates, f),
-        "compressed": lambda: span_backward(
-            *(q, k_cmp, v_cmp, d_out, bases[0], dots[0], tables.cmp, tables.cmp_seen, scale, cmp), tuning=tuning.cmp
+        "compressed": lambda: branch_backward(
+            *(q, k_cmp, v_cmp, d_out, bases[0], dots[0], tables.cmp, tables.cmp_seen, scale, cmp),
+            deterministic=False,
+            tuning=tuning.cmp,
         ),
         "selected": lambda: selected_backward(
             *(q, k_slc, v_slc, d_out, bases[1], dots[1], f.blocks, tables, scale, slc), tuning=tuning.selected
         ),
-        "window": lambda: span_backward(
+        "window": lambda: branch_backward(
             *(q, k_win, v_win, d_out, bases[2], dots[2], tables.window, tables.window_seen, scale, win),
+            deterministic=False,
             tuning=tuning.window,
         ),
     }

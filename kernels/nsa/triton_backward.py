@@ -70,7 +70,7 @@ def nsa_backward(
         (2, win, k_win, v_win, tables.window, tables.window_seen, tuning.window),
     ):
         args = (q, k, v, d_out, bases[side], dots[side], span, seen, scale, branch)
-        _branch_backward(*args, deterministic=deterministic, tuning=tuned)
+        branch_backward(*args, deterministic=deterministic, tuning=tuned)
     if arrive is not None:
         arrive()
     selected = (q, k_slc, v_slc, d_out, bases[1], dots[1], forward.blocks, tables, scale, slc)
@@ -83,7 +83,7 @@ def nsa_backward(
     return (d_q, *keys, d_gates)
 
 
-def _branch_backward(
+def branch_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
