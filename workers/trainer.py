@@ -18,7 +18,7 @@ from shoal.workers.data.loader import TrainLoader, ValLoader
 from shoal.workers.guard import first_bad_layer
 from shoal.workers.mesh import Group, Mesh
 from shoal.workers.model import Transformer
-from shoal.workers.model.feedforward import MoELoad, named_views
+from shoal.workers.model.feedforward import MoE, MoELoad, named_views
 from shoal.workers.optimizer import MasterAdamW
 from shoal.workers.schedule import learning_rate
 from shoal.workers.validate import validate
@@ -50,6 +50,7 @@ class Trainer:
         self.model = Transformer(recipe, mesh, device)
         self.parameters = dict(self.model.named_parameters())
         self.optimizer = MasterAdamW(list(self.parameters.values()), recipe.train)
+        self.reads = [m.dispatcher.reads for m in self.model.modules() if isinstance(m, MoE)]
         self.on_experts = [".moe.experts." in name for name in self.parameters]
         self.step = self.saved_step = 0
         self.loader = self._loader(None)
@@ -83,6 +84,7 @@ class Trainer:
     def train_step(self) -> Record:
         """One optimizer step on the next global batch; returns its record (the same on every rank but for times)."""
         t, started = self.recipe.train, time.perf_counter()
+        reads, waited = sum(r.count for r in self.reads), sum(r.seconds for r in self.reads)
         self.step += 1
         # every step has its own seed: random numbers do not depend on what ran before, so a resumed run draws the same
         torch.manual_seed((t.seed * 1_000_003 + self.step) % 2**63)
@@ -110,6 +112,8 @@ class Trainer:
             "grad_norm": norm,
             "step_seconds": seconds,
             "tokens_per_second": t.batch * t.sequence / seconds,
+            "dispatch_reads": sum(r.count for r in self.reads) - reads,
+            "dispatch_wait_seconds": sum(r.seconds for r in self.reads) - waited,
             "expert_imbalance": sum(map(max, load)) / len(load) if load else 1.0,
             "time": time.time(),
             "load": load,

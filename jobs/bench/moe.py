@@ -142,11 +142,12 @@ def main() -> None:
     result = measure("moe", Settings(repeats=chosen.repeats))
     path = write(result, chosen.out)
     for row in result["rows"]:
-        print(_line(row))
+        print(line(row))
     print(f"written to {path}")
 
 
-def _line(row: Row) -> str:
+def line(row: Row) -> str:
+    """A row for a terminal."""
     facts = " ".join(f"{row[key]:>6}" if key == "tokens" else f"{row[key]:17}" for key in FACTS if key in row)
     figure = f"{row['ms']:9.3f} ms" if "ms" in row else f"{row['value']:9.1f} {row['unit']}"
     baseline = row.get("baseline_ms", row.get("baseline_value"))
@@ -154,7 +155,7 @@ def _line(row: Row) -> str:
     return f"{row['what'][:38]:38} {facts:42} {figure}{against}"
 
 
-FACTS = ("tokens", "backend", "phase")
+FACTS = ("tokens", "backend", "path", "phase")
 
 if __name__ == "__main__":
     main()

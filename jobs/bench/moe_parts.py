@@ -13,9 +13,8 @@ from torch import Tensor
 
 from shoal.jobs.bench.moe_layers import EXPERTS, HIDDEN, INNER, SHARED, TOP_K, Problem, problem
 from shoal.kernels.moe import triton_rows
-from shoal.kernels.moe.gemms import Gemms
+from shoal.kernels.moe.gemms import Gemms, side_by_side
 from shoal.kernels.moe.gluon_gemms import GluonGemms
-from shoal.kernels.moe.layer import side_by_side
 from shoal.kernels.moe.triton_gemms import TritonGemms
 from shoal.kernels.moe.triton_route import choose, choose_backward
 

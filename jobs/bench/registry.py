@@ -19,10 +19,12 @@ BENCHMARKS = {
     "nsa": ("shoal.jobs.bench.nsa", "NSA's kernels on a GPU, beside dense attention of cuDNN and FlashAttention-2."),
     "sequence": ("shoal.jobs.bench.sequence", "Attention over a sequence that GPUs share: NSA beside ring attention."),
     "moe": ("shoal.jobs.bench.moe", "A DeepSeekMoE layer on a GPU, beside cuBLAS products with the same FLOPs."),
+    "dispatch": ("shoal.jobs.bench.dispatch", "Token rows between two GPUs, and a DeepSeekMoE layer over both."),
     "cli": ("shoal.jobs.bench.cli", "Time that shoal --help takes."),
 }
 
-GPU_KERNELS = ("nsa", "moe", "sequence")
+ON_GPUS = {"nsa": "", "moe": "", "sequence": "", "dispatch": "2x"}
+"""Those that need GPUs, and how many, as the name of a result says it."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,12 @@ class Settings:
 def measure(name: str, settings: Settings) -> Document:
     """Runs a benchmark and returns its result. Raises ShoalError for what it cannot do.
 
-    One of a GPU's kernels is named after the GPU as well: ``nsa-h100``.
+    One that needs GPUs is named after them as well: ``nsa-h100``, ``dispatch-2xh100``.
     """
     before = os.getloadavg()[0]
     rows: list[Row] = import_module(BENCHMARKS[name][0]).run(settings)
-    kind = gpu_kind() if name in GPU_KERNELS else ""
-    return document(f"{name}-{kind}" if kind else name, rows, (before, os.getloadavg()[0]))
+    kind = gpu_kind() if name in ON_GPUS else ""
+    return document(f"{name}-{ON_GPUS[name]}{kind}" if kind else name, rows, (before, os.getloadavg()[0]))
 
 
 def draw(name: str, result: Document, folder: Path) -> Path | None:

@@ -25,6 +25,7 @@ class RunReport:
     two drawings of the plots, which are drawn at the end in any case. A record is a dict with ``kind`` and ``step``:
 
     - train: loss, balance_loss, learning_rate, grad_norm, step_seconds, tokens_per_second, expert_imbalance,
+      dispatch_reads (of sizes, by a rank's host), dispatch_wait_seconds (how long it waited for them in the step),
       tokens (since the first step), time (seconds since 1970)
     - eval: loss (nats a token), bits_per_byte, unigram_bits_per_byte, gzip_bits_per_byte, tokens, bytes
     - load: load, ``[MoE layers][experts]``, 1.0 = fair share

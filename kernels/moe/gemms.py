@@ -20,11 +20,13 @@ class Gemms:
 
     Without ends there is one expert for all rows, and weights have no first dimension. triton: whether routing and
     copying go with it in Triton, as :func:`shoal.kernels.moe.layer.moe_layer` does them. host_counts: whether the host
-    has to know how many rows each expert has.
+    has to know how many rows each expert has. spare: multiprocessors of a GPU that are left to whatever runs meanwhile,
+    where programs stay on theirs.
     """
 
     triton = False
     host_counts = False
+    spare = 0
 
     def __init__(self, ends: Tensor | None) -> None:
         self.ends = ends
@@ -87,16 +89,20 @@ def backward(
     down: Tensor,
     gates: Tensor | None = None,
     order: Tensor | None = None,
+    on_rows: Callable[[Tensor, Tensor | None], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of rows ``[R, H]``, gate_up, down and the rows' weights ``[R]`` float32.
 
     grad: ``[R, H]``, of the weighted results, without the weights. rows: called once, for the input rows, as late as
     they are needed. gates, order: the weight of row r is ``gates.flatten()[order[r]]``; none: 1, and no gradient.
+    on_rows: called with the gradients of rows and of their weights, before that of gate_up is computed.
     """
     d_hidden, act, d_gates = gemms.act_backward(grad, down, hidden, gates, order)
     d_down = gemms.rows_by_rows(act, grad)
     del act, grad
     d_rows = gemms.rows_by_weight(d_hidden, gate_up.transpose(-1, -2))
+    if on_rows is not None:
+        on_rows(d_rows, d_gates)
     return d_rows, gemms.rows_by_rows(rows(), d_hidden), d_down, d_gates
 
 
@@ -123,3 +129,16 @@ def swiglu_backward(
         d_gates = (act * d_act).sum(-1, dtype=weights.dtype)
         act, d_act = (act * weights[:, None]).to(act.dtype), (d_act * weights[:, None]).to(act.dtype)
     return torch.cat([d_act * up * (sigmoid + silu * (1 - sigmoid)), d_act * silu], dim=-1), act, d_gates
+
+
+def side_by_side(gate_up: Tensor) -> Tensor:
+    """``[S, H, 2F] -> [H, 2·S·F]``: S experts that every token uses are one, all gates first. A copy unless S is 1."""
+    count, hidden, double = gate_up.shape
+    return gate_up.view(count, hidden, 2, double // 2).permute(1, 2, 0, 3).reshape(hidden, count * double)
+
+
+def apart(gate_up: Tensor, count: int) -> Tensor:
+    """The inverse of :func:`side_by_side`."""
+    hidden, wide = gate_up.shape
+    half = wide // count // 2
+    return gate_up.view(hidden, 2, count, half).permute(2, 0, 1, 3).reshape(count, hidden, 2 * half)

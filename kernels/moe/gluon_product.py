@@ -52,8 +52,10 @@ def product(
     gates: Tensor | None = None,
     order: Tensor | None = None,
     parts: Tensor | None = None,
+    spare: int = 0,
 ) -> None:
-    """weight: ``[E, K, N]`` or ``[K, N]``, either of its last dimensions contiguous."""
+    """weight: ``[E, K, N]`` or ``[K, N]``, either of its last dimensions contiguous. spare: multiprocessors that are
+    left to others."""
     depth, width = weight.shape[-2:]
     inner = width // 2 if mode == UP else width
     by_column = weight.stride(-1) != 1  # each column's elements are neighbours
@@ -83,6 +85,7 @@ def product(
     launch(
         _gemm_kernel,
         arguments,
+        spare,
         K=depth,
         N=inner,
         MODE=mode,

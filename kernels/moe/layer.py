@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.moe import gemms as ffn
-from shoal.kernels.moe.gemms import Gemms
+from shoal.kernels.moe.gemms import Gemms, apart, side_by_side
 from shoal.kernels.moe.triton_gemms import TritonGemms
 from shoal.kernels.moe.triton_route import Choice, choose, choose_backward
 from shoal.kernels.moe.triton_rows import combine, expand
@@ -110,16 +110,3 @@ class _MoELayer(torch.autograd.Function):
             d_shared_down = d_wide_down.view_as(shared_down)
         d_x = combine(d_rows, choice.rows, None, base, d_logits, centroids)
         return d_x, d_logits.T @ x, d_gate_up, d_down, d_shared_up, d_shared_down, None, None
-
-
-def side_by_side(gate_up: Tensor) -> Tensor:
-    """``[S, H, 2F] -> [H, 2·S·F]``: S experts that every token uses are one, all gates first. A copy unless S is 1."""
-    count, hidden, double = gate_up.shape
-    return gate_up.view(count, hidden, 2, double // 2).permute(1, 2, 0, 3).reshape(hidden, count * double)
-
-
-def apart(gate_up: Tensor, count: int) -> Tensor:
-    """The inverse of :func:`side_by_side`."""
-    hidden, wide = gate_up.shape
-    half = wide // count // 2
-    return gate_up.view(hidden, 2, count, half).permute(2, 0, 1, 3).reshape(count, hidden, 2 * half)

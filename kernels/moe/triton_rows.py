@@ -13,14 +13,21 @@ import triton.language as tl
 from torch import Tensor
 
 
-def expand(x: Tensor, rows: Tensor) -> Tensor:
-    """``[T, H] -> [T·K, H]``: row ``rows[t, k]`` is ``x[t]``. rows: ``[T, K]`` int32, every place once."""
+def expand(x: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
+    """``[T, H] -> [T·K, H]``: row ``rows[t, k]`` is ``x[t]``. rows: ``[T, K]`` int32, every place once.
+
+    out: where the rows go, of any number; places below 0 are then left out. The rows of x and out are contiguous,
+    but may lie apart.
+    """
     tokens, top_k = rows.shape
     hidden = x.shape[1]
-    out = x.new_empty(tokens * top_k, hidden)
-    if tokens:
+    some = out is not None
+    if out is None:
+        out = x.new_empty(tokens * top_k, hidden)
+    if tokens and top_k:
         grid, shape = _tiles(tokens, hidden, 4)
-        _expand_kernel[grid](x, rows, out, tokens, H=hidden, K=top_k, num_warps=4, **shape)
+        apart = {"X": x.stride(0), "Y": out.stride(0)}
+        _expand_kernel[grid](x, rows, out, tokens, H=hidden, K=top_k, SOME=some, num_warps=4, **apart, **shape)
     return out
 
 
@@ -31,16 +38,20 @@ def combine(
     base: Tensor | None = None,
     logits: Tensor | None = None,
     centroids: Tensor | None = None,
+    *,
+    some: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``[T, H]``: for each token, base plus the sum of its K results in the order of its choices, in float32.
 
     results: ``[T·K, H]``; rows: ``[T, K]`` int32, where a token's results stand. gates: ``[T, K]`` float32 weights (1
     without). base: ``[T, H]``. logits, centroids: ``[T, N]`` and ``[N, H]`` of one dtype, whose product is added (the
-    router's part of a gradient).
+    router's part of a gradient). some: places below 0 have no result. out: where the sums go, base itself if you like.
+    The rows of results and out are contiguous, but may lie apart.
     """
     tokens, top_k = rows.shape
     hidden = results.shape[1]
-    out = results.new_empty(tokens, hidden)
+    out = results.new_empty(tokens, hidden) if out is None else out
     if not tokens:
         return out
     experts = 0 if centroids is None else len(centroids)
@@ -58,6 +69,9 @@ def combine(
         K=top_k,
         N=experts,
         NP=max(16, triton.next_power_of_2(experts)),
+        R=results.stride(0),
+        Y=out.stride(0),
+        SOME=some,
         GATES=gates is not None,
         BASE=base is not None,
         PRECISION="ieee" if results.dtype == torch.float32 else "tf32",
@@ -116,15 +130,28 @@ def _tiles(tokens: int, hidden: int, tile: int, width: int = 1024) -> tuple[tupl
 
 
 @triton.jit
-def _expand_kernel(x, rows, out, tokens, H: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, BH: tl.constexpr):
+def _expand_kernel(
+    x,
+    rows,
+    out,
+    tokens,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    X: tl.constexpr,
+    Y: tl.constexpr,
+    SOME: tl.constexpr,
+    TILE: tl.constexpr,
+    BH: tl.constexpr,
+):
     t = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
     there = t < tokens
     inside = there[:, None] & (h[None, :] < H)
-    b_x = tl.load(x + t[:, None] * H + h[None, :], mask=inside, other=0.0)
+    b_x = tl.load(x + t[:, None] * X + h[None, :], mask=inside, other=0.0)
     for k in tl.static_range(K):
         row = tl.load(rows + t * K + k, mask=there, other=0).to(tl.int64)
-        tl.store(out + row[:, None] * H + h[None, :], b_x, mask=inside)
+        wanted = inside & (row >= 0)[:, None] if SOME else inside
+        tl.store(out + row[:, None] * Y + h[None, :], b_x, mask=wanted)
 
 
 @triton.jit
@@ -141,6 +168,9 @@ def _combine_kernel(
     K: tl.constexpr,
     N: tl.constexpr,
     NP: tl.constexpr,
+    R: tl.constexpr,
+    Y: tl.constexpr,
+    SOME: tl.constexpr,
     GATES: tl.constexpr,
     BASE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -156,7 +186,8 @@ def _combine_kernel(
         acc += tl.load(base + t[:, None] * H + h[None, :], mask=inside, other=0.0).to(tl.float32)
     for k in tl.static_range(K):
         row = tl.load(rows + t * K + k, mask=there, other=0).to(tl.int64)
-        b_row = tl.load(results + row[:, None] * H + h[None, :], mask=inside, other=0.0).to(tl.float32)
+        wanted = inside & (row >= 0)[:, None] if SOME else inside
+        b_row = tl.load(results + row[:, None] * R + h[None, :], mask=wanted, other=0.0).to(tl.float32)
         if GATES:
             b_row *= tl.load(gates + t * K + k, mask=there, other=0.0)[:, None]
         acc += b_row
@@ -165,7 +196,7 @@ def _combine_kernel(
         b_l = tl.load(logits + t[:, None] * N + e[None, :], mask=there[:, None] & (e[None, :] < N), other=0.0)
         b_c = tl.load(centroids + e[:, None] * H + h[None, :], mask=(e[:, None] < N) & (h[None, :] < H), other=0.0)
         acc = tl.dot(b_l, b_c, acc, input_precision=PRECISION)
-    tl.store(out + t[:, None] * H + h[None, :], acc.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + t[:, None] * Y + h[None, :], acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

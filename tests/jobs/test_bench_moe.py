@@ -55,4 +55,4 @@ def test_rows_compare_with_the_chain_and_with_the_limits() -> None:
     assert "target" not in forward and forward["phase"] == "forward"
     assert kept["ratio"] >= kept["target"] == 1.0
     assert skewed["ratio"] == 1.0 and skewed["target"] == pytest.approx(1 / 1.15)
-    assert all(moe._line(row) for row in rows)
+    assert all(moe.line(row) for row in rows)

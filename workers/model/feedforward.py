@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from shoal.kernels.moe import balance_loss, grouped_ffn, hash_route, load_fractions, route, swiglu_ffn
+from shoal.kernels.moe import balance_loss, hash_route, load_fractions, route, swiglu_ffn
 from shoal.kernels.moe.backend import counts_stay, experts_backend
 from shoal.kernels.moe.gemms import Gemms
 from shoal.kernels.moe.router import Routing
@@ -15,6 +15,7 @@ from shoal.workers.config import Recipe
 from shoal.workers.dispatch import Dispatcher
 from shoal.workers.errors import InvalidInput
 from shoal.workers.mesh import Mesh
+from shoal.workers.routed import Pass, RoutedFFN, Router, Weights
 
 Stages = Generator[None, None, Tensor]
 """A computation that pauses where it would wait for other ranks, so that another one can go on meanwhile."""
@@ -106,7 +107,7 @@ class MoE(nn.Module):
         alone = mesh.dispatch.size == 1 and not self.sent_shared
         self.whole = alone and moe.router == "softmax" and self.products.triton
         owners = mesh.placement.owners(moe.experts, self.sent_shared)
-        self.dispatcher = Dispatcher(mesh.dispatch, owners, device)
+        self.dispatcher = Dispatcher(mesh.dispatch, owners, device, self.products.triton)
         if mesh.hosts_attention:
             if moe.router == "softmax":
                 self.centroids = nn.Parameter(torch.empty(moe.experts, hidden))
@@ -130,26 +131,34 @@ class MoE(nn.Module):
         return run(self.stages(x_TH, tokens_T, load))
 
     def stages(self, x_TH: Tensor, tokens_T: Tensor, load: MoELoad) -> Stages:
-        """The same, with a pause while the results are on their way home."""
+        """The same; without gradients with a pause while the results are on their way home."""
         if self.whole:
             return self._on_this_rank(x_TH, load)
-        routing = self._route(x_TH, tokens_T)
-        experts, gates = self._with_shared(routing)
-        flight = self.dispatcher.start(x_TH, experts)
-        local = self._local_shared(x_TH)
-        rows, counts = flight.arrive()
-        # a token of one request may leave a rank without rows, and a GPU's grouped products want some
-        if self.mesh.hosts_experts and (len(rows) or torch.is_grad_enabled()):
-            rows = grouped_ffn(rows, counts, self.experts.gate_up, self.experts.down, self.products)
-        returned = flight.give_back(rows)
-        sums = None if routing.scores is None else routing.scores.sum(0)
-        if load.live is None:
-            self._count(sums, flight.expert_counts()[: self.table.experts], load)
+        own, shared, router = _weights(self, "experts"), _weights(self, "shared"), self._router()
+        passing = Pass(self.dispatcher, self.products, own, shared, self.sent_shared, router)
+        given = None if router else self._route(x_TH, tokens_T)
+        choice = (given.gates, given.experts) if given else (None, None)
+        sums = given.scores.sum(0) if given and given.scores is not None else None
+        if torch.is_grad_enabled():
+            inputs = (x_TH, router.centroids if router else None, *choice, *own, *shared)
+            out, chosen = RoutedFFN.apply(passing, *inputs)
+            sums = chosen if router else sums
         else:
-            load.chosen.append(routing.experts)
-        yield
-        out = flight.combine(returned, gates)
-        return out if local is None else out + local
+            passing.begin(x_TH, *choice)
+            yield
+            out = passing.end()
+        if load.live is None:
+            self._count(sums, passing.flight.expert_counts()[: self.table.experts], load)
+        else:
+            load.chosen.append(passing.chosen)
+        return out
+
+    def _router(self) -> Router | None:
+        """The router that is part of the pass, where Triton chooses."""
+        moe = self.table
+        if moe.router != "softmax" or not self.products.triton or not self.mesh.hosts_attention:
+            return None
+        return Router(self.centroids, moe.top_k, moe.normalize_gates)
 
     def _on_this_rank(self, x: Tensor, load: MoELoad) -> Tensor:
         """The layer in one piece."""
@@ -173,21 +182,6 @@ class MoE(nn.Module):
             return route(x, self.centroids, moe.top_k, moe.normalize_gates)
         return Routing(None, x.new_zeros(0, moe.top_k), torch.zeros(0, moe.top_k, dtype=torch.int64, device=x.device))
 
-    def _with_shared(self, routing: Routing) -> tuple[Tensor, Tensor]:
-        """Dispatched shared experts are experts that every token chooses, with gate 1."""
-        if not self.sent_shared:
-            return routing.experts, routing.gates
-        tokens = len(routing.experts)
-        ids = torch.arange(self.sent_shared, device=routing.experts.device) + self.table.experts
-        ones = routing.gates.new_ones(tokens, self.sent_shared)
-        return torch.cat([routing.experts, ids.expand(tokens, -1)], 1), torch.cat([routing.gates, ones], 1)
-
-    def _local_shared(self, x: Tensor) -> Tensor | None:
-        if not hasattr(self, "shared"):
-            return None
-        parts = [swiglu_ffn(x, g, d) for g, d in zip(self.shared.gate_up, self.shared.down, strict=True)]
-        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
-
     def _count(self, sums: Tensor | None, counts: Tensor, load: MoELoad) -> None:
         """Adds this layer's load and its part of the balance losses. sums: of the scores, if there are any."""
         if not load.balance:
@@ -202,6 +196,12 @@ class MoE(nn.Module):
             return
         fractions = load.fractions[layer] if load.fractions else load_fractions(counts)
         load.losses.append(balance_loss(sums, fractions, load.tokens, b.expert, b.device, b.device_groups))
+
+
+def _weights(module: nn.Module, name: str) -> Weights:
+    """Of the stack of experts of this name, where there is one on this rank."""
+    stack = getattr(module, name, None)
+    return (stack.gate_up, stack.down) if isinstance(stack, ExpertStack) else (None, None)
 
 
 def _backend(name: str, device: torch.device, dtype: torch.dtype) -> type[Gemms]:

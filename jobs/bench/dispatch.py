@@ -1,0 +1,128 @@
+"""Token rows between ranks, beside one row for every chosen expert by NCCL; and a DeepSeekMoE-16B layer over two GPUs,
+beside the same layer with all experts on each of them.
+
+Needs torch and Triton only: ``python -m shoal.jobs.bench.dispatch --out FOLDER`` on a machine with two GPUs or more.
+``--device cpu`` runs it in small, over gloo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shoal.jobs.bench.registry import Settings
+from shoal.jobs.bench.result import Row, time_row
+from shoal.workers.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from shoal.jobs.bench.dispatch_ranks import Sizes
+
+WORLD = 2
+SLOWER = {4096: 1.15, 16384: 1.05, 65536: 1.05}
+"""Of each number of tokens a rank: what the layer may take of its time with all experts on one GPU."""
+
+BEST_MS = {4096: 0.083, 16384: 0.207, 65536: 0.719}
+"""Of each number of tokens a rank: rows put into the other GPU's memory by copy engines, two H100s, hidden 2048."""
+
+DISPATCH_SLOWER = 1.1
+BASELINE = "all_to_all, one row per copy"
+
+
+def run(settings: Settings, sizes: Sizes | None = None, device: str = "cuda", world: int = WORLD) -> list[Row]:
+    """Medians over rounds in which all take turns; of a time the slowest rank's counts.
+
+    Raises InvalidInput where there are too few GPUs.
+    """
+    import torch
+
+    from shoal.jobs.bench.dispatch_ranks import Sizes
+
+    if device == "cuda" and torch.cuda.device_count() < world:
+        raise InvalidInput(
+            f"shoal bench dispatch needs {world} CUDA GPUs, and torch sees {torch.cuda.device_count()} here: run it "
+            "on a machine with more, or `python -m shoal.jobs.bench.dispatch --device cpu` in small"
+        )
+    sizes = sizes or Sizes()
+    if settings.repeats:
+        sizes = replace(sizes, repeats=settings.repeats)
+    figures = _measure(sizes, device, world)
+    for figure in figures:
+        settings.say(f"{figure['tokens']:>6} tokens, {figure['name']}: {figure['ms']:.3f} ms")
+    return tell(figures, world)
+
+
+def _measure(sizes: Sizes, device: str, world: int) -> list[dict[str, Any]]:
+    import torch.distributed as dist
+    import torch.multiprocessing as mp
+
+    from shoal.jobs.bench.dispatch_ranks import rank_main
+
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "figures"
+        mp.start_processes(rank_main, (world, store.port, device, sizes, str(out)), nprocs=world, start_method="spawn")
+        figures: list[dict[str, Any]] = json.loads(out.read_text())
+    return figures
+
+
+def tell(figures: list[dict[str, Any]], world: int) -> list[Row]:
+    """Rows of figures: exchanges beside one row per copy, layers beside one rank alone."""
+    found = {(f["tokens"], f["name"]): f["ms"] for f in figures}
+    rows: list[Row] = []
+    for figure in figures:
+        tokens, name, ms = figure["tokens"], figure["name"], figure["ms"]
+        facts = {key: value for key, value in figure.items() if key not in ("name", "ms")} | {"ranks": world}
+        if name.startswith("layer, "):
+            alone = found[tokens, "layer, one rank"]
+            target = 1 / SLOWER[tokens] if tokens in SLOWER and name != "layer, one rank" else None
+            rows.append(time_row(name, ms, "all experts on one rank", alone, target, **facts))
+            continue
+        rows.append(time_row(name, ms, BASELINE, found[tokens, "exchange, row per copy"], **facts))
+        if tokens in BEST_MS and name in ("dispatch, symmetric", "exchange, put"):
+            best = BEST_MS[tokens]
+            rows.append(time_row(name, ms, "copy-engine put, rows alone", best, 1 / DISPATCH_SLOWER, **facts))
+    return rows
+
+
+def main() -> None:
+    """Runs the benchmark where Shoal's command line cannot: it needs neither Ray nor pydantic."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the JSON")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--ranks", type=int, default=WORLD)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tokens", default="", help="of each rank, with commas between")
+    parser.add_argument("--paths", default="all_to_all,symmetric")
+    parser.add_argument("--spare", type=int, default=0, help="multiprocessors that products leave to NCCL")
+    chosen = parser.parse_args()
+    from shoal.jobs.bench.dispatch_ranks import Sizes
+    from shoal.jobs.bench.moe import line
+    from shoal.jobs.bench.result import document, gpu_kind, write
+
+    sizes = small() if chosen.device == "cpu" else Sizes()
+    sizes = replace(sizes, repeats=chosen.repeats, spare=chosen.spare, paths=tuple(chosen.paths.split(",")))
+    if chosen.tokens:
+        sizes = replace(sizes, tokens=tuple(int(t) for t in chosen.tokens.split(",")))
+    before = os.getloadavg()[0]
+    rows = run(Settings(), sizes, chosen.device, chosen.ranks)
+    name = f"dispatch-{chosen.ranks}x{gpu_kind()}" if chosen.device == "cuda" else "dispatch-cpu"
+    path = write(document(name, rows, (before, os.getloadavg()[0])), chosen.out)
+    for row in rows:
+        print(line(row))
+    print(f"written to {path}")
+
+
+def small() -> Sizes:
+    """What a CPU computes in a moment."""
+    from shoal.jobs.bench.dispatch_ranks import Sizes
+
+    return Sizes((64,), hidden=32, inner=16, experts=8, top_k=3, repeats=1, window=1.0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Rows that fan out from tokens, to experts or to ranks, and sums that come back: the same in PyTorch and in Triton.
+
+A *fan* says where each token's copies stand. Nothing here is read by the host, and every sum has one order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Fan:
+    """rows: ``[T, K]`` int32, the place of each copy of a token, -1 for none. order: ``[R]`` int32, the copy (token
+    times K plus k) at each place, some copy where there is none."""
+
+    rows: Tensor
+    order: Tensor
+
+
+def by_expert(choices: Tensor, experts: int, places: int) -> tuple[Fan, Tensor]:
+    """Copies sorted by expert, then by token, and ``[experts]`` int32: where each expert's end.
+
+    choices: ``[T, K]`` int, from 0 to ``experts`` - 1, or -1 for a copy that goes nowhere. places: how many there are,
+    not fewer than copies that go somewhere.
+    """
+    keys = torch.where(choices < 0, experts, choices).flatten()
+    keys = keys.to(torch.uint8 if experts < 256 else torch.int32)  # a radix sort takes a pass for each byte
+    ranked, order = torch.sort(keys, stable=True)
+    edges = torch.arange(experts, device=keys.device, dtype=torch.int32).to(keys.dtype)
+    ends = torch.searchsorted(ranked, edges, right=True, out_int32=True)
+    rows = torch.empty(len(order), dtype=torch.int32, device=keys.device)
+    rows[order] = torch.arange(len(order), dtype=torch.int32, device=keys.device)
+    rows = torch.where(choices < 0, -1, rows.view_as(choices))
+    return Fan(rows, order[:places].to(torch.int32)), ends
+
+
+def by_rank(hosts: Tensor, ranks: Tensor) -> tuple[Fan, Tensor]:
+    """One copy of a token for each rank that hosts an expert of its choice, sorted by rank, then by token.
+
+    hosts: ``[T, K]`` int, the host of each choice. ranks: ``[D]`` int, those that copies may go to. Also the number of
+    copies for each, ``[D]`` int32. The fan has min(K, D)·T places, of which the first ones are taken.
+    """
+    (tokens, choices), ranks_count = hosts.shape, len(ranks)
+    needed = (hosts[None] == ranks[:, None, None]).any(2)
+    counts = needed.sum(1, dtype=torch.int32)
+    needed = needed.flatten()
+    places = torch.where(needed, needed.cumsum(0, dtype=torch.int32) - 1, -1).view(ranks_count, tokens)
+    rows = places.T.contiguous()
+    most = min(choices, ranks_count) * tokens
+    order = torch.zeros(most + 1, dtype=torch.int32, device=hosts.device)
+    numbers = torch.arange(rows.numel(), dtype=torch.int32, device=hosts.device)
+    order[torch.where(rows < 0, most, rows).flatten().long()] = numbers  # all that go nowhere to one place too many
+    return Fan(rows, order[:most]), counts
+
+
+def expand(parts: Sequence[Tensor], fan: Fan, triton: bool, out: Tensor | None = None) -> Tensor:
+    """``[T, H] -> [R, H]``: each token's row at the places of its copies; what stands at other places is undefined.
+
+    parts: rows of the tokens, one after another; a part's rows are contiguous, but may lie apart. out: where to write.
+    """
+    if out is None:
+        out = parts[0].new_empty(len(fan.order), parts[0].shape[1])
+    if triton:
+        from shoal.kernels.moe import triton_rows
+
+        first = 0
+        for part in parts:
+            triton_rows.expand(part, fan.rows[first : first + len(part)], out)
+            first += len(part)
+        return out
+    if len(out):
+        rows = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+        out.copy_(rows[fan.order[: len(out)].long() // fan.rows.shape[1]])
+    return out
+
+
+def combine(
+    results: Tensor,
+    rows: Tensor,
+    triton: bool,
+    gates: Tensor | None = None,
+    base: Tensor | None = None,
+    product: tuple[Tensor, Tensor] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``[R, H] -> [T, H]``: base plus the sum of a token's results, weighted, in the order of its copies.
+
+    rows: ``[T, K]`` int32, part of a fan. gates: ``[T, K]``. product: ``[T, N]`` and ``[N, H]``, whose product is
+    added, by Triton only. out: where to write; base itself if you like.
+    """
+    if triton:
+        from shoal.kernels.moe import triton_rows
+
+        return triton_rows.combine(results, rows, gates, base, *(product or (None, None)), some=True, out=out)
+    tokens, copies = rows.shape
+    if out is None:
+        out = results.new_empty(tokens, results.shape[1])
+    if not len(results) or not copies:
+        return out.zero_() if base is None else out.copy_(base)
+    taken = results[rows.clamp(min=0).long()].masked_fill_((rows < 0)[..., None], 0)
+    if gates is None:
+        total = taken.sum(1)
+    else:
+        total = torch.bmm(gates.to(taken.dtype)[:, None], taken)[:, 0]
+    return out.copy_(total if base is None else total + base)
+
+
+def gates_of_rows(values: Tensor, rows: Tensor) -> Tensor:
+    """``[R] -> [T, K]``: what belongs to each copy, 0 for none."""
+    if not len(values):
+        return values.new_zeros(rows.shape)
+    return values[rows.clamp(min=0).long()].masked_fill_(rows < 0, 0)

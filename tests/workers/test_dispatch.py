@@ -1,0 +1,292 @@
+"""Experts spread over real ranks compute what all of them on one would, whatever tokens choose: results, gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import triton_on_cpu
+from ranks import run_ranks
+from torch import Tensor
+
+from shoal.kernels.moe.gemms import Gemms
+from shoal.kernels.moe.oracle import ffn
+from shoal.workers import symmetric
+from shoal.workers.dispatch import Dispatcher
+from shoal.workers.flight import PackedFlight
+from shoal.workers.mesh import Group
+from shoal.workers.routed import Pass, RoutedFFN, Router
+from shoal.workers.symmetric import Inbox
+
+HIDDEN, INNER, SHARED = 16, 8, 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """tokens: of each rank. owners: the rank of each expert. only: the one expert that all choose first."""
+
+    tokens: tuple[int, ...]
+    owners: tuple[int, ...]
+    top_k: int
+    only: int | None = None
+    always: int = 0
+    """Last experts that every token chooses with gate 1: shared ones, dispatched."""
+    seed: int = field(default=0)
+
+    def experts_gates(self) -> tuple[Tensor, Tensor]:
+        """Of all ranks' tokens; float64."""
+        generator = torch.Generator().manual_seed(self.seed)
+        total, routed = sum(self.tokens), len(self.owners) - self.always
+        scores = torch.rand(total, routed, generator=generator, dtype=torch.float64)
+        if self.only is not None:
+            scores[:, self.only] += 1
+        gates, experts = scores.topk(self.top_k, dim=1)
+        last = torch.arange(routed, len(self.owners)).expand(total, -1)
+        return torch.cat([experts, last], 1), torch.cat([gates, gates.new_ones(total, self.always)], 1)
+
+    def tensors(self) -> list[Tensor]:
+        """x, gate_up, down, the same of the shared experts, and the gradient of the output; float64."""
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        count, total = len(self.owners), sum(self.tokens)
+        shapes = [
+            (total, HIDDEN), (count, HIDDEN, 2 * INNER), (count, INNER, HIDDEN),
+            (SHARED, HIDDEN, 2 * INNER), (SHARED, INNER, HIDDEN), (total, HIDDEN),
+        ]  # fmt: skip
+        return [torch.randn(s, generator=generator, dtype=torch.float64) * s[-1] ** -0.5 for s in shapes]
+
+
+CASES = {
+    "even": Case((12, 12), (0, 0, 0, 1, 1, 1), 2),
+    "uneven tokens, and none": Case((3, 0, 21), (0, 1, 2, 0, 1, 2), 3),
+    "a rank without experts": Case((6, 7, 8), (0, 0, 2, 2), 2),
+    "experts on one rank only": Case((6, 7), (1, 1, 1), 2),
+    "tokens on one rank only": Case((0, 9, 0), (0, 0, 2, 2), 2),
+    "all to one expert": Case((9, 11), (0, 0, 1, 1), 1, only=3),
+    "more choices than ranks": Case((10, 5), (0, 1, 0, 1, 1, 0, 1, 0), 6),
+    "dispatched shared experts": Case((7, 4, 6), (0, 0, 1, 1, 2, 2, 0, 1), 2, always=2),
+    "no tokens at all": Case((0, 0), (0, 1), 1),
+}
+
+
+class SharedInbox(Inbox):
+    """An inbox in files that processes map into their memory; signals are messages."""
+
+    def __init__(self, folder: str, *sizes: Any) -> None:
+        self._folder = folder
+        self.said: list[Any] = []
+        super().__init__(*sizes)
+
+    def _share(self, words: int, device: torch.device) -> list[Tensor]:
+        path = str(Path(self._folder) / str(self.group.index))
+        torch.from_file(path, shared=True, size=words, dtype=torch.int32).fill_(-7)
+        dist.barrier()
+        ranks = range(self.group.size)
+        return [torch.from_file(f"{self._folder}/{r}", shared=True, size=words, dtype=torch.int32) for r in ranks]
+
+    def say(self, part: int, rank: int) -> None:
+        self.said.append(dist.isend(torch.zeros(1), rank, tag=part))
+
+    def hear(self, part: int) -> None:
+        for rank in self.others:
+            dist.recv(torch.zeros(1), rank, tag=part)
+
+
+def on_ranks(
+    rank: int, world: int, case: Case, dtype: torch.dtype, triton: bool = False, folder: str = "", passes: int = 1
+) -> dict[str, Any]:
+    """What one rank computes of the case: its output, its gradients, and how many rows it sent.
+
+    folder: for shared memory; without it, rows are exchanged. passes: how often, of which the last one counts.
+    """
+    kind: type[Gemms] = Gemms
+    if triton:
+        triton_on_cpu.prepare()
+        from shoal.kernels.moe.triton_gemms import TritonGemms
+
+        kind = TritonGemms
+    experts, gates = case.experts_gates()
+    mine = slice(sum(case.tokens[:rank]), sum(case.tokens[: rank + 1]))
+    x, up, down, shared_up, shared_down, upstream = (t.to(dtype) for t in case.tensors())
+    handle = dist.group.WORLD if world > 1 else None
+    group, device = Group(tuple(range(world)), rank, handle), torch.device("cpu")
+    box = None
+    if folder:
+        sizes = (max(case.tokens) + 3, HIDDEN, dtype, experts.shape[1], len(case.owners), device)
+        box = SharedInbox(folder, group, *sizes)
+    dispatcher = Dispatcher(group, case.owners, device, triton, box)
+    local = list(dispatcher.local)
+    leaves = [t.clone().requires_grad_() for t in (x[mine], gates[mine].to(dtype), shared_up, shared_down)]
+    own = [t[local].requires_grad_() for t in (up, down)] if local else [None, None]
+    for _ in range(passes):
+        for leaf in (*leaves, *own):
+            if leaf is not None:
+                leaf.grad = None
+        passing = Pass(dispatcher, kind, (own[0], own[1]), (leaves[2], leaves[3]))
+        out, _ = RoutedFFN.apply(passing, leaves[0], None, leaves[1], experts[mine], *own, *leaves[2:])
+        counts = passing.flight.expert_counts()
+        (out * upstream[mine]).sum().backward()
+    for other in turns(dispatcher, kind, [leaves[0], leaves[1], *own, *leaves[2:]], experts[mine], 1 if folder else 2):
+        assert torch.equal(other, out)
+    for message in [] if box is None else box.said:  # one that is let go of before it was heard is lost
+        message.wait()
+    sent = sum(passing.flight.out) if isinstance(passing.flight, PackedFlight) else 0
+    grads = [t.grad for t in leaves]
+    result = {"out": out.detach(), "x": grads[0], "gates": grads[1], "shared": grads[2:], "counts": counts}
+    stacks = [t.grad for t in own if t is not None and t.grad is not None]
+    return result | {"own": {e: [stack[i] for stack in stacks] for i, e in enumerate(local)}, "sent": sent}
+
+
+def turns(dispatcher: Dispatcher, kind: type[Gemms], leaves: list[Any], experts: Tensor, count: int) -> list[Tensor]:
+    """Outputs of so many passes by turns, without gradients, as a step in halves is computed."""
+    x, gates, up, down, shared_up, shared_down = leaves
+    with torch.no_grad():
+        passes = [Pass(dispatcher, kind, (up, down), (shared_up, shared_down)) for _ in range(count)]
+        for one in passes:
+            one.begin(x, gates, experts)
+        return [one.end() for one in passes]
+
+
+def oracle(case: Case) -> dict[str, Any]:
+    """The same token by token and expert by expert, in float64."""
+    experts, gates = case.experts_gates()
+    x, up, down, shared_up, shared_down, upstream = case.tensors()
+    leaves = [t.requires_grad_() for t in (x, gates, up, down, shared_up, shared_down)]
+    rows = []
+    for t in range(len(x)):
+        row = sum((ffn(x[t], u, d) for u, d in zip(shared_up, shared_down, strict=True)), x.new_zeros(HIDDEN))
+        for k, e in enumerate(experts[t].tolist()):
+            row = row + gates[t, k] * ffn(x[t], up[e], down[e])
+        rows.append(row)
+    out = torch.stack(rows) if rows else x * 0
+    grads = torch.autograd.grad((out * upstream).sum(), leaves, allow_unused=True, materialize_grads=True)
+    counts = torch.bincount(experts.flatten(), minlength=len(case.owners))
+    return {
+        "out": out.detach(),
+        "x": grads[0],
+        "gates": grads[1],
+        "own": grads[2:4],
+        "shared": grads[4:],
+        "counts": counts,
+    }
+
+
+def check(case: Case, results: list[dict[str, Any]], tolerance: float) -> None:
+    want = oracle(case)
+    error = 0.0
+
+    def compare(got: Tensor, exact: Tensor) -> None:
+        nonlocal error
+        assert got.shape == exact.shape
+        assert not got.isnan().any()
+        error = max(error, float((got.double() - exact).norm() / exact.norm().clamp(min=1e-30)) if len(exact) else 0.0)
+
+    for key in ("out", "x", "gates"):
+        compare(torch.cat([r[key] for r in results]), want[key])
+    for i in range(2):
+        compare(sum(r["shared"][i].double() for r in results), want["shared"][i])
+        own = {e: grads[i] for r in results for e, grads in r["own"].items()}
+        compare(torch.stack([own[e] for e in range(len(case.owners))]), want["own"][i])
+    assert error <= tolerance, error
+    assert all(torch.equal(r["counts"], want["counts"]) for r in results)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_many_ranks_equal_the_equations(name: str) -> None:
+    """In float64 to some 1e-15: a token's results are added up rank by rank, so not in the order of its choices."""
+    case = CASES[name]
+    results = run_ranks(len(case.tokens), on_ranks, case, torch.float64)
+    check(case, results, 2e-15)
+    experts, _ = case.experts_gates()
+    first = 0
+    for rank, (count, result) in enumerate(zip(case.tokens, results, strict=True)):
+        hosts = [{case.owners[e] for e in row} - {rank} for row in experts[first : first + count].tolist()]
+        assert result["sent"] == sum(map(len, hosts)), "one row for each token and other rank"
+        first += count
+
+
+@pytest.mark.parametrize("name", ["more choices than ranks", "dispatched shared experts"])
+def test_one_rank_equals_the_equations(name: str) -> None:
+    case = CASES[name]
+    alone = Case((sum(case.tokens),), (0,) * len(case.owners), case.top_k, case.only, case.always, case.seed)
+    check(alone, [on_ranks(0, 1, alone, torch.float64)], 2e-15)
+
+
+@pytest.mark.parametrize("name", ["uneven tokens, and none", "more choices than ranks"])
+def test_float32_agrees_to_rounding_and_repeats_its_bits(name: str) -> None:
+    case = CASES[name]
+    first, second = (run_ranks(len(case.tokens), on_ranks, case, torch.float32) for _ in range(2))
+    check(case, first, 1e-6)
+    for a, b in zip(first, second, strict=True):
+        assert all(torch.equal(a[key], b[key]) for key in ("out", "x", "gates"))
+        assert all(torch.equal(g, h) for e in a["own"] for g, h in zip(a["own"][e], b["own"][e], strict=True))
+
+
+@pytest.mark.parametrize("name", ["uneven tokens, and none", "a rank without experts", "dispatched shared experts"])
+def test_triton_equals_the_equations(name: str) -> None:
+    """In the interpreter, with the kernels that copy rows and add them up."""
+    case = CASES[name]
+    check(case, run_ranks(len(case.tokens), on_ranks, case, torch.float32, True), 1e-6)
+
+
+@pytest.mark.parametrize("room", [0, 1 << 40])
+@pytest.mark.parametrize("name", ["uneven tokens, and none", "all to one expert", "dispatched shared experts"])
+def test_rows_put_into_shared_memory_equal_the_equations(name: str, room: int, tmp_path: Path) -> None:
+    """The way of two GPUs of one node, through memory that processes of this machine share; slots are used again.
+
+    room: whether the host reads how many rows experts get (0), or asks for as many as there may be.
+    """
+    case = CASES[name]
+    results = run_ranks(len(case.tokens), in_room, room, case, torch.float32, False, str(tmp_path), 3)
+    check(case, results, 1e-6)
+
+
+def in_room(rank: int, world: int, room: int, *rest: Any) -> dict[str, Any]:
+    symmetric.ROOM = room
+    return on_ranks(rank, world, *rest)
+
+
+def routed_by_triton(rank: int, world: int, layers: dict[str, Any]) -> list[Tensor]:
+    """Output, gradients and counts of a whole layer whose router is part of the pass; on one rank the layer in one
+    piece (``moe_layer``)."""
+    triton_on_cpu.prepare()
+    from shoal.kernels.moe.layer import moe_layer
+    from shoal.kernels.moe.triton_gemms import TritonGemms
+
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(40, HIDDEN), (8, HIDDEN), (8, HIDDEN, 2 * INNER), (8, INNER, HIDDEN), (SHARED, HIDDEN, 2 * INNER)]
+    drawn = [torch.randn(s, generator=generator) * 0.5 for s in [*shapes, (SHARED, INNER, HIDDEN), (40, HIDDEN)]]
+    *leaves, upstream = drawn
+    d_sums = torch.linspace(-1, 1, 8)
+    if world == 1:
+        x, centroids, up, down, *shared = leaves = [t.requires_grad_() for t in leaves]
+        whole = moe_layer(x, centroids, up, down, (shared[0], shared[1]), 3, **layers, kind=TritonGemms)
+        out, counts, sums = whole.out, whole.counts.long(), whole.sums
+    else:
+        share = slice(rank * 25, rank * 25 + (25 if rank == 0 else 15)), slice(rank * 4, rank * 4 + 4)
+        leaves = [leaves[0][share[0]], leaves[1], *(t[share[1]] for t in leaves[2:4]), *leaves[4:]]
+        leaves, upstream = [t.clone().requires_grad_() for t in leaves], upstream[share[0]]
+        owners = tuple(e // 4 for e in range(8))
+        dispatcher = Dispatcher(Group((0, 1), rank, dist.group.WORLD), owners, torch.device("cpu"), True)
+        router = Router(leaves[1], 3, **layers)
+        passing = Pass(dispatcher, TritonGemms, (leaves[2], leaves[3]), (leaves[4], leaves[5]), 0, router)
+        out, sums = RoutedFFN.apply(passing, leaves[0], leaves[1], None, None, *leaves[2:])
+        counts = passing.flight.expert_counts()
+    grads = torch.autograd.grad((out * upstream).sum() + (sums * d_sums).sum(), leaves)
+    return [out.detach(), *grads, counts]
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_router_in_the_pass_is_that_of_the_layer_in_one_piece(normalize: bool) -> None:
+    (one,) = run_ranks(1, routed_by_triton, {"normalize": normalize})
+    first, second = run_ranks(2, routed_by_triton, {"normalize": normalize})
+    halves = list(zip(first, second, strict=True))
+    joined = [torch.cat(pair) for pair in halves[:2]] + [a + b for a, b in halves[2:]]
+    joined[2:5] = [halves[2][0] + halves[2][1], torch.cat(halves[3]), torch.cat(halves[4])]
+    for i, (got, want) in enumerate(zip(joined[:-1], one[:-1], strict=True)):
+        assert (got - want).norm() <= 2e-6 * want.norm(), i
+    assert torch.equal(first[-1], one[-1])
+    assert torch.equal(second[-1], one[-1])

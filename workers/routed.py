@@ -1,0 +1,209 @@
+"""DeepSeekMoE's experts over the ranks of a dispatch group, as one node of autograd, so that exchanges and products
+are launched in the order in which they overlap.
+
+Forward, the shared experts' first product runs while tokens travel, their second one while results come home. Backward,
+the shared experts' gradients hide the gradients that travel, and the experts' weight gradients those that come home.
+Kept are the tokens, those that came, the outputs of first products, and the routing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from shoal.kernels.moe import gemms as ffn
+from shoal.kernels.moe.fan import combine, expand, gates_of_rows
+from shoal.kernels.moe.gemms import Gemms, apart, side_by_side
+from shoal.workers.dispatch import Dispatcher
+
+if TYPE_CHECKING:
+    from shoal.kernels.moe.triton_route import Choice
+
+Pair = tuple[Tensor, Tensor]
+Weights = tuple[Tensor | None, Tensor | None]
+"""Of experts: gate_up ``[E, H, 2F]`` (gate first) and down ``[E, F, H]``; None for none."""
+
+
+class Router(NamedTuple):
+    """Chooses by Triton, as part of a pass. centroids: ``[N, H]``; normalize: gates are divided by their sum."""
+
+    centroids: Tensor
+    top_k: int
+    normalize: bool
+
+
+class Pass:
+    """One pass of a layer over the tokens of this rank, ``x [T, H]``; collective over the dispatch group.
+
+    own: the weights of the routed (and dispatched shared) experts that this rank hosts; shared: those of the local
+    shared ones, which every token uses. kind: who computes products. always: how many of the last experts every token
+    is sent to, with gate 1. router: who chooses; without one gates and experts are given.
+
+    Once it has begun, ``chosen [T, K]`` says which experts the tokens go to, those of ``always`` aside.
+    """
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        kind: type[Gemms],
+        own: Weights,
+        shared: Weights,
+        always: int = 0,
+        router: Router | None = None,
+    ) -> None:
+        self.dispatcher, self.kind, self.own, self.shared = dispatcher, kind, own, shared
+        self.always, self.router, self.triton = always, router, dispatcher.triton
+        self.keep = False
+        self.choice: Choice | None = None
+
+    def begin(self, x: Tensor, gates: Tensor | None = None, experts: Tensor | None = None) -> None:
+        """From the tokens until results are on their way home. gates: ``[T, K]`` float32 or float64; experts: int."""
+        x = x.contiguous()
+        gates, self.chosen = self._choose(x, gates, experts)
+        gates, experts = self._with_always(gates, self.chosen)
+        self.flight = self.dispatcher.start(x, gates, experts, self.keep)
+        shared_up, _ = self.shared
+        self.shared_hidden = self.shared_act = self.hidden = None
+        if shared_up is not None:
+            self.shared_hidden, self.shared_act = self._beside(self.kind(None)).up(x, side_by_side(shared_up))
+        self.flight.send()
+        self.arrived = self.flight.arrive(x, gates)
+        rows = expand(self.arrived.parts, self.arrived.fan, self.triton)
+        up, down = self.own
+        # a token of one request may leave a rank without rows, and a GPU's grouped products want some
+        if up is not None and down is not None and len(rows):
+            self.products = self.kind(self.arrived.ends)
+            self.hidden, rows = ffn.forward(self.products, rows, up, down)
+        self.results = rows
+        self.flight.give_back(self.arrived, rows)
+
+    def _choose(self, x: Tensor, gates: Tensor | None, experts: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.router is None:
+            assert gates is not None and experts is not None
+            return gates.to(torch.promote_types(gates.dtype, torch.float32)), experts
+        from shoal.kernels.moe.triton_route import choose
+
+        centroids, top_k, normalize = self.router
+        self.choice = choose(x, centroids, top_k, normalize=normalize)
+        return self.choice.gates, self.choice.experts
+
+    def _with_always(self, gates: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.always:
+            return gates, experts
+        total, tokens = len(self.dispatcher.slots), len(experts)
+        last = torch.arange(total - self.always, total, device=experts.device, dtype=experts.dtype)
+        ones = gates.new_ones(tokens, self.always)
+        return torch.cat([gates, ones], 1), torch.cat([experts, last.expand(tokens, -1)], 1)
+
+    def end(self) -> Tensor:
+        """``[T, H]``: waits for the results, and adds all up."""
+        arrived, tokens, base = self.arrived, self.flight.tokens, None
+        _, shared_down = self.shared
+        if shared_down is not None and self.shared_act is not None:
+            base = self._beside(self.kind(None)).rows_by_weight(self.shared_act, shared_down.flatten(0, 1))
+        out = combine(self.results, arrived.fan.rows[:tokens], self.triton, arrived.gates[:tokens], base, out=base)
+        del self.results, self.shared_act
+        return self.flight.returned(out)
+
+    def backward(self, grad: Tensor, d_sums: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        """Gradients of x, centroids, gates, gate_up, down, and of the shared experts' gate_up and down.
+
+        d_sums: ``[N]``, of the sums of the router's scores.
+        """
+        flight, arrived, grad = self.flight, self.arrived, grad.contiguous()
+        x = arrived.parts[0]
+        flight.send_grads(grad)
+        base, d_shared_up, d_shared_down = self._shared_backward(x, grad)
+        came = flight.arrive_grads(grad)
+        up, down = self.own
+        d_gates = arrived.gates.new_zeros(arrived.gates.shape)
+        d_up = d_down = None
+        if up is None or down is None or self.hidden is None:
+            d_rows = grad.new_empty(0, grad.shape[1])
+            flight.give_back_grads(arrived.fan, d_rows, d_gates)
+            if up is not None and down is not None:
+                d_up, d_down = torch.zeros_like(up), torch.zeros_like(down)
+        else:
+
+            def on_rows(d_rows: Tensor, d_weights: Tensor | None) -> None:
+                assert d_weights is not None
+                d_gates.copy_(gates_of_rows(d_weights, arrived.fan.rows))
+                flight.give_back_grads(arrived.fan, d_rows, d_gates)
+                self._beside(self.products)
+
+            d_rows, d_up, d_down, _ = ffn.backward(
+                self.products,
+                expand(came, arrived.fan, self.triton),
+                lambda: expand(arrived.parts, arrived.fan, self.triton),
+                self.hidden,
+                up,
+                down,
+                arrived.gates,
+                arrived.fan.order,
+                on_rows,
+            )
+        base = combine(d_rows, arrived.fan.rows[: flight.tokens], self.triton, base=base, out=base)
+        del d_rows
+        gates_home = flight.returned_gates(d_gates[: flight.tokens])
+        gates_home = gates_home[:, : flight.choices - self.always]
+        logits = self._logits_backward(gates_home, d_sums, x.dtype)
+        d_x = flight.returned_grads(base, logits)
+        d_centroids = None if logits is None else logits[0].T @ x
+        given = None if self.router else gates_home
+        return d_x, d_centroids, given, d_up, d_down, d_shared_up, d_shared_down
+
+    def _logits_backward(self, d_gates: Tensor, d_sums: Tensor | None, dtype: torch.dtype) -> Pair | None:
+        """Gradient of the router's logits, and its centroids."""
+        if self.router is None or self.choice is None or d_sums is None:
+            return None
+        from shoal.kernels.moe.triton_route import choose_backward
+
+        numbers = torch.arange(d_gates.numel(), dtype=torch.int32, device=d_gates.device)
+        choice = replace(self.choice, rows=numbers)  # gradients stand in the order of the choices
+        grads = d_gates.contiguous().flatten(), d_sums.contiguous()
+        d_logits = choose_backward(choice, *grads, dtype, score="softmax", normalize=self.router.normalize)
+        return d_logits, self.router.centroids
+
+    def _beside(self, products: Gemms) -> Gemms:
+        """Products that run while an exchange does."""
+        products.spare = self.dispatcher.spare
+        return products
+
+    def _shared_backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        up, down = self.shared
+        if up is None or down is None or self.shared_hidden is None:
+            return None, None, None
+        wide = side_by_side(up), down.flatten(0, 1)
+        d_x, d_up, d_down, _ = ffn.backward(self._beside(self.kind(None)), grad, lambda: x, self.shared_hidden, *wide)
+        return d_x, apart(d_up, len(up)), d_down.view_as(down)
+
+
+class RoutedFFN(torch.autograd.Function):
+    """A :class:`Pass` with gradients; the centroids and weights are those of the pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        passing: Pass,
+        x: Tensor,
+        centroids: Tensor | None,
+        gates: Tensor | None,
+        experts: Tensor | None,
+        up: Tensor | None,
+        down: Tensor | None,
+        shared_up: Tensor | None,
+        shared_down: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``[T, H]``, and the sums of the router's scores ``[N]`` if it is one of the pass."""
+        ctx.passing, passing.keep = passing, True
+        passing.begin(x, gates, experts)
+        return passing.end(), None if passing.choice is None else passing.choice.sums
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, d_sums: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        passing, ctx.passing = ctx.passing, None  # what it keeps goes with it
+        d_x, d_centroids, d_gates, *weights = passing.backward(grad, d_sums)
+        return None, d_x, d_centroids, d_gates, None, *weights

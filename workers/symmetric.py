@@ -1,0 +1,229 @@
+"""Rows put straight into the memory of the other GPUs of a node, by copy engines, while all multiprocessors compute.
+
+Sizes are fixed: a rank puts the rows of all its tokens into a slot of each other rank, up to the slots' capacity, and
+says behind each token what it chose. So nothing is packed, and no host reads a size. That pays where nearly every token
+needs nearly every rank: of 64 experts, 6 of them chosen, 99 % of tokens need a given one of 2 ranks, 84 % one of 4.
+
+A slot is written again only after its last content was used: a rank puts rows out when it has what came home from the
+pass before, which the others sent after they had used all that came to them; and the other way round.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shoal.kernels.moe.fan import Fan, combine
+from shoal.workers.flight import Arrived, Flight
+from shoal.workers.mesh import Group
+from shoal.workers.transfer import Moment, beside, numbers_of, on_host, used_here, words_of
+
+if TYPE_CHECKING:
+    from shoal.workers.dispatch import Dispatcher
+
+COUNTS, OUT, BACK, WORDS_OUT, WORDS_BACK = range(5)
+"""Parts of a slot: counts, rows out, rows that come home, and the words that go with each row."""
+
+ROOM = 256 << 20
+"""Bytes of experts' rows that may be asked for without knowing how many there are; of more, the host reads it."""
+
+
+class Inbox:
+    """Symmetric memory of a rank: slots of ``capacity`` rows that each other rank of the group writes.
+
+    What is in a slot is int32 words: counts ``[experts]``; of each row out, gates and choices ``[2K]`` and the row; of
+    each row that comes home, gradients of gates ``[K]`` and the row.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        capacity: int,
+        hidden: int,
+        dtype: torch.dtype,
+        choices: int,
+        experts: int,
+        device: torch.device,
+    ) -> None:
+        """choices: of a token, with float32 gates. Collective; raises RuntimeError where the memory cannot be had."""
+        self.group, self.capacity = group, capacity
+        self.others = [rank for rank in range(group.size) if rank != group.index]
+        self._dtype, self._hidden = dtype, hidden
+        width, slots = hidden * dtype.itemsize // 4, len(self.others)
+        shapes = {
+            COUNTS: (slots, experts),
+            WORDS_OUT: (slots, capacity, 2 * choices),
+            OUT: (slots, capacity, width),
+            WORDS_BACK: (slots, capacity, choices),
+            BACK: (slots, capacity, width),
+        }
+        starts, total = {}, 0
+        for part, shape in shapes.items():
+            starts[part] = total
+            total += -(-torch.Size(shape).numel() // 64) * 64
+        self._parts = [
+            {part: memory[starts[part] :][: torch.Size(shape).numel()].view(shape) for part, shape in shapes.items()}
+            for memory in self._share(total, device)
+        ]
+
+    def _share(self, words: int, device: torch.device) -> list[Tensor]:
+        """``[words]`` int32 of each rank of the group, which all of them can write."""
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+        import torch.distributed._symmetric_memory as symmetric
+
+        assert self.group.handle is not None
+        own = symmetric.empty(words, dtype=torch.int32, device=device)
+        self._memory = symmetric.rendezvous(own, self.group.handle)
+        return [self._memory.get_buffer(rank, (words,), torch.int32) for rank in range(self.group.size)]
+
+    def counts(self) -> Tensor:
+        """``[others, experts]`` int32 that came."""
+        return self._parts[self.group.index][COUNTS]
+
+    def words(self, part: int) -> Tensor:
+        """``[others · capacity, words]`` int32 that came."""
+        return self._parts[self.group.index][part].flatten(0, 1)
+
+    def rows(self, part: int) -> Tensor:
+        """``[others · capacity, hidden]`` that came."""
+        return self._parts[self.group.index][part].view(self._dtype).view(-1, self._hidden)
+
+    def put(self, part: int, rank: int, values: Tensor) -> None:
+        """Writes this rank's slot of another one, from its beginning; by a copy engine, on the current stream."""
+        slot = self.group.index - (self.group.index > rank)
+        self._parts[rank][part][slot, : len(values)].copy_(values.view(torch.int32))
+
+    def say(self, part: int, rank: int) -> None:
+        """Tells another rank that a part of this rank's slot is there, and what was put before it."""
+        self._memory.put_signal(rank, part)
+
+    def hear(self, part: int) -> None:
+        """Waits, on the current stream, until all others have told of a part."""
+        for rank in self.others:
+            self._memory.wait_signal(rank, part)
+
+
+@lru_cache(maxsize=4)
+def inbox(
+    group: Group, capacity: int, hidden: int, dtype: torch.dtype, choices: int, experts: int, device: torch.device
+) -> Inbox | None:
+    """The inbox that all layers of these sizes share; every rank calls it alike.
+
+    None where rows cannot be put: ranks on several nodes, GPUs that do not reach each other, processes that each see a
+    GPU of their own alone.
+    """
+    if group.handle is None or device.type != "cuda" or hidden * dtype.itemsize % 16:
+        return None
+    own = torch.cuda.current_device() if device.index is None else device.index
+    found: list[Any] = [None] * group.size
+    dist.all_gather_object(found, (socket.gethostname(), own), group=group.handle)
+    indices = [index for _, index in found]
+    near = len({host for host, _ in found}) == 1 and len(set(indices)) == group.size
+    if not near or not all(index == own or _reaches(own, index) for index in indices):
+        return None
+    return Inbox(group, capacity, hidden, dtype, choices, experts, device)
+
+
+def _reaches(own: int, other: int) -> bool:
+    return torch.cuda.can_device_access_peer(torch.device("cuda", own), torch.device("cuda", other))
+
+
+class SymmetricFlight(Flight):
+    """Rows that are put where they are needed. Gates are float32."""
+
+    def __init__(self, dispatcher: Dispatcher, x: Tensor, gates: Tensor, experts: Tensor, keep: bool) -> None:
+        super().__init__(dispatcher, x, gates, experts, keep)
+        assert dispatcher.inbox is not None and self.tokens <= dispatcher.inbox.capacity
+        self._inbox = box = dispatcher.inbox
+        behind = self.slots.new_full((box.capacity, 2 * self.choices), -1)
+        behind[: self.tokens, : self.choices] = words_of(gates)
+        behind[: self.tokens, self.choices :] = self.slots
+        first = torch.arange(len(box.others), dtype=torch.int32, device=x.device) * box.capacity
+        self.home = torch.arange(self.tokens, dtype=torch.int32, device=x.device)[:, None] + first
+        self._places = (self.tokens + len(box.others) * box.capacity) * min(self.choices, len(dispatcher.local))
+        self._host: Tensor | None = None
+        with beside(x.device, Moment(x.device)):
+            self._put({COUNTS: self.counts}, COUNTS)
+            self._put({WORDS_OUT: behind, OUT: x}, OUT)
+            box.hear(COUNTS)
+            self._all = torch.cat([self.counts[None], box.counts()])  # copied: the slots are written again
+            if self._places * x.shape[1] * x.element_size() > ROOM:
+                self._host = on_host(self._all)
+            self._counted = Moment(x.device)
+
+    def _put(self, parts: dict[int, Tensor], told: int) -> None:
+        """Slots of capacity rows, for all others, on the current stream; or a part of one for each of them."""
+        for values in parts.values():
+            used_here(values)
+        for i, rank in enumerate(self._inbox.others):
+            for part, values in parts.items():
+                self._inbox.put(part, rank, values[i] if part in (BACK, WORDS_BACK) else values)
+            self._inbox.say(told, rank)
+
+    def _slot_counts(self) -> Tensor:
+        self._counted.before_here()
+        return used_here(self._all).sum(0)
+
+    def send(self) -> None:
+        """Rows are on their way since the start; reads how many rows this rank's experts get, if that may be many."""
+        if self._host is not None:
+            d = self.dispatcher
+            table = d.reads.of(self._host, self._counted)
+            self._places = sum(sum(row[d.first : d.first + len(d.local)]) for row in table)
+
+    def arrive(self, x: Tensor, gates: Tensor) -> Arrived:
+        """As the base class has it; what came is copied where a backward pass will ask for it."""
+        box = self._inbox
+        box.hear(OUT)
+        rows, words = box.rows(OUT), box.words(WORDS_OUT)
+        rows = rows.clone() if self.keep else rows
+        gates = torch.cat([gates, numbers_of(words[:, : self.choices], torch.float32)])
+        slots = torch.cat([self.slots, words[:, self.choices :]])
+        return self._sorted((x, rows), gates, slots, self._places)
+
+    def give_back(self, arrived: Arrived, results: Tensor) -> None:
+        """As the base class has it."""
+        rows, gates = arrived.fan.rows[self.tokens :], arrived.gates[self.tokens :]
+        sums = combine(results, rows, self.dispatcher.triton, gates)
+        with beside(sums.device, Moment(sums.device)):
+            self._put({BACK: self._by_rank(sums)}, BACK)
+
+    def _by_rank(self, values: Tensor) -> Tensor:
+        return values.view(len(self._inbox.others), self._inbox.capacity, -1)
+
+    def returned(self, base: Tensor) -> Tensor:
+        """As the base class has it."""
+        self._inbox.hear(BACK)
+        return self._at_home(self._inbox.rows(BACK), base)
+
+    def send_grads(self, grad: Tensor) -> None:
+        """As the base class has it."""
+        with beside(grad.device, Moment(grad.device)):
+            self._put({OUT: grad}, OUT)
+
+    def arrive_grads(self, grad: Tensor) -> tuple[Tensor, ...]:
+        """As the base class has it."""
+        self._inbox.hear(OUT)
+        return grad, self._inbox.rows(OUT)
+
+    def give_back_grads(self, fan: Fan, d_rows: Tensor, d_gates: Tensor) -> None:
+        """As the base class has it."""
+        sums = combine(d_rows, fan.rows[self.tokens :], self.dispatcher.triton)
+        words = words_of(d_gates[self.tokens :])
+        with beside(sums.device, Moment(sums.device)):
+            self._put({WORDS_BACK: self._by_rank(words), BACK: self._by_rank(sums)}, BACK)
+
+    def returned_gates(self, own: Tensor) -> Tensor:
+        """As the base class has it."""
+        self._inbox.hear(BACK)
+        return self._gates_at_home(own, numbers_of(self._inbox.words(WORDS_BACK), torch.float32))
+
+    def returned_grads(self, base: Tensor, product: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """As the base class has it."""
+        return self._at_home(self._inbox.rows(BACK), base, product)
