@@ -74,12 +74,18 @@ def test_http_and_grpc_give_the_same_answer(service: Running) -> None:
     assert [(model["id"], model["step"]) for model in models] == [(service.run.name, 5)]
 
 
-def test_the_commands_that_are_printed_work(service: Running) -> None:
+def printed_commands(service: Running) -> tuple[str, str]:
+    """What a service says one may try: over HTTP, and over gRPC with this Python."""
     said = [line.strip().removeprefix("try").strip() for line in service.told().splitlines()]
     (curl,) = (line for line in said if line.startswith("curl "))
     (ask,) = (line for line in said if line.startswith("python -m shoal.jobs.serve.ask "))
+    return curl, ask.replace("python", sys.executable, 1)
+
+
+def test_the_commands_that_are_printed_work(service: Running) -> None:
+    curl, ask = printed_commands(service)
     assert f"{service.url}/v1\n" in service.told()
-    answer = subprocess.run(ask.replace("python", sys.executable, 1), shell=True, capture_output=True, text=True)
+    answer = subprocess.run(ask, shell=True, capture_output=True, text=True)
     assert (answer.returncode, answer.stderr) == (0, "")
     assert answer.stdout.startswith("The The ")
     if subprocess.run(["which", "curl"], capture_output=True).returncode == 0:
@@ -267,8 +273,7 @@ def test_open_to_others_it_asks_for_a_token_and_speaks_tls_only(tmp_path: Path) 
             assert refusal.value.code() is Code.UNAUTHENTICATED
             told = stub.GetModelInfo(pb.GetModelInfoRequest(), metadata=(("authorization", "Bearer one"),))
             assert told.name == it.run.name
-        for command in it.told().splitlines()[-2:]:
-            command = command.strip().removeprefix("try").strip().replace("python", sys.executable, 1)
+        for command in printed_commands(it):
             answer = subprocess.run(
                 command, shell=True, capture_output=True, text=True, env={**os.environ, "SHOAL_API_TOKEN": "two"}
             )
