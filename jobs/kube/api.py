@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -49,7 +50,16 @@ class Cluster:
         """Reads the kubeconfig; no request is made. Raises InvalidInput, NotFound."""
         self._client, found = _client(context)
         self.namespace = namespace or found
+        told = {"--context": context, "--namespace": namespace}
+        self.flags = "".join(f" {key} {shlex.quote(value)}" for key, value in told.items() if value is not None)
         self.host = str(self._client.configuration.host)
+
+    def __str__(self) -> str:
+        return f"namespace {self.namespace}"
+
+    def hint(self, command: str) -> str:
+        """A ``shoal job`` command about this namespace of this cluster, to be shown to a person."""
+        return f"`shoal job {command}{self.flags}`"
 
     @property
     def client(self) -> Any:
@@ -253,7 +263,7 @@ def _refusal(status: int, body: bytes, method: str, path: str, cluster: Cluster)
             return ClusterRefused(f"{cluster.host} knows no ray.io/v1: install KubeRay 1.4 or later on that cluster")
         return NotFound(f"{cluster.host} does not have {path}: check the cluster's version")
     if status == 404:
-        return NotFound(f"{said}, in namespace {cluster.namespace}: `shoal job list` shows the jobs")
+        return NotFound(f"{said}, in {cluster}: {cluster.hint('list')} shows the jobs")
     if status == 409:
         return Conflict(f"{said}: choose another --name, or delete that one first")
     if status == 410:

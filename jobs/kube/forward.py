@@ -23,7 +23,7 @@ def head_pod(cluster: Cluster, job: Object) -> str:
     pods = list(cluster.items(cluster.core("pods"), labelSelector=selector)) if found else []
     running = [pod for pod in pods if (pod.get("status") or {}).get("phase") == "Running"]
     if not running:
-        raise NotFound(f"the head of {name} does not run: `shoal job status {name}` says why")
+        raise NotFound(f"the head of {name} does not run: {cluster.hint(f'status {name}')} says why")
     return str(running[0]["metadata"]["name"])
 
 

@@ -174,7 +174,8 @@ class PodLog(_Log):
         if not self.follow or status.over:
             if not self.shown:
                 raise NotFound(
-                    f"{self.name} is {status.phase} and has no log: `shoal job status {self.name}` says more"
+                    f"{self.name} is {status.phase} and has no log: "
+                    f"{self.cluster.hint(f'status {self.name}')} says more"
                 )
             return True
         if not self.shown:

@@ -26,6 +26,9 @@ DEFAULT = "default"  # the table that always holds
 # options that a RayService has no place for
 OF_JOBS = ("queue", "retries", "deadline", "ttl", "suspend", "submission_mode")
 
+# options that mean something to a Ray cluster which runs already
+OF_RAY = ("name", "nodes", "gpus_per_node", "gpu_memory", "env", "working_dir", "ray_address")
+
 CLUSTER, PODS, LIFE, SAFETY = "Cluster", "Pods", "Queue and life", "Access"
 
 
@@ -49,6 +52,10 @@ class JobOptions(BaseModel):
     head_cpus: int = option(2, "CPU cores of the head, which hosts no rank.", CLUSTER, ge=1, le=4096)
     head_memory: str = option("8Gi", "Memory of the head.", CLUSTER)
     ray_version: str | None = option(None, "Ray in the image; default: the one installed here.", CLUSTER)
+
+    ray_address: str | None = option(
+        None, "Address of a running Ray's dashboard, such as http://head:8265: no Kubernetes.", CLUSTER
+    )
 
     image: str = option(f"shoal:{shoal.__version__}", "Image of all pods.", PODS)
     pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = option(None, "When the image is pulled.", PODS)

@@ -7,7 +7,7 @@ import copy
 import shlex
 from typing import Any
 
-from shoal.jobs.kube.api import JOBS, SERVICES, Cluster, Object, Unreachable
+from shoal.jobs.kube.api import JOBS, SERVICES, Cluster, Conflict, Object, Unreachable
 from shoal.jobs.kube.check import check_manifest
 from shoal.jobs.kube.manifest import QUEUE, RUN
 from shoal.jobs.kube.names import check_name, fresh_name
@@ -18,6 +18,7 @@ from shoal.jobs.recipe_errors import quote
 from shoal.workers.errors import ClusterRefused, InvalidInput, NotFound, ShoalError
 
 _OURS = "app.kubernetes.io/managed-by=shoal"
+_KINDS = {"rayjob": JOBS, "rayservice": SERVICES}
 _PLURALS = {"RayJob": JOBS, "RayService": SERVICES, "ConfigMap": "configmaps"}
 
 
@@ -32,6 +33,7 @@ def submit(cluster: Cluster, objects: list[Object], dry: bool = False) -> Object
     """
     *needs, job = objects
     path = _path(cluster, job)
+    _check_free(cluster, job)
     kept = cluster.post(path, job, dryRun="All")
     for dropped in _dropped(job, kept):
         raise ClusterRefused(
@@ -57,6 +59,19 @@ def submit(cluster: Cluster, objects: list[Object], dry: bool = False) -> Object
                 delete(cluster, job)
         raise
     return created
+
+
+def _check_free(cluster: Cluster, job: Object) -> None:
+    """Refuses a job of a service's name, or a service of a job's: commands by name could mean either."""
+    name, other = job["metadata"]["name"], JOBS if job["kind"] == "RayService" else SERVICES
+    with contextlib.suppress(NotFound):
+        try:
+            cluster.get(cluster.ray(other, name))
+        except ClusterRefused as error:
+            if isinstance(error, Unreachable):
+                raise
+            return  # not for this account to see
+        raise Conflict(f"{cluster} has a {other.removesuffix('s')} {name}: choose another --name, or delete that first")
 
 
 def _created(cluster: Cluster, each: Object) -> Object:
@@ -94,13 +109,37 @@ def _dropped(sent: Any, kept: Any, where: str = "") -> list[str]:
 
 
 def find_job(cluster: Cluster, name: str) -> Object:
-    """A RayJob or RayService by its name. Raises NotFound."""
-    for plural in (JOBS, SERVICES):
+    """A RayJob or RayService by its name; ``rayjob/NAME`` or ``rayservice/NAME`` where there are both.
+
+    Raises NotFound, InvalidInput when there are both.
+    """
+    kind, slash, rest = name.partition("/")
+    plurals = [_KINDS[kind]] if slash and kind in _KINDS else [JOBS, SERVICES]
+    wanted = rest if len(plurals) == 1 else name
+    found, refused = list[Object](), list[ShoalError]()
+    for plural in plurals:
         try:
-            return cluster.get(cluster.ray(plural, name))
+            found.append(cluster.get(cluster.ray(plural, wanted)))
         except NotFound:
             continue
-    raise NotFound(f"there is no job {name} in namespace {cluster.namespace}: `shoal job list` shows the jobs")
+        except ClusterRefused as error:  # one of the two may be no business of this account
+            if isinstance(error, Unreachable):
+                raise
+            refused.append(error)
+    if len(found) > 1:
+        raise InvalidInput(
+            f"{cluster} has a job and a service named {name}: say which, by rayjob/{name} or rayservice/{name}"
+        )
+    if found:
+        return found[0]
+    if refused:
+        raise refused[0]
+    raise NotFound(f"there is no job {name} in {cluster}: {cluster.hint('list')} shows the jobs")
+
+
+def look_again(cluster: Cluster, job: Object) -> Object:
+    """The same object as it is now. Raises NotFound."""
+    return cluster.get(cluster.ray(SERVICES if is_service(job) else JOBS, job["metadata"]["name"]))
 
 
 def list_jobs(cluster: Cluster, everything: bool = False) -> list[Object]:
@@ -124,7 +163,9 @@ def cancel(cluster: Cluster, job: Object) -> str:
     """
     name = job["metadata"]["name"]
     if is_service(job):
-        raise InvalidInput(f"{name} is a service, which has no end to come to: `shoal job delete {name}` removes it")
+        raise InvalidInput(
+            f"{name} is a service, which has no end to come to: {cluster.hint(f'delete {name}')} removes it"
+        )
     status = summarize(job)
     if status.over:
         return f"{name} has ended already: {status.phase}"
@@ -133,7 +174,8 @@ def cancel(cluster: Cluster, job: Object) -> str:
             stop_ray_job(cluster, job)
         except ShoalError as error:
             raise ClusterRefused(
-                f"the job's Ray cannot be told to end it ({error}): `shoal job delete {name}` removes it, unsaved"
+                f"the job's Ray cannot be told to end it ({error}): {cluster.hint(f'delete {name}')} removes it, "
+                f"unsaved"
             ) from None
         return f"{name} was told to end: it saves a checkpoint first"
     if QUEUE in (job["metadata"].get("labels") or {}):

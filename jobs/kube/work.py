@@ -58,19 +58,40 @@ def places(options: JobOptions, runs: str | None, data: str | None = None) -> Pl
     Raises InvalidInput when no volume outlives the pods, or a folder is on none.
     """
     shared = [volume for volume in volumes(options.volume) if volume.shared]
-    if not shared:
+    if options.ray_address is not None:
+        found = _places_of_ray(runs, data)
+    elif shared:
+        first = shared[0].path
+        found = Places(runs or posixpath.join(first, "runs"), data or posixpath.join(first, "data"))
+    else:
         raise InvalidInput(
             "no --volume outlives the pods, so that runs would be lost with them: add --volume CLAIM:/path, "
             "a claim that all nodes can write to"
         )
-    found = Places(runs or posixpath.join(shared[0].path, "runs"), data or posixpath.join(shared[0].path, "data"))
     for what, folder in (("--runs-dir", found.runs), ("--data-dir", found.data)):
-        if not any(_within(folder, volume.path) for volume in shared):
-            raise InvalidInput(
-                f"{what} {quote(folder)} is on no volume: set it to a folder below "
-                f"{', '.join(volume.path for volume in shared)}"
-            )
+        _check_place(options, what, folder, "folder")
     return found
+
+
+def _places_of_ray(runs: str | None, data: str | None) -> Places:
+    """On a Ray cluster that runs already: data beside the runs, unless said otherwise."""
+    if runs is None:
+        raise InvalidInput(
+            "--runs-dir is not given, and a Ray cluster's jobs run in folders that go with them: add --runs-dir, "
+            "a folder that all of its nodes share"
+        )
+    return Places(runs, data or posixpath.join(posixpath.dirname(runs.rstrip("/")), "data"))
+
+
+def _check_place(options: JobOptions, what: str, path: str, kind: str) -> None:
+    """Refuses what lies on no volume; on a Ray cluster that runs already, what is no whole path."""
+    if options.ray_address is not None:
+        if not path.startswith("/"):
+            raise InvalidInput(f"{what} {quote(path)} is not a path from the root of the cluster's nodes: add that")
+        return
+    shared = [volume.path for volume in volumes(options.volume) if volume.shared]
+    if not any(_within(path, folder) for folder in shared):
+        raise InvalidInput(f"{what} {quote(path)} is on no volume: name a {kind} below {', '.join(shared)}")
 
 
 def _check_writable(options: JobOptions, what: str, path: str) -> None:
@@ -124,12 +145,11 @@ def generate(
 
     Raises InvalidInput for files that are on no volume.
     """
-    where, shared = places(options, runs), [v for v in volumes(options.volume) if v.shared]
+    where = places(options, runs)
     for what, file in (("--input", source), ("--output", target)):
         if Path(file).suffix not in (".jsonl", ".parquet"):
             raise InvalidInput(f"{what} {quote(file)} is neither .jsonl nor .parquet: name such a file on a volume")
-        if not any(_within(file, volume.path) for volume in shared):
-            raise InvalidInput(f"{what} {quote(file)} is on no volume: name a file below {shared[0].path}")
+        _check_place(options, what, file, "file")
     _check_writable(options, "--output", target)
     ranks = _serving_ranks(options)
     spread = ("--workers", str(ranks)) if ranks > 1 else ()
