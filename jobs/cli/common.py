@@ -55,7 +55,9 @@ RecipeArgument = Annotated[
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; may be repeated.")
 ]
-RunArgument = Annotated[str, typer.Argument(help="A run's folder, or its name.", autocompletion=complete_run)]
+RunArgument = Annotated[
+    str, typer.Argument(help="A run's folder, its name, or its URL (s3://…).", autocompletion=complete_run)
+]
 RunsDirOption = Annotated[Path, typer.Option("--runs-dir", envvar="SHOAL_RUNS", help="The folder that holds the runs.")]
 
 

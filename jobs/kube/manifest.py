@@ -28,6 +28,7 @@ QUEUE, QUEUE_PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-cl
 GROUP = "ranks"  # the worker group
 GPU = "nvidia.com/gpu"
 CODE = "/etc/shoal/code"
+CACHE = "/var/cache/shoal"  # of runs that are fetched
 STOPPING = 90  # seconds that a job told to stop has to save
 SUBMITTER_RETRIES = 3  # of the pod that hands the job to Ray and follows its log; it does not begin the job again
 _SHELL = frozenset("'\"`$\\;&|<>*?()[]{}#~!")
@@ -235,6 +236,8 @@ def _template(
         box["volumeMounts"].append({"name": "recipe", "mountPath": "/etc/shoal/recipe", "readOnly": True})
         field = {"path": "recipe.toml", "fieldRef": {"fieldPath": f"metadata.annotations['{RECIPE}']"}}
         declared.append({"name": "recipe", "downwardAPI": {"items": [field]}})
+    if work.fetches:
+        _add_cache(options, box, declared)
     if has_code:
         box["volumeMounts"].append({"name": "code", "mountPath": CODE, "readOnly": True})
         declared.append({"name": "code", "configMap": {"name": f"{name}-code"}})
@@ -242,6 +245,18 @@ def _template(
     metadata |= {"annotations": annotations} if annotations else {}
     pod = _pod(options) | {"terminationGracePeriodSeconds": STOPPING + 30, "containers": [box], "volumes": declared}
     return {"metadata": metadata, "spec": pod}
+
+
+def _add_cache(options: JobOptions, box: Object, declared: list[Object]) -> None:
+    """Where a run of an object store is fetched to: the first volume that outlives the pod, else one that does not."""
+    if any(text.startswith("SHOAL_CACHE=") for text in options.env):
+        return
+    lasting = [volume for volume in volumes(options.volume) if volume.shared and not volume.read_only]
+    folder = f"{lasting[0].path}/cache" if lasting else CACHE
+    box["env"].append({"name": "SHOAL_CACHE", "value": folder})
+    if not lasting:
+        box["volumeMounts"].append({"name": "cache", "mountPath": CACHE})
+        declared.append({"name": "cache", "emptyDir": {}})
 
 
 def _pod(options: JobOptions) -> Object:

@@ -162,6 +162,28 @@ def test_a_service_is_one_application_of_serve_behind_a_token() -> None:
     assert token in head["env"]
 
 
+def test_a_run_in_an_object_store_is_fetched_where_it_is_used(here: Shell) -> None:
+    url = "s3://bucket/runs/first"
+    alone = yaml.safe_load(here("job", "render", "serve", url, "--insecure", "--gpus-per-node", "2")[1])
+    (application,) = yaml.safe_load(alone["spec"]["serveConfigV2"])["applications"]
+    assert application["args"] == {"run": url, "workers": 2, "insecure": True}
+    assert alone["metadata"]["name"].startswith("serve-first-")
+    for pod in pods_of(alone):  # the head reads the tokenizer, ranks their weights
+        box = pod["containers"][0]
+        assert {"name": "SHOAL_CACHE", "value": "/var/cache/shoal"} in box["env"]
+        assert {"name": "cache", "mountPath": "/var/cache/shoal"} in box["volumeMounts"]
+        assert {"name": "cache", "emptyDir": {}} in pod["volumes"]
+    lasting = ("--volume", "data:/data:ro", "--volume", "runs:/mnt/shoal")
+    evaluation = yaml.safe_load(here("job", "render", "evaluate", url, *lasting)[1])
+    assert evaluation["spec"]["entrypoint"] == f"shoal evaluate {url} -o json"
+    worker = pods_of(evaluation)[1]
+    assert {"name": "SHOAL_CACHE", "value": "/mnt/shoal/cache"} in worker["containers"][0]["env"]
+    assert all(volume["name"] != "cache" for volume in worker["volumes"])
+    told = yaml.safe_load(here("job", "render", "serve", url, "--insecure", "--env", "SHOAL_CACHE=/mine")[1])
+    values = [each["value"] for each in pods_of(told)[0]["containers"][0]["env"] if each["name"] == "SHOAL_CACHE"]
+    assert values == ["/mine"]
+
+
 def test_a_profile_stands_below_the_command_line(tmp_path: Path, here: Shell) -> None:
     (tmp_path / "shoal-jobs.toml").write_text(
         'default = { image = "team:1", volume = ["runs:/mnt"], gpus-per-node = 0 }\n'
