@@ -15,7 +15,7 @@ def refusal(status: int, body: bytes, ray: str, token: str) -> ShoalError:
         return ClusterRefused(f"{ray} does not take the token that it was sent: {token}")
     if status == 404:
         return NotFound(f"{ray} does not know it ({said})")
-    if status in (429, 502, 503, 504):
+    if status in (429, 502, 503, 504) or "No available agent" in said:  # it begins a while after the dashboard
         return Unreachable(f"{ray} cannot do it now ({said}): try again")
     if status == 400:
         return InvalidInput(f"{ray} finds it invalid ({said}): correct that")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shlex
+import time
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote as escape
@@ -16,7 +17,7 @@ from shoal.jobs.kube.manifest import STOPPING
 from shoal.jobs.kube.options import JobOptions
 from shoal.jobs.kube.parts import variables
 from shoal.jobs.kube.work import RECIPE_FILE, Work
-from shoal.jobs.ray_jobs.api import Object, RayCluster
+from shoal.jobs.ray_jobs.api import FIRST_PAUSE, TRIES, Object, RayCluster
 from shoal.jobs.ray_jobs.status import KIND, RUN, summarize
 from shoal.jobs.recipe_errors import quote
 from shoal.workers.errors import ClusterRefused, InvalidInput, NotFound, ShoalError
@@ -78,13 +79,20 @@ def submit(ray: RayCluster, work: Work, options: JobOptions, told: Told = lambda
             ray.get(path)
         except NotFound:
             ray.ask("PUT", path, package)
-    try:
-        ray.ask("POST", "/api/jobs/", body)
-    except Unreachable:
-        if not _exists(ray, name):  # else the answer was lost
-            raise
-    except ShoalError as error:
-        raise (taken if "already exists" in str(error) else error) from None
+    pause = FIRST_PAUSE
+    for attempt in range(TRIES):
+        try:
+            ray.ask("POST", "/api/jobs/", body)
+            break
+        except Unreachable:
+            if _exists(ray, name):  # the answer was lost
+                break
+            if attempt == TRIES - 1:
+                raise
+            time.sleep(pause)  # a Ray that has just begun takes no jobs yet
+            pause *= 2
+        except ShoalError as error:
+            raise (taken if "already exists" in str(error) else error) from None
     return ray.job(name)
 
 

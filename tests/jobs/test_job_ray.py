@@ -10,6 +10,7 @@ import threading
 import tomllib
 import zipfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 from job_fixtures import Shell, here_fixture  # noqa: F401  # fixtures are found by their names
 from kube_fixtures import until
 from kube_operator import TOKEN, RayHead
-from ray_cut import way_to
+from ray_cut import Way, way_to
 from shell import shoal, started, steps_done, wait_until
 
 from shoal.jobs.kube import work
@@ -165,11 +166,11 @@ def test_verbs_about_a_job_of_rays(ray: RayHead, job: Any) -> None:
     assert json.loads(job("list", "-o", "json").stdout) == [], "they are others'"
     listed = json.loads(job("list", "--all", "-o", "json").stdout)
     assert [(each["name"], each["phase"]) for each in listed] == [
-        ("long", "stopped"), ("killed", "failed"), ("seven", "failed")
+        ("long", "stopped"), ("killed", "failed"), ("seven", "failed"), ("ready", "succeeded")
     ]  # fmt: skip
     assert job("delete", "seven", "ghost").returncode == 5
     assert job("delete", "seven", "killed").returncode == 0
-    assert [each["name"] for each in json.loads(job("list", "--all", "-o", "json").stdout)] == ["long"]
+    assert [each["name"] for each in json.loads(job("list", "--all", "-o", "json").stdout)] == ["long", "ready"]
     result = job("status", "ghost")
     assert result.returncode == 5 and "there is no job ghost on Ray at" in result.stderr
     for token, says in (("wrong", "does not take the token"), (" ", "asks for a token, and none was sent")):
@@ -191,6 +192,14 @@ def test_a_job_that_waits_for_resources_says_so(ray: RayHead, job: Any) -> None:
     assert job("wait", "greedy", "--timeout", "1").returncode == 124
 
 
+def longer(lines: list[bytes], count: int) -> bool:
+    return len(lines) > count
+
+
+def refused_since(way: Way, count: int) -> bool:
+    return way.refused > count
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_log_is_followed_through_a_dashboard_that_goes_away(ray: RayHead, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,10 +212,10 @@ def test_a_log_is_followed_through_a_dashboard_that_goes_away(ray: RayHead, monk
         thread = threading.Thread(target=lambda: logs(seen, "chatty", lines.append, follow=True), daemon=True)
         thread.start()
         for share in (LINES // 5, LINES // 2):
-            until(lambda share=share: len(lines) > share)
+            until(partial(longer, lines, share))
             refused = way.refused
             way.cut()
-            until(lambda refused=refused: way.refused > refused)
+            until(partial(refused_since, way, refused))
             way.mend()
         thread.join(240)
         assert not thread.is_alive()
