@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -194,7 +195,14 @@ def dashboard(
 
     place = Namespace(context, namespace)
     cluster, job = place.cluster, place.job(name)
-    with forwarded(cluster, head_pod(cluster, job), DASHBOARD, port) as local:
+    said: set[str] = set()
+
+    def told(problem: str) -> None:
+        if problem not in said:
+            said.add(problem)
+            typer.echo(problem, err=True)
+
+    with forwarded(cluster, head_pod(cluster, job), DASHBOARD, port, told) as local:
         address = f"http://127.0.0.1:{local}"
         spec = job["spec"].get("rayClusterSpec") or job["spec"].get("rayClusterConfig") or {}
         options = spec.get("authOptions") or {}
@@ -202,6 +210,7 @@ def dashboard(
         if options.get("mode") == "token":
             secret = options.get("secretName") or cluster_name(job)
             where = f"-n {cluster.namespace} {secret} -o jsonpath={{.data.auth_token}}"
+            where += f" --context {shlex.quote(context)}" if context else ""
             print(f"token      kubectl get secret {where} | base64 -d", flush=True)
         if browser:
             webbrowser.open(address)

@@ -43,6 +43,14 @@ class Conflict(ClusterRefused):
     """It exists already, or was changed meanwhile (409)."""
 
 
+class AnsweredBehind(Exception):
+    """Not the API server refused, but the service behind its proxy."""
+
+    def __init__(self, status: int, body: bytes) -> None:
+        super().__init__(status)
+        self.status, self.body = status, body
+
+
 class Cluster:
     """One namespace of a cluster, by a context of the kubeconfig, or from inside a pod."""
 
@@ -166,6 +174,8 @@ class Cluster:
         if answer.status < 300:
             return answer
         text = answer.data or answer.read()
+        if "/proxy/" in path and not _is_status(text):
+            raise AnsweredBehind(answer.status, text)
         raise _refusal(answer.status, text, method, path, self)
 
     def _credentials(self) -> dict[str, str]:
@@ -245,6 +255,15 @@ def _reason(error: Exception) -> str:
     """What is wrong with the connection, without the names of Python's objects."""
     text = " ".join(str(getattr(error, "reason", None) or error).split())
     return text.rpartition(">: ")[2].rpartition(": ")[2][:160] or type(error).__name__
+
+
+def _is_status(body: bytes) -> bool:
+    """Whether an answer is the API server's own."""
+    try:
+        found = json.loads(body)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and found.get("kind") == "Status"
 
 
 def _refusal(status: int, body: bytes, method: str, path: str, cluster: Cluster) -> ShoalError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -61,7 +62,17 @@ def render(work: Work, options: JobOptions, told: Told = lambda said: None) -> l
         manifest = {"apiVersion": API, "kind": "RayJob", "metadata": metadata, "spec": job}
     for file in options.patch:
         manifest = merge_patch(manifest, _read_patch(file))
+    _let_autoscale(manifest)
     return [*objects, manifest]
+
+
+def _let_autoscale(manifest: Object) -> None:
+    """Gives the head its account's token where a patch turns the autoscaler on, which asks the API server for pods."""
+    spec = manifest.get("spec")
+    cluster = (spec.get("rayClusterSpec") or spec.get("rayClusterConfig")) if isinstance(spec, dict) else None
+    if isinstance(cluster, dict) and cluster.get("enableInTreeAutoscaling") is True:
+        with contextlib.suppress(KeyError, TypeError, AttributeError):  # a patch may have broken it: the checks say how
+            cluster["headGroupSpec"]["template"]["spec"].pop("automountServiceAccountToken", None)
 
 
 def checked_objects(
@@ -266,9 +277,11 @@ def _pod(options: JobOptions) -> Object:
         for secret in options.pull_secret:
             check_object(secret, "--pull-secret")
         pod["imagePullSecrets"] = [{"name": secret} for secret in options.pull_secret]
-    if options.service_account:
+    if options.service_account:  # named for what it may do
         check_object(options.service_account, "--service-account")
         pod["serviceAccountName"] = options.service_account
+    else:
+        pod["automountServiceAccountToken"] = False
     if options.node_selector:
         pod["nodeSelector"] = labels(options.node_selector, "--node-selector")
     if options.toleration:

@@ -66,7 +66,7 @@ class JobOptions(BaseModel):
     toleration: list[str] = option([], "KEY[=VALUE][:EFFECT], of all pods.", PODS)
     node_selector: list[str] = option([], "KEY=VALUE that a node must have as its label.", PODS)
     label: list[str] = option([], "KEY=VALUE, a label of the job and its pods.", PODS)
-    service_account: str | None = option(None, "ServiceAccount of all pods.", PODS)
+    service_account: str | None = option(None, "ServiceAccount of all pods; default: one without rights.", PODS)
     working_dir: str | None = option(
         None, "Code to use instead of the image's: a folder here (zipped, up to 0.9 MB), or a URL of a .zip.", PODS
     )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import shlex
+import time
 from typing import Any
 
-from shoal.jobs.kube.api import JOBS, SERVICES, Cluster, Conflict, Object, Unreachable
+from shoal.jobs.kube.api import FIRST_PAUSE, JOBS, SERVICES, TRIES, Cluster, Conflict, Object, Unreachable
 from shoal.jobs.kube.check import check_manifest
 from shoal.jobs.kube.manifest import QUEUE, RUN
 from shoal.jobs.kube.names import check_name, fresh_name
@@ -17,6 +18,7 @@ from shoal.jobs.kube.work import TRAIN
 from shoal.jobs.recipe_errors import quote
 from shoal.workers.errors import ClusterRefused, InvalidInput, NotFound, ShoalError
 
+WORKLOAD_SECONDS = 5.0  # that Kueue has to make a workload of a new job
 _OURS = "app.kubernetes.io/managed-by=shoal"
 _KINDS = {"rayjob": JOBS, "rayservice": SERVICES}
 _PLURALS = {"RayJob": JOBS, "RayService": SERVICES, "ConfigMap": "configmaps"}
@@ -159,6 +161,8 @@ def is_service(each: Object) -> bool:
 def cancel(cluster: Cluster, job: Object) -> str:
     """Ends a job, whose object stays: one that runs is told to save and to end, another one never starts.
 
+    A job that changes meanwhile, since its queue or its operator starts it, is looked at again.
+
     Returns what was done. Raises InvalidInput for a service, ClusterRefused when Ray cannot be reached.
     """
     name = job["metadata"]["name"]
@@ -166,34 +170,59 @@ def cancel(cluster: Cluster, job: Object) -> str:
         raise InvalidInput(
             f"{name} is a service, which has no end to come to: {cluster.hint(f'delete {name}')} removes it"
         )
-    status = summarize(job)
-    if status.over:
-        return f"{name} has ended already: {status.phase}"
-    if (job.get("status") or {}).get("jobStatus") in ("PENDING", "RUNNING"):
+    for _ in range(TRIES):
+        status = summarize(job)
+        if status.over:
+            return f"{name} has ended already: {status.phase}"
+        if (job.get("status") or {}).get("jobStatus") in ("PENDING", "RUNNING"):
+            _stop(cluster, job)
+            return f"{name} was told to end: it saves a checkpoint first"
+        # the version makes the server refuse this if it was changed since it was looked at
+        version = {key: job["metadata"][key] for key in ("resourceVersion",) if key in job["metadata"]}
+        change = {"metadata": {"annotations": {CANCELLED: "true"}, **version}, "spec": {"suspend": True}}
         try:
-            stop_ray_job(cluster, job)
-        except ShoalError as error:
+            cluster.patch(cluster.ray(JOBS, name), change)
+        except Conflict:
+            job = look_again(cluster, job)
+            continue
+        if QUEUE in (job["metadata"].get("labels") or {}) and not _deactivate(cluster, job):
             raise ClusterRefused(
-                f"the job's Ray cannot be told to end it ({error}): {cluster.hint(f'delete {name}')} removes it, "
-                f"unsaved"
-            ) from None
-        return f"{name} was told to end: it saves a checkpoint first"
-    if QUEUE in (job["metadata"].get("labels") or {}):
-        _deactivate(cluster, job)
-    change = {"metadata": {"annotations": {CANCELLED: "true"}}, "spec": {"suspend": True}}
-    cluster.patch(cluster.ray(JOBS, name), change)
-    return f"{name} will not start"
+                f"{name} is suspended, but Kueue has made no workload of it yet, and may start it when it does: say "
+                f"{cluster.hint(f'cancel {name}')} again"
+            )
+        return f"{name} will not start"
+    raise ClusterRefused(f"{name} changes all the time: say {cluster.hint(f'cancel {name}')} again")
 
 
-def _deactivate(cluster: Cluster, job: Object) -> None:
-    """Takes the job's workload out of Kueue's queue; Kueue would start a job again that is merely suspended."""
-    where = cluster.path("/apis/kueue.x-k8s.io/v1beta1/namespaces/{}/workloads")
-    uid = job["metadata"].get("uid", "")
+def _stop(cluster: Cluster, job: Object) -> None:
+    """Tells the job's Ray to end it. Raises ClusterRefused."""
+    name = job["metadata"]["name"]
     try:
-        for workload in cluster.items(where, labelSelector=f"kueue.x-k8s.io/job-uid={uid}"):
-            cluster.patch(f"{where}/{workload['metadata']['name']}", {"spec": {"active": False}})
+        stop_ray_job(cluster, job)
+    except ShoalError as error:
+        raise ClusterRefused(
+            f"the job's Ray cannot be told to end it ({error}): {cluster.hint(f'delete {name}')} removes it, unsaved"
+        ) from None
+
+
+def _deactivate(cluster: Cluster, job: Object) -> bool:
+    """Takes the job's workload out of Kueue's queue; Kueue would start a job again that is merely suspended.
+
+    Whether that was done, or needs not be: Kueue makes the workload of a new job a moment after it.
+    """
+    where = cluster.path("/apis/kueue.x-k8s.io/v1beta1/namespaces/{}/workloads")
+    uid, until = job["metadata"].get("uid", ""), time.monotonic() + WORKLOAD_SECONDS
+    try:
+        while not (found := list(cluster.items(where, labelSelector=f"kueue.x-k8s.io/job-uid={uid}"))):
+            if time.monotonic() > until:
+                return False
+            time.sleep(FIRST_PAUSE)
     except NotFound:  # no Kueue here: nobody will start it
-        return
+        return True
+    for workload in found:
+        with contextlib.suppress(NotFound):  # Kueue may remove it meanwhile
+            cluster.patch(f"{where}/{workload['metadata']['name']}", {"spec": {"active": False}})
+    return True
 
 
 def delete(cluster: Cluster, job: Object) -> None:

@@ -113,6 +113,16 @@ def test_every_pod_has_what_all_pods_are_told() -> None:
         assert box["envFrom"] == [{"secretRef": {"name": "whole"}}]
 
 
+def test_a_pod_has_no_token_of_an_account_unless_something_needs_it(tmp_path: Path) -> None:
+    assert [pod["automountServiceAccountToken"] for pod in pods_of(job_manifest())] == [False] * 3
+    assert all("automountServiceAccountToken" not in pod for pod in pods_of(job_manifest(service_account="trainer")))
+    patch = tmp_path / "patch.yaml"
+    patch.write_text("spec: {rayClusterSpec: {enableInTreeAutoscaling: true}}")
+    head, *others = pods_of(job_manifest(patch=[patch]))
+    assert "automountServiceAccountToken" not in head, "the autoscaler asks the API server for pods"
+    assert [pod["automountServiceAccountToken"] for pod in others] == [False] * 2
+
+
 def test_a_queue_takes_the_priority_for_itself() -> None:
     manifest = job_manifest(queue="team-a", priority="high")
     labels = manifest["metadata"]["labels"]
