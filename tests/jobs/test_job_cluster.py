@@ -54,6 +54,7 @@ def test_a_job_is_submitted_listed_shown_and_deleted(shoal: Shell, cluster: Clus
     assert {(each["name"], each["kind"], each["phase"]) for each in json.loads(out)} == {
         ("first", "train", "waiting"), ("web", "serve", "waiting")
     }  # fmt: skip
+    assert yaml.safe_load(shoal("list", "-o", "yaml")[1]) == json.loads(out)
     code, out, _ = shoal("status", "first")
     assert code == 0 and "KubeRay has not taken it up" in out
     assert shoal("delete", "first", "web")[0] == 0
