@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from called import called
+from job_fixtures import Shell, here_fixture  # noqa: F401  # fixtures are found by their names
 from job_request import job_manifest
 
 from shoal.jobs.kube.api import Cluster
@@ -17,18 +15,6 @@ from shoal.workers.errors import InvalidInput
 
 VOLUME, LOCKED = ("--volume", "runs:/mnt"), ("--volume", "b:/mnt/o:ro")
 RULES = "[{policy: DeleteSelf, condition: {jobStatus: FAILED}}]"
-
-
-Shell = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Shell:
-    """``shoal ARGUMENTS`` in an empty folder that is also the home."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("SHOAL_PROFILES", raising=False)
-    return partial(called, monkeypatch, capfd)
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,12 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from called import called
+from job_fixtures import Shell, here_fixture  # noqa: F401  # fixtures are found by their names
 from job_request import job_manifest, service_manifest
 from shell import shoal
 
@@ -26,17 +24,6 @@ from shoal.workers.errors import InvalidInput
 
 CPU = ("--gpus-per-node", "0", "--volume", "runs:/mnt/shoal")
 GPU = ("--gpus-per-node", "8", "--volume", "runs:/mnt/shoal")
-
-
-Shell = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Shell:
-    """``shoal ARGUMENTS`` in the test's folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("SHOAL_PROFILES", raising=False)
-    return partial(called, monkeypatch, capfd)
 
 
 def cluster_of(manifest: dict[str, Any]) -> Any:
