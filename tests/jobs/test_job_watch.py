@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import urllib.error
@@ -36,7 +37,7 @@ from shoal.jobs.kube.status import explain, summarize
 from shoal.jobs.kube.submit import cancel, find_job
 from shoal.workers.errors import ClusterRefused, NotFound
 
-LINES = 30_000
+LINES = int(os.environ.get("SHOAL_LINES", "30000"))
 
 
 def test_status_says_why_a_job_waits(server: ApiServer, kubelet: Kubelet, cluster: Cluster) -> None:
