@@ -141,6 +141,10 @@ def train(
 
 def evaluate(options: JobOptions, run: str, runs: str | None = None, arguments: Sequence[str] = ()) -> Work:
     """``shoal evaluate`` of a run on the volume; it computes in one process, on a worker."""
+    if is_url(run) and options.ray_address is None and not any(volume.shared for volume in volumes(options.volume)):
+        raise InvalidInput(
+            "the corpus that the run is measured on is fetched from nowhere: add --volume CLAIM:/path, where it lies"
+        )
     command = ("shoal", "evaluate", _run(run), *_runs_dir(options, run, runs), *arguments)
     return Work("evaluate", _name(options, "evaluate", run), command, run, 0)
 

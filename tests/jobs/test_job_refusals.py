@@ -38,6 +38,7 @@ RULES = "[{policy: DeleteSelf, condition: {jobStatus: FAILED}}]"
         (("evaluate", "s3://me:secret@bucket/run", *VOLUME), 3, "the URL of a run at bucket has a password in it"),
         (("evaluate", "memory://run", *VOLUME), 3, "is not where the cluster's pods can read it: give s3://"),
         (("evaluate", "s3://b/r", *VOLUME, "--runs-dir", "/mnt"), 3, "--runs-dir '/mnt' is where names of runs are"),
+        (("evaluate", "s3://b/r"), 3, "the corpus that the run is measured on is fetched from nowhere: add --volume"),
         (("evaluate", "", *VOLUME), 3, "RUN '' is not a run: give its name, its path on a --volume, or its URL"),
         (("generate", "s3://b/r", "--input", "/in.jsonl", "--output", "/o.jsonl"), 3, "add --volume CLAIM:/path and"),
         (("generate", "first", "--input", "/in.jsonl", "--output", "/mnt/o.jsonl", *VOLUME), 3, "is on no volume"),
