@@ -68,7 +68,7 @@ class JobOptions(BaseModel):
     label: list[str] = option([], "KEY=VALUE, a label of the job and its pods.", PODS)
     service_account: str | None = option(None, "ServiceAccount of all pods; default: one without rights.", PODS)
     working_dir: str | None = option(
-        None, "Code to use instead of the image's: a folder here (zipped, up to 0.9 MB), or a URL of a .zip.", PODS
+        None, "Code to use, not the image's: a folder (zipped, up to 0.9 MB; on a Ray 100), or a .zip's URL.", PODS
     )
     patch: list[Path] = option([], "YAML file laid over the manifest (JSON merge patch).", PODS)
 
