@@ -286,7 +286,7 @@ def test_a_thousand_jobs_are_listed(cluster: Cluster, shoal: Shell) -> None:
     for index in range(1000):
         manifest["metadata"]["name"] = f"job-{index}"
         cluster.post(cluster.ray("rayjobs"), manifest)
-    begun = time.monotonic()
+    begun, computed = time.monotonic(), time.process_time()
     code, out, _ = shoal("list", "-o", "json")
-    print(f"listed in {time.monotonic() - begun:.2f} s")
+    print(f"listed in {time.monotonic() - begun:.2f} s, {time.process_time() - computed:.2f} s of them here")
     assert code == 0 and len(json.loads(out)) == 1000
