@@ -71,7 +71,7 @@ def answer_file(
             return await batch.run(engine, console, many)
 
     manifest = checkpoint_path(folder.path / "checkpoints", step) / MANIFEST
-    weights = f"{folder.path.name} step {step} {hashlib.sha256(manifest.read_bytes()).hexdigest()[:16]}"
+    weights = f"{folder.name} step {step} {hashlib.sha256(manifest.read_bytes()).hexdigest()[:16]}"
     with open_batch(source, target, sampling, f"{weights} {recipe.model} {recipe.attention}") as batch:
         return asyncio.run(work())
 
@@ -83,7 +83,7 @@ async def _client(folder: RunFolder, step: int, recipe: Recipe) -> AsyncGenerato
         from shoal.cluster.local import ray_session
 
         with ray_session(recipe.parallel.ranks, dashboard=False) as session:
-            engines = Engines(recipe, str((folder.path / "checkpoints").resolve()), step, session)
+            engines = Engines(recipe, folder.checkpoints, step, session)
             await engines.start()
             try:
                 yield engines

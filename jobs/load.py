@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ from shoal.jobs.run_folder import RunFolder
 from shoal.workers.checkpoint_files import checkpoint_path, last_good, verify
 from shoal.workers.config import Recipe
 from shoal.workers.errors import InvalidInput, NotFound
+from shoal.workers.run_store import fetch_run, is_url
 
 if TYPE_CHECKING:
     from shoal.workers.model import Transformer
@@ -38,6 +39,20 @@ def find_run(run: str, runs: Path) -> RunFolder:
         if (path / "recipe.toml").is_file():
             return RunFolder(path)
     raise NotFound(f"run {run!r} is neither a run's folder nor in {runs}: `shoal runs list` shows the runs")
+
+
+def open_run(
+    run: str, runs: Path, step: int | None, told: Callable[[str], None] = lambda said: None
+) -> tuple[RunFolder, int, list[str]]:
+    """RUN as a folder, as a name in ``runs``, or as a URL, which is fetched; the step; and what was skipped.
+
+    told: is given a sentence when something is fetched. Raises ShoalError.
+    """
+    if is_url(run):
+        fetched = fetch_run(run, step, told)
+        return RunFolder(fetched.folder, run), fetched.step, fetched.skipped
+    folder = find_run(run, runs)
+    return folder, *choose_step(folder, step)
 
 
 def choose_step(folder: RunFolder, step: int | None) -> tuple[int, list[str]]:

@@ -29,9 +29,28 @@ MAY_CHANGE = ("name", "description", "parallel", "checkpoint", "serve")  # what 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """``runs/NAME``: recipe.toml, run.json (the corpus), tokenizer.json, metrics.jsonl, checkpoints, plots, events."""
+    """``runs/NAME``: recipe.toml, run.json (the corpus), tokenizer.json, metrics.jsonl, checkpoints, plots, events.
+
+    source: the URL that it was fetched from, in which case ``path`` is in the cache.
+    """
 
     path: Path
+    source: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.source.rstrip("/").rpartition("/")[2] if self.source else self.path.resolve().name
+
+    @property
+    def place(self) -> str:
+        """The run as other processes find it: its URL, or its path."""
+        return self.source or str(self.path.resolve())
+
+    @property
+    def checkpoints(self) -> str:
+        """Its checkpoints as ranks find them, see ``checkpoints_here``."""
+        return self.source or str((self.path / "checkpoints").resolve())
 
     @property
     def recipe_file(self) -> Path:

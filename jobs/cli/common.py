@@ -1,4 +1,4 @@
-"""What all commands share: options, printing as a table or as JSON, and errors that become exit codes."""
+"""What all commands share: options, printing as a table, JSON or YAML, and errors that become exit codes."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class Output(StrEnum):
 
     table = "table"
     json = "json"
+    yaml = "yaml"
 
 
 def complete_recipe(incomplete: str) -> list[str]:
@@ -55,12 +56,14 @@ RecipeArgument = Annotated[
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; may be repeated.")
 ]
-RunArgument = Annotated[str, typer.Argument(help="A run's folder, or its name.", autocompletion=complete_run)]
+RunArgument = Annotated[
+    str, typer.Argument(help="A run's folder, its name, or its URL (s3://…).", autocompletion=complete_run)
+]
 RunsDirOption = Annotated[Path, typer.Option("--runs-dir", envvar="SHOAL_RUNS", help="The folder that holds the runs.")]
 
 
 def emit(data: Any, output: Output, render: Callable[[], object]) -> None:
-    """Print ``data`` as JSON, or call ``render``, which prints the same for people.
+    """Print ``data`` as JSON or YAML, or call ``render``, which prints the same for people.
 
     Data may hold dataclasses, paths and floats that are not finite; the latter become null, as JSON has none.
     """
@@ -68,6 +71,10 @@ def emit(data: Any, output: Output, render: Callable[[], object]) -> None:
         import json
 
         print(json.dumps(_plain(data), indent=2, ensure_ascii=False, allow_nan=False))
+    elif output is Output.yaml:
+        import yaml
+
+        print(yaml.safe_dump(_plain(data), sort_keys=False, allow_unicode=True), end="")
     else:
         render()
     sys.stdout.flush()  # a reader that went away is noticed here, not when the interpreter ends

@@ -29,10 +29,12 @@ def evaluate(
     """
     from shoal.jobs.data.baselines import baselines
     from shoal.jobs.evaluate import evaluate_model
-    from shoal.jobs.load import choose_step, find_run, load_trained
+    from shoal.jobs.load import load_trained, open_run
+    from shoal.workers.errors import NotFound
 
-    folder = find_run(run, runs_dir)
-    chosen, damaged = choose_step(folder, step)
+    folder, chosen, damaged = open_run(run, runs_dir, step, lambda said: typer.echo(said, err=True))
+    if data is None and folder.source and not folder.corpus().exists():
+        raise NotFound(f"{run} was trained on {folder.corpus()}, which is not here: add --data with a folder of it")
     for sentence in damaged:
         typer.echo(sentence, err=True)
     trained = load_trained(folder, chosen)
@@ -40,7 +42,7 @@ def evaluate(
     result = evaluate_model(trained, corpus, tokens or trained.recipe.train.eval_tokens)
     beside = baselines(corpus, tokens or trained.recipe.train.eval_tokens)
     bits = {k: v for k, v in asdict(beside).items() if k.endswith("bits_per_byte")}
-    facts = {"run": str(folder.path), "step": chosen, **result, **bits}
+    facts = {"run": folder.source or str(folder.path), "step": chosen, **result, **bits}
 
     def table() -> None:
         rows = [
@@ -49,7 +51,7 @@ def evaluate(
             ("unigram", f"{bits['unigram_bits_per_byte']:.4f} bits per byte"),
             ("gzip -9", f"{bits['gzip_bits_per_byte']:.4f} bits per byte"),
             ("text", f"{result['tokens']:,} tokens, {result['bytes']:,} bytes, {beside.documents} documents"),
-            ("checkpoint", f"step {chosen} of {folder.path}"),
+            ("checkpoint", f"step {chosen} of {folder.source or folder.path}"),
         ]
         lines = grid()
         for row in rows:

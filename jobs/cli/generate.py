@@ -47,10 +47,9 @@ def generate(
 
     check_files(source, target, prompt, bool(workers or placement or sets))
     sampling = Sampling(tokens, temperature, top_k, top_p, min_p, seed)
-    from shoal.jobs.load import choose_step, find_run
+    from shoal.jobs.load import open_run
 
-    folder = find_run(run, runs_dir)
-    chosen, damaged = choose_step(folder, step)
+    folder, chosen, damaged = open_run(run, runs_dir, step, lambda said: typer.echo(said, err=True))
     for sentence in damaged:
         typer.echo(sentence, err=True)
     if source and target:
@@ -60,7 +59,7 @@ def generate(
 
         recipe = serving_recipe(folder, sets, workers, placement)
         summary = answer_file(folder, chosen, recipe, source, target, sampling, Lasting(stderr=True))
-        facts = {"run": str(folder.path), "step": chosen, "output": str(target), **asdict(summary)}
+        facts = {"run": folder.source or str(folder.path), "step": chosen, "output": str(target), **asdict(summary)}
         said = f"{target}: {summary.rows} answers, {summary.failed} of them errors, {summary.tokens} new tokens"
         emit(facts, output, lambda: typer.echo(said))
         return
@@ -74,5 +73,5 @@ def generate(
             typer.echo(piece, nl=False)
 
     text, count = continue_text(trained, prompt, sampling, show)
-    facts = {"run": str(folder.path), "step": chosen, "prompt": prompt, "text": text, "tokens": count}
+    facts = {"run": folder.source or str(folder.path), "step": chosen, "prompt": prompt, "text": text, "tokens": count}
     emit(facts, output, lambda: typer.echo(""))

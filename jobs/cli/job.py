@@ -1,20 +1,24 @@
-"""``shoal job``: training, evaluation, generation and service as jobs of KubeRay on a Kubernetes cluster."""
+"""``shoal job``: training, evaluation, generation and service as jobs on Kubernetes, or on a Ray that runs already."""
 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from shoal.jobs.cli.common import Output, OutputOption, emit
 from shoal.jobs.cli.job_kinds import KINDS
 from shoal.jobs.cli.job_options import command
-from shoal.jobs.cli.job_verbs import ContextOption, NamespaceOption, TimeoutOption, register, wait_for
+from shoal.jobs.cli.job_place import ContextOption, NamespaceOption, Place, refuse_kubernetes
+from shoal.jobs.cli.job_verbs import TimeoutOption, register, wait_for
 from shoal.jobs.kube.options import JobOptions
 from shoal.jobs.kube.work import Work
 
-EXAMPLES = """Run jobs on a Kubernetes cluster, through KubeRay (1.4 or later).
+if TYPE_CHECKING:
+    from shoal.jobs.kube.status import Status
+
+EXAMPLES = """Run jobs on a Kubernetes cluster, through KubeRay (1.4 or later), or on a Ray cluster that runs already.
 
 Examples:
 
@@ -27,6 +31,8 @@ Examples:
   shoal job list; shoal job status NAME; shoal job logs -f NAME; shoal job wait NAME
 
   shoal job resubmit NAME --from-checkpoint
+
+  shoal job submit train --ray-address http://head:8265 --runs-dir /mnt/runs --nodes 2 --gpus-per-node 8
 
 `wait` and `submit --wait` exit with the job's own exit code.
 """
@@ -63,7 +69,12 @@ def _render(
     format: Annotated[Format, typer.Option("--format", "-o", help="How to print it.")] = Format.yaml,
 ) -> None:
     from shoal.jobs.kube.manifest import checked_objects, to_text
+    from shoal.workers.errors import UsageError
 
+    if options.ray_address is not None:
+        raise UsageError(
+            "render writes manifests for Kubernetes, and a Ray cluster takes none: leave --ray-address out, or submit"
+        )
     print(to_text(checked_objects(work, options, namespace, _say), format is Format.json))
 
 
@@ -79,7 +90,35 @@ def _submit(
     timeout: TimeoutOption = None,
     format: OutputOption = Output.table,
 ) -> None:
-    from shoal.jobs.kube.manifest import checked_objects, to_text
+    _check_usage(work, options, dry_run, wait, timeout)
+    if dry_run is DryRun.client:
+        from shoal.jobs.kube.manifest import checked_objects, to_text
+
+        print(to_text(checked_objects(work, options, namespace, _say), format is Output.json))
+        return
+    place, found = _submitted(work, options, context, namespace, dry_run)
+    name = found.name
+    facts = {
+        "name": name, "namespace": found.namespace, "kind": work.kind, "run": work.run, "dry_run": dry_run is not None
+    }  # fmt: skip
+
+    def say() -> None:
+        where = f"namespace {found.namespace}" if found.namespace else str(place)
+        if dry_run:
+            typer.echo(f"{name} would be submitted to {where}")
+        else:
+            typer.echo(f"{name} submitted to {where}: {place.hint(f'status {name}')}, {place.hint(f'logs -f {name}')}")
+
+    if wait:
+        if format is Output.table:
+            say()
+        wait_for(place, name, timeout, format)
+        return
+    emit(facts, format, say)
+
+
+def _check_usage(work: Work, options: JobOptions, dry_run: DryRun | None, wait: bool, timeout: float | None) -> None:
+    """Refuses options that do not go together. Raises UsageError."""
     from shoal.workers.errors import UsageError
 
     if wait and dry_run:
@@ -88,29 +127,23 @@ def _submit(
         raise UsageError("--timeout is how long --wait waits: add --wait, or leave it out")
     if wait and work.kind == "serve":
         raise UsageError("--wait waits for an end, and a service has none: leave it out; `shoal job status` shows it")
-    objects = checked_objects(work, options, namespace, _say)
-    if dry_run is DryRun.client:
-        print(to_text(objects, format is Output.json))
-        return
-    from shoal.jobs.kube.api import Cluster
-    from shoal.jobs.kube.submit import submit as send
+    if options.ray_address is not None and dry_run:
+        raise UsageError("--dry-run is for Kubernetes, and Ray's job API has none: leave it or --ray-address out")
 
-    cluster = Cluster(context, namespace)
-    created = send(cluster, objects, dry=dry_run is DryRun.server)
-    name, where = created["metadata"]["name"], created["metadata"]["namespace"]
-    done = "would be submitted" if dry_run else "submitted"
-    facts = {"name": name, "namespace": where, "kind": work.kind, "run": work.run, "dry_run": dry_run is not None}
-    more = "" if dry_run else f": `shoal job status {name}`, `shoal job logs -f {name}`"
 
-    def say() -> None:
-        typer.echo(f"{name} {done} to namespace {where}{more}")
+def _submitted(
+    work: Work, options: JobOptions, context: str | None, namespace: str | None, dry_run: DryRun | None
+) -> tuple[Place, Status]:
+    if options.ray_address is not None:
+        refuse_kubernetes(context, namespace)
+        from shoal.jobs.ray_jobs.place import RunningRay
 
-    if wait:
-        if format is Output.table:
-            say()
-        wait_for(cluster, name, timeout, format)
-        return
-    emit(facts, format, say)
+        running = RunningRay(options.ray_address)
+        return running, running.submit(work, options, _say)
+    from shoal.jobs.kube.place import Namespace
+
+    cluster = Namespace(context, namespace)
+    return cluster, cluster.submit(work, options, _say, dry=dry_run is DryRun.server)
 
 
 def _add(group: typer.Typer, finish: Any) -> None:

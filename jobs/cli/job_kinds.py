@@ -11,7 +11,7 @@ from shoal.jobs.cli.common import RecipeOption, SetOption
 from shoal.jobs.kube import work
 from shoal.jobs.kube.options import JobOptions
 
-RunArgument = Annotated[str, typer.Argument(help="The run's name, or its path on a volume.")]
+RunArgument = Annotated[str, typer.Argument(help="The run's name, its path on a volume, or its URL (s3://…).")]
 RunsOption = Annotated[
     str | None, typer.Option("--runs-dir", help="Folder of the runs; default: runs/ on the first volume.")
 ]

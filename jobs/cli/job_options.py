@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from shoal.jobs.cli.job_kinds import KINDS
-from shoal.jobs.kube.options import OF_JOBS, JobOptions, flag, panel_of, resolve_options
+from shoal.jobs.kube.options import OF_JOBS, OF_RAY, JobOptions, flag, panel_of, resolve_options
 from shoal.jobs.kube.work import Work
 from shoal.workers.errors import UsageError
 
@@ -41,6 +41,8 @@ def command(build: Build, finish: Finish) -> Callable[..., None]:
         if serves:
             _refuse_for_services(said)
         options = resolve_options(said, given["profile"], given["profiles"])
+        if options.ray_address is not None:
+            options = _for_ray(options, said, serves)
         if serves:  # a queue of the profile, which would take the priority as well
             options = options.model_copy(update={"queue": None})
         work = build(options, **{each.name: given[each.name] for each in own})
@@ -57,6 +59,22 @@ def _refuse_for_services(said: Mapping[str, Any]) -> None:
     for name in OF_JOBS:
         if said[name] is not None:
             raise UsageError(f"{flag(name)} is for jobs, and a service has no place for it: leave it out")
+
+
+def _for_ray(options: JobOptions, said: Mapping[str, Any], serves: bool) -> JobOptions:
+    """Without what only Kubernetes has a place for, which a profile may hold; refused on the command line."""
+    if serves:
+        raise UsageError(
+            "a service is no job of Ray's: run `shoal serve RUN` on the cluster, with RAY_ADDRESS=auto, or leave "
+            "--ray-address out for a RayService"
+        )
+    for name in JobOptions.model_fields:
+        if name not in OF_RAY and said[name] not in (None, []):
+            raise UsageError(
+                f"{flag(name)} is for Kubernetes, and --ray-address names a Ray that runs already: leave one of them "
+                f"out"
+            )
+    return JobOptions(**{name: getattr(options, name) for name in OF_RAY})
 
 
 def _parameters(function: Callable[..., Any], skipped: int) -> list[inspect.Parameter]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,15 +10,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shoal.jobs.cli.common import Output, OutputOption, console, emit, grid
+from shoal.jobs.cli.job_place import (
+    ContextOption,
+    NamespaceOption,
+    Place,
+    RayAddressOption,
+    place_of,
+    refuse_kubernetes,
+)
 
 if TYPE_CHECKING:
-    from shoal.jobs.kube.api import Cluster
     from shoal.jobs.kube.status import Status
 
-ContextOption = Annotated[str | None, typer.Option(help="Context of the kubeconfig; default: its current one.")]
-NamespaceOption = Annotated[str | None, typer.Option("--namespace", "-n", help="Namespace; default: the context's.")]
 TimeoutOption = Annotated[float | None, typer.Option(min=0, help="Seconds to wait; then exit with 124.")]
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The job's name.")]
+NameArgument = Annotated[
+    str, typer.Argument(metavar="NAME", help="The job's name; rayjob/NAME or rayservice/NAME where there are both.")
+]
 DASHBOARD = 8265
 
 
@@ -28,32 +36,25 @@ def register(app: typer.Typer) -> None:
         app.command(verb.__name__)(verb)
 
 
-def _cluster(context: str | None, namespace: str | None) -> Cluster:
-    from shoal.jobs.kube.api import Cluster
-
-    return Cluster(context, namespace)
-
-
 def list_jobs(
-    everything: Annotated[bool, typer.Option("--all", help="RayJobs and RayServices of others too.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Jobs of others too.")] = False,
     context: ContextOption = None,
     namespace: NamespaceOption = None,
+    ray_address: RayAddressOption = None,
     output: OutputOption = Output.table,
 ) -> None:
-    """List the jobs of a namespace, newest first."""
-    from shoal.jobs.kube.status import summarize
-    from shoal.jobs.kube.submit import list_jobs as find
-
-    cluster = _cluster(context, namespace)
-    found = [summarize(each) for each in find(cluster, everything)]
+    """List the jobs of a namespace, or of a Ray cluster, newest first."""
+    place = place_of(context, namespace, ray_address)
+    found = place.jobs(everything)
 
     def table() -> None:
         if not found:
-            typer.echo(f"no jobs in namespace {cluster.namespace}")
+            typer.echo(f"no jobs in {place}")
             return
         lines = grid("name", "kind", "phase", "nodes", "queue", "run", "created", right={3})
         for each in found:
-            lines.add_row(each.name, each.kind, each.phase, str(each.nodes), each.queue, each.run, each.created)
+            nodes = str(each.nodes or "")
+            lines.add_row(each.name, each.kind, each.phase, nodes, each.queue, each.run, each.created)
         console().print(lines)
 
     emit([_facts(each) for each in found], output, table)
@@ -63,14 +64,11 @@ def status(
     name: NameArgument,
     context: ContextOption = None,
     namespace: NamespaceOption = None,
+    ray_address: RayAddressOption = None,
     output: OutputOption = Output.table,
 ) -> None:
     """Say where a job stands, and why it waits: for a queue, for nodes, for its image."""
-    from shoal.jobs.kube.status import explain
-    from shoal.jobs.kube.submit import find_job
-
-    cluster = _cluster(context, namespace)
-    found = explain(cluster, find_job(cluster, name))
+    found = place_of(context, namespace, ray_address).status(name)
 
     def table() -> None:
         rows = {key: value for key, value in _facts(found).items() if value and key != "reasons"}
@@ -90,10 +88,9 @@ def logs(
     tail: Annotated[int | None, typer.Option(min=0, help="Begin so many lines before the end.")] = None,
     context: ContextOption = None,
     namespace: NamespaceOption = None,
+    ray_address: RayAddressOption = None,
 ) -> None:
-    """Print what a job has printed; with -f as it comes, through restarts of the API server."""
-    from shoal.jobs.kube.logs import logs as read
-
+    """Print what a job has printed; with -f as it comes, through restarts of the server that tells it."""
     out, said = sys.stdout.buffer, set[str]()
 
     def write(line: bytes) -> None:
@@ -105,7 +102,7 @@ def logs(
             said.add(reason)
             typer.echo(f"waiting: {reason}", err=True)
 
-    read(_cluster(context, namespace), name, write, follow, tail, told)
+    place_of(context, namespace, ray_address).logs(name, write, follow, tail, told)
 
 
 def wait(
@@ -113,26 +110,20 @@ def wait(
     timeout: TimeoutOption = None,
     context: ContextOption = None,
     namespace: NamespaceOption = None,
+    ray_address: RayAddressOption = None,
     output: OutputOption = Output.table,
 ) -> None:
     """Wait for a job's end, and exit with its own exit code."""
-    from shoal.jobs.kube.submit import find_job, is_service
-    from shoal.workers.errors import InvalidInput
-
-    cluster = _cluster(context, namespace)
-    if is_service(find_job(cluster, name)):
-        raise InvalidInput(f"{name} is a service, which has no end to wait for: `shoal job status {name}` shows it")
-    wait_for(cluster, name, timeout, output)
+    wait_for(place_of(context, namespace, ray_address), name, timeout, output)
 
 
-def wait_for(cluster: Cluster, name: str, timeout: float | None, output: Output) -> None:
+def wait_for(place: Place, name: str, timeout: float | None, output: Output) -> None:
     """Waits, says each phase on standard error, and ends the process with the job's exit code."""
-    from shoal.jobs.kube.ending import wait as wait_until_over
 
     def told(found: Status) -> None:
         typer.echo(f"{name}: {found.phase}", err=True)
 
-    found, code = wait_until_over(cluster, name, timeout, told)
+    found, code = place.wait(name, timeout, told)
 
     def say() -> None:
         # the rest of Ray's message is the end of the log
@@ -144,29 +135,24 @@ def wait_for(cluster: Cluster, name: str, timeout: float | None, output: Output)
         raise typer.Exit(code)
 
 
-def cancel(name: NameArgument, context: ContextOption = None, namespace: NamespaceOption = None) -> None:
+def cancel(
+    name: NameArgument,
+    context: ContextOption = None,
+    namespace: NamespaceOption = None,
+    ray_address: RayAddressOption = None,
+) -> None:
     """End a job: one that runs saves a checkpoint first. It stays in the list."""
-    from shoal.jobs.kube.submit import cancel as end
-    from shoal.jobs.kube.submit import find_job
-
-    cluster = _cluster(context, namespace)
-    typer.echo(end(cluster, find_job(cluster, name)))
+    typer.echo(place_of(context, namespace, ray_address).cancel(name))
 
 
 def delete(
     names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Jobs and services.")],
     context: ContextOption = None,
     namespace: NamespaceOption = None,
+    ray_address: RayAddressOption = None,
 ) -> None:
     """Remove jobs and services with their clusters; what they wrote to volumes stays."""
-    from shoal.jobs.kube.submit import delete as remove
-    from shoal.jobs.kube.submit import find_job
-
-    cluster = _cluster(context, namespace)
-    found = [find_job(cluster, name) for name in names]  # all or none
-    for job in found:
-        remove(cluster, job)
-        typer.echo(f"{job['metadata']['name']} deleted")
+    place_of(context, namespace, ray_address).delete(names, typer.echo)
 
 
 def resubmit(
@@ -177,15 +163,11 @@ def resubmit(
     ] = False,
     context: ContextOption = None,
     namespace: NamespaceOption = None,
+    ray_address: RayAddressOption = None,
     output: OutputOption = Output.table,
 ) -> None:
     """Submit a job again as it was, under another name."""
-    from shoal.jobs.kube.status import summarize
-    from shoal.jobs.kube.submit import find_job
-    from shoal.jobs.kube.submit import resubmit as again
-
-    cluster = _cluster(context, namespace)
-    found = summarize(again(cluster, find_job(cluster, name), new_name, from_checkpoint))
+    found = place_of(context, namespace, ray_address).resubmit(name, new_name, from_checkpoint)
     emit(_facts(found), output, lambda: typer.echo(f"{found.name} submitted, for run {found.run}"))
 
 
@@ -195,18 +177,32 @@ def dashboard(
     browser: Annotated[bool, typer.Option(help="Open it in a browser.")] = True,
     context: ContextOption = None,
     namespace: NamespaceOption = None,
+    ray_address: RayAddressOption = None,
 ) -> None:
-    """Reach a job's Ray dashboard on this machine, until Ctrl-C."""
+    """Reach a job's Ray dashboard on this machine, until Ctrl-C; a running Ray's own address is only shown."""
     import threading
     import webbrowser
 
+    if ray_address is not None:
+        refuse_kubernetes(context, namespace)
+        print(f"dashboard  {ray_address}", flush=True)
+        if browser:
+            webbrowser.open(ray_address)
+        return
     from shoal.jobs.kube.forward import forwarded, head_pod
+    from shoal.jobs.kube.place import Namespace
     from shoal.jobs.kube.ray_api import cluster_name
-    from shoal.jobs.kube.submit import find_job
 
-    cluster = _cluster(context, namespace)
-    job = find_job(cluster, name)
-    with forwarded(cluster, head_pod(cluster, job), DASHBOARD, port) as local:
+    place = Namespace(context, namespace)
+    cluster, job = place.cluster, place.job(name)
+    said: set[str] = set()
+
+    def told(problem: str) -> None:
+        if problem not in said:
+            said.add(problem)
+            typer.echo(problem, err=True)
+
+    with forwarded(cluster, head_pod(cluster, job), DASHBOARD, port, told) as local:
         address = f"http://127.0.0.1:{local}"
         spec = job["spec"].get("rayClusterSpec") or job["spec"].get("rayClusterConfig") or {}
         options = spec.get("authOptions") or {}
@@ -214,6 +210,7 @@ def dashboard(
         if options.get("mode") == "token":
             secret = options.get("secretName") or cluster_name(job)
             where = f"-n {cluster.namespace} {secret} -o jsonpath={{.data.auth_token}}"
+            where += f" --context {shlex.quote(context)}" if context else ""
             print(f"token      kubectl get secret {where} | base64 -d", flush=True)
         if browser:
             webbrowser.open(address)

@@ -42,7 +42,7 @@ COMMANDS = {
     "generate": Lazy("generate:generate", "Continue a text with a trained model.", TRAIN),
     "serve": Lazy("serve:serve", "Serve a trained model over HTTP and gRPC.", TRAIN),
     "evaluate": Lazy("evaluate:evaluate", "Measure a trained model in bits per byte.", TRAIN),
-    "job": Lazy("job:app", "Run jobs on a Kubernetes cluster, through KubeRay.", CLUSTER),
+    "job": Lazy("job:app", "Run jobs on a Kubernetes cluster, or on a Ray cluster.", CLUSTER),
     "data": Lazy("data:app", "Prepare, show and verify corpora.", PREPARE),
     "config": Lazy("config:app", "Show and check recipes, with what they cost.", PREPARE),
     "doctor": Lazy("doctor:doctor", "Say what this machine can do, what is missing, how to get it.", PREPARE),

@@ -55,16 +55,15 @@ def serve(
     _check_installed()
     from shoal.cluster.serving import Listen
     from shoal.jobs.cli.lasting import Lasting
-    from shoal.jobs.load import choose_step, find_run, serving_recipe
+    from shoal.jobs.load import open_run, serving_recipe
     from shoal.jobs.serve.gate import Settings
     from shoal.jobs.serve.service import examples, read_tokens, run_service
 
     tokens = read_tokens(token_file)
     listen = Listen(host, port, grpc_port, *(path and path.resolve() for path in (tls_cert, tls_key)))
     listen.check(bool(tokens), insecure)
-    folder = find_run(run, runs_dir)
+    folder, chosen, damaged = open_run(run, runs_dir, step, lambda said: typer.echo(said, err=True))
     recipe = serving_recipe(folder, sets, workers, placement)
-    chosen, damaged = choose_step(folder, step)
     for sentence in damaged:
         typer.echo(sentence, err=True)
     console = Lasting(markup=False, highlight=False, soft_wrap=True)
@@ -77,9 +76,9 @@ def serve(
         console.print("try      {}\n         {}".format(*examples(listen, model.name, bool(tokens))))
 
     options: dict[str, Any] = {
-        "run": str(folder.path.resolve()),
+        "run": folder.place,
         "step": chosen,
-        "name": name or folder.path.resolve().name,
+        "name": name or folder.name,
         "recipe": recipe.model_dump(),
     }
     ended = run_service(

@@ -73,7 +73,7 @@ def train(
     checked = load_recipe(source, sets or (), overrides)
     if folder:
         check_same_recipe(folder, checked)
-    console = Lasting(stderr=output is Output.json, markup=False)
+    console = Lasting(stderr=output is not Output.table, markup=False)
     result = run_training(checked, runs_dir, name, folder, data_dir, console)
 
     def table() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -42,6 +43,14 @@ class Conflict(ClusterRefused):
     """It exists already, or was changed meanwhile (409)."""
 
 
+class AnsweredBehind(Exception):
+    """Not the API server refused, but the service behind its proxy."""
+
+    def __init__(self, status: int, body: bytes) -> None:
+        super().__init__(status)
+        self.status, self.body = status, body
+
+
 class Cluster:
     """One namespace of a cluster, by a context of the kubeconfig, or from inside a pod."""
 
@@ -49,7 +58,16 @@ class Cluster:
         """Reads the kubeconfig; no request is made. Raises InvalidInput, NotFound."""
         self._client, found = _client(context)
         self.namespace = namespace or found
+        told = {"--context": context, "--namespace": namespace}
+        self.flags = "".join(f" {key} {shlex.quote(value)}" for key, value in told.items() if value is not None)
         self.host = str(self._client.configuration.host)
+
+    def __str__(self) -> str:
+        return f"namespace {self.namespace}"
+
+    def hint(self, command: str) -> str:
+        """A ``shoal job`` command about this namespace of this cluster, to be shown to a person."""
+        return f"`shoal job {command}{self.flags}`"
 
     @property
     def client(self) -> Any:
@@ -156,6 +174,8 @@ class Cluster:
         if answer.status < 300:
             return answer
         text = answer.data or answer.read()
+        if "/proxy/" in path and not _is_status(text):
+            raise AnsweredBehind(answer.status, text)
         raise _refusal(answer.status, text, method, path, self)
 
     def _credentials(self) -> dict[str, str]:
@@ -237,6 +257,15 @@ def _reason(error: Exception) -> str:
     return text.rpartition(">: ")[2].rpartition(": ")[2][:160] or type(error).__name__
 
 
+def _is_status(body: bytes) -> bool:
+    """Whether an answer is the API server's own."""
+    try:
+        found = json.loads(body)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and found.get("kind") == "Status"
+
+
 def _refusal(status: int, body: bytes, method: str, path: str, cluster: Cluster) -> ShoalError:
     """What an answer other than 2xx means for a person."""
     try:
@@ -253,7 +282,7 @@ def _refusal(status: int, body: bytes, method: str, path: str, cluster: Cluster)
             return ClusterRefused(f"{cluster.host} knows no ray.io/v1: install KubeRay 1.4 or later on that cluster")
         return NotFound(f"{cluster.host} does not have {path}: check the cluster's version")
     if status == 404:
-        return NotFound(f"{said}, in namespace {cluster.namespace}: `shoal job list` shows the jobs")
+        return NotFound(f"{said}, in {cluster}: {cluster.hint('list')} shows the jobs")
     if status == 409:
         return Conflict(f"{said}: choose another --name, or delete that one first")
     if status == 410:

@@ -1,11 +1,11 @@
-"""A folder of code as a .zip small enough for a ConfigMap: the same files give the same bytes."""
+"""A folder of code as a .zip, small enough for a ConfigMap unless told otherwise: same files, same bytes."""
 
 from __future__ import annotations
 
 import io
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from shoal.jobs.recipe_errors import quote
@@ -18,6 +18,8 @@ _CHUNK = 1 << 16
 _SHOWN = 8  # of what was left out
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
+NOTHING: Mapping[str, bytes] = {}
+
 Skip = Callable[[Path], None]
 
 
@@ -26,58 +28,74 @@ def is_url(working_dir: str) -> bool:
     return "://" in working_dir
 
 
-def zip_folder(folder: str, told: Callable[[str], None] = lambda said: None) -> bytes:
+def zip_folder(
+    folder: str | None,
+    told: Callable[[str], None] = lambda said: None,
+    largest: int = LARGEST,
+    more: Mapping[str, bytes] = NOTHING,
+) -> bytes:
     """The folder's files, but for hidden ones, caches, and the root's runs, data, build and dist.
 
     Such a folder at the root is sent along where it is a package (has an ``__init__.py``). Links are followed within
-    the folder, and left out where they lead elsewhere. told: is given a sentence on what was left out.
+    the folder, and left out where they lead elsewhere. told: is given a sentence on what was left out. largest: bytes
+    of the .zip. more: files besides, by their paths; without a folder they are all.
 
     Raises NotFound, InvalidInput when it is empty, cannot be read, or is too large to be sent along.
     """
-    root = Path(folder)
-    if not root.is_dir():
-        raise NotFound(f"--working-dir {quote(folder)} is not a folder: name one, or the URL of a .zip")
-    buffer, skipped = io.BytesIO(), list[str]()
+    buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        try:
-            for path in _files(root, lambda path: skipped.append(path.relative_to(root).as_posix())):
-                _add(archive, path, path.relative_to(root).as_posix(), folder)
-        except OSError as error:
-            raise InvalidInput(
-                f"--working-dir {quote(folder)}: {quote(str(error.filename))} cannot be read ({error.strerror}): "
-                f"make it readable, or move it elsewhere"
-            ) from None
-        empty = not archive.namelist()
-    if empty:
-        raise InvalidInput(f"--working-dir {quote(folder)} holds no file: name the folder of the code")
-    _check_size(buffer, folder)
-    if skipped:
-        more = f" and {len(skipped) - _SHOWN} more" if len(skipped) > _SHOWN else ""
-        told(f"--working-dir {quote(folder)} goes without {', '.join(map(quote, skipped[:_SHOWN]))}{more}")
+        for name, content in more.items():
+            archive.writestr(_entry(name), content)
+        if folder is not None:
+            _add_folder(archive, folder, told, largest)
     return buffer.getvalue()
 
 
-def _add(archive: zipfile.ZipFile, path: Path, name: str, folder: str) -> None:
+def _add_folder(archive: zipfile.ZipFile, folder: str, told: Callable[[str], None], largest: int) -> None:
+    root, skipped, before = Path(folder), list[str](), len(archive.namelist())
+    if not root.is_dir():
+        raise NotFound(f"--working-dir {quote(folder)} is not a folder: name one, or the URL of a .zip")
+    try:
+        for path in _files(root, lambda path: skipped.append(path.relative_to(root).as_posix())):
+            _add(archive, path, path.relative_to(root).as_posix(), folder, largest)
+    except OSError as error:
+        raise InvalidInput(
+            f"--working-dir {quote(folder)}: {quote(str(error.filename))} cannot be read ({error.strerror}): "
+            f"make it readable, or move it elsewhere"
+        ) from None
+    if len(archive.namelist()) == before:
+        raise InvalidInput(f"--working-dir {quote(folder)} holds no file: name the folder of the code")
+    _check_size(archive, folder, largest)
+    if skipped:
+        others = f" and {len(skipped) - _SHOWN} more" if len(skipped) > _SHOWN else ""
+        told(f"--working-dir {quote(folder)} goes without {', '.join(map(quote, skipped[:_SHOWN]))}{others}")
+
+
+def _entry(name: str, executable: bool = False) -> zipfile.ZipInfo:
+    entry = zipfile.ZipInfo(name, _EPOCH)
+    entry.compress_type = zipfile.ZIP_DEFLATED
+    entry.external_attr = (0o755 if executable else 0o644) << 16
+    return entry
+
+
+def _add(archive: zipfile.ZipFile, path: Path, name: str, folder: str, largest: int) -> None:
     try:
         name.encode()
     except UnicodeEncodeError:
         raise InvalidInput(
             f"--working-dir {quote(folder)}: the name of {quote(name)} is not UTF-8: give it another"
         ) from None
-    entry = zipfile.ZipInfo(name, _EPOCH)
-    entry.compress_type = zipfile.ZIP_DEFLATED
-    entry.external_attr = (0o755 if os.access(path, os.X_OK) else 0o644) << 16
+    entry = _entry(name, os.access(path, os.X_OK))
     with path.open("rb") as source, archive.open(entry, "w") as target:
         while chunk := source.read(_CHUNK):
             target.write(chunk)
-            _check_size(archive.fp, folder)
+            _check_size(archive, folder, largest)
 
 
-def _check_size(buffer: object, folder: str) -> None:
-    assert isinstance(buffer, io.BytesIO)
-    if buffer.tell() > LARGEST:
+def _check_size(archive: zipfile.ZipFile, folder: str, largest: int) -> None:
+    if archive.fp is not None and archive.fp.tell() > largest:
         raise InvalidInput(
-            f"--working-dir {quote(folder)} is more than {LARGEST / 1e6:.1f} MB zipped, which is what can be sent "
+            f"--working-dir {quote(folder)} is more than {largest / 1e6:.1f} MB zipped, which is what can be sent "
             f"along: put a .zip of it somewhere and give its URL"
         )
 

@@ -16,7 +16,7 @@ from shoal.workers.errors import ClusterRefused, NotFound, ShoalError, TimedOut
 INTERRUPTED = 130  # of a job that was told to end, where it left no exit code of its own
 WATCH = 50  # seconds that a watch is asked to last: less than a stream may be silent
 _SHORTEST = 0.9  # seconds that a watch lasts at least, where the server is as it should be
-_EXIT_CODE = re.compile(r"failed with exit code (-?\d+)")  # as Ray's job supervisor puts it
+EXIT_CODE = re.compile(r"failed with exit code (-?\d+)")  # as Ray's job supervisor puts it
 
 
 def changes(cluster: Cluster, name: str, until: float | None = None) -> Iterator[Object]:
@@ -27,7 +27,9 @@ def changes(cluster: Cluster, name: str, until: float | None = None) -> Iterator
     version, patience = "", Patience()
     while True:
         if until is not None and time.monotonic() >= until:
-            raise TimedOut(f"{name} has not ended in the time given: it goes on, `shoal job status {name}` shows it")
+            raise TimedOut(
+                f"{name} has not ended in the time given: it goes on, {cluster.hint(f'status {name}')} shows it"
+            )
         try:
             if not version:
                 job = cluster.get(cluster.ray(JOBS, name))
@@ -67,7 +69,7 @@ def _watched(cluster: Cluster, name: str, version: str, until: float | None) -> 
                 if event["type"] == "ERROR":
                     raise _watch_error(cluster, event["object"])
                 if event["type"] == "DELETED":
-                    raise NotFound(f"{name} was deleted while it was waited for: `shoal job list` shows the jobs")
+                    raise NotFound(f"{name} was deleted while it was waited for: {cluster.hint('list')} shows the jobs")
                 if event["type"] != "BOOKMARK":
                     yield event["object"]
     except (urllib3.exceptions.HTTPError, ValueError) as error:
@@ -119,9 +121,9 @@ def exit_code(job: Object) -> int:
     status, said = summarize(job), job.get("status") or {}
     if status.phase == "succeeded":
         return 0
-    found = _EXIT_CODE.search(status.message) if said.get("jobStatus") == "FAILED" else None
+    found = EXIT_CODE.search(status.message) if said.get("jobStatus") == "FAILED" else None
     if found:
-        return _as_shell(int(found[1]))
+        return as_shell(int(found[1]))
     if status.phase in ("stopped", "cancelled"):
         return INTERRUPTED
     if str(said.get("reason", "")).endswith("DeadlineExceeded"):
@@ -135,8 +137,9 @@ def _from_ray(cluster: Cluster, job: Object) -> int | None:
         found = ray_job(cluster, job).get("driver_exit_code")
     except ShoalError:
         return None
-    return _as_shell(found) if isinstance(found, int) else None
+    return as_shell(found) if isinstance(found, int) else None
 
 
-def _as_shell(code: int) -> int:
+def as_shell(code: int) -> int:
+    """A process's exit code as a shell has it: 128 and the number of the signal that ended it."""
     return 128 - code if code < 0 else code & 0xFF

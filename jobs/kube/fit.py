@@ -36,7 +36,7 @@ def sizes(work: Work, options: JobOptions) -> Sizes:
 
     Raises InvalidInput, with what is needed and what was asked for, when the ranks do not fit.
     """
-    ranks = _ranks_of_a_node(work, options)
+    ranks = check_gpus(work, options)
     cpus = options.cpus_per_node or (8 * options.gpus_per_node or max(ranks, 1))
     if cpus < ranks:
         raise InvalidInput(
@@ -60,12 +60,11 @@ def sizes(work: Work, options: JobOptions) -> Sizes:
         memory = asked
     else:
         memory = to_bytes(in_gib(memory + memory // 10), "memory")
-    if work.recipe and options.gpus_per_node:
-        _check_gpu(work.recipe, options)
     return Sizes(ranks, cpus, memory, shm)
 
 
-def _ranks_of_a_node(work: Work, options: JobOptions) -> int:
+def check_gpus(work: Work, options: JobOptions) -> int:
+    """Ranks of a node. Raises InvalidInput when the GPUs asked for are too few or too many, or a rank does not fit."""
     gpus = options.nodes * options.gpus_per_node
     if work.recipe and work.recipe.parallel.device == "cpu" and gpus:
         raise InvalidInput(
@@ -84,6 +83,8 @@ def _ranks_of_a_node(work: Work, options: JobOptions) -> int:
             f"parallel.ranks={work.ranks} would leave {gpus - work.ranks} of {gpus} GPUs idle: lower --nodes or "
             f"--gpus-per-node, or leave parallel.ranks out"
         )
+    if work.recipe and gpus:
+        _check_gpu(work.recipe, options)
     return -(-work.ranks // options.nodes)
 
 

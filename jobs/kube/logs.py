@@ -3,12 +3,17 @@
 The log is that of a container, of which the kubelet keeps a time to the nanosecond with every line. A stream that
 breaks is asked for anew from the second of the last line that was shown, and what was shown already is left out: lines
 before that time, and as many of that very time as were shown. This takes a container's clock not to go backwards.
+
+A submitter that takes the place of one that died prints the log of the same Ray job from its beginning: its lines are
+left out for as long as they are those that were shown.
 """
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -18,12 +23,13 @@ from shoal.jobs.kube.api import FIRST_PAUSE, Cluster, Object, Unreachable
 from shoal.jobs.kube.patience import Patience
 from shoal.jobs.kube.ray_api import ray_logs
 from shoal.jobs.kube.status import Status, explain, summarize
-from shoal.jobs.kube.submit import find_job, is_service
+from shoal.jobs.kube.submit import find_job, is_service, look_again
 from shoal.workers.errors import NotFound, ShoalError
 
 POLL = 1.0  # seconds between two looks at what is not there yet
 LAST_TRIES = 3  # of Ray's answer, once the job is over
 SUBMITTER = "ray-job-submitter"
+_CLIENT = re.compile(rb"\d{4}-\d\d-\d\d [\d:]{8},\d{3}\t[A-Z]+ (cli|sdk)\.py:\d+ -- ")  # what `ray job` says itself
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class Source:
 
     pod: str
     container: str | None
+    created: str  # to the second
 
 
 @dataclass
@@ -116,7 +123,7 @@ def logs(
     from_ray = not is_service(job) and job["spec"].get("submissionMode") == "HTTPMode"
     patience = Patience()
     kind = RayLog if from_ray else PodLog
-    log = kind(cluster, name, write, follow, tail, told, patience)
+    log = kind(cluster, job, write, follow, tail, told, patience)
     while True:
         try:
             if log.round():
@@ -134,12 +141,22 @@ class _Log:
     """A log that is being written. ``round`` goes on where the one before it stopped, even where it raised."""
 
     cluster: Cluster
-    name: str
+    job: Object
     write: Callable[[bytes], object]
     follow: bool
     tail: int | None
     told: Callable[[str], None]
     patience: Patience
+
+    @property
+    def name(self) -> str:
+        """The job's."""
+        return str(self.job["metadata"]["name"])
+
+    def look(self) -> Object:
+        """The job as it is now. Raises NotFound once it is deleted."""
+        self.job = look_again(self.cluster, self.job)
+        return self.job
 
     def round(self) -> bool:
         """Writes what is there, and returns whether that was all. Raises Unreachable, NotFound, ClusterRefused."""
@@ -152,29 +169,61 @@ class _Log:
 
 
 @dataclass
+class Replay:
+    """Lines of one Ray job that were shown, told apart from those that the next submitter prints again."""
+
+    job_id: str = ""
+    _lines: array[int] = field(default_factory=lambda: array("q"))  # their hashes
+    _before: array[int] = field(default_factory=lambda: array("q"))  # the same, of the submitter before
+    _at: int = 0
+
+    def begin(self, job_id: str) -> None:
+        """To be called before a container's first line. job_id: Ray's; empty where there is none."""
+        same = job_id and job_id == self.job_id
+        self._before, self._lines = self._lines if same else array("q"), array("q")
+        self.job_id, self._at = job_id, 0
+
+    def repeats(self, line: bytes) -> bool:
+        """Whether a line was shown before."""
+        if not self.job_id or _CLIENT.match(line):
+            return False
+        mark = hash(line)
+        self._lines.append(mark)
+        if self._at < len(self._before) and self._before[self._at] == mark:
+            self._at += 1
+            return True
+        self._at = len(self._before)  # from here on it is new
+        return False
+
+
+@dataclass
 class PodLog(_Log):
     """The log of a container, and of those that took its place."""
 
     shown: set[str] = field(default_factory=set)  # pods, but for the present one
     source: Source | None = None
     cursor: Cursor = field(default_factory=Cursor)
+    replay: Replay = field(default_factory=Replay)
 
     def round(self) -> bool:
         """Reads a container's log to its end, or says why there is none."""
-        job = find_job(self.cluster, self.name)
-        self.source = self.source or self._next(job)
+        job = self.look()
+        if self.source is None and (found := self._next(job)):
+            self.source = found
+            self.replay.begin(str((job.get("status") or {}).get("jobId") or ""))
         if self.source:
             self._read(self.source)
             self.shown.add(self.source.pod)
             self.source, self.cursor, self.tail = None, Cursor(), None
-            job = find_job(self.cluster, self.name)
+            job = self.look()
         if self._next(job):
             return self.round()
         status = summarize(job)
         if not self.follow or status.over:
             if not self.shown:
                 raise NotFound(
-                    f"{self.name} is {status.phase} and has no log: `shoal job status {self.name}` says more"
+                    f"{self.name} is {status.phase} and has no log: "
+                    f"{self.cluster.hint(f'status {self.name}')} says more"
                 )
             return True
         if not self.shown:
@@ -182,13 +231,13 @@ class PodLog(_Log):
         return False
 
     def _next(self, job: Object) -> Source | None:
-        found = _source(self.cluster, job)
+        found = _source(self.cluster, job, self.shown)
         return found if found and found.pod not in self.shown else None
 
     def _superseded(self, source: Source) -> bool:
         """Whether the job was begun again since, so that the log goes on elsewhere."""
-        newest = _source(self.cluster, find_job(self.cluster, self.name))
-        return newest is not None and newest.pod != source.pod
+        newest = _source(self.cluster, self.look(), self.shown)
+        return newest is not None and newest.created > source.created
 
     def _read(self, source: Source) -> None:
         """Writes the log of one container, with ``follow`` to its end or until another one has taken its place."""
@@ -197,7 +246,8 @@ class PodLog(_Log):
                 ended = not self.follow or _ended(self.cluster, source) or self._superseded(source)
                 for line in _stream(self.cluster, source, self.cursor, self.follow and not ended, self.tail):
                     self.patience.restore()
-                    self.write(line)
+                    if not self.replay.repeats(line):
+                        self.write(line)
             except NotFound:
                 if _is_there(self.cluster, source):  # its log is not, with its node perhaps
                     raise
@@ -219,7 +269,7 @@ class RayLog(_Log):
 
     def round(self) -> bool:
         """Asks once."""
-        job = find_job(self.cluster, self.name)
+        job = self.look()
         status = summarize(job)
         try:
             text = ray_logs(self.cluster, job)
@@ -253,8 +303,11 @@ class RayLog(_Log):
         raise NotFound(f"the log of {self.name} is not there ({error}): HTTPMode keeps it on the cluster") from None
 
 
-def _source(cluster: Cluster, job: Object) -> Source | None:
-    """The newest container that has a log: the submitter's, which prints the driver's, else the head's."""
+def _source(cluster: Cluster, job: Object, shown: Container[str]) -> Source | None:
+    """The newest container that has a log: the submitter's, which prints the driver's, else the head's.
+
+    Of pods of one second, one that is not among ``shown``.
+    """
     status = summarize(job)
     mode = job["spec"].get("submissionMode", "K8sJobMode")
     if is_service(job) or mode == "SidecarMode":
@@ -267,8 +320,9 @@ def _source(cluster: Cluster, job: Object) -> Source | None:
     begun = [pod for pod in pods if _started(pod, _container(pod))]
     if not begun:
         return None
-    pod = max(begun, key=lambda each: each["metadata"].get("creationTimestamp", ""))
-    return Source(pod["metadata"]["name"], _container(pod))
+    metadata = [(each["metadata"].get("creationTimestamp", ""), each["metadata"]["name"], each) for each in begun]
+    created, name, pod = max(metadata, key=lambda each: (each[0], each[1] not in shown))
+    return Source(name, _container(pod), created)
 
 
 def _container(pod: Object) -> str:
@@ -319,6 +373,8 @@ def _stream(cluster: Cluster, source: Source, cursor: Cursor, follow: bool, tail
                     yield text + b"\n"
         if buffer and not follow and (text := cursor.take(buffer)) is not None:
             yield text + b"\n"
+    except urllib3.exceptions.ReadTimeoutError:
+        return  # a job may be silent for long: whether the server is there shows when it is asked anew
     except urllib3.exceptions.HTTPError as error:
         raise Unreachable(f"the API server {cluster.host} went away ({type(error).__name__})") from None
     finally:

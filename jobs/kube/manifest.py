@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ QUEUE, QUEUE_PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-cl
 GROUP = "ranks"  # the worker group
 GPU = "nvidia.com/gpu"
 CODE = "/etc/shoal/code"
+CACHE = "/var/cache/shoal"  # of runs that are fetched
 STOPPING = 90  # seconds that a job told to stop has to save
 SUBMITTER_RETRIES = 3  # of the pod that hands the job to Ray and follows its log; it does not begin the job again
 _SHELL = frozenset("'\"`$\\;&|<>*?()[]{}#~!")
@@ -60,7 +62,17 @@ def render(work: Work, options: JobOptions, told: Told = lambda said: None) -> l
         manifest = {"apiVersion": API, "kind": "RayJob", "metadata": metadata, "spec": job}
     for file in options.patch:
         manifest = merge_patch(manifest, _read_patch(file))
+    _let_autoscale(manifest)
     return [*objects, manifest]
+
+
+def _let_autoscale(manifest: Object) -> None:
+    """Gives the head its account's token where a patch turns the autoscaler on, which asks the API server for pods."""
+    spec = manifest.get("spec")
+    cluster = (spec.get("rayClusterSpec") or spec.get("rayClusterConfig")) if isinstance(spec, dict) else None
+    if isinstance(cluster, dict) and cluster.get("enableInTreeAutoscaling") is True:
+        with contextlib.suppress(KeyError, TypeError, AttributeError):  # a patch may have broken it: the checks say how
+            cluster["headGroupSpec"]["template"]["spec"].pop("automountServiceAccountToken", None)
 
 
 def checked_objects(
@@ -235,6 +247,8 @@ def _template(
         box["volumeMounts"].append({"name": "recipe", "mountPath": "/etc/shoal/recipe", "readOnly": True})
         field = {"path": "recipe.toml", "fieldRef": {"fieldPath": f"metadata.annotations['{RECIPE}']"}}
         declared.append({"name": "recipe", "downwardAPI": {"items": [field]}})
+    if work.fetches:
+        _add_cache(options, box, declared)
     if has_code:
         box["volumeMounts"].append({"name": "code", "mountPath": CODE, "readOnly": True})
         declared.append({"name": "code", "configMap": {"name": f"{name}-code"}})
@@ -244,6 +258,18 @@ def _template(
     return {"metadata": metadata, "spec": pod}
 
 
+def _add_cache(options: JobOptions, box: Object, declared: list[Object]) -> None:
+    """Where a run of an object store is fetched to: the first volume that outlives the pod, else one that does not."""
+    if any(text.startswith("SHOAL_CACHE=") for text in options.env):
+        return
+    lasting = [volume for volume in volumes(options.volume) if volume.shared and not volume.read_only]
+    folder = f"{lasting[0].path}/cache" if lasting else CACHE
+    box["env"].append({"name": "SHOAL_CACHE", "value": folder})
+    if not lasting:
+        box["volumeMounts"].append({"name": "cache", "mountPath": CACHE})
+        declared.append({"name": "cache", "emptyDir": {}})
+
+
 def _pod(options: JobOptions) -> Object:
     """What all pods have in common."""
     pod: Object = {}
@@ -251,9 +277,11 @@ def _pod(options: JobOptions) -> Object:
         for secret in options.pull_secret:
             check_object(secret, "--pull-secret")
         pod["imagePullSecrets"] = [{"name": secret} for secret in options.pull_secret]
-    if options.service_account:
+    if options.service_account:  # named for what it may do
         check_object(options.service_account, "--service-account")
         pod["serviceAccountName"] = options.service_account
+    else:
+        pod["automountServiceAccountToken"] = False
     if options.node_selector:
         pod["nodeSelector"] = labels(options.node_selector, "--node-selector")
     if options.toleration:

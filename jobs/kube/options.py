@@ -26,6 +26,9 @@ DEFAULT = "default"  # the table that always holds
 # options that a RayService has no place for
 OF_JOBS = ("queue", "retries", "deadline", "ttl", "suspend", "submission_mode")
 
+# options that mean something to a Ray cluster which runs already
+OF_RAY = ("name", "nodes", "gpus_per_node", "gpu_memory", "env", "working_dir", "ray_address")
+
 CLUSTER, PODS, LIFE, SAFETY = "Cluster", "Pods", "Queue and life", "Access"
 
 
@@ -50,6 +53,10 @@ class JobOptions(BaseModel):
     head_memory: str = option("8Gi", "Memory of the head.", CLUSTER)
     ray_version: str | None = option(None, "Ray in the image; default: the one installed here.", CLUSTER)
 
+    ray_address: str | None = option(
+        None, "Address of a running Ray's dashboard, such as http://head:8265: no Kubernetes.", CLUSTER
+    )
+
     image: str = option(f"shoal:{shoal.__version__}", "Image of all pods.", PODS)
     pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = option(None, "When the image is pulled.", PODS)
     pull_secret: list[str] = option([], "Secret for the image's registry.", PODS)
@@ -59,9 +66,9 @@ class JobOptions(BaseModel):
     toleration: list[str] = option([], "KEY[=VALUE][:EFFECT], of all pods.", PODS)
     node_selector: list[str] = option([], "KEY=VALUE that a node must have as its label.", PODS)
     label: list[str] = option([], "KEY=VALUE, a label of the job and its pods.", PODS)
-    service_account: str | None = option(None, "ServiceAccount of all pods.", PODS)
+    service_account: str | None = option(None, "ServiceAccount of all pods; default: one without rights.", PODS)
     working_dir: str | None = option(
-        None, "Code to use instead of the image's: a folder here (zipped, up to 0.9 MB), or a URL of a .zip.", PODS
+        None, "Code to use, not the image's: a folder (zipped, up to 0.9 MB; on a Ray 100), or a .zip's URL.", PODS
     )
     patch: list[Path] = option([], "YAML file laid over the manifest (JSON merge patch).", PODS)
 

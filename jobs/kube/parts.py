@@ -15,7 +15,7 @@ Object = dict[str, Any]
 _EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
 _VOLUME = "write CLAIM:/path, CLAIM:/path:ro, secret/NAME:/path, configmap/NAME:/path or /host/path:/path"
 _PREFIXES = ("ray.io/", "shoal/")  # of labels that the operator and this program select by
-_RESERVED = ("/dev/shm", "/etc/shoal")
+_RESERVED = ("/dev/shm", "/etc/shoal", "/var/cache/shoal")
 
 
 @dataclass(frozen=True)

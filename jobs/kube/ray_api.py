@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from typing import Any
 
-from shoal.jobs.kube.api import Cluster, Object
+from shoal.jobs.kube.api import AnsweredBehind, Cluster, Object
+from shoal.jobs.kube.ray_answers import refusal
 from shoal.workers.errors import InvalidInput, NotFound
 
 DASHBOARD = 8265
@@ -14,18 +16,29 @@ _TOKEN = "auth_token"  # entry of the Secret, as KubeRay names it
 
 def ray_job(cluster: Cluster, job: Object) -> Object:
     """What Ray says of the job, such as ``driver_exit_code``. Raises ShoalError when its cluster cannot be asked."""
-    return cluster.get(_path(cluster, job, f"api/jobs/{_id(job)}"), headers=_headers(cluster, job))
+    return _ask(cluster, job, cluster.get, f"api/jobs/{_id(job)}")
 
 
 def ray_logs(cluster: Cluster, job: Object) -> str:
     """All that the job has printed so far. Raises ShoalError."""
-    found = cluster.get(_path(cluster, job, f"api/jobs/{_id(job)}/logs"), headers=_headers(cluster, job))
-    return str(found.get("logs") or "")
+    return str(_ask(cluster, job, cluster.get, f"api/jobs/{_id(job)}/logs").get("logs") or "")
 
 
 def stop_ray_job(cluster: Cluster, job: Object) -> None:
     """Tells the job to end; it saves what it has to. Raises ShoalError."""
-    cluster.post(_path(cluster, job, f"api/jobs/{_id(job)}/stop"), {}, headers=_headers(cluster, job))
+    _ask(cluster, job, cluster.post, f"api/jobs/{_id(job)}/stop", {})
+
+
+def _ask(cluster: Cluster, job: Object, ask: Callable[..., Object], below: str, *body: Object) -> Object:
+    """Ray's answer, by the API server's proxy. What Ray itself refuses is said to be Ray's."""
+    path, headers = _path(cluster, job, below), _headers(cluster, job)
+    try:
+        return ask(path, *body, headers=headers)
+    except AnsweredBehind as error:
+        secret = _secret(job)
+        remedy = f"look at entry {_TOKEN} of the Secret {secret}" if secret else "set --auth token when it is submitted"
+        ray = f"the Ray of {job['metadata']['name']}"
+        raise refusal(error.status, error.body, ray, remedy) from None
 
 
 def token_of(cluster: Cluster, job: Object) -> str | None:
@@ -33,11 +46,9 @@ def token_of(cluster: Cluster, job: Object) -> str | None:
 
     Raises ShoalError when it may not be read, InvalidInput when it can be no token; what it is is never said.
     """
-    spec = job["spec"]
-    options = (spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or {}).get("authOptions") or {}
-    if options.get("mode", "disabled") != "token":
+    name = _secret(job)
+    if name is None:
         return None
-    name = options.get("secretName") or cluster_name(job)
     data: dict[str, Any] = cluster.get(cluster.core("secrets", name)).get("data") or {}
     try:
         token = base64.b64decode(data.get(_TOKEN) or "", validate=True).decode("ascii").strip()
@@ -48,6 +59,15 @@ def token_of(cluster: Cluster, job: Object) -> str | None:
             f"entry {_TOKEN} of the Secret {name} cannot be sent as a token: write printable ASCII without spaces to it"
         )
     return token
+
+
+def _secret(job: Object) -> str | None:
+    """The Secret of the token that Ray asks for, None where it asks for none."""
+    spec = job["spec"]
+    options = (spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or {}).get("authOptions") or {}
+    if options.get("mode", "disabled") != "token":
+        return None
+    return str(options.get("secretName") or cluster_name(job))
 
 
 def cluster_name(job: Object) -> str:

@@ -114,15 +114,16 @@ def _queue_reasons(cluster: Cluster, each: Object, found: Status) -> Iterator[st
     """What Kueue says: of the workload that it made of the job, else whether the queue is there."""
     kueue = "/apis/kueue.x-k8s.io/v1beta1/namespaces/{}"
     uid = each["metadata"].get("uid", "")
+    missing = "this cluster has no Kueue, which would take it from its queue"
     try:
         workloads = list(
             cluster.items(cluster.path(f"{kueue}/workloads"), labelSelector=f"kueue.x-k8s.io/job-uid={uid}")
         )
+        missing = f"there is no LocalQueue {found.queue} in {cluster}"
         if not workloads:
             cluster.get(cluster.path(f"{kueue}/localqueues", found.queue))
-    except NotFound as error:
-        missing = "localqueue" in str(error).lower()
-        yield f"there is no LocalQueue {found.queue} in namespace {cluster.namespace}" if missing else str(error)
+    except NotFound:
+        yield missing
         return
     except ShoalError as error:
         yield f"it waits in queue {found.queue}, which cannot be asked ({error})"

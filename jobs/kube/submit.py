@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import shlex
+import time
 from typing import Any
 
-from shoal.jobs.kube.api import JOBS, SERVICES, Cluster, Object, Unreachable
+from shoal.jobs.kube.api import FIRST_PAUSE, JOBS, SERVICES, TRIES, Cluster, Conflict, Object, Unreachable
 from shoal.jobs.kube.check import check_manifest
 from shoal.jobs.kube.manifest import QUEUE, RUN
 from shoal.jobs.kube.names import check_name, fresh_name
@@ -17,7 +18,9 @@ from shoal.jobs.kube.work import TRAIN
 from shoal.jobs.recipe_errors import quote
 from shoal.workers.errors import ClusterRefused, InvalidInput, NotFound, ShoalError
 
+WORKLOAD_SECONDS = 5.0  # that Kueue has to make a workload of a new job
 _OURS = "app.kubernetes.io/managed-by=shoal"
+_KINDS = {"rayjob": JOBS, "rayservice": SERVICES}
 _PLURALS = {"RayJob": JOBS, "RayService": SERVICES, "ConfigMap": "configmaps"}
 
 
@@ -32,6 +35,7 @@ def submit(cluster: Cluster, objects: list[Object], dry: bool = False) -> Object
     """
     *needs, job = objects
     path = _path(cluster, job)
+    _check_free(cluster, job)
     kept = cluster.post(path, job, dryRun="All")
     for dropped in _dropped(job, kept):
         raise ClusterRefused(
@@ -57,6 +61,19 @@ def submit(cluster: Cluster, objects: list[Object], dry: bool = False) -> Object
                 delete(cluster, job)
         raise
     return created
+
+
+def _check_free(cluster: Cluster, job: Object) -> None:
+    """Refuses a job of a service's name, or a service of a job's: commands by name could mean either."""
+    name, other = job["metadata"]["name"], JOBS if job["kind"] == "RayService" else SERVICES
+    with contextlib.suppress(NotFound):
+        try:
+            cluster.get(cluster.ray(other, name))
+        except ClusterRefused as error:
+            if isinstance(error, Unreachable):
+                raise
+            return  # not for this account to see
+        raise Conflict(f"{cluster} has a {other.removesuffix('s')} {name}: choose another --name, or delete that first")
 
 
 def _created(cluster: Cluster, each: Object) -> Object:
@@ -94,13 +111,37 @@ def _dropped(sent: Any, kept: Any, where: str = "") -> list[str]:
 
 
 def find_job(cluster: Cluster, name: str) -> Object:
-    """A RayJob or RayService by its name. Raises NotFound."""
-    for plural in (JOBS, SERVICES):
+    """A RayJob or RayService by its name; ``rayjob/NAME`` or ``rayservice/NAME`` where there are both.
+
+    Raises NotFound, InvalidInput when there are both.
+    """
+    kind, slash, rest = name.partition("/")
+    plurals = [_KINDS[kind]] if slash and kind in _KINDS else [JOBS, SERVICES]
+    wanted = rest if len(plurals) == 1 else name
+    found, refused = list[Object](), list[ShoalError]()
+    for plural in plurals:
         try:
-            return cluster.get(cluster.ray(plural, name))
+            found.append(cluster.get(cluster.ray(plural, wanted)))
         except NotFound:
             continue
-    raise NotFound(f"there is no job {name} in namespace {cluster.namespace}: `shoal job list` shows the jobs")
+        except ClusterRefused as error:  # one of the two may be no business of this account
+            if isinstance(error, Unreachable):
+                raise
+            refused.append(error)
+    if len(found) > 1:
+        raise InvalidInput(
+            f"{cluster} has a job and a service named {name}: say which, by rayjob/{name} or rayservice/{name}"
+        )
+    if found:
+        return found[0]
+    if refused:
+        raise refused[0]
+    raise NotFound(f"there is no job {name} in {cluster}: {cluster.hint('list')} shows the jobs")
+
+
+def look_again(cluster: Cluster, job: Object) -> Object:
+    """The same object as it is now. Raises NotFound."""
+    return cluster.get(cluster.ray(SERVICES if is_service(job) else JOBS, job["metadata"]["name"]))
 
 
 def list_jobs(cluster: Cluster, everything: bool = False) -> list[Object]:
@@ -120,38 +161,68 @@ def is_service(each: Object) -> bool:
 def cancel(cluster: Cluster, job: Object) -> str:
     """Ends a job, whose object stays: one that runs is told to save and to end, another one never starts.
 
+    A job that changes meanwhile, since its queue or its operator starts it, is looked at again.
+
     Returns what was done. Raises InvalidInput for a service, ClusterRefused when Ray cannot be reached.
     """
     name = job["metadata"]["name"]
     if is_service(job):
-        raise InvalidInput(f"{name} is a service, which has no end to come to: `shoal job delete {name}` removes it")
-    status = summarize(job)
-    if status.over:
-        return f"{name} has ended already: {status.phase}"
-    if (job.get("status") or {}).get("jobStatus") in ("PENDING", "RUNNING"):
+        raise InvalidInput(
+            f"{name} is a service, which has no end to come to: {cluster.hint(f'delete {name}')} removes it"
+        )
+    for _ in range(TRIES):
+        status = summarize(job)
+        if status.over:
+            return f"{name} has ended already: {status.phase}"
+        if (job.get("status") or {}).get("jobStatus") in ("PENDING", "RUNNING"):
+            _stop(cluster, job)
+            return f"{name} was told to end: it saves a checkpoint first"
+        # the version makes the server refuse this if it was changed since it was looked at
+        version = {key: job["metadata"][key] for key in ("resourceVersion",) if key in job["metadata"]}
+        change = {"metadata": {"annotations": {CANCELLED: "true"}, **version}, "spec": {"suspend": True}}
         try:
-            stop_ray_job(cluster, job)
-        except ShoalError as error:
+            cluster.patch(cluster.ray(JOBS, name), change)
+        except Conflict:
+            job = look_again(cluster, job)
+            continue
+        if QUEUE in (job["metadata"].get("labels") or {}) and not _deactivate(cluster, job):
             raise ClusterRefused(
-                f"the job's Ray cannot be told to end it ({error}): `shoal job delete {name}` removes it, unsaved"
-            ) from None
-        return f"{name} was told to end: it saves a checkpoint first"
-    if QUEUE in (job["metadata"].get("labels") or {}):
-        _deactivate(cluster, job)
-    change = {"metadata": {"annotations": {CANCELLED: "true"}}, "spec": {"suspend": True}}
-    cluster.patch(cluster.ray(JOBS, name), change)
-    return f"{name} will not start"
+                f"{name} is suspended, but Kueue has made no workload of it yet, and may start it when it does: say "
+                f"{cluster.hint(f'cancel {name}')} again"
+            )
+        return f"{name} will not start"
+    raise ClusterRefused(f"{name} changes all the time: say {cluster.hint(f'cancel {name}')} again")
 
 
-def _deactivate(cluster: Cluster, job: Object) -> None:
-    """Takes the job's workload out of Kueue's queue; Kueue would start a job again that is merely suspended."""
-    where = cluster.path("/apis/kueue.x-k8s.io/v1beta1/namespaces/{}/workloads")
-    uid = job["metadata"].get("uid", "")
+def _stop(cluster: Cluster, job: Object) -> None:
+    """Tells the job's Ray to end it. Raises ClusterRefused."""
+    name = job["metadata"]["name"]
     try:
-        for workload in cluster.items(where, labelSelector=f"kueue.x-k8s.io/job-uid={uid}"):
-            cluster.patch(f"{where}/{workload['metadata']['name']}", {"spec": {"active": False}})
+        stop_ray_job(cluster, job)
+    except ShoalError as error:
+        raise ClusterRefused(
+            f"the job's Ray cannot be told to end it ({error}): {cluster.hint(f'delete {name}')} removes it, unsaved"
+        ) from None
+
+
+def _deactivate(cluster: Cluster, job: Object) -> bool:
+    """Takes the job's workload out of Kueue's queue; Kueue would start a job again that is merely suspended.
+
+    Whether that was done, or needs not be: Kueue makes the workload of a new job a moment after it.
+    """
+    where = cluster.path("/apis/kueue.x-k8s.io/v1beta1/namespaces/{}/workloads")
+    uid, until = job["metadata"].get("uid", ""), time.monotonic() + WORKLOAD_SECONDS
+    try:
+        while not (found := list(cluster.items(where, labelSelector=f"kueue.x-k8s.io/job-uid={uid}"))):
+            if time.monotonic() > until:
+                return False
+            time.sleep(FIRST_PAUSE)
     except NotFound:  # no Kueue here: nobody will start it
-        return
+        return True
+    for workload in found:
+        with contextlib.suppress(NotFound):  # Kueue may remove it meanwhile
+            cluster.patch(f"{where}/{workload['metadata']['name']}", {"spec": {"active": False}})
+    return True
 
 
 def delete(cluster: Cluster, job: Object) -> None:

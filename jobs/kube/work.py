@@ -16,9 +16,11 @@ from shoal.jobs.recipe import load_recipe, recipe_to_toml
 from shoal.jobs.recipe_errors import quote
 from shoal.workers.config import Recipe
 from shoal.workers.errors import InvalidInput
+from shoal.workers.run_store import check_url, is_url
 
 RECIPE_FILE = "/etc/shoal/recipe/recipe.toml"  # where the recipe stands in a pod
 TRAIN = ("shoal", "train", "--recipe", RECIPE_FILE)  # how the command of a training job begins
+_OF_A_PROCESS = ("memory", "file", "local")  # schemes of fsspec that mean another thing in another pod
 KINDS = ("train", "evaluate", "generate", "serve")
 
 
@@ -37,6 +39,11 @@ class Work:
     ranks: int
     recipe: Recipe | None = None
     service: dict[str, Any] | None = None
+
+    @property
+    def fetches(self) -> bool:
+        """Whether its run is in an object store, and is fetched in the cluster."""
+        return is_url(self.run)
 
     @property
     def recipe_toml(self) -> str | None:
@@ -58,19 +65,41 @@ def places(options: JobOptions, runs: str | None, data: str | None = None) -> Pl
     Raises InvalidInput when no volume outlives the pods, or a folder is on none.
     """
     shared = [volume for volume in volumes(options.volume) if volume.shared]
-    if not shared:
+    if options.ray_address is not None:
+        found = _places_of_ray(runs, data)
+    elif shared:
+        first = shared[0].path
+        found = Places(runs or posixpath.join(first, "runs"), data or posixpath.join(first, "data"))
+    else:
         raise InvalidInput(
             "no --volume outlives the pods, so that runs would be lost with them: add --volume CLAIM:/path, "
             "a claim that all nodes can write to"
         )
-    found = Places(runs or posixpath.join(shared[0].path, "runs"), data or posixpath.join(shared[0].path, "data"))
     for what, folder in (("--runs-dir", found.runs), ("--data-dir", found.data)):
-        if not any(_within(folder, volume.path) for volume in shared):
-            raise InvalidInput(
-                f"{what} {quote(folder)} is on no volume: set it to a folder below "
-                f"{', '.join(volume.path for volume in shared)}"
-            )
+        _check_place(options, what, folder, "folder")
     return found
+
+
+def _places_of_ray(runs: str | None, data: str | None) -> Places:
+    """On a Ray cluster that runs already: data beside the runs, unless said otherwise."""
+    if runs is None:
+        raise InvalidInput(
+            "--runs-dir is not given, and a Ray cluster's jobs run in folders that go with them: add --runs-dir, "
+            "a folder that all of its nodes share"
+        )
+    return Places(runs, data or posixpath.join(posixpath.dirname(runs.rstrip("/")), "data"))
+
+
+def _check_place(options: JobOptions, what: str, path: str, kind: str) -> None:
+    """Refuses what lies on no volume; on a Ray cluster that runs already, what is no whole path."""
+    if options.ray_address is not None:
+        if not path.startswith("/"):
+            raise InvalidInput(f"{what} {quote(path)} is not a path from the root of the cluster's nodes: add that")
+        return
+    shared = [volume.path for volume in volumes(options.volume) if volume.shared]
+    if not any(_within(path, folder) for folder in shared):
+        remedy = f"name a {kind} below {', '.join(shared)}" if shared else "add --volume CLAIM:/path and name one there"
+        raise InvalidInput(f"{what} {quote(path)} is on no volume: {remedy}")
 
 
 def _check_writable(options: JobOptions, what: str, path: str) -> None:
@@ -112,8 +141,11 @@ def train(
 
 def evaluate(options: JobOptions, run: str, runs: str | None = None, arguments: Sequence[str] = ()) -> Work:
     """``shoal evaluate`` of a run on the volume; it computes in one process, on a worker."""
-    where = places(options, runs)
-    command = ("shoal", "evaluate", _run(run), "--runs-dir", where.runs, *arguments)
+    if is_url(run) and options.ray_address is None and not any(volume.shared for volume in volumes(options.volume)):
+        raise InvalidInput(
+            "the corpus that the run is measured on is fetched from nowhere: add --volume CLAIM:/path, where it lies"
+        )
+    command = ("shoal", "evaluate", _run(run), *_runs_dir(options, run, runs), *arguments)
     return Work("evaluate", _name(options, "evaluate", run), command, run, 0)
 
 
@@ -124,16 +156,15 @@ def generate(
 
     Raises InvalidInput for files that are on no volume.
     """
-    where, shared = places(options, runs), [v for v in volumes(options.volume) if v.shared]
+    folder = _runs_dir(options, run, runs)
     for what, file in (("--input", source), ("--output", target)):
         if Path(file).suffix not in (".jsonl", ".parquet"):
             raise InvalidInput(f"{what} {quote(file)} is neither .jsonl nor .parquet: name such a file on a volume")
-        if not any(_within(file, volume.path) for volume in shared):
-            raise InvalidInput(f"{what} {quote(file)} is on no volume: name a file below {shared[0].path}")
+        _check_place(options, what, file, "file")
     _check_writable(options, "--output", target)
     ranks = _serving_ranks(options)
     spread = ("--workers", str(ranks)) if ranks > 1 else ()
-    files = ("--input", source, "--output", target, "--runs-dir", where.runs)
+    files = ("--input", source, "--output", target, *folder)
     command = ("shoal", "generate", _run(run), *files, *spread, *arguments)
     return Work("generate", _name(options, "generate", run), command, run, ranks if ranks > 1 else 0)
 
@@ -148,7 +179,7 @@ def serve(
     insecure: bool = False,
 ) -> Work:
     """The service of a run. Raises InvalidInput when it would be open to whoever reaches it, without ``insecure``."""
-    where = places(options, runs)
+    folder = _runs_dir(options, run, runs)
     if any(text.partition("=")[0] == "SHOAL_API_TOKEN" for text in options.env):
         raise InvalidInput(
             "--env SHOAL_API_TOKEN would stand in the manifest for all to read: put it into a Secret, and write "
@@ -160,7 +191,8 @@ def serve(
             "the service would be open to everyone in the cluster: add --secret SHOAL_API_TOKEN=SECRET:ENTRY, "
             "or --insecure if something else guards it"
         )
-    arguments = {"run": _run(run), "runs_dir": where.runs, "step": step, "name": model, "placement": placement}
+    arguments: dict[str, Any] = {"run": _run(run), "runs_dir": folder[-1] if folder else None}
+    arguments |= {"step": step, "name": model, "placement": placement}
     arguments |= {"workers": None if placement else _serving_ranks(options), "insecure": insecure or None}
     given = {key: value for key, value in arguments.items() if value is not None}
     return Work("serve", _name(options, "serve", run), (), run, _serving_ranks(options), service=given)
@@ -175,9 +207,24 @@ def _serving_ranks(options: JobOptions) -> int:
 
 
 def _run(run: str) -> str:
-    if "://" in run or not run or not run.isprintable() or run.startswith("-"):
-        raise InvalidInput(f"RUN {quote(run)} is not a run on a volume: give its name, or its path on a --volume")
+    if is_url(run):
+        check_url(run)
+        if run.partition("://")[0] in _OF_A_PROCESS:
+            raise InvalidInput(f"RUN {quote(run)} is not where the cluster's pods can read it: give s3://… or gs://…")
+    elif not run or not run.isprintable() or run.startswith("-"):
+        raise InvalidInput(
+            f"RUN {quote(run)} is not a run: give its name, its path on a --volume, or its URL in an object store"
+        )
     return run
+
+
+def _runs_dir(options: JobOptions, run: str, runs: str | None) -> tuple[str, ...]:
+    """``--runs-dir`` of a command about a run; a run in an object store needs none, and no volume."""
+    if not is_url(run):
+        return ("--runs-dir", places(options, runs).runs)
+    if runs is not None:
+        raise InvalidInput(f"--runs-dir {quote(runs)} is where names of runs are looked for, and RUN is a URL: drop it")
+    return ()
 
 
 def _within(path: str, folder: str) -> bool:

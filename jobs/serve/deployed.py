@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from shoal.cluster.serving import Listen
-from shoal.jobs.load import choose_step, find_run, serving_recipe
+from shoal.jobs.load import open_run, serving_recipe
 from shoal.jobs.serve.app import serve_application
 from shoal.jobs.serve.gate import Settings
 from shoal.jobs.serve.service import TOKEN, read_tokens
@@ -39,13 +39,12 @@ def application(args: Arguments) -> Any:
     tokens = read_tokens(None)
     if tokens is None and not args.insecure:
         raise InvalidInput(f"{TOKEN} is not set: set it from a Secret, or insecure: true in args")
-    folder = find_run(args.run, Path(args.runs_dir))
+    folder, step, _ = open_run(args.run, Path(args.runs_dir), args.step)
     recipe = serving_recipe(folder, None, args.workers, args.placement)
-    step, _ = choose_step(folder, args.step)
     options = {
-        "run": str(folder.path.resolve()),
+        "run": folder.place,
         "step": step,
-        "name": args.name or folder.path.resolve().name,
+        "name": args.name or folder.name,
         "recipe": recipe.model_dump(),
     }
     return serve_application(ENGINES, options, Listen("0.0.0.0", grpc_port=args.grpc_port), Settings(tokens=tokens))

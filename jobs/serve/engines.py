@@ -14,6 +14,7 @@ from shoal.workers.checkpoint_files import checkpoint_path
 from shoal.workers.config import Recipe
 from shoal.workers.engine.request import NOT_FINITE, EngineEnded, Finish, Load, Output, Request
 from shoal.workers.errors import ClusterRefused, InvalidInput, ShoalError
+from shoal.workers.run_store import checkpoints_here, is_url
 
 if TYPE_CHECKING:
     from shoal.jobs.serve.app import Served
@@ -25,15 +26,16 @@ T = TypeVar("T")
 async def open_engines(run: str, step: int, name: str, recipe: dict[str, Any]) -> Served:
     """The ranks of a run's model in the Ray cluster that this process belongs to. A ``Factory`` of the service.
 
-    run: the run's folder. recipe: of the run, with the placement to serve it in.
+    run: the run's folder, or its URL. recipe: of the run, with the placement to serve it in.
     """
     from shoal.cluster.engines import Engines
     from shoal.cluster.local import describe
     from shoal.jobs.serve.app import Served
 
-    folder, checked = RunFolder(Path(run)), Recipe.model_validate(recipe)
+    path = (await asyncio.to_thread(checkpoints_here, run, step)).parent if is_url(run) else Path(run)
+    folder, checked = RunFolder(path, run if is_url(run) else None), Recipe.model_validate(recipe)
     tokenizer = folder.tokenizer()
-    engines = Engines(checked, str(folder.path / "checkpoints"), step, describe(None, local=False))
+    engines = Engines(checked, folder.checkpoints, step, describe(None, local=False))
     await engines.start()
     return Served(engines, model_info(folder, step, name, checked), tokenizer, engines.close)
 

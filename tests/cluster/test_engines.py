@@ -22,6 +22,7 @@ from shoal.workers.config import Recipe
 from shoal.workers.engine.request import Request, Sampling
 from shoal.workers.errors import ClusterRefused, InvalidInput
 from shoal.workers.model import Transformer
+from shoal.workers.run_store import cached_folder
 from shoal.workers.sample import sample
 
 
@@ -38,9 +39,11 @@ def checkpoints(model: Transformer, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def session() -> Iterator[RaySession]:
-    with ray_session(4, dashboard=False) as started:
-        yield started
+def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RaySession]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHOAL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        with ray_session(4, dashboard=False) as started:
+            yield started
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +70,10 @@ async def _ask(engines: Engines, request: Request, seen: Callable[[int], object]
 
 
 def _with_engines(
-    recipe: dict[str, Any], checkpoints: Path, session: RaySession, work: Callable[[Engines], Coroutine[Any, Any, Any]]
+    recipe: dict[str, Any],
+    checkpoints: Path | str,
+    session: RaySession,
+    work: Callable[[Engines], Coroutine[Any, Any, Any]],
 ) -> Any:
     async def whole() -> Any:
         engines = Engines(Recipe.model_validate(recipe), str(checkpoints), STEP, session)
@@ -108,6 +114,20 @@ def test_any_placement_gives_the_tokens_of_the_loop(
         assert [sum(layer) for layer in load.expert_tokens] == [3 * computed] * 2  # top 3, in 2 layers with experts
 
     _with_engines(small_recipe(train__dtype="float32", **changes), checkpoints, session, work)
+
+
+def test_ranks_fetch_a_run_that_is_in_an_object_store(
+    checkpoints: Path, session: RaySession, requests: list[Request], wanted: list[list[int]]
+) -> None:
+    for name in ("recipe.toml", "run.json"):
+        (checkpoints.parent / name).write_text("")
+
+    async def work(engines: Engines) -> None:
+        assert await asyncio.gather(*(_ask(engines, r) for r in requests)) == wanted
+
+    url = f"file://{checkpoints.parent}"
+    _with_engines(small_recipe(train__dtype="float32", parallel__ranks=2), url, session, work)
+    assert (cached_folder(url) / "checkpoints" / f"step-{STEP}").is_dir(), "by the ranks"
 
 
 @pytest.mark.parametrize(

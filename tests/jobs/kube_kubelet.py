@@ -111,7 +111,12 @@ class Kubelet:
         port = int(request.query["port"].split(",")[0])
         for channel in (0, 1):
             await socket.send_bytes(bytes([channel]) + struct.pack("<H", port))
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        try:
+            reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        except OSError:
+            await socket.send_bytes(b"\1connection refused")
+            await socket.close()
+            return socket
 
         async def back() -> None:
             while data := await reader.read(1 << 14):

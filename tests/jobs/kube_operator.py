@@ -45,7 +45,8 @@ class RayHead:
         }  # fmt: skip
         command = [
             f"{tools}/ray", "start", "--head", "--block", "--port=0", "--dashboard-host=0.0.0.0",
-            f"--dashboard-port={self.port}", f"--num-cpus={cpus}", "--object-store-memory=100000000",
+            f"--dashboard-port={self.port}", f"--dashboard-agent-listen-port={free_port()}",
+            f"--ray-client-server-port={free_port()}", f"--num-cpus={cpus}", "--object-store-memory=100000000",
             "--disable-usage-stats", f"--temp-dir={os.environ['RAY_TMPDIR']}/head",
         ]  # fmt: skip
         self._process = subprocess.Popen(
@@ -54,6 +55,10 @@ class RayHead:
         end = time.monotonic() + PATIENCE
         while self.ask("GET", "/api/version") is None:
             assert self._process.poll() is None and time.monotonic() < end, (folder / "ray.log").read_text()[-3000:]
+            time.sleep(0.1)
+        # its agent, who takes jobs, begins a while after the dashboard answers
+        while self.ask("POST", "/api/jobs/", {"entrypoint": "true", "submission_id": "ready"}) is None:
+            assert time.monotonic() < end, "Ray takes no job"
             time.sleep(0.1)
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:

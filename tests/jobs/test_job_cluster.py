@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from job_request import job_manifest
+from job_request import job_manifest, service_manifest
 from kube_fixtures import (  # noqa: F401  # fixtures are found by their names
     Shell,
     cluster_fixture,
@@ -54,6 +54,7 @@ def test_a_job_is_submitted_listed_shown_and_deleted(shoal: Shell, cluster: Clus
     assert {(each["name"], each["kind"], each["phase"]) for each in json.loads(out)} == {
         ("first", "train", "waiting"), ("web", "serve", "waiting")
     }  # fmt: skip
+    assert yaml.safe_load(shoal("list", "-o", "yaml")[1]) == json.loads(out)
     code, out, _ = shoal("status", "first")
     assert code == 0 and "KubeRay has not taken it up" in out
     assert shoal("delete", "first", "web")[0] == 0
@@ -94,6 +95,21 @@ def test_a_name_that_is_taken_is_refused(shoal: Shell, cluster: Cluster) -> None
     made(cluster, "taken")
     code, _, err = shoal("submit", "train", *CPU, "--name", "taken")
     assert code == 4 and '"taken" already exists: choose another --name' in err
+
+
+def test_a_job_and_a_service_of_one_name_are_told_apart(shoal: Shell, cluster: Cluster) -> None:
+    made(cluster, "first")
+    serve = ("submit", "serve", "first", "--volume", "runs:/mnt", "--insecure", "--name", "first")
+    code, _, err = shoal(*serve)
+    assert code == 4 and "has a rayjob first: choose another --name" in err
+    cluster.post(cluster.ray("rayservices"), service_manifest(name="first"))  # as by kubectl
+    for verb in ("status", "logs", "wait", "cancel", "delete", "resubmit"):
+        code, out, err = shoal(verb, "first")
+        assert (code, out) == (3, "") and "say which, by rayjob/first or rayservice/first" in err
+    kinds = [json.loads(shoal("status", f"{kind}/first", "-o", "json")[1])["kind"] for kind in ("rayjob", "rayservice")]
+    assert kinds == ["train", "serve"]
+    assert shoal("delete", "rayservice/first")[1] == "first deleted\n"
+    assert json.loads(shoal("status", "first", "-o", "json")[1])["kind"] == "train"
 
 
 def test_a_namespace_that_is_not_there_is_refused(shoal: Shell) -> None:
@@ -235,8 +251,9 @@ def test_a_job_that_never_ran_has_a_code_of_ours(server: ApiServer, shoal: Shell
     code, out, _ = shoal("wait", "refused")
     assert code == 4 and "refused refused, exit code 4: the rules" in out
     made(cluster, "never")
-    code, _, err = shoal("wait", "never", "--timeout", "0.5")
+    code, _, err = shoal("wait", "never", "--timeout", "0.5", "--context", "admin")
     assert code == 124 and "never has not ended in the time given" in err
+    assert f"`shoal job status never --context admin --namespace {cluster.namespace}` shows it" in err
 
 
 def test_a_waiting_job_that_is_cancelled_is_suspended(cluster: Cluster) -> None:
@@ -269,7 +286,7 @@ def test_a_thousand_jobs_are_listed(cluster: Cluster, shoal: Shell) -> None:
     for index in range(1000):
         manifest["metadata"]["name"] = f"job-{index}"
         cluster.post(cluster.ray("rayjobs"), manifest)
-    begun = time.monotonic()
+    begun, computed = time.monotonic(), time.process_time()
     code, out, _ = shoal("list", "-o", "json")
-    print(f"listed in {time.monotonic() - begun:.2f} s")
+    print(f"listed in {time.monotonic() - begun:.2f} s, {time.process_time() - computed:.2f} s of them here")
     assert code == 0 and len(json.loads(out)) == 1000

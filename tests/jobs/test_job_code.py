@@ -8,27 +8,16 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
-from called import called
+from job_fixtures import Shell, here_fixture  # noqa: F401  # fixtures are found by their names
 
 from shoal.jobs.kube.code import LARGEST, zip_folder
 from shoal.workers.errors import InvalidInput
 
 CPU = ("--gpus-per-node", "0", "--volume", "runs:/mnt/shoal")
-
-Shell = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Shell:
-    """``shoal ARGUMENTS`` in the test's folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("SHOAL_PROFILES", raising=False)
-    return partial(called, monkeypatch, capfd)
 
 
 def write(root: Path, *names: str) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from called import called
+from job_fixtures import Shell, here_fixture  # noqa: F401  # fixtures are found by their names
 from job_request import job_manifest
 
 from shoal.jobs.kube.api import Cluster
@@ -17,18 +15,6 @@ from shoal.workers.errors import InvalidInput
 
 VOLUME, LOCKED = ("--volume", "runs:/mnt"), ("--volume", "b:/mnt/o:ro")
 RULES = "[{policy: DeleteSelf, condition: {jobStatus: FAILED}}]"
-
-
-Shell = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Shell:
-    """``shoal ARGUMENTS`` in an empty folder that is also the home."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("SHOAL_PROFILES", raising=False)
-    return partial(called, monkeypatch, capfd)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +35,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
         (("train", *VOLUME, "--runs-dir", "/elsewhere"), 3, "--runs-dir '/elsewhere' is on no volume"),
         (("train", *VOLUME, "--recipe", "tinny"), 5, "did you mean tiny"),
         (("train", *VOLUME, "--set", "train.stepz=1"), 3, "did you mean train.steps"),
-        (("evaluate", "s3://bucket/run", *VOLUME), 3, "is not a run on a volume"),
+        (("evaluate", "s3://me:secret@bucket/run", *VOLUME), 3, "the URL of a run at bucket has a password in it"),
+        (("evaluate", "memory://run", *VOLUME), 3, "is not where the cluster's pods can read it: give s3://"),
+        (("evaluate", "s3://b/r", *VOLUME, "--runs-dir", "/mnt"), 3, "--runs-dir '/mnt' is where names of runs are"),
+        (("evaluate", "s3://b/r"), 3, "the corpus that the run is measured on is fetched from nowhere: add --volume"),
+        (("evaluate", "", *VOLUME), 3, "RUN '' is not a run: give its name, its path on a --volume, or its URL"),
+        (("generate", "s3://b/r", "--input", "/in.jsonl", "--output", "/o.jsonl"), 3, "add --volume CLAIM:/path and"),
         (("generate", "first", "--input", "/in.jsonl", "--output", "/mnt/o.jsonl", *VOLUME), 3, "is on no volume"),
         (("evaluate", "a'b", *VOLUME), 3, """RUN "a'b" holds "'", which Ray's shell would take for itself"""),
         (("evaluate", "first", *VOLUME, "--data", "/mnt/$HOME"), 3, "--data '/mnt/$HOME' holds '$'"),

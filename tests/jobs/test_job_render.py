@@ -7,14 +7,12 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from called import called
+from job_fixtures import Shell, here_fixture  # noqa: F401  # fixtures are found by their names
 from job_request import job_manifest, service_manifest
 from shell import shoal
 
@@ -26,17 +24,6 @@ from shoal.workers.errors import InvalidInput
 
 CPU = ("--gpus-per-node", "0", "--volume", "runs:/mnt/shoal")
 GPU = ("--gpus-per-node", "8", "--volume", "runs:/mnt/shoal")
-
-
-Shell = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Shell:
-    """``shoal ARGUMENTS`` in the test's folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("SHOAL_PROFILES", raising=False)
-    return partial(called, monkeypatch, capfd)
 
 
 def cluster_of(manifest: dict[str, Any]) -> Any:
@@ -113,6 +100,16 @@ def test_every_pod_has_what_all_pods_are_told() -> None:
         assert box["envFrom"] == [{"secretRef": {"name": "whole"}}]
 
 
+def test_a_pod_has_no_token_of_an_account_unless_something_needs_it(tmp_path: Path) -> None:
+    assert [pod["automountServiceAccountToken"] for pod in pods_of(job_manifest())] == [False] * 3
+    assert all("automountServiceAccountToken" not in pod for pod in pods_of(job_manifest(service_account="trainer")))
+    patch = tmp_path / "patch.yaml"
+    patch.write_text("spec: {rayClusterSpec: {enableInTreeAutoscaling: true}}")
+    head, *others = pods_of(job_manifest(patch=[patch]))
+    assert "automountServiceAccountToken" not in head, "the autoscaler asks the API server for pods"
+    assert [pod["automountServiceAccountToken"] for pod in others] == [False] * 2
+
+
 def test_a_queue_takes_the_priority_for_itself() -> None:
     manifest = job_manifest(queue="team-a", priority="high")
     labels = manifest["metadata"]["labels"]
@@ -160,6 +157,28 @@ def test_a_service_is_one_application_of_serve_behind_a_token() -> None:
     assert {"name": "serve", "containerPort": 8000} in head["ports"]
     token = {"name": "SHOAL_API_TOKEN", "valueFrom": {"secretKeyRef": {"name": "tokens", "key": "one"}}}
     assert token in head["env"]
+
+
+def test_a_run_in_an_object_store_is_fetched_where_it_is_used(here: Shell) -> None:
+    url = "s3://bucket/runs/first"
+    alone = yaml.safe_load(here("job", "render", "serve", url, "--insecure", "--gpus-per-node", "2")[1])
+    (application,) = yaml.safe_load(alone["spec"]["serveConfigV2"])["applications"]
+    assert application["args"] == {"run": url, "workers": 2, "insecure": True}
+    assert alone["metadata"]["name"].startswith("serve-first-")
+    for pod in pods_of(alone):  # the head reads the tokenizer, ranks their weights
+        box = pod["containers"][0]
+        assert {"name": "SHOAL_CACHE", "value": "/var/cache/shoal"} in box["env"]
+        assert {"name": "cache", "mountPath": "/var/cache/shoal"} in box["volumeMounts"]
+        assert {"name": "cache", "emptyDir": {}} in pod["volumes"]
+    lasting = ("--volume", "data:/data:ro", "--volume", "runs:/mnt/shoal")
+    evaluation = yaml.safe_load(here("job", "render", "evaluate", url, *lasting)[1])
+    assert evaluation["spec"]["entrypoint"] == f"shoal evaluate {url} -o json"
+    worker = pods_of(evaluation)[1]
+    assert {"name": "SHOAL_CACHE", "value": "/mnt/shoal/cache"} in worker["containers"][0]["env"]
+    assert all(volume["name"] != "cache" for volume in worker["volumes"])
+    told = yaml.safe_load(here("job", "render", "serve", url, "--insecure", "--env", "SHOAL_CACHE=/mine")[1])
+    values = [each["value"] for each in pods_of(told)[0]["containers"][0]["env"] if each["name"] == "SHOAL_CACHE"]
+    assert values == ["/mine"]
 
 
 def test_a_profile_stands_below_the_command_line(tmp_path: Path, here: Shell) -> None:

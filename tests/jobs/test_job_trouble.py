@@ -6,6 +6,7 @@ import base64
 import json
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,14 @@ from kube_kubelet import Kubelet, Log, make_pod, set_pod
 from kube_proxy import Fate, Proxy
 from kube_server import ApiServer
 
-from shoal.jobs.kube import patience
+from shoal.jobs.kube import api, patience
 from shoal.jobs.kube.api import Cluster
 from shoal.jobs.kube.ending import wait
 from shoal.jobs.kube.logs import logs
 from shoal.jobs.kube.manifest import checked_objects
 from shoal.jobs.kube.options import resolve_options
-from shoal.jobs.kube.ray_api import token_of
-from shoal.jobs.kube.submit import list_jobs, submit
+from shoal.jobs.kube.ray_api import ray_job, token_of
+from shoal.jobs.kube.submit import find_job, list_jobs, submit
 from shoal.jobs.kube.work import train
 from shoal.workers.errors import ClusterRefused, InvalidInput, NotFound
 
@@ -172,6 +173,70 @@ def test_a_log_is_followed_whenever_the_server_goes_away(
     assert sum("/log?" in path for _, path in proxy.asked[before:]) == 1
 
 
+def told_by_ray(number: int, *text: str) -> list[str]:
+    """What `ray job` says itself, each time with another time, and text of the job's."""
+    said = f"2026-11-25 21:59:{number:02},948\tINFO cli.py:42 -- Job submission server address: http://head:8265"
+    return [said, *text]
+
+
+def test_a_submitter_that_takes_anothers_place_repeats_no_line(
+    server: ApiServer, kubelet: Kubelet, cluster: Cluster
+) -> None:
+    made(cluster, "first", retries=1)
+
+    def tell(identity: str, job: str = "RUNNING", deployment: str = "Running") -> None:
+        status = {"jobId": identity or None, "jobStatus": job or None, "jobDeploymentStatus": deployment}
+        server.patch_status("rayjobs", cluster.namespace, "first", status)
+
+    def submitter(name: str, lines: list[str], ended: bool) -> None:
+        log = kubelet.logs[name] = Log(ended=ended)
+        for index, text in enumerate(lines):
+            log.write(text, index)
+        state = {"terminated": {"exitCode": 1}} if ended else {"running": {}}
+        make_pod(server, cluster.namespace, name, {"job-name": "first"}, state, phase="Failed" if ended else "Running")
+
+    steps = [f"step {index // 3}" for index in range(60)]
+    broken = ["Traceback (most recent call last):", "ConnectionError: the node went away"]
+    one, two = told_by_ray(1, *steps[:40], *broken), told_by_ray(2, *steps)
+    tell("a")
+    submitter("one", one, ended=True)
+    thread, lines = followed(cluster, "first")
+    until(lambda: len(lines) == len(one))
+    submitter("two", two, ended=False)
+    until(lambda: len(lines) == len(one) + 1 + 20)
+    kubelet.logs["two"].ended = True
+    set_pod(server, cluster.namespace, "two", {"terminated": {"exitCode": 1}}, phase="Failed")
+    tell("", "", "Retrying")
+    tell("b")  # begun again, so that it says the same anew
+    submitter("three", told_by_ray(3, *steps), ended=True)
+    tell("b", "SUCCEEDED", "Complete")
+    thread.join(30)
+    wanted = [*one, two[0], *steps[40:], *told_by_ray(3, *steps)]
+    assert not thread.is_alive() and b"".join(lines).decode().splitlines() == wanted
+
+
+def test_a_job_that_is_silent_for_long_is_followed_on(
+    server: ApiServer, kubelet: Kubelet, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may compile or load for minutes; the server that is asked is there all the time."""
+    monkeypatch.setattr(api, "SILENCE", 0.2)
+    monkeypatch.setattr(patience, "PATIENCE", 0.5)
+    made(cluster, "first")
+    log = kubelet.logs["silent"] = Log()
+    log.write("before", 0)
+    make_pod(server, cluster.namespace, "silent", {"job-name": "first"}, {"running": {}}, phase="Running")
+    thread, lines = followed(cluster, "first")
+    until(lambda: len(log.asked) > 5)
+    assert thread.is_alive()
+    log.write("after", 1)
+    until(lambda: len(lines) == 2)
+    log.ended = True
+    set_pod(server, cluster.namespace, "silent", {"terminated": {"exitCode": 0}}, phase="Succeeded")
+    ended(server, cluster, "first", "SUCCEEDED")
+    thread.join(30)
+    assert not thread.is_alive() and lines == [b"before\n", b"after\n"]
+
+
 def test_a_line_without_a_time_is_passed_through(
     server: ApiServer, kubelet: Kubelet, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +282,10 @@ def test_a_container_beside_the_one_with_the_log_does_not_count(
     assert lines == [b"hello\n"]
 
 
+def forbidden(body: bytes, _identity: str) -> Fate:
+    return 403, body
+
+
 def ray_says(answer: Callable[[str], Fate]) -> Callable[[str, str], Fate]:
     """A fate in which Ray's job API says ``answer(job's id)`` for its log."""
 
@@ -251,6 +320,39 @@ def test_a_log_that_ray_gives_whole_is_shown_line_by_line_once(
     tell("b", "SUCCEEDED", "Complete")
     thread.join(30)
     assert b"".join(lines).decode() == ("one\n10%\r20%\u2028\x85\x0c\nhalf a line\nthree\nfour\nfive\nanew\nthe end\n")
-    proxy.fate = ray_says(lambda identity: (403, b'{"message": "services is forbidden"}'))
-    with pytest.raises(ClusterRefused, match="not allowed: services is forbidden"):
-        logs(seen, "first", lines.append, follow=True)
+    for body, says in (
+        (b'{"kind": "Status", "message": "services is forbidden"}', "not allowed: services is forbidden"),
+        (b"Forbidden: Invalid authentication token", "the Ray of first does not take the token that it was sent"),
+    ):
+        proxy.fate = ray_says(partial(forbidden, body))
+        with pytest.raises(ClusterRefused, match=says):
+            logs(seen, "first", lines.append, follow=True)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind", "says"),
+    [
+        (401, b"Unauthorized: Missing authentication token", ClusterRefused, "the Ray of asked asks for a token, and"),
+        (
+            404,
+            b"Job asked-1 does not exist",
+            NotFound,
+            "the Ray of asked does not know it (Job asked-1",
+        ),
+        (500, b"Traceback\nValueError: no", ClusterRefused, "the Ray of asked refused it (ValueError: no)"),
+        (404, b'{"kind": "Status", "message": "services \\"x\\" not found"}', NotFound, 'services "x" not found'),
+    ],
+)
+def test_what_ray_refuses_is_not_said_to_be_the_api_servers(
+    server: ApiServer, cluster: Cluster, proxy: Proxy, monkeypatch: pytest.MonkeyPatch,
+    status: int, body: bytes, kind: type[Exception], says: str,
+) -> None:  # fmt: skip
+    if not any(each["metadata"]["name"] == "asked" for each in list_jobs(cluster)):
+        made(cluster, "asked", auth="off")
+    told = {"jobId": "asked-1", "dashboardURL": "x.y.svc:8265", "jobStatus": "RUNNING"}
+    server.patch_status("rayjobs", cluster.namespace, "asked", {**told, "jobDeploymentStatus": "Running"})
+    seen = proxy.cluster(cluster.namespace, monkeypatch)
+    proxy.fate = lambda method, path: (status, body) if "/proxy/" in path else None
+    with pytest.raises(kind) as refused:
+        ray_job(seen, find_job(seen, "asked"))
+    assert says in str(refused.value)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import urllib.error
 import urllib.request
+from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from kube_kubelet import Kubelet, Log, make_pod, set_pod
 from kube_server import ApiServer
 from shell import started
 
+from shoal.jobs.kube import submit
 from shoal.jobs.kube.api import Cluster
 from shoal.jobs.kube.ending import wait
 from shoal.jobs.kube.forward import forwarded, head_pod
@@ -33,7 +37,7 @@ from shoal.jobs.kube.status import explain, summarize
 from shoal.jobs.kube.submit import cancel, find_job
 from shoal.workers.errors import ClusterRefused, NotFound
 
-LINES = 30_000
+LINES = int(os.environ.get("SHOAL_LINES", "30000"))
 
 
 def test_status_says_why_a_job_waits(server: ApiServer, kubelet: Kubelet, cluster: Cluster) -> None:
@@ -65,11 +69,14 @@ def test_status_says_why_a_job_waits(server: ApiServer, kubelet: Kubelet, cluste
     ]
 
 
+WORKLOADS = "/apis/kueue.x-k8s.io/v1beta1/namespaces/{}/workloads"
 KUEUE = {"workloads": "Workload", "localqueues": "LocalQueue"}
 
 
 def install_kueue(server: ApiServer) -> None:
-    """Kueue's two objects that jobs ask about, of any content."""
+    """Kueue's two objects that jobs ask about, of any content; once."""
+    if server.request("GET", WORKLOADS.format("default"), quiet=True) is not None:
+        return
     for plural, kind in KUEUE.items():
         schema = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
         version = {"name": "v1beta1", "served": True, "storage": True, "schema": {"openAPIV3Schema": schema}}
@@ -87,7 +94,7 @@ def test_a_queued_job_says_what_the_queue_says_and_never_starts_once_cancelled(
     server: ApiServer, cluster: Cluster
 ) -> None:
     job = made(cluster, "first", queue="team-a", suspend=True)
-    assert "cannot" in explain(cluster, job).reasons[0] or "does not have" in explain(cluster, job).reasons[0]
+    assert explain(cluster, job).reasons == ["this cluster has no Kueue, which would take it from its queue"]
     install_kueue(server)
     assert explain(cluster, job).reasons == [f"there is no LocalQueue team-a in namespace {cluster.namespace}"]
     path, meta = (
@@ -107,6 +114,41 @@ def test_a_queued_job_says_what_the_queue_says_and_never_starts_once_cancelled(
     assert server.request("GET", f"{path}/workloads/w")["spec"]["active"] is False
     assert summarize(find_job(cluster, "first")).phase == "cancelled"
     assert wait(cluster, "first")[1] == 130
+
+
+def workload(job: Any) -> dict[str, Any]:
+    """What Kueue makes of a job."""
+    labels = {"kueue.x-k8s.io/job-uid": job["metadata"]["uid"]}
+    meta = {"apiVersion": "kueue.x-k8s.io/v1beta1", "kind": "Workload"}
+    return {**meta, "metadata": {"name": job["metadata"]["name"], "labels": labels}, "spec": {"active": True}}
+
+
+def test_a_job_that_its_queue_starts_meanwhile_is_not_cancelled_as_if_it_waited(
+    server: ApiServer, cluster: Cluster
+) -> None:
+    seen = made(cluster, "first", queue="team-a", suspend=True)
+    cluster.patch(cluster.ray("rayjobs", "first"), {"spec": {"suspend": False}})  # by Kueue
+    status = {"jobStatus": "RUNNING", "jobDeploymentStatus": "Running", "jobId": "a"}
+    server.patch_status("rayjobs", cluster.namespace, "first", status)
+    with pytest.raises(ClusterRefused, match="the job's Ray cannot be told to end it"):  # no Ray is here
+        cancel(cluster, seen)
+    job = find_job(cluster, "first")
+    assert job["spec"]["suspend"] is False and "shoal/cancelled" not in job["metadata"]["annotations"]
+
+
+def test_the_workload_of_a_new_job_is_waited_for(
+    server: ApiServer, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_kueue(server)
+    job, path = made(cluster, "first", queue="team-a", suspend=True), cluster.path(WORKLOADS)
+    kueue = threading.Timer(1.0, lambda: cluster.post(path, workload(job)))
+    kueue.start()
+    assert cancel(cluster, job) == "first will not start"
+    kueue.join()
+    assert cluster.get(f"{path}/first")["spec"]["active"] is False
+    monkeypatch.setattr(submit, "WORKLOAD_SECONDS", 0.2)
+    with pytest.raises(ClusterRefused, match=r"Kueue has made no workload of it yet, .*: say `shoal job cancel second"):
+        cancel(cluster, made(cluster, "second", queue="team-a", suspend=True))
 
 
 def numbered(log: Log, count: int, first: int = 0) -> None:
@@ -195,6 +237,18 @@ def test_the_dashboard_is_reached_through_the_api_server(
     with forwarded(cluster, head_pod(cluster, find_job(cluster, "first")), 8265) as port:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30) as answer:
             assert answer.read() == b"hello " * 20_000
+        answers: list[bytes] = []
+
+        def ask() -> None:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=60) as answer:
+                answers.append(answer.read())
+
+        threads = [threading.Thread(target=ask) for _ in range(8)]  # as a browser does
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert answers == [b"hello " * 20_000] * 8
         with (
             pytest.raises(ClusterRefused, match=f"--port {port} cannot be listened on"),
             forwarded(cluster, "head", 8265, port),
@@ -210,3 +264,16 @@ def test_the_dashboard_is_reached_through_the_api_server(
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130
     web.shutdown()
+    web.server_close()
+    said: list[str] = []
+    for pod, says in (
+        ("head", "port 8265 of pod head does not answer (connection refused)"),
+        ("ghost", "pod ghost ca"),
+    ):
+        with (
+            forwarded(cluster, pod, 8265, told=said.append) as port,
+            pytest.raises((urllib.error.URLError, ConnectionError, HTTPException)),
+        ):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30)
+        until(lambda: bool(said))
+        assert says in said.pop()

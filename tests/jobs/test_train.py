@@ -144,6 +144,24 @@ def test_evaluate_measures_what_training_measured(here: Path, whole: Path) -> No
     assert said["unigram_bits_per_byte"] == trained["unigram_bits_per_byte"]
 
 
+def test_a_run_is_used_by_its_url(here: Path, whole: Path, tmp_path: Path) -> None:
+    """Here a folder's: what is fetched is checked in tests/workers/test_run_store.py."""
+    store = tmp_path / "store" / "whole"
+    shutil.copytree(whole, store)
+    url, cache = f"file://{store}", {"SHOAL_CACHE": str(tmp_path / "cache")}
+    command = ("--prompt", "shoal of", "--tokens", "20", "-o", "json")
+    fetched = shoal_here("generate", url, *command, cwd=here, **cache)
+    assert fetched.returncode == 0 and f"fetching checkpoint step-{STEPS} of {url}" in fetched.stderr, fetched.stderr
+    said, local = json.loads(fetched.stdout), json.loads(shoal_here("generate", "whole", *command, cwd=here).stdout)
+    assert (said["text"], said["run"]) == (local["text"], url)
+    shutil.rmtree(store / "checkpoints" / f"step-{STEPS}")
+    older = shoal_here("evaluate", url, "--tokens", "200", "-o", "json", cwd=here, **cache)
+    assert json.loads(older.stdout)["step"] == STEPS - 20, older.stderr
+    (store / "run.json").write_text((store / "run.json").read_text().replace('"corpus": "', '"corpus": "/gone'))
+    gone = shoal_here("evaluate", url, cwd=here, **cache)
+    assert gone.returncode == 5 and "which is not here: add --data with a folder of it" in gone.stderr
+
+
 def test_generate_continues_the_prompt_the_same_way_with_the_same_seed(here: Path, whole: Path) -> None:
     command = ("generate", "runs/whole", "--prompt", "shoal of", "--tokens", "20", "-o", "json")
     first, second, other = (json.loads(shoal_here(*command, "--seed", s, cwd=here).stdout) for s in "112")

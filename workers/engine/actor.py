@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.workers.actor import RankActor
@@ -25,18 +24,19 @@ class EngineActor(RankActor):
         self.loop: EngineLoop | None = None
 
     def open(self, recipe: dict[str, Any], checkpoints: str, step: int, device: str) -> None:
-        """Loads this rank's weights and begins to step; all ranks must."""
+        """Loads this rank's weights and begins to step; all ranks must. checkpoints: a path, or the URL of the run."""
         import torch
 
         from shoal.workers.engine.engine import Engine
         from shoal.workers.engine.loop import EngineLoop
         from shoal.workers.machine import free_memory
         from shoal.workers.mesh import make_mesh
+        from shoal.workers.run_store import checkpoints_here
         from shoal.workers.weights import load_model
 
         checked = Recipe.model_validate(recipe)
         mesh = make_mesh(Placement.of(checked), self.rank, device)
-        model = load_model(checked, Path(checkpoints), step, mesh, torch.device(device))
+        model = load_model(checked, checkpoints_here(checkpoints, step), step, mesh, torch.device(device))
         memory = int(free_memory(device) * checked.serve.memory / (1 if device == "cuda" else self.ranks))
         engine = Engine(model, limits_of(checked.serve), memory)
         engine.warm_up()
