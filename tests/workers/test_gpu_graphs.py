@@ -20,7 +20,7 @@ from shoal.workers.engine.request import Limits, Request, Sampling
 from shoal.workers.engine.sequence import Sequence
 from shoal.workers.engine.tables import Part, StepTables
 from shoal.workers.model import Transformer
-from shoal.workers.model.feedforward import MoELoad
+from shoal.workers.model.feedforward import MoE, MoELoad
 
 pytestmark = pytest.mark.gpu
 
@@ -121,6 +121,30 @@ def test_mixes_of_requests(kind: str, speculate: int) -> None:
     }
     assert graphs.decode is not None and len(graphs.decode.graphs) > 3
     assert graphs.load().expert_tokens == plain.load().expert_tokens
+
+
+def test_a_graph_follows_weights_that_were_loaded_anew() -> None:
+    """Those of the shared experts, which graphs read from a copy."""
+    model = _model("nsa", moe__router="softmax")
+    engine, moes = _filled(model), [block.moe for block in model.layers if isinstance(block.moe, MoE)]
+    parts = _parts(engine, [5, 700], random.Random(3))
+    assert engine.decode is not None
+    assert all(moe._joined is not None for moe in moes)
+    with torch.inference_mode():
+        before = engine.decode.logits(parts).clone()
+    with torch.no_grad():
+        for moe in moes:
+            moe.shared.gate_up.mul_(-1)
+    model.join_shared()
+    with torch.inference_mode():
+        got = engine.decode.logits(parts).clone()
+        kept = [moe._joined for moe in moes]
+        for moe in moes:
+            moe._joined = None
+        want = _one_by_one(engine).logits(parts)
+    assert len(kept) == len(moes) > 0
+    assert torch.equal(got, want)
+    assert not torch.equal(got, before)
 
 
 def test_all_graphs_are_made_before_the_first_request() -> None:

@@ -44,7 +44,8 @@ class Engine:
         recipe = model.recipe
         self.context, self.device = recipe.model.context, next(model.parameters()).device
         fixed = limits.graphs and capturable(model) if fixed is None else fixed
-        self.pools = self._make_pools(memory)
+        joined = model.join_shared()
+        self.pools = self._make_pools(None if memory is None else memory - joined)
         self.scheduler = Scheduler(limits, self.pools, self.context)
         self.sequences: dict[str, Sequence] = {}
         self._load = Load(capacity=limits.sequences, pages=self.pools.far.size)
@@ -129,6 +130,7 @@ class Engine:
         own, the step is computed as two halves by turns, so that neither side waits for the other.
         """
         began = time.perf_counter()
+        self.model.join_shared()  # of weights that were loaded anew
         chunks = self.scheduler.plan() if self.model.hosts_attention else []
         chunks.sort(key=lambda c: c.size > SINGLE)  # short ones first, as StepTables wants them
         prompt = sum(min(c.count, max(0, len(c.sequence.request.prompt) - c.sequence.computed)) for c in chunks)
