@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from typing import Any
 
 import numpy as np
@@ -156,3 +157,28 @@ def test_all_graphs_are_made_before_the_first_request() -> None:
     tokens_of(engine, [Request(str(i), tuple(range(2, 40)), Sampling(40, seed=i)) for i in range(6)])
     assert engine.decode.graphs == made
     assert sum(map(sum, engine.load().expert_tokens)) > 0
+
+
+def _variants() -> dict[str, int]:
+    """How many of each kernel Triton has compiled."""
+    from triton.runtime import JITFunction
+
+    modules = [m for name, m in sys.modules.items() if name.startswith("shoal.kernels.")]
+    kernels = [x for m in modules for x in vars(m).values() if isinstance(x, JITFunction)]
+    return {f"{k.module}.{k.__name__}": sum(len(c[0]) for c in k.device_caches.values()) for k in kernels}
+
+
+def test_no_request_waits_for_a_compiler() -> None:
+    """Prompts of many lengths, together and beside others that go on, after warming up."""
+    engine, rng = Engine(_model("nsa", moe__router="softmax"), Limits(sequences=4, step=512)), random.Random(5)
+    engine.warm_up()
+    before = _variants()
+    assert sum(before.values()) > 10
+    requests = []
+    for i in range(24):
+        prompt = tuple(
+            rng.randrange(VOCAB) for _ in range(rng.choice([1, 9, 30, 100, 513, 1500, 3900]) + rng.randrange(9))
+        )
+        requests.append(Request(str(i), prompt, Sampling(rng.randint(1, 20), seed=i)))
+    tokens_of(engine, requests)
+    assert _variants() == before
