@@ -24,18 +24,18 @@ from triton.runtime.jit import KernelParam, create_function_from_signature  # no
 from shoal.kernels.moe.layer import moe_layer  # noqa: E402
 from shoal.kernels.moe.triton_gemms import TritonGemms  # noqa: E402
 from shoal.kernels.moe.triton_tiles import tiles_of  # noqa: E402
-from shoal.kernels.nsa.paged import decode_tables, make_cache  # noqa: E402
+from shoal.kernels.nsa.paged import make_cache  # noqa: E402
 from shoal.kernels.nsa.triton_paged import triton_paged_decode, triton_paged_prefill  # noqa: E402
 from shoal.workers.config import Recipe  # noqa: E402
 from shoal.workers.engine.cache import reach  # noqa: E402
-from shoal.workers.engine.tables import Part, over_page_0, sizes_of, warm_parts  # noqa: E402
+from shoal.workers.engine.tables import Part, StepTables, over_page_0, sizes_of, warm_parts  # noqa: E402
 
 pytestmark = pytest.mark.skipif(triton_on_cpu.ON_GPU, reason="launches are recorded in the interpreter's place")
 
 RECIPE = Recipe.model_validate(
     {
         "model": {
-            "vocab": 16, "hidden": 32, "layers": 1, "heads": 4, "kv_heads": 2, "head_dim": 16, "value_dim": 16,
+            "vocab": 16, "hidden": 32, "layers": 1, "heads": 8, "kv_heads": 2, "head_dim": 16, "value_dim": 16,
             "context": 4096, "dense_layers": 0, "dense_hidden": 32,
         },
         "attention": {"cmp_block": 8, "cmp_stride": 4, "slc_block": 16, "slc_count": 6, "window": 24},
@@ -83,18 +83,17 @@ def launch(parts: list[Part]) -> None:
     """The kernels of a layer of a step. (Values are never read: only how large things are.)"""
     m, moe, sizes, dtype = RECIPE.model, RECIPE.moe, sizes_of(RECIPE), torch.bfloat16
     cache = make_cache(1, 1, m.kv_heads, (m.head_dim, m.v_dim), sizes, dtype, torch.device("cpu"))
-    for p in parts:
-        count, far, near = len(p.tokens), torch.from_numpy(p.far), torch.from_numpy(p.near)
-        q, gates = torch.empty(count, m.heads, m.head_dim, dtype=dtype), torch.empty(count, m.heads, 3, dtype=dtype)
+    t = StepTables(RECIPE, parts, dtype, torch.device("cpu"))
+    count = len(t.tokens)
+    q, gates = torch.empty(count, m.heads, m.head_dim, dtype=dtype), torch.empty(count, m.heads, 3, dtype=dtype)
+    for rows, d in t.whole:
+        triton_paged_decode(q[rows], gates[rows], cache, d, sizes, 1.0)
+    for rows, p, far, near in t.prefill:
         first = p.near_start * sizes.slc_block
-        if count == 1:
-            at = torch.tensor([p.start]), far[None], near[None], torch.tensor([first])
-            triton_paged_decode(q, gates, cache, decode_tables(*at, m.kv_heads, sizes), sizes, 1.0)
-        else:
-            triton_paged_prefill(q, gates, cache, p.start, far, near, first, sizes, 1.0)
-    tokens, inner, hidden = sum(len(p.tokens) for p in parts), moe.expert_hidden, m.hidden
-    x, ends = torch.empty(tokens, hidden, dtype=dtype), torch.zeros(moe.experts, dtype=torch.int32)
-    tiles_of(ends, tokens * moe.top_k, 128)
+        triton_paged_prefill(q[rows], gates[rows], cache, p.start, far, near, first, sizes, 1.0)
+    inner, hidden = moe.expert_hidden, m.hidden
+    x, ends = torch.empty(count, hidden, dtype=dtype), torch.zeros(moe.experts, dtype=torch.int32)
+    tiles_of(ends, count * moe.top_k, 128)
     shapes = [(8, hidden), (8, hidden, 2 * inner), (8, inner, hidden), (hidden, 4 * inner), (2 * inner, hidden)]
     weights = [torch.empty(shape, dtype=dtype) for shape in shapes]
     moe_layer(x, *weights[:3], (weights[3], weights[4]), moe.top_k, kind=Unread)
@@ -119,11 +118,15 @@ def test_few_variants_are_prepared(prepared: Variants) -> None:
     assert len(prepared) > 15
 
 
-@given(start=st.integers(0, 4000), count=st.integers(9, STEP), single=st.integers(0, 4095))
+@given(
+    start=st.integers(0, 4000),
+    count=st.integers(9, STEP),
+    singles=st.lists(st.integers(0, 4095), max_size=5),
+)
 def test_no_prompt_needs_another_variant(
-    prepared: Variants, variants: Variants, start: int, count: int, single: int
+    prepared: Variants, variants: Variants, start: int, count: int, singles: list[int]
 ) -> None:
     page, back = sizes_of(RECIPE).slc_block, reach(RECIPE)
     count = min(count, RECIPE.model.context - start)
-    launch([over_page_0(at, n, page, back, 16) for at, n in ((single, 1), (start, count))])
+    launch([over_page_0(at, n, page, back, 16) for at, n in (*((s, 1) for s in singles), (start, count))])
     assert {name: each - prepared.get(name, set()) for name, each in variants.items() if each - prepared[name]} == {}

@@ -21,6 +21,7 @@ from shoal.workers.model.attention import block_sizes
 
 COPIED = 1 << 26  # elements of keys that are copied at a time
 WARM = 128  # tokens of a prompt that is computed only to have its kernels compiled
+ALIGNED = 16  # numbers: an array that begins anywhere else would be another variant of a Triton kernel
 SINGLE = 8  # chunks of at most this many tokens are computed as single queries, all sequences together
 
 
@@ -227,11 +228,12 @@ class _HostTables:
 
 def _upload(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
     """Arrays as int64 tensors on the device, in one copy."""
-    sizes = [array.size for array in arrays.values()]
-    flat = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
-    np.concatenate([array.ravel() for array in arrays.values()], out=flat.numpy())
-    there = flat.to(device, non_blocking=True).split(sizes)
-    return {name: part.view(array.shape) for (name, array), part in zip(arrays.items(), there, strict=True)}
+    rooms = [-(-array.size // ALIGNED) * ALIGNED for array in arrays.values()]
+    flat = torch.empty(sum(rooms), dtype=torch.int64, pin_memory=device.type == "cuda")
+    for room, array in zip(flat.split(rooms), arrays.values(), strict=True):
+        room.numpy()[: array.size] = array.ravel()
+    there = flat.to(device, non_blocking=True).split(rooms)
+    return {name: part[: a.size].view(a.shape) for (name, a), part in zip(arrays.items(), there, strict=True)}
 
 
 def _ints(values: Iterable[int]) -> np.ndarray:
