@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Serving on GPUs, in one call of a few minutes: benchmarks/gpu_serving.sh OUT [GPUS]
 #
-# On one GPU: the paged caches beside a training forward (pytest), the engine alone, then `shoal serve` over random
-# weights under load, NSA beside full attention. On two: the same, engine and service side by side, each on a card of its
-# own; then the service with a model over both ranks, and with attention and experts apart. OUT gets JSON, pictures and
-# logs; the tables are printed last. A part that fails does not stop the others; the exit code is the number of those
-# that failed.
+# On one GPU: paged caches beside a training forward, and CUDA graphs (pytest), the engine alone, then `shoal serve` over
+# random weights under load, NSA beside full attention. On two: the same, engine and service side by side, each on a card
+# of its own; then the service with a model over both ranks, and with attention and experts apart. OUT gets one archive of
+# JSON, pictures and logs, serving.tar.gz, which grows with each part; the tables are printed last. A part that fails does
+# not stop the others; the exit code is the number of those that failed.
 #
 # Environment: PYTHON, and, to try it without a GPU, RECIPE, SETS, CONTEXT, MIX, CONCURRENCY, DURATION, CHUNK, WARMUP.
 set -u
@@ -24,12 +24,14 @@ WARMUP=${WARMUP:-4}
 
 cd "$(dirname "$0")/.." || exit 1
 mkdir -p "$OUT"
-OUT=$(cd "$OUT" && pwd)
+ARCHIVE=$(cd "$OUT" && pwd)/serving.tar.gz
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} COLUMNS=220
 export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0} # NVLink multicast wants rights that containers lack
 # what the later parts need, before minutes are spent on the earlier ones
 "$PYTHON" -c "import fastapi, uvicorn, grpc_health, grpc_reflection, ray.serve, aiohttp, matplotlib" || exit 1
 WORK=$(mktemp -d)
+OUT=$WORK/out
+mkdir "$OUT"
 trap 'rm -rf "$WORK"' EXIT
 failed=0
 
@@ -43,6 +45,11 @@ part() { # NAME SECONDS COMMAND…: its output in OUT/NAME.txt and OUT/NAME.log
         failed=$((failed + 1))
         tail -n 15 "$OUT/$name.txt" "$OUT/$name.log"
     fi
+    pack
+}
+
+pack() { # what there is by now: the whole may be cut short
+    tar -czf "$ARCHIVE.$BASHPID" -C "$OUT" .; mv "$ARCHIVE.$BASHPID" "$ARCHIVE"
 }
 
 untrained() { # KIND
@@ -60,7 +67,8 @@ serve() { # NAME OPTIONS…
 
 engine() {
     part caches 120 "$PYTHON" -m pytest -q -p no:cacheprovider tests/workers/test_gpu.py -k paged
-    part engine 200 "$PYTHON" -m shoal.jobs.cli.main bench engine --out "$OUT"
+    part graphs 240 "$PYTHON" -m pytest -q -p no:cacheprovider tests/workers/test_gpu_graphs.py
+    part engine 420 "$PYTHON" -m shoal.jobs.cli.main bench engine --out "$OUT"
 }
 
 service() {
@@ -69,7 +77,7 @@ service() {
     serve service --against "$WORK/full"
 }
 
-names="caches engine service"
+names="caches graphs engine service"
 if [ "$GPUS" = 1 ]; then
     engine
     service
@@ -88,4 +96,5 @@ for name in $names; do
     echo "== $name"
     tail -n 40 "$OUT/$name.txt"
 done
+pack
 exit $failed

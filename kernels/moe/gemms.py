@@ -131,6 +131,11 @@ def swiglu_backward(
     return torch.cat([d_act * up * (sigmoid + silu * (1 - sigmoid)), d_act * silu], dim=-1), act, d_gates
 
 
+def as_one(gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """``[S, H, 2F], [S, F, H] -> [H, 2·S·F], [S·F, H]``: only gate_up is copied. Unchanged if they are one already."""
+    return (gate_up, down) if gate_up.dim() == 2 else (side_by_side(gate_up), down.flatten(0, 1))
+
+
 def side_by_side(gate_up: Tensor) -> Tensor:
     """``[S, H, 2F] -> [H, 2·S·F]``: S experts that every token uses are one, all gates first. A copy unless S is 1."""
     count, hidden, double = gate_up.shape

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.moe import gemms as ffn
-from shoal.kernels.moe.gemms import Gemms, apart, side_by_side
+from shoal.kernels.moe.gemms import Gemms, apart, as_one
 from shoal.kernels.moe.triton_gemms import TritonGemms
 from shoal.kernels.moe.triton_route import Choice, choose, choose_backward
 from shoal.kernels.moe.triton_rows import combine, expand
@@ -44,7 +44,8 @@ def moe_layer(
     """DeepSeekMoE (eq. 9-11): shared experts for every token, and the ``top_k`` best routed ones, weighted.
 
     x: ``[T, H]``, centroids: ``[N, H]``. gate_up: ``[N, H, 2F]`` (gate first), down: ``[N, F, H]``; shared: the same
-    of the shared experts, ``[S, H, 2F']`` and ``[S, F', H]``. score, normalize, bias: as in
+    of the shared experts, ``[S, H, 2F']`` and ``[S, F', H]``, or of all of them as one, ``[H, 2·S·F']`` and
+    ``[S·F', H]`` (:func:`shoal.kernels.moe.gemms.as_one`), which saves a copy. score, normalize, bias: as in
     :func:`shoal.kernels.moe.triton_route.choose`. All of one dtype; bias float32.
     kind: who computes the experts' products.
     """
@@ -73,7 +74,7 @@ class _MoELayer(torch.autograd.Function):
         hidden, results = ffn.forward(ctx.products, expand(x, choice.rows), gate_up, down)
         shared_hidden = base = None
         if shared_up is not None and shared_down is not None:
-            shared_hidden, base = ffn.forward(kind(None), x, side_by_side(shared_up), shared_down.flatten(0, 1))
+            shared_hidden, base = ffn.forward(kind(None), x, *as_one(shared_up, shared_down))
         out = combine(results, choice.rows, choice.gates, base)
         ctx.save_for_backward(
             x, centroids, gate_up, down, shared_up, shared_down, hidden, shared_hidden, *vars(choice).values()
@@ -104,9 +105,9 @@ class _MoELayer(torch.autograd.Function):
         d_shared_down: Tensor | None = None
         if shared_up is not None:
             products = kind(None)
-            up, wide_down = side_by_side(shared_up), shared_down.flatten(0, 1)
+            up, wide_down = as_one(shared_up, shared_down)
             base, d_up, d_wide_down, _ = ffn.backward(products, grad, lambda: x, shared_hidden, up, wide_down)
-            d_shared_up = apart(d_up, len(shared_up))
+            d_shared_up = d_up if shared_up.dim() == 2 else apart(d_up, len(shared_up))
             d_shared_down = d_wide_down.view_as(shared_down)
         d_x = combine(d_rows, choice.rows, None, base, d_logits, centroids)
         return d_x, d_logits.T @ x, d_gate_up, d_down, d_shared_up, d_shared_down, None, None

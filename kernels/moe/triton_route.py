@@ -147,7 +147,7 @@ def _logits(x, centroids, t, e, there, H: tl.constexpr, N: tl.constexpr, BH: tl.
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _choose_kernel(
     x,
     centroids,
@@ -215,7 +215,7 @@ def _choose_kernel(
     tl.store(block_counts + block * N + e, tl.sum(taken.to(tl.int32), 0), mask=e < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _scan_kernel(block_counts, block_sums, counts, sums, blocks, N: tl.constexpr, TILE: tl.constexpr):
     """Of one expert: the number of tokens before each block, in place of the block's own; and both totals."""
     e = tl.program_id(0)
@@ -231,7 +231,7 @@ def _scan_kernel(block_counts, block_sums, counts, sums, blocks, N: tl.constexpr
     tl.store(sums + e, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _place_kernel(
     experts,
     before,
@@ -266,7 +266,7 @@ def _place_kernel(
         tl.store(order + row, t * K + i, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _choose_backward_kernel(
     scores,
     gates,

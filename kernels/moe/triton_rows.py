@@ -129,7 +129,7 @@ def _tiles(tokens: int, hidden: int, tile: int, width: int = 1024) -> tuple[tupl
     return (triton.cdiv(tokens, tile), triton.cdiv(hidden, width)), {"TILE": tile, "BH": width}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _expand_kernel(
     x,
     rows,
@@ -154,7 +154,7 @@ def _expand_kernel(
         tl.store(out + row[:, None] * Y + h[None, :], b_x, mask=wanted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _combine_kernel(
     results,
     rows,
@@ -199,7 +199,7 @@ def _combine_kernel(
     tl.store(out + t[:, None] * Y + h[None, :], acc.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _swiglu_kernel(hidden, out, rows, F: tl.constexpr, TILE: tl.constexpr, BF: tl.constexpr):
     r = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     f = tl.program_id(1) * BF + tl.arange(0, BF)
@@ -211,7 +211,7 @@ def _swiglu_kernel(hidden, out, rows, F: tl.constexpr, TILE: tl.constexpr, BF: t
     tl.store(out + r[:, None] * F + f[None, :], act.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _swiglu_backward_kernel(
     hidden,
     d_act,

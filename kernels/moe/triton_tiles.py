@@ -35,7 +35,7 @@ def tiles_of(ends: Tensor, rows: int, size: int) -> Tiles:
     return Tiles(size, most, table, count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most"])
 def _tiles_kernel(ends, table, count, most, E: tl.constexpr, EP: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr):
     """Writes the tiles of one group."""
     own = tl.program_id(0)

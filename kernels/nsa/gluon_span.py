@@ -250,7 +250,7 @@ def _consumer(
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["tokens", "tiles"])
 def _span_kernel(
     q,
     k,

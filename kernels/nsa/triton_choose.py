@@ -149,7 +149,7 @@ def _importance_step(
     tl.store(carried + at, next_, mask=inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "stop", "chunk"])
 def _importance_kernel(
     q,
     k,
@@ -217,7 +217,7 @@ def _importance_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "chunk"])
 def _top_kernel(
     scores,
     starts,

@@ -136,7 +136,7 @@ def mix(cmp: Tensor, slc: Tensor, win: Tensor, gates: Tensor) -> Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _mix_kernel(cmp, slc, win, gates, out, rows, E: tl.constexpr, EP: tl.constexpr, TILE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     o_e = tl.arange(0, EP)

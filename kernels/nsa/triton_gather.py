@@ -125,7 +125,7 @@ def selected_by_block(
     return out, lse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_k", "chunk", "chunks", "start"])
 def _partial_kernel(
     q,
     k,
@@ -251,7 +251,7 @@ def _attend_blocks(
     return m, total, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start"])
 def _merge_kernel(
     q,
     k,

@@ -89,7 +89,7 @@ def _bins(blocks, block_base, tokens, chunk, chunks, bins, stride_t, stride_h, N
     return t, i, at, counter, pair, inside & (block >= 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "chunk", "chunks", "bins"])
 def _count_kernel(
     blocks,
     block_base,
@@ -112,7 +112,7 @@ def _count_kernel(
     tl.store(ranks + pair, rank, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "chunk", "chunks", "bins"])
 def _fill_kernel(
     blocks,
     block_base,

@@ -138,7 +138,7 @@ def _step(
     return m_new, total, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _span_kernel(
     q,
     k,

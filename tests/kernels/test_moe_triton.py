@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import triton_on_cpu
@@ -13,9 +15,15 @@ from triton_on_cpu import DEVICE, ON_GPU, close, draw
 triton_on_cpu.prepare()
 
 from shoal.kernels.moe import gemms, oracle, triton_rows  # noqa: E402
-from shoal.kernels.moe.layer import apart, moe_layer, side_by_side  # noqa: E402
+from shoal.kernels.moe.gemms import apart, side_by_side  # noqa: E402
+from shoal.kernels.moe.layer import moe_layer  # noqa: E402
+from shoal.kernels.moe.triton_gemms import TritonGemms  # noqa: E402
 from shoal.kernels.moe.triton_route import Choice, choose, choose_backward  # noqa: E402
 from shoal.kernels.moe.triton_tiles import tiles_of  # noqa: E402
+from shoal.workers.config import Recipe  # noqa: E402
+from shoal.workers.mesh import make_mesh  # noqa: E402
+from shoal.workers.model.feedforward import MoE, MoELoad  # noqa: E402
+from shoal.workers.placement import Placement  # noqa: E402
 
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 
@@ -181,6 +189,69 @@ def test_layer_is_the_papers(
     total = (want * upstream.cpu().double()).sum() + (scores.sum(0) * on_sums.cpu().double()).sum()
     for grad, reference in zip(got, torch.autograd.grad(total, exact), strict=True):
         near(grad, reference, 2 * tolerance)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_shared_experts_given_as_one(count: int) -> None:
+    """The same bits, and the same gradients, as with weights of their own."""
+    shapes = [(9, 16), (5, 16), (5, 16, 16), (5, 8, 16), (count, 16, 16), (count, 8, 16)]
+    x, centroids, gate_up, down, shared_up, shared_down = (draw(*s, dtype=DTYPE, seed=i) for i, s in enumerate(shapes))
+    pairs = [(shared_up, shared_down), (side_by_side(shared_up), shared_down.flatten(0, 1))]
+    outs, grads = [], []
+    for pair in pairs:
+        inputs = [t.clone().requires_grad_() for t in (x, *pair)]
+        outs.append(moe_layer(inputs[0], centroids, gate_up, down, (inputs[1], inputs[2]), 2).out)
+        grads.append(torch.autograd.grad(outs[-1].float().sum(), inputs))
+    assert torch.equal(*outs)
+    (d_x, d_up, d_down), (d_x1, d_up1, d_down1) = grads
+    assert torch.equal(d_x, d_x1)
+    assert torch.equal(d_up, apart(d_up1, count))
+    assert torch.equal(d_down, d_down1.view_as(d_down))
+
+
+def test_joined_weights_follow_the_parameters() -> None:
+    """Joined once; a change of the parameters is seen at once by operations, and in place after joining again; a step
+    with gradients has them for the parameters."""
+    moe, load = _moe(), MoELoad(4, balance=False)
+    x, tokens = draw(4, 16, dtype=DTYPE, seed=1), torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    assert moe.join_shared() == moe.shared.gate_up.nbytes
+    assert moe.join_shared() == 0
+    assert moe._joined is not None
+    kept = moe._joined[0]
+    for scale in (1.0, 0.5):
+        with torch.no_grad():
+            moe.shared.gate_up.mul_(scale)
+            parted = moe(x, tokens, load)
+        moe.join_shared()
+        assert moe._joined[0] is kept
+        assert torch.equal(kept, side_by_side(moe.shared.gate_up.detach()))
+        with torch.inference_mode():
+            assert torch.equal(moe(x, tokens, load), parted)
+    trained = moe(x, tokens, load)
+    assert torch.equal(trained, parted)
+    trained.float().sum().backward()
+    assert moe.shared.gate_up.grad is not None
+    assert "_joined" not in "".join(moe.state_dict())
+
+
+def _moe() -> MoE:
+    """A layer with two shared experts, all of it on this rank and by Triton."""
+    table: dict[str, Any] = {
+        "model": {
+            "vocab": 16, "hidden": 16, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 8, "value_dim": 8,
+            "context": 64,
+        },
+        "moe": {"experts": 5, "top_k": 2, "shared_experts": 2, "expert_hidden": 8},
+        "train": {"steps": 1, "batch": 1, "sequence": 64, "learning_rate": 1e-3},
+    }  # fmt: skip
+    recipe = Recipe.model_validate(table)
+    moe = MoE(recipe, make_mesh(Placement(1, (0,), (0,), 1)), torch.device(DEVICE))
+    moe.products, moe.whole = TritonGemms, True
+    moe.to(DEVICE, DTYPE)
+    with torch.no_grad():
+        for i, parameter in enumerate(moe.parameters()):
+            parameter.copy_(draw(*parameter.shape, dtype=DTYPE, seed=i) * 0.2)
+    return moe
 
 
 def test_a_sum_of_everything_has_gradients_too() -> None:

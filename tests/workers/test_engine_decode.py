@@ -79,6 +79,17 @@ def test_a_request_without_finite_numbers_ends_alone() -> None:
     }
 
 
+@pytest.mark.parametrize("attention", [ATTENTIONS[0], ATTENTIONS[3]])
+def test_prompts_that_warm_an_engine_up_leave_no_trace(attention: dict[str, Any]) -> None:
+    model, limits = model_of(attention), Limits(sequences=3, step=24)
+    engine, fresh = Engine(model, limits), Engine(model, limits)
+    engine._warm_prompts()
+    assert all(not pages.any() for cache in engine.caches.values() for pages in vars(cache).values())
+    assert engine.load() == fresh.load()
+    requests = [Request(str(i), tuple(range(i, 9 + i)), Sampling(4, seed=i)) for i in range(2)]
+    assert tokens_of(engine, requests) == tokens_of(fresh, requests)
+
+
 class Unread(Gemms):
     """Products of the right shape that ask no count."""
 

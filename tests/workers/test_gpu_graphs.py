@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from shoal.workers.engine.request import Limits, Request, Sampling
 from shoal.workers.engine.sequence import Sequence
 from shoal.workers.engine.tables import Part, StepTables
 from shoal.workers.model import Transformer
-from shoal.workers.model.feedforward import MoELoad
+from shoal.workers.model.feedforward import MoE, MoELoad
 
 pytestmark = pytest.mark.gpu
 
@@ -123,6 +124,30 @@ def test_mixes_of_requests(kind: str, speculate: int) -> None:
     assert graphs.load().expert_tokens == plain.load().expert_tokens
 
 
+def test_a_graph_follows_weights_that_were_loaded_anew() -> None:
+    """Those of the shared experts, which graphs read from a copy."""
+    model = _model("nsa", moe__router="softmax")
+    engine, moes = _filled(model), [block.moe for block in model.layers if isinstance(block.moe, MoE)]
+    parts = _parts(engine, [5, 700], random.Random(3))
+    assert engine.decode is not None
+    assert all(moe._joined is not None for moe in moes)
+    with torch.inference_mode():
+        before = engine.decode.logits(parts).clone()
+    with torch.no_grad():
+        for moe in moes:
+            moe.shared.gate_up.mul_(-1)
+    model.join_shared()
+    with torch.inference_mode():
+        got = engine.decode.logits(parts).clone()
+        kept = [moe._joined for moe in moes]
+        for moe in moes:
+            moe._joined = None
+        want = _one_by_one(engine).logits(parts)
+    assert len(kept) == len(moes) > 0
+    assert torch.equal(got, want)
+    assert not torch.equal(got, before)
+
+
 def test_all_graphs_are_made_before_the_first_request() -> None:
     engine = Engine(_model("nsa"), Limits(sequences=4))
     engine.warm_up()
@@ -132,3 +157,28 @@ def test_all_graphs_are_made_before_the_first_request() -> None:
     tokens_of(engine, [Request(str(i), tuple(range(2, 40)), Sampling(40, seed=i)) for i in range(6)])
     assert engine.decode.graphs == made
     assert sum(map(sum, engine.load().expert_tokens)) > 0
+
+
+def _variants() -> dict[str, int]:
+    """How many of each kernel Triton has compiled."""
+    from triton.runtime import JITFunction
+
+    modules = [m for name, m in sys.modules.items() if name.startswith("shoal.kernels.")]
+    kernels = [x for m in modules for x in vars(m).values() if isinstance(x, JITFunction)]
+    return {f"{k.module}.{k.__name__}": sum(len(c[0]) for c in k.device_caches.values()) for k in kernels}
+
+
+def test_no_request_waits_for_a_compiler() -> None:
+    """Prompts of many lengths, together and beside others that go on, after warming up."""
+    engine, rng = Engine(_model("nsa", moe__router="softmax"), Limits(sequences=4, step=512)), random.Random(5)
+    engine.warm_up()
+    before = _variants()
+    assert sum(before.values()) > 10
+    requests = []
+    for i in range(24):
+        prompt = tuple(
+            rng.randrange(VOCAB) for _ in range(rng.choice([1, 9, 30, 100, 513, 1500, 3900]) + rng.randrange(9))
+        )
+        requests.append(Request(str(i), prompt, Sampling(rng.randint(1, 20), seed=i)))
+    tokens_of(engine, requests)
+    assert _variants() == before

@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from shoal.kernels.nsa.paged import PagedCache, decode_tables
 from shoal.workers.data.batch import PackedBatch
 from shoal.workers.engine.cache import PagedAttention, reach
-from shoal.workers.engine.tables import SINGLE, Compressed, Part, Tables, sizes_of
+from shoal.workers.engine.tables import ALIGNED, SINGLE, Compressed, Part, Tables, sizes_of
 from shoal.workers.model import Transformer
 from shoal.workers.model.feedforward import MoE, MoELoad, run
 
 MOST_ROWS = 256
 FEWEST_PAGES = 64  # that a graph has room for: below, a step costs the same
 BOTH = 8  # rows up to which a step without compressed rows has a graph of its own: of more, some row mostly ends one
-ALIGNED = 16  # numbers: an array that begins anywhere else would be another variant of a Triton kernel
 
 
 @dataclass(frozen=True)

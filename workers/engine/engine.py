@@ -18,7 +18,7 @@ from shoal.workers.engine.request import Busy, Finish, Limits, Load, Output, Req
 from shoal.workers.engine.sampling import NO_TOKEN, accepted, choose, spans, to_device
 from shoal.workers.engine.scheduler import Chunk, Scheduler
 from shoal.workers.engine.sequence import Pools, Sequence
-from shoal.workers.engine.tables import SINGLE, Part, StepTables
+from shoal.workers.engine.tables import SINGLE, Part, StepTables, warm_parts
 from shoal.workers.errors import ClusterRefused, InvalidInput
 from shoal.workers.model import Transformer
 from shoal.workers.model.feedforward import MoELoad, Stages, interleave
@@ -44,7 +44,8 @@ class Engine:
         recipe = model.recipe
         self.context, self.device = recipe.model.context, next(model.parameters()).device
         fixed = limits.graphs and capturable(model) if fixed is None else fixed
-        self.pools = self._make_pools(memory)
+        joined = model.join_shared()
+        self.pools = self._make_pools(None if memory is None else memory - joined)
         self.scheduler = Scheduler(limits, self.pools, self.context)
         self.sequences: dict[str, Sequence] = {}
         self._load = Load(capacity=limits.sequences, pages=self.pools.far.size)
@@ -129,6 +130,7 @@ class Engine:
         own, the step is computed as two halves by turns, so that neither side waits for the other.
         """
         began = time.perf_counter()
+        self.model.join_shared()  # of weights that were loaded anew
         chunks = self.scheduler.plan() if self.model.hosts_attention else []
         chunks.sort(key=lambda c: c.size > SINGLE)  # short ones first, as StepTables wants them
         prompt = sum(min(c.count, max(0, len(c.sequence.request.prompt) - c.sequence.computed)) for c in chunks)
@@ -138,9 +140,27 @@ class Engine:
         return [o for o in outputs if o.tokens or o.finish]
 
     def warm_up(self) -> None:
-        """Prepares what steps need and what is slow the first time. Without it they are slow the first time."""
-        if self.decode and self.decode.capture:
+        """On GPUs prepares what steps need and what is slow the first time, and without it is slow then. Before the
+        first request; collective over the ranks of the model."""
+        if self.device.type != "cuda":
+            return
+        self._warm_prompts()
+        if self.decode:
             self.decode.warm_up()
+
+    @torch.inference_mode()
+    def _warm_prompts(self) -> None:
+        """Computes prompts over pages that are nobody's yet, and leaves no trace of them."""
+        recipe = self.model.recipe
+        for parts in warm_parts(recipe, self.limits.step, reach(recipe)):
+            hidden = interleave([self._forward(parts if self.model.hosts_attention else [])])[0]
+            if self.model.hosts_attention:
+                self.model.logits(hidden[-1:])
+        if self._experts is not None:
+            self._experts.zero_()
+        for cache in self.caches.values() if self.model.hosts_attention else ():
+            for tensor in vars(cache).values():
+                tensor[:1] = 0
 
     def load(self) -> Load:
         """How busy this engine is."""
@@ -178,12 +198,13 @@ class Engine:
         """``[len(rows), vocab]`` of rows of the chunks, computed in ``parts`` halves."""
         if self.decode and self.decode.fits(one_step := [_part(c) for c in chunks]):
             return _rows(self.decode.logits(one_step), rows)
-        hidden = torch.cat(interleave([self._forward(chunks[part::parts]) for part in range(parts)]))
+        halves = ([_part(c) for c in chunks[part::parts]] for part in range(parts))
+        hidden = torch.cat(interleave([self._forward(half) for half in halves]))
         return self.model.logits(_rows(hidden, rows)) if rows else hidden
 
-    def _forward(self, chunks: list[Chunk]) -> Stages:
-        """Hidden states ``[tokens, hidden]`` of chunks, short ones first."""
-        tables = StepTables(self.model.recipe, [_part(c) for c in chunks], self.model.dtype, self.device)
+    def _forward(self, parts: list[Part]) -> Stages:
+        """Hidden states ``[tokens, hidden]`` of parts, short ones first."""
+        tables = StepTables(self.model.recipe, parts, self.model.dtype, self.device)
         ids = tables.tokens
         batch = PackedBatch(ids, torch.full_like(ids, IGNORE), tables.positions, (0, len(ids)))
         load = MoELoad(max(1, len(ids)), balance=False)

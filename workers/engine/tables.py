@@ -20,6 +20,8 @@ from shoal.workers.engine.sampling import spans
 from shoal.workers.model.attention import block_sizes
 
 COPIED = 1 << 26  # elements of keys that are copied at a time
+WARM = 128  # tokens of a prompt that is computed only to have its kernels compiled
+ALIGNED = 16  # numbers: an array that begins anywhere else would be another variant of a Triton kernel
 SINGLE = 8  # chunks of at most this many tokens are computed as single queries, all sequences together
 
 
@@ -144,6 +146,28 @@ class StepTables(Tables):
         ]
 
 
+def warm_parts(recipe: Recipe, step: int, back: int) -> list[list[Part]]:
+    """Steps that together call every variant of the kernels that prompts need, over page 0 alone. step: tokens of the
+    longest. back: how many tokens before its first one a part reads of the near pages.
+
+    Kernels differ with the pages of a sequence, by powers of two, and beside a prompt others go on by single tokens.
+    """
+    page, context, found = sizes_of(recipe).slc_block, recipe.model.context, []
+    whole = -(-context // page)
+    for pages in [whole, *(1 << i for i in reversed(range((whole - 1).bit_length())))]:
+        stop = min(pages * page, context)
+        counts = (1, min(stop, step if pages == whole else max(WARM, 2 * SINGLE)))
+        found.append([over_page_0(stop - n, n, page, back, recipe.model.vocab) for n in counts if n == 1 or n > SINGLE])
+    return found
+
+
+def over_page_0(start: int, count: int, page: int, back: int, vocab: int) -> Part:
+    """Tokens at ``start …`` of a sequence whose pages are all the same one."""
+    pages, near_start = -(-(start + count) // page), max(0, start - back) // page
+    tokens = tuple(i % vocab for i in range(count))
+    return Part(tokens, start, np.zeros(pages, np.int64), np.zeros(pages - near_start, np.int64), near_start)
+
+
 class _HostTables:
     """The numbers of a step on the host, int64, for all parts at once: a loop over them in Python takes longer than a
     small model's layers."""
@@ -204,11 +228,12 @@ class _HostTables:
 
 def _upload(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
     """Arrays as int64 tensors on the device, in one copy."""
-    sizes = [array.size for array in arrays.values()]
-    flat = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
-    np.concatenate([array.ravel() for array in arrays.values()], out=flat.numpy())
-    there = flat.to(device, non_blocking=True).split(sizes)
-    return {name: part.view(array.shape) for (name, array), part in zip(arrays.items(), there, strict=True)}
+    rooms = [-(-array.size // ALIGNED) * ALIGNED for array in arrays.values()]
+    flat = torch.empty(sum(rooms), dtype=torch.int64, pin_memory=device.type == "cuda")
+    for room, array in zip(flat.split(rooms), arrays.values(), strict=True):
+        room.numpy()[: array.size] = array.ravel()
+    there = flat.to(device, non_blocking=True).split(rooms)
+    return {name: part[: a.size].view(a.shape) for (name, a), part in zip(arrays.items(), there, strict=True)}
 
 
 def _ints(values: Iterable[int]) -> np.ndarray:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from shoal.kernels.moe import balance_loss, hash_route, load_fractions, route, swiglu_ffn
 from shoal.kernels.moe.backend import counts_stay, experts_backend
-from shoal.kernels.moe.gemms import Gemms
+from shoal.kernels.moe.gemms import Gemms, side_by_side
 from shoal.kernels.moe.router import Routing
 from shoal.workers.config import Recipe
 from shoal.workers.dispatch import Dispatcher
@@ -106,6 +106,7 @@ class MoE(nn.Module):
         # All of the layer on this rank: no rows are exchanged, and they need not exist for the backward pass.
         alone = mesh.dispatch.size == 1 and not self.sent_shared
         self.whole = alone and moe.router == "softmax" and self.products.triton
+        self._joined: tuple[Tensor, int] | None = None  # the weights as one, and the version they were made of
         owners = mesh.placement.owners(moe.experts, self.sent_shared)
         self.dispatcher = Dispatcher(mesh.dispatch, owners, device, self.products.triton)
         if mesh.hosts_attention:
@@ -164,7 +165,7 @@ class MoE(nn.Module):
         """The layer in one piece."""
         from shoal.kernels.moe.layer import moe_layer
 
-        shared = (self.shared.gate_up, self.shared.down) if hasattr(self, "shared") else None
+        shared = self._shared_weights()
         weights = (self.centroids, self.experts.gate_up, self.experts.down)
         normalize = self.table.normalize_gates
         result = moe_layer(x, *weights, shared, self.table.top_k, normalize=normalize, kind=self.products)
@@ -173,6 +174,31 @@ class MoE(nn.Module):
         else:
             load.chosen.append(result.experts)
         return result.out
+
+    @torch.no_grad()
+    def join_shared(self) -> int:
+        """Keeps the shared experts' weights as one for steps without gradients, which otherwise copy them each time.
+
+        Called again after the parameters changed, it brings them up to date in their place, where a CUDA graph reads
+        them. Returns the bytes that it allocated.
+        """
+        if not self.whole or not hasattr(self, "shared") or len(self.shared.names) < 2:
+            return 0
+        weight, kept = self.shared.gate_up, self._joined
+        if kept is None:
+            self._joined = side_by_side(weight.detach()), weight._version
+            return self._joined[0].nbytes
+        if kept[1] != weight._version:
+            self._joined = kept[0].copy_(side_by_side(weight)), weight._version
+        return 0
+
+    def _shared_weights(self) -> tuple[Tensor, Tensor] | None:
+        if not hasattr(self, "shared"):
+            return None
+        gate_up, down = self.shared.gate_up, self.shared.down
+        if self._joined is None or torch.is_grad_enabled() or self._joined[1] != gate_up._version:
+            return gate_up, down
+        return self._joined[0], down.flatten(0, 1)
 
     def _route(self, x: Tensor, tokens: Tensor) -> Routing:
         moe = self.table

@@ -140,6 +140,10 @@ class Transformer(nn.Module):
         device = batch.tokens.device
         return torch.zeros(0, self.recipe.model.hidden, dtype=self.dtype, device=device).requires_grad_()
 
+    def join_shared(self) -> int:
+        """:meth:`MoE.join_shared` of every layer: the bytes that it allocated."""
+        return sum(block.moe.join_shared() for block in self.layers if isinstance(block.moe, MoE))
+
     def logits(self, hidden: Tensor) -> Tensor:
         """``[T, hidden] -> [T, vocab]`` in the model's dtype."""
         weight = self.embedding.weight if self.recipe.model.tied_embeddings else self.head.weight

@@ -1,0 +1,132 @@
+"""Which variants of its kernels Triton compiles for prompts: those that an engine prepares, whatever comes later."""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import triton_on_cpu
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+triton_on_cpu.prepare()
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
+from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
+from triton.runtime.jit import KernelParam, create_function_from_signature  # noqa: E402
+
+from shoal.kernels.moe.layer import moe_layer  # noqa: E402
+from shoal.kernels.moe.triton_gemms import TritonGemms  # noqa: E402
+from shoal.kernels.moe.triton_tiles import tiles_of  # noqa: E402
+from shoal.kernels.nsa.paged import make_cache  # noqa: E402
+from shoal.kernels.nsa.triton_paged import triton_paged_decode, triton_paged_prefill  # noqa: E402
+from shoal.workers.config import Recipe  # noqa: E402
+from shoal.workers.engine.cache import reach  # noqa: E402
+from shoal.workers.engine.tables import Part, StepTables, over_page_0, sizes_of, warm_parts  # noqa: E402
+
+pytestmark = pytest.mark.skipif(triton_on_cpu.ON_GPU, reason="launches are recorded in the interpreter's place")
+
+RECIPE = Recipe.model_validate(
+    {
+        "model": {
+            "vocab": 16, "hidden": 32, "layers": 1, "heads": 8, "kv_heads": 2, "head_dim": 16, "value_dim": 16,
+            "context": 4096, "dense_layers": 0, "dense_hidden": 32,
+        },
+        "attention": {"cmp_block": 8, "cmp_stride": 4, "slc_block": 16, "slc_count": 6, "window": 24},
+        "moe": {"experts": 8, "top_k": 3, "shared_experts": 2, "expert_hidden": 16},
+        "train": {"steps": 1, "batch": 1, "sequence": 64, "learning_rate": 1e-3},
+    }
+)  # fmt: skip
+STEP = 512
+
+
+class Unread(TritonGemms):
+    """Products of the right shape that ask no count."""
+
+    def __init__(self, ends: Tensor | None) -> None:
+        self.ends = ends
+
+    def rows_by_weight(self, rows: Tensor, weight: Tensor) -> Tensor:
+        return rows.new_empty(len(rows), weight.shape[-1])
+
+
+Variants = dict[str, set[tuple[Any, ...]]]
+
+
+@pytest.fixture(scope="module")
+def variants() -> Iterator[Variants]:
+    """Of each kernel that is launched, how Triton would compile it for Hopper; nothing is computed."""
+    found: Variants = defaultdict(set)
+    backend, run = CUDABackend(GPUTarget("cuda", 90, 32)), InterpretedFunction.run
+
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **constants: Any) -> None:
+        signature = inspect.signature(kernel.fn)
+        options = {k: constants.pop(k) for k in ("num_warps", "num_stages") if k in constants}
+        plain = kernel.kwargs["do_not_specialize"] or ()
+        params = [KernelParam(i, p, n in plain, False) for i, (n, p) in enumerate(signature.parameters.items())]
+        _, key, _ = create_function_from_signature(signature, params, backend)(*args, **constants)
+        name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
+        found[name].add((*map(str, key), *options.items()))
+
+    InterpretedFunction.run = record
+    yield found
+    InterpretedFunction.run = run
+
+
+def launch(parts: list[Part]) -> None:
+    """The kernels of a layer of a step. (Values are never read: only how large things are.)"""
+    m, moe, sizes, dtype = RECIPE.model, RECIPE.moe, sizes_of(RECIPE), torch.bfloat16
+    cache = make_cache(1, 1, m.kv_heads, (m.head_dim, m.v_dim), sizes, dtype, torch.device("cpu"))
+    t = StepTables(RECIPE, parts, dtype, torch.device("cpu"))
+    count = len(t.tokens)
+    q, gates = torch.empty(count, m.heads, m.head_dim, dtype=dtype), torch.empty(count, m.heads, 3, dtype=dtype)
+    for rows, d in t.whole:
+        triton_paged_decode(q[rows], gates[rows], cache, d, sizes, 1.0)
+    for rows, p, far, near in t.prefill:
+        first = p.near_start * sizes.slc_block
+        triton_paged_prefill(q[rows], gates[rows], cache, p.start, far, near, first, sizes, 1.0)
+    inner, hidden = moe.expert_hidden, m.hidden
+    x, ends = torch.empty(count, hidden, dtype=dtype), torch.zeros(moe.experts, dtype=torch.int32)
+    tiles_of(ends, count * moe.top_k, 128)
+    shapes = [(8, hidden), (8, hidden, 2 * inner), (8, inner, hidden), (hidden, 4 * inner), (2 * inner, hidden)]
+    weights = [torch.empty(shape, dtype=dtype) for shape in shapes]
+    moe_layer(x, *weights[:3], (weights[3], weights[4]), moe.top_k, kind=Unread)
+
+
+@pytest.fixture(scope="module")
+def prepared(variants: Variants) -> Variants:
+    for parts in warm_parts(RECIPE, STEP, reach(RECIPE)):
+        launch(parts)
+    return {name: set(each) for name, each in variants.items()}
+
+
+def test_few_variants_are_prepared(prepared: Variants) -> None:
+    """A kernel has one for each way in which it is used, those that choose blocks one for each size of a list."""
+    assert {name: len(each) for name, each in prepared.items() if len(each) > 1} == {
+        "triton_choose._top_kernel": 5,  # lists of up to 16, 32 … 256 blocks
+        "triton_paged._choose_kernel": 5,
+        "triton_paged._importance_kernel": 6,  # and parts that they were computed in
+        "triton_rows._swiglu_kernel": 2,  # routed and shared experts
+        "triton_span._span_kernel": 3,  # compressed keys, the window, forced blocks in two spans
+    }
+    assert len(prepared) > 15
+
+
+@given(
+    start=st.integers(0, 4000),
+    count=st.integers(9, STEP),
+    singles=st.lists(st.integers(0, 4095), max_size=5),
+)
+def test_no_prompt_needs_another_variant(
+    prepared: Variants, variants: Variants, start: int, count: int, singles: list[int]
+) -> None:
+    page, back = sizes_of(RECIPE).slc_block, reach(RECIPE)
+    count = min(count, RECIPE.model.context - start)
+    launch([over_page_0(at, n, page, back, 16) for at, n in (*((s, 1) for s in singles), (start, count))])
+    assert {name: each - prepared.get(name, set()) for name, each in variants.items() if each - prepared[name]} == {}
