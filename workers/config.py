@@ -124,7 +124,7 @@ class ParallelTable(Table):
     ranks: int = Field(default=1, ge=1)
     placement: str = Field(default="colocated", description="colocated, or nA:mF (n attention, m expert ranks)")
     expert: int = Field(default=0, ge=0, description="ranks that share one set of experts; 0: all expert ranks")
-    context: int = Field(default=1, ge=1, description="ranks that share one sequence")
+    context: int = Field(default=1, ge=1, description="attention ranks that share a packed batch")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(
         default=0,
@@ -343,19 +343,35 @@ def _check_parallel(recipe: Recipe) -> None:
             f"parallel.ranks={p.ranks} is not divisible by parallel.expert={p.expert}: "
             f"set parallel.expert to a divisor of {p.ranks}"
         )
-    if p.context != 1:
+    if p.attention_ranks % p.context:
         raise ValueError(
-            f"parallel.context={p.context}: sequences are not yet split over ranks: set parallel.context to 1"
+            f"parallel.context={p.context} does not divide {p.attention_ranks} attention ranks: "
+            f"set parallel.context to a divisor of {p.attention_ranks}"
         )
     if recipe.moe.experts and recipe.moe.experts % p.expert_ranks:
         raise ValueError(
             f"moe.experts={recipe.moe.experts} does not divide over {p.expert_ranks} expert ranks: "
             f"set parallel.ranks or parallel.expert so that it does"
         )
-    micro = t.batch // t.accumulate
-    if micro % p.attention_ranks:
+    micro, shards = t.batch // t.accumulate, p.attention_ranks // p.context
+    if micro % shards:
+        over = f"{p.attention_ranks} attention ranks" if p.context == 1 else f"{shards} groups of {p.context} ranks"
         raise ValueError(
-            f"train.batch / train.accumulate = {micro} sequences do not divide over {p.attention_ranks} attention "
-            f"ranks: "
-            f"set train.batch to a multiple of {t.accumulate * p.attention_ranks}"
+            f"train.batch / train.accumulate = {micro} sequences do not divide over {over}: "
+            f"set train.batch to a multiple of {t.accumulate * shards}"
+        )
+    _check_segments(recipe, micro // shards * t.sequence)
+
+
+def _check_segments(recipe: Recipe, tokens: int) -> None:
+    """Of a packed batch of so many tokens each rank of a context group holds two segments."""
+    p, a = recipe.parallel, recipe.attention
+    name = "window" if a.window > a.slc_block else "slc_block"
+    least = getattr(a, name) if a.kind == "nsa" else 1
+    if p.context > 1 and tokens // (2 * p.context) < least:
+        shorter = f"shorter than attention.{name}={least}" if a.kind == "nsa" else "which hold nothing"
+        raise ValueError(
+            f"parallel.context={p.context} cuts packed batches of {tokens} tokens into segments of "
+            f"{tokens // (2 * p.context)}, {shorter}: set parallel.context to {max(1, tokens // (2 * least))} or "
+            f"less, or lengthen train.sequence"
         )

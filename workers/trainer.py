@@ -88,7 +88,7 @@ class Trainer:
         self.step += 1
         # every step has its own seed: random numbers do not depend on what ran before, so a resumed run draws the same
         torch.manual_seed((t.seed * 1_000_003 + self.step) % 2**63)
-        micro = [batch.to(self.device) for batch in self.loader.next()]
+        micro = [self.model.own_part(batch).to(self.device) for batch in self.loader.next()]
         losses, counts = self._forward_backward(micro)
         gradients = self.optimizer.gradients()
         self._reduce_gradients(gradients)
@@ -259,8 +259,9 @@ class Trainer:
         )
 
     def _shard(self) -> tuple[int | None, int]:
-        group = self.mesh.attention
-        return (group.index if group else None), len(self.mesh.placement.attention)
+        """Which part of the rows is read here: all ranks of a context group read the same one."""
+        group, placement = self.mesh.attention, self.mesh.placement
+        return (group.index // placement.context if group else None), len(placement.context_groups())
 
 
 def all_reduce_flat(tensors: list[Tensor], group: Group) -> None:

@@ -13,7 +13,8 @@ from shoal.workers.config import Recipe
 from shoal.workers.data.batch import IGNORE, PackedBatch
 from shoal.workers.errors import InvalidInput
 from shoal.workers.mesh import Mesh, make_mesh
-from shoal.workers.model.attention import Attending, AttentionContext, FullAttention, NativeSparseAttention
+from shoal.workers.model.attention import Attending, FullAttention, NativeSparseAttention
+from shoal.workers.model.contexts import attention_context, own_part
 from shoal.workers.model.feedforward import DenseFFN, MoE, MoELoad, Stages, named_views, run
 from shoal.workers.placement import Placement
 
@@ -30,7 +31,7 @@ class StepContext:
         self.load = load or MoELoad(max(1, len(batch.tokens)))
         self.attention = attention
         if attention is None and model.hosts_attention:
-            self.attention = AttentionContext(model.recipe, batch, model.dtype)
+            self.attention = attention_context(model.recipe, batch, model.dtype, model.mesh.context)
 
 
 class Block(nn.Module):
@@ -133,6 +134,10 @@ class Transformer(nn.Module):
             assert isinstance(layer, Block)
             x = yield from layer.stages(x, context)
         return self.norm(x) if self.hosts_attention else x
+
+    def own_part(self, batch: PackedBatch) -> PackedBatch:
+        """The tokens of a packed batch that this rank computes; the rest is with others of its context group."""
+        return own_part(self.recipe, batch, self.mesh.context)
 
     def _embed(self, batch: PackedBatch) -> Tensor:
         if self.hosts_attention:
