@@ -32,6 +32,9 @@ class ModelTable(Table):
     dense_hidden: int = Field(default=0, ge=0, description="hidden size of that dense FFN")
     context: int = Field(ge=2, description="longest sequence, in tokens")
     rope_base: float = Field(default=10000.0, gt=1)
+    rope_scaling: Literal["none", "yarn"] = Field(default="none", description="for a context longer than trained on")
+    rope_factor: float = Field(default=1.0, ge=1, description="yarn: context over rope_original")
+    rope_original: int = Field(default=0, ge=0, description="yarn: the context trained on first, in tokens")
     norm_eps: float = Field(default=1e-6, gt=0)
     tied_embeddings: bool = False
     init_std: float = Field(default=0.006, gt=0)
@@ -226,6 +229,7 @@ def _check_model(recipe: Recipe) -> None:
         )
     if m.head_dim % 2:
         raise ValueError(f"model.head_dim={m.head_dim} is odd, and RoPE rotates pairs: set an even model.head_dim")
+    _check_rope(m)
     if m.dense_layers > m.layers:
         raise ValueError(
             f"model.dense_layers={m.dense_layers} is more than model.layers={m.layers}: set it to {m.layers} or less"
@@ -233,6 +237,26 @@ def _check_model(recipe: Recipe) -> None:
     dense = m.layers if not recipe.moe.experts else m.dense_layers
     if dense and not m.dense_hidden:
         raise ValueError(f"model.dense_hidden=0, but {dense} layers have a dense FFN: set model.dense_hidden")
+
+
+def _check_rope(m: ModelTable) -> None:
+    if m.rope_scaling == "none":
+        if m.rope_factor != 1 or m.rope_original:
+            raise ValueError(
+                f"model.rope_factor={m.rope_factor} and model.rope_original={m.rope_original} do nothing with "
+                f"model.rope_scaling='none': set model.rope_scaling to 'yarn', or leave them out"
+            )
+        return
+    if m.rope_original < 2:
+        raise ValueError(
+            f"model.rope_original={m.rope_original} is no context, which model.rope_scaling='yarn' goes on from: "
+            f"set it to the one that the model was trained on"
+        )
+    if m.context > m.rope_factor * m.rope_original:
+        raise ValueError(
+            f"model.context={m.context} is longer than model.rope_factor={m.rope_factor} times "
+            f"model.rope_original={m.rope_original}: set model.rope_factor to {m.context / m.rope_original:g}"
+        )
 
 
 def _check_backends(recipe: Recipe) -> None:

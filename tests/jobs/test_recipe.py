@@ -115,6 +115,8 @@ REFUSED = [
     ("attention.cmp_block=12", "attention.cmp_block=12", "set attention.cmp_block to"),
     ("parallel.ranks=3", "3 ", "set parallel.ranks or parallel.expert"),
     ("parallel.placement=2B", "parallel.placement='2B'", "2A:2F"),
+    ("model.rope_scaling=yarn", "model.rope_original=0", "the one that the model was trained on"),
+    ("model.rope_factor=4", "model.rope_factor=4", "set model.rope_scaling to 'yarn'"),
     ("parallel.context=3", "parallel.context=3 does not divide 2", "set parallel.context to a divisor of 2"),
 ]
 
@@ -231,3 +233,10 @@ def test_segments_shorter_than_the_window_are_refused() -> None:
         load_recipe("tiny", ["parallel.placement=2A:4F", "parallel.context=3"])
     with pytest.raises(InvalidInput, match=r"5 sequences do not divide over 2 groups of 2 ranks"):
         load_recipe("tiny", ["parallel.ranks=4", "parallel.context=2", "train.batch=5"])
+
+
+def test_a_context_beyond_the_scaled_one_is_refused() -> None:
+    scaled = ["model.rope_scaling=yarn", "model.rope_original=128", "model.rope_factor=2"]
+    with pytest.raises(InvalidInput, match=r"model\.context=512 .*set model\.rope_factor to 4"):
+        load_recipe("tiny", scaled)
+    assert load_recipe("tiny", [*scaled, "model.rope_factor=4"]).model.rope_factor == 4

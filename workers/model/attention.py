@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from shoal.kernels.nsa import BlockSizes, Layout, compress
 from shoal.kernels.nsa.compress import OwnBlocks
-from shoal.kernels.rope import rope_tables, rotate
+from shoal.kernels.rope import Yarn, rope_tables, rotate
 from shoal.workers.config import AttentionTable, ModelTable
 
 GATE_HIDDEN = 64
@@ -33,7 +33,9 @@ def block_sizes(table: AttentionTable) -> BlockSizes:
 
 def rotations(model: ModelTable, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """RoPE's cosines and sines at ``positions [T]``, each ``[T, d_qk/2]``, for activations of ``dtype``."""
-    return rope_tables(positions, model.head_dim, model.rope_base, dtype=torch.promote_types(dtype, torch.float32))
+    wide = torch.promote_types(dtype, torch.float32)
+    yarn = Yarn(model.rope_factor, model.rope_original) if model.rope_scaling == "yarn" else None
+    return rope_tables(positions, model.head_dim, model.rope_base, wide, yarn)
 
 
 @dataclass(frozen=True)
