@@ -116,6 +116,9 @@ class TrainTable(Table):
         default="auto", description="of weights and activations; auto: bfloat16 on a GPU, float32 on a CPU"
     )
     deterministic: bool = Field(default=False, description="bit-equal runs on a GPU too (a CPU always is)")
+    recompute: int = Field(
+        default=0, ge=0, description="first layers that are computed again backwards, and keep their input only"
+    )
     eval_every: int = Field(default=0, ge=0, description="steps between validations; 0: only at the end")
     eval_tokens: int = Field(default=131072, ge=1, description="validation tokens, in whole documents")
     log_every: int = Field(default=1, ge=1, description="steps between lines of metrics.jsonl")
@@ -325,6 +328,11 @@ def _check_train(recipe: Recipe) -> None:
         raise ValueError(
             f"train.batch={t.batch} is not divisible by train.accumulate={t.accumulate}: "
             f"set train.accumulate to a divisor of {t.batch}"
+        )
+    if t.recompute > recipe.model.layers:
+        raise ValueError(
+            f"train.recompute={t.recompute} is more than model.layers={recipe.model.layers}: "
+            f"set it to {recipe.model.layers} or less"
         )
     if t.sequence > recipe.model.context:
         raise ValueError(

@@ -128,6 +128,15 @@ def test_sharing_sequences_in_float32_and_in_parts_of_a_batch(corpus: Path) -> N
     _check(one, _ranks(small_recipe(train__accumulate=3, **wanted), corpus, 2), 1e-9)
 
 
+@pytest.mark.parametrize("where", ["2 groups of 2, 2 sets of experts", "2A:2F, 2 share all"])
+def test_layers_computed_again_have_the_same_gradients(corpus: Path, shared_on_one: dict[str, Any], where: str) -> None:
+    """Some layers or all, in one batch and in parts of it; their load is counted once."""
+    one = {**shared_on_one, **_one_rank(small_recipe(train__recompute=3, **SHARED), corpus, 2)}
+    _check(_one_rank(small_recipe(**SHARED), corpus, 2), [one], 1e-12)
+    changes = {**SHARED, "train__recompute": 2, "train__accumulate": 3 if where.startswith("2A") else 1}
+    _check(one, _ranks(small_recipe(**changes, **CONTEXTS[where]), corpus, 2), 1e-9)
+
+
 @pytest.mark.parametrize("batch", [1, 6])
 def test_full_attention_over_ranks_that_share_sequences(corpus: Path, batch: int) -> None:
     """Of a batch of one row some hold a single document, whose keys go around a ring; others are gathered."""
