@@ -112,6 +112,7 @@ class TrainTable(Table):
     weight_decay: float = Field(default=0.1, ge=0)
     clip: float = Field(default=1.0, ge=0, description="largest norm of the gradient; 0: no clipping")
     seed: int = Field(default=0, ge=0)
+    initial: str = Field(default="", description="run, or checkpoint of one, whose weights training begins with")
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(
         default="auto", description="of weights and activations; auto: bfloat16 on a GPU, float32 on a CPU"
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shoal.kernels.moe import load_fractions
 from shoal.workers.checkpoint import Checkpointer
+from shoal.workers.checkpoint_files import read_state
 from shoal.workers.config import Recipe
 from shoal.workers.data.batch import PackedBatch
 from shoal.workers.data.loader import TrainLoader, ValLoader
@@ -242,6 +243,16 @@ class Trainer:
         self.step = self.saved_step = int(state["step"])
         self.optimizer.set_steps(self.step)
         self.loader = self._loader(state["data"])
+
+    def begin_with(self, checkpoint: Path) -> None:
+        """Takes over the weights of another run's checkpoint; step, data and the optimizer's moments begin anew.
+
+        Raises: ``InvalidInput`` for weights of other sizes, or of another dtype.
+        """
+        step = int(read_state(checkpoint)["step"])
+        weights = {k: v for k, v in self.tensors().items() if k.startswith(("model.", "optim.master."))}
+        # Rank 1 of a world of 1: it reads by itself, and does not tidy up the folder as rank 0 would.
+        Checkpointer(checkpoint.parent, 1, None, 1, 1).load(step, weights)
 
     def _loader(self, state: dict[str, Any] | None) -> TrainLoader:
         t = self.recipe.train
