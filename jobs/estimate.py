@@ -227,19 +227,28 @@ def _bytes_of(recipe: Recipe) -> int:
     return {"bfloat16": 2, "float32": 4, "float64": 8}[dtype]
 
 
+def _kept_layers(recipe: Recipe) -> tuple[int, int]:
+    """Dense and MoE layers whose activations exist at one time: all but those computed again, one of which does."""
+    m, again = recipe.model, recipe.train.recompute
+    dense = m.dense_layers if recipe.moe.experts else m.layers
+    gone_dense, gone_moe = min(again, dense), max(0, again - dense)
+    return dense - gone_dense + (gone_dense > 0 and not gone_moe), m.layers - dense - gone_moe + (gone_moe > 0)
+
+
 def _attention_activations(recipe: Recipe, tokens: int) -> int:
     """Bytes kept for the backward pass by all that stands on an attention rank.
 
     A layer keeps its two inputs and their norms, Q, K, V and the branches' outputs, and the dense or shared FFN's
-    gate, up and product; the head keeps float32 logits and their gradient, of a few thousand tokens at a time.
+    gate, up and product; one that is computed again its input. The head keeps float32 logits and their gradient, of a
+    few thousand tokens at a time.
     """
     m, moe = recipe.model, recipe.moe
     branches = BRANCHES if recipe.attention.kind == "nsa" else 1
     mixed = m.heads * (m.head_dim + (branches + 1) * m.v_dim) + branches * m.kv_heads * (m.head_dim + m.v_dim)
-    moe_layers = m.layers - m.dense_layers if moe.experts else 0
+    dense_layers, moe_layers = _kept_layers(recipe)
     local = moe.shared_experts * moe.expert_hidden if moe.shared == "local" else 0
-    ffn = 3 * ((m.layers - moe_layers) * m.dense_hidden + moe_layers * local)
-    elements = m.layers * (4 * m.hidden + mixed) + ffn
+    ffn = 3 * (dense_layers * m.dense_hidden + moe_layers * local)
+    elements = (dense_layers + moe_layers) * (4 * m.hidden + mixed) + ffn + recipe.train.recompute * m.hidden
     return tokens * elements * _bytes_of(recipe) + min(tokens, LOSS_CHUNK) * 2 * 4 * m.vocab
 
 
@@ -249,4 +258,4 @@ def _expert_activations(recipe: Recipe, tokens: int) -> int:
     if not moe.experts:
         return 0
     chosen = moe.top_k + (moe.shared_experts if moe.shared == "dispatched" else 0)
-    return (m.layers - m.dense_layers) * tokens * chosen * (2 * m.hidden + 3 * moe.expert_hidden) * _bytes_of(recipe)
+    return _kept_layers(recipe)[1] * tokens * chosen * (2 * m.hidden + 3 * moe.expert_hidden) * _bytes_of(recipe)

@@ -84,6 +84,7 @@ def serving_recipe(folder: RunFolder, sets: Sequence[str] | None, workers: int |
         "parallel.ranks": 1 if alone else workers,
         "parallel.placement": placement or "colocated",
         "parallel.expert": 0,
+        "parallel.context": 1,
         # nothing is trained: a batch that divides over any attention ranks
         "train.accumulate": 1,
         "train.batch": int(split[1]) if split else workers or 1,

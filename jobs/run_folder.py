@@ -156,7 +156,9 @@ def write_identity(folder: RunFolder, recipe: Recipe, corpus: Path, corpus_hash:
 
 def check_same_recipe(folder: RunFolder, wanted: Recipe) -> None:
     """Refuses to go on with a run under another recipe; ranks, placement and checkpoints may differ."""
-    old, new = (r.model_dump(exclude=set(MAY_CHANGE)) for r in (folder.recipe(), wanted))
+    # what changes no result; and where a run began, which stands in its own recipe
+    free: dict[str, Any] = {**dict.fromkeys(MAY_CHANGE, True), "train": {"recompute", "initial"}}
+    old, new = (r.model_dump(exclude=free) for r in (folder.recipe(), wanted))
     for key, before, now in _differences(old, new):
         raise InvalidInput(
             f"{folder.path} was trained with {key}={before!r}, and --resume was given {key}={now!r}: "

@@ -15,12 +15,13 @@ from rich.console import Console
 from shoal.jobs.data.baselines import Baselines, baselines
 from shoal.jobs.data.corpus import ensure_corpus
 from shoal.jobs.data.prepare import corpus_tokenizer
+from shoal.jobs.load import choose_step, find_run
 from shoal.jobs.memory import refuse_what_does_not_fit
 from shoal.jobs.report import RunReport
 from shoal.jobs.report.journal import read_records
 from shoal.jobs.report.run import draw_missing
-from shoal.jobs.run_folder import RunFolder, check_same_corpus, discard_unused, new_run, write_identity
-from shoal.workers.checkpoint_files import last_good, read_state
+from shoal.jobs.run_folder import TOKENIZER, RunFolder, check_same_corpus, discard_unused, new_run, write_identity
+from shoal.workers.checkpoint_files import checkpoint_path, last_good, read_state
 from shoal.workers.config import Recipe
 from shoal.workers.data.manifest import SPLITS, checked_files, read_manifest
 from shoal.workers.errors import InvalidInput, ShoalError
@@ -100,6 +101,7 @@ def _train(
     if resume:
         check_same_corpus(resume, manifest.corpus_hash)
         _check_history(resume, recipe)
+    recipe = _beginning(recipe, runs, resume, corpus)
     for split in SPLITS:
         checked_files(corpus, manifest, split)  # what is missing or cut short is said before Ray starts
     folder = resume or new_run(runs, name, recipe)
@@ -122,6 +124,36 @@ def _train(
             if not resume:
                 discard_unused(folder)
             raise
+
+
+def _beginning(recipe: Recipe, runs: Path, resume: RunFolder | None, corpus: Path) -> Recipe:
+    """The recipe with the very checkpoint that its run begins with, and that one's dtype; a resumed run has its own.
+
+    Raises NotFound, and InvalidInput when the weights were trained on other tokens than the corpus has.
+    """
+    initial = resume.recipe().train.initial if resume else recipe.train.initial
+    if resume or not initial:
+        return _with(recipe, initial=initial)
+    path = Path(initial)
+    if path.parent.name == "checkpoints" and (path / "state.json").is_file():
+        source = RunFolder(path.parent.parent)
+        step, _ = choose_step(source, int(read_state(path)["step"]))
+    else:
+        source = find_run(initial, runs)
+        step, _ = choose_step(source, None)
+    path = checkpoint_path(source.path / "checkpoints", step).resolve()
+    own = source.path / TOKENIZER
+    if own.is_file() and own.read_bytes() != (corpus / TOKENIZER).read_bytes():
+        raise InvalidInput(
+            f"train.initial={initial!r} was trained with another tokenizer than that of {corpus}: "
+            f"prepare the corpus with --tokenizer {own}"
+        )
+    dtype = recipe.train.dtype
+    return _with(recipe, initial=str(path), dtype=read_state(path).get("dtype", dtype) if dtype == "auto" else dtype)
+
+
+def _with(recipe: Recipe, **train: Any) -> Recipe:
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=train)})
 
 
 def _check_history(folder: RunFolder, recipe: Recipe) -> None:
@@ -182,8 +214,7 @@ def _with_saved_dtype(recipe: Recipe, folder: RunFolder) -> Recipe:
     good, _ = last_good(folder.path / "checkpoints")
     if recipe.train.dtype != "auto" or good is None:
         return recipe
-    saved = read_state(good.path).get("dtype", "auto")
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"dtype": saved})})
+    return _with(recipe, dtype=read_state(good.path).get("dtype", "auto"))
 
 
 class _Once:

@@ -2,19 +2,61 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 
-def rope_tables(positions: Tensor, dim: int, base: float, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Yarn:
+    """Positions beyond those trained on (YaRN, arXiv 2309.00071, section 3).
+
+    factor: s, the new context over the old one. original: L, the old context, in tokens. fast, slow: pairs that turn
+    more often than ``fast`` times within L keep their rate, those that turn less than ``slow`` times are slowed by s,
+    and between them it is a ramp.
+    """
+
+    factor: float
+    original: int
+    fast: float = 32.0
+    slow: float = 1.0
+
+    @property
+    def temperature(self) -> float:
+        """``0.1 ln s + 1``, on queries and keys alike: the square root of 1/t (YaRN eq. 22)."""
+        return 0.1 * math.log(self.factor) + 1
+
+    def rates(self, rates: Tensor, base: float) -> Tensor:
+        """Angles a token ``[dim/2]`` (YaRN eq. 20), of the unscaled ones. The ramp's ends are whole pairs, as in the
+        authors' code, which widens them outwards."""
+        pairs = len(rates)
+
+        def pair(turns: float) -> float:
+            return pairs * math.log(self.original / (2 * math.pi * turns)) / math.log(base)
+
+        low, high = max(math.floor(pair(self.fast)), 0), min(math.ceil(pair(self.slow)), 2 * pairs - 1)
+        width = max(high - low, 1e-3)
+        slowed = ((torch.arange(pairs, device=rates.device, dtype=rates.dtype) - low) / width).clamp(0, 1)
+        return rates * (1 - slowed) + rates / self.factor * slowed
+
+
+def rope_tables(
+    positions: Tensor, dim: int, base: float, dtype: torch.dtype = torch.float32, yarn: Yarn | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the angles ``positions * base ** (-2 i / dim)``, ``i < dim / 2``.
 
-    positions: ``[T]`` int64. dim: the even size of the heads to rotate. Returns two ``[T, dim/2]`` of ``dtype``.
-    The angles are computed in float64: in float32, position 64k would be off by up to 0.004 radian.
+    positions: ``[T]`` int64. dim: the even size of the heads to rotate. yarn: for contexts longer than trained on.
+    Returns two ``[T, dim/2]`` of ``dtype``. The angles are computed in float64: in float32, position 64k would be off
+    by up to 0.004 radian.
     """
     rates = base ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float64) / dim)
+    if yarn is not None:
+        rates = yarn.rates(rates, base)
     angles = positions.to(torch.float64)[:, None] * rates
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    size = 1.0 if yarn is None else yarn.temperature
+    return (size * angles.cos()).to(dtype), (size * angles.sin()).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -80,6 +80,8 @@ class RankActor:
         self.trainer = Trainer(checked, Path(corpus), folder, mesh, torch.device(device))
         if step is not None:
             self.trainer.restore(step)
+        elif checked.train.initial:
+            self.trainer.begin_with(Path(checked.train.initial))
         return self.trainer.step
 
     def run(self, until: int, save: bool = False) -> list[Record]:

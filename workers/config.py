@@ -32,6 +32,9 @@ class ModelTable(Table):
     dense_hidden: int = Field(default=0, ge=0, description="hidden size of that dense FFN")
     context: int = Field(ge=2, description="longest sequence, in tokens")
     rope_base: float = Field(default=10000.0, gt=1)
+    rope_scaling: Literal["none", "yarn"] = Field(default="none", description="for a context longer than trained on")
+    rope_factor: float = Field(default=1.0, ge=1, description="yarn: context over rope_original")
+    rope_original: int = Field(default=0, ge=0, description="yarn: the context trained on first, in tokens")
     norm_eps: float = Field(default=1e-6, gt=0)
     tied_embeddings: bool = False
     init_std: float = Field(default=0.006, gt=0)
@@ -109,10 +112,14 @@ class TrainTable(Table):
     weight_decay: float = Field(default=0.1, ge=0)
     clip: float = Field(default=1.0, ge=0, description="largest norm of the gradient; 0: no clipping")
     seed: int = Field(default=0, ge=0)
+    initial: str = Field(default="", description="run, or checkpoint of one, whose weights training begins with")
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(
         default="auto", description="of weights and activations; auto: bfloat16 on a GPU, float32 on a CPU"
     )
     deterministic: bool = Field(default=False, description="bit-equal runs on a GPU too (a CPU always is)")
+    recompute: int = Field(
+        default=0, ge=0, description="first layers that are computed again backwards, and keep their input only"
+    )
     eval_every: int = Field(default=0, ge=0, description="steps between validations; 0: only at the end")
     eval_tokens: int = Field(default=131072, ge=1, description="validation tokens, in whole documents")
     log_every: int = Field(default=1, ge=1, description="steps between lines of metrics.jsonl")
@@ -124,7 +131,7 @@ class ParallelTable(Table):
     ranks: int = Field(default=1, ge=1)
     placement: str = Field(default="colocated", description="colocated, or nA:mF (n attention, m expert ranks)")
     expert: int = Field(default=0, ge=0, description="ranks that share one set of experts; 0: all expert ranks")
-    context: int = Field(default=1, ge=1, description="ranks that share one sequence")
+    context: int = Field(default=1, ge=1, description="attention ranks that share a packed batch")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(
         default=0,
@@ -226,6 +233,7 @@ def _check_model(recipe: Recipe) -> None:
         )
     if m.head_dim % 2:
         raise ValueError(f"model.head_dim={m.head_dim} is odd, and RoPE rotates pairs: set an even model.head_dim")
+    _check_rope(m)
     if m.dense_layers > m.layers:
         raise ValueError(
             f"model.dense_layers={m.dense_layers} is more than model.layers={m.layers}: set it to {m.layers} or less"
@@ -233,6 +241,26 @@ def _check_model(recipe: Recipe) -> None:
     dense = m.layers if not recipe.moe.experts else m.dense_layers
     if dense and not m.dense_hidden:
         raise ValueError(f"model.dense_hidden=0, but {dense} layers have a dense FFN: set model.dense_hidden")
+
+
+def _check_rope(m: ModelTable) -> None:
+    if m.rope_scaling == "none":
+        if m.rope_factor != 1 or m.rope_original:
+            raise ValueError(
+                f"model.rope_factor={m.rope_factor} and model.rope_original={m.rope_original} do nothing with "
+                f"model.rope_scaling='none': set model.rope_scaling to 'yarn', or leave them out"
+            )
+        return
+    if m.rope_original < 2:
+        raise ValueError(
+            f"model.rope_original={m.rope_original} is no context, which model.rope_scaling='yarn' goes on from: "
+            f"set it to the one that the model was trained on"
+        )
+    if m.context > m.rope_factor * m.rope_original:
+        raise ValueError(
+            f"model.context={m.context} is longer than model.rope_factor={m.rope_factor} times "
+            f"model.rope_original={m.rope_original}: set model.rope_factor to {m.context / m.rope_original:g}"
+        )
 
 
 def _check_backends(recipe: Recipe) -> None:
@@ -302,6 +330,11 @@ def _check_train(recipe: Recipe) -> None:
             f"train.batch={t.batch} is not divisible by train.accumulate={t.accumulate}: "
             f"set train.accumulate to a divisor of {t.batch}"
         )
+    if t.recompute > recipe.model.layers:
+        raise ValueError(
+            f"train.recompute={t.recompute} is more than model.layers={recipe.model.layers}: "
+            f"set it to {recipe.model.layers} or less"
+        )
     if t.sequence > recipe.model.context:
         raise ValueError(
             f"train.sequence={t.sequence} is longer than model.context={recipe.model.context}: "
@@ -343,19 +376,35 @@ def _check_parallel(recipe: Recipe) -> None:
             f"parallel.ranks={p.ranks} is not divisible by parallel.expert={p.expert}: "
             f"set parallel.expert to a divisor of {p.ranks}"
         )
-    if p.context != 1:
+    if p.attention_ranks % p.context:
         raise ValueError(
-            f"parallel.context={p.context}: sequences are not yet split over ranks: set parallel.context to 1"
+            f"parallel.context={p.context} does not divide {p.attention_ranks} attention ranks: "
+            f"set parallel.context to a divisor of {p.attention_ranks}"
         )
     if recipe.moe.experts and recipe.moe.experts % p.expert_ranks:
         raise ValueError(
             f"moe.experts={recipe.moe.experts} does not divide over {p.expert_ranks} expert ranks: "
             f"set parallel.ranks or parallel.expert so that it does"
         )
-    micro = t.batch // t.accumulate
-    if micro % p.attention_ranks:
+    micro, shards = t.batch // t.accumulate, p.attention_ranks // p.context
+    if micro % shards:
+        over = f"{p.attention_ranks} attention ranks" if p.context == 1 else f"{shards} groups of {p.context} ranks"
         raise ValueError(
-            f"train.batch / train.accumulate = {micro} sequences do not divide over {p.attention_ranks} attention "
-            f"ranks: "
-            f"set train.batch to a multiple of {t.accumulate * p.attention_ranks}"
+            f"train.batch / train.accumulate = {micro} sequences do not divide over {over}: "
+            f"set train.batch to a multiple of {t.accumulate * shards}"
+        )
+    _check_segments(recipe, micro // shards * t.sequence)
+
+
+def _check_segments(recipe: Recipe, tokens: int) -> None:
+    """Of a packed batch of so many tokens each rank of a context group holds two segments."""
+    p, a = recipe.parallel, recipe.attention
+    name = "window" if a.window > a.slc_block else "slc_block"
+    least = getattr(a, name) if a.kind == "nsa" else 1
+    if p.context > 1 and tokens // (2 * p.context) < least:
+        shorter = f"shorter than attention.{name}={least}" if a.kind == "nsa" else "which hold nothing"
+        raise ValueError(
+            f"parallel.context={p.context} cuts packed batches of {tokens} tokens into segments of "
+            f"{tokens // (2 * p.context)}, {shorter}: set parallel.context to {max(1, tokens // (2 * least))} or "
+            f"less, or lengthen train.sequence"
         )

@@ -50,6 +50,7 @@ class Mesh:
     dispatch: Group
     attention: Group | None
     replicas: Group | None
+    context: Group | None
     checkpoint: dist.ProcessGroup | None
 
     @property
@@ -86,5 +87,6 @@ def make_mesh(placement: Placement, rank: int = 0, device: torch.device | str = 
         dispatch=dispatch,
         attention=join([placement.attention]),
         replicas=join(placement.replica_groups()),
+        context=join(placement.context_groups()),
         checkpoint=dist.new_group(list(everyone), backend="gloo") if placement.ranks > 1 else None,
     )

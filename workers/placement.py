@@ -14,13 +14,15 @@ class Placement:
     """Attention and expert shards over ``ranks`` ranks.
 
     attention, experts: the ranks that host such a shard. set_size: expert ranks that together hold one whole set of
-    experts; colocated ranks may hold several sets, a disaggregated placement holds one.
+    experts; colocated ranks may hold several sets, a disaggregated placement holds one. context: attention ranks that
+    share the tokens of one packed batch.
     """
 
     ranks: int
     attention: tuple[int, ...]
     experts: tuple[int, ...]
     set_size: int
+    context: int = 1
 
     @classmethod
     def of(cls, recipe: Recipe) -> Placement:
@@ -28,15 +30,19 @@ class Placement:
         p = recipe.parallel
         if p.split:
             n, m = p.split
-            return cls(n + m, tuple(range(n)), tuple(range(n, n + m)), m)
+            return cls(n + m, tuple(range(n)), tuple(range(n, n + m)), m, p.context)
         everyone = tuple(range(p.ranks))
-        return cls(p.ranks, everyone, everyone if recipe.moe.experts else (), p.expert_ranks)
+        return cls(p.ranks, everyone, everyone if recipe.moe.experts else (), p.expert_ranks, p.context)
 
     def dispatch_groups(self) -> list[tuple[int, ...]]:
         """Ranks that exchange tokens with one another; every rank is in one group."""
         if set(self.attention) != set(self.experts):
             return [tuple(range(self.ranks))]
         return [tuple(range(i, i + self.set_size)) for i in range(0, self.ranks, self.set_size)]
+
+    def context_groups(self) -> list[tuple[int, ...]]:
+        """Attention ranks that share the tokens of one packed batch; every attention rank is in one group."""
+        return [self.attention[i : i + self.context] for i in range(0, len(self.attention), self.context)]
 
     def replica_groups(self) -> list[tuple[int, ...]]:
         """Expert ranks that hold the same experts, one group for each place in a set."""

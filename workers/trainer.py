@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shoal.kernels.moe import load_fractions
 from shoal.workers.checkpoint import Checkpointer
+from shoal.workers.checkpoint_files import read_state
 from shoal.workers.config import Recipe
 from shoal.workers.data.batch import PackedBatch
 from shoal.workers.data.loader import TrainLoader, ValLoader
@@ -88,7 +89,7 @@ class Trainer:
         self.step += 1
         # every step has its own seed: random numbers do not depend on what ran before, so a resumed run draws the same
         torch.manual_seed((t.seed * 1_000_003 + self.step) % 2**63)
-        micro = [batch.to(self.device) for batch in self.loader.next()]
+        micro = [self.model.own_part(batch).to(self.device) for batch in self.loader.next()]
         losses, counts = self._forward_backward(micro)
         gradients = self.optimizer.gradients()
         self._reduce_gradients(gradients)
@@ -243,6 +244,16 @@ class Trainer:
         self.optimizer.set_steps(self.step)
         self.loader = self._loader(state["data"])
 
+    def begin_with(self, checkpoint: Path) -> None:
+        """Takes over the weights of another run's checkpoint; step, data and the optimizer's moments begin anew.
+
+        Raises: ``InvalidInput`` for weights of other sizes, or of another dtype.
+        """
+        step = int(read_state(checkpoint)["step"])
+        weights = {k: v for k, v in self.tensors().items() if k.startswith(("model.", "optim.master."))}
+        # Rank 1 of a world of 1: it reads by itself, and does not tidy up the folder as rank 0 would.
+        Checkpointer(checkpoint.parent, 1, None, 1, 1).load(step, weights)
+
     def _loader(self, state: dict[str, Any] | None) -> TrainLoader:
         t = self.recipe.train
         data = self.recipe.data
@@ -259,8 +270,9 @@ class Trainer:
         )
 
     def _shard(self) -> tuple[int | None, int]:
-        group = self.mesh.attention
-        return (group.index if group else None), len(self.mesh.placement.attention)
+        """Which part of the rows is read here: all ranks of a context group read the same one."""
+        group, placement = self.mesh.attention, self.mesh.placement
+        return (group.index // placement.context if group else None), len(placement.context_groups())
 
 
 def all_reduce_flat(tensors: list[Tensor], group: Group) -> None:

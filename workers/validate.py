@@ -17,7 +17,7 @@ def validate(model: Transformer, loader: ValLoader) -> dict[str, Any]:
     device = next(model.parameters()).device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in loader:
-        batch = batch.to(device)
+        batch = model.own_part(batch).to(device)
         sums[0] += model.loss_sum(model(batch), batch.targets).double()
         sums[1] += batch.targets_count
     nats, predicted = model.mesh.world.all_reduce(sums).tolist()

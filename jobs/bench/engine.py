@@ -193,8 +193,11 @@ def _plain(model: Transformer, requests: list[Request]) -> float:
 
 def recipe_of(scale: Scale, kind: str) -> Recipe:
     """The recipe with an attention of ``kind``, for one rank, whatever training would ask for."""
-    sets = (f"attention.kind={kind}", f"model.context={max(scale.at_once)}", "parallel.ranks=1", "parallel.expert=0")
-    return load_recipe(scale.recipe, [*scale.sets, *sets, "train.batch=1", "train.accumulate=1", "train.sequence=64"])
+    sets = (f"attention.kind={kind}", f"model.context={max(scale.at_once)}")
+    alone = ("parallel.ranks=1", "parallel.expert=0", "parallel.context=1")
+    return load_recipe(
+        scale.recipe, [*scale.sets, *sets, *alone, "train.batch=1", "train.accumulate=1", "train.sequence=64"]
+    )
 
 
 def _fill(engine: Engine) -> None:

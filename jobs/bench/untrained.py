@@ -28,7 +28,7 @@ def make(name: str, recipe: str, sets: Sequence[str], runs: Path, data: Path = P
     from shoal.workers.model import Transformer
     from shoal.workers.model.feedforward import named_views
 
-    alone = {"parallel.ranks": 1, "parallel.placement": "colocated", "parallel.expert": 0}
+    alone = {"parallel.ranks": 1, "parallel.placement": "colocated", "parallel.expert": 0, "parallel.context": 1}
     checked = load_recipe(recipe, sets, {**alone, "train.batch": 1, "train.accumulate": 1})
     corpus = ensure_corpus(checked.data.corpus, checked.model.vocab, data)
     folder = new_run(runs, name, checked)

@@ -19,6 +19,8 @@ Examples:
 
   shoal train --recipe my.toml --data data/books --set train.steps=2000 --set moe.top_k=6
 
+  shoal train --recipe nsa-64k-small --data data/books --from nsa-8k-small
+
   shoal train --resume --name tiny
 """
 
@@ -35,6 +37,10 @@ def train(
     workers: Annotated[int | None, typer.Option(help="Ranks (parallel.ranks).")] = None,
     placement: Annotated[str | None, typer.Option(help="colocated, or nA:mF, such as 2A:2F.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps (train.steps).")] = None,
+    initial: Annotated[
+        str | None,
+        typer.Option("--from", help="Begin with the weights of this run (train.initial).", autocompletion=complete_run),
+    ] = None,
     name: Annotated[
         str | None, typer.Option(help="Name of the run; default: the recipe's, numbered.", autocompletion=complete_run)
     ] = None,
@@ -58,6 +64,7 @@ def train(
         "parallel.ranks": ranks_of(placement) if workers is None else workers,
         "parallel.placement": placement,
         "train.steps": steps,
+        "train.initial": initial,
     }
     folder = None
     if resume or or_resume:

@@ -133,6 +133,15 @@ def test_memory_follows_ranks_and_placement() -> None:
     assert apart["attention"].weights == 4 * (tiny.parameters.total - tiny.parameters.routed_experts)
 
 
+def test_layers_computed_again_keep_their_input_and_one_of_them_the_rest() -> None:
+    """Of `tiny`'s layers, the first of them dense, the last three are alike."""
+    kept = [estimate(load_recipe("tiny", [f"train.recompute={n}"])).memory["colocated"].activations for n in range(5)]
+    hidden = 4 * 512 * 2 * 128  # two sequences a rank, float32
+    assert kept[1] == kept[0] + hidden
+    assert kept[0] > kept[2] > kept[3] > kept[4] > kept[0] // 5
+    assert kept[2] - kept[3] == kept[3] - kept[4]
+
+
 def test_bfloat16_keeps_masters_their_gradients_and_both_moments_in_float32() -> None:
     memory = estimate(load_recipe("tiny", ["train.dtype=bfloat16"])).memory["colocated"]
     assert (memory.gradients, memory.optimizer) == (3 * memory.weights, 6 * memory.weights)

@@ -115,6 +115,9 @@ REFUSED = [
     ("attention.cmp_block=12", "attention.cmp_block=12", "set attention.cmp_block to"),
     ("parallel.ranks=3", "3 ", "set parallel.ranks or parallel.expert"),
     ("parallel.placement=2B", "parallel.placement='2B'", "2A:2F"),
+    ("model.rope_scaling=yarn", "model.rope_original=0", "the one that the model was trained on"),
+    ("model.rope_factor=4", "model.rope_factor=4", "set model.rope_scaling to 'yarn'"),
+    ("parallel.context=3", "parallel.context=3 does not divide 2", "set parallel.context to a divisor of 2"),
 ]
 
 
@@ -218,3 +221,22 @@ def test_any_set_loads_or_is_refused_in_one_sentence(key: str, value: str) -> No
             load_recipe("tiny", [text])
         except ShoalError as refusal:
             assert str(refusal).isprintable()
+
+
+def test_segments_shorter_than_the_window_are_refused() -> None:
+    """Four sequences of 512 tokens in 16 segments are 128 each: enough for a window of 64, not of 192."""
+    shared = ["parallel.ranks=8", "parallel.context=8"]
+    assert load_recipe("tiny", shared).parallel.context == 8
+    with pytest.raises(InvalidInput, match=r"parallel\.context=8 .*segments of 128.*attention\.window=192.* to 5 or"):
+        load_recipe("tiny", [*shared, "attention.window=192"])
+    with pytest.raises(InvalidInput, match=r"parallel\.context=3 does not divide 2 attention ranks"):
+        load_recipe("tiny", ["parallel.placement=2A:4F", "parallel.context=3"])
+    with pytest.raises(InvalidInput, match=r"5 sequences do not divide over 2 groups of 2 ranks"):
+        load_recipe("tiny", ["parallel.ranks=4", "parallel.context=2", "train.batch=5"])
+
+
+def test_a_context_beyond_the_scaled_one_is_refused() -> None:
+    scaled = ["model.rope_scaling=yarn", "model.rope_original=128", "model.rope_factor=2"]
+    with pytest.raises(InvalidInput, match=r"model\.context=512 .*set model\.rope_factor to 4"):
+        load_recipe("tiny", scaled)
+    assert load_recipe("tiny", [*scaled, "model.rope_factor=4"]).model.rope_factor == 4

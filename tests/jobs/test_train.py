@@ -14,7 +14,7 @@ from shell import processes_in, shoal, shoal_here, started, steps_done, wait_unt
 from small import small_corpus, small_recipe
 from trained import assert_same_bits, events, flip_a_byte, records
 
-from shoal.jobs.recipe import recipe_to_toml
+from shoal.jobs.recipe import load_recipe, recipe_to_toml
 from shoal.workers.checkpoint_files import list_checkpoints
 from shoal.workers.config import Recipe
 
@@ -115,6 +115,35 @@ def test_resumed_on_other_ranks_from_the_checkpoint_before_a_damaged_one(
     assert [r["step"] for r in mine] == list(range(1, STEPS + 1))
     assert mine[:80] == theirs[:80]
     assert [r["loss"] for r in mine[80:]] == pytest.approx([r["loss"] for r in theirs[80:]], rel=1e-3)
+
+
+def test_a_run_goes_on_from_anothers_weights_with_a_longer_context(here: Path, whole: Path, temporary: Path) -> None:
+    """From 64 to 128 tokens, sequences shared by both ranks; the recipe names the checkpoint that it began with."""
+    longer = ("model.context=128", "model.rope_scaling=yarn", "model.rope_factor=2", "model.rope_original=64")
+    shared = ("train.sequence=128", "train.batch=4", "parallel.context=2", "train.recompute=2")
+    sets = [word for key in (*longer, *shared) for word in ("--set", key)]
+    command = (*TRAIN, "--from", "whole", "--name", "longer", "--steps", "3", *sets)
+    result = shoal(*command, cwd=here, TMPDIR=str(temporary))
+    assert result.returncode == 0, result.stderr
+    run = here / "runs" / "longer"
+    initial = load_recipe(run / "recipe.toml").train.initial
+    assert initial == str((whole / "checkpoints" / f"step-{STEPS}").resolve())
+    first, before = records(run)[0], records(whole)
+    assert first["loss"] - before[-1]["loss"] < 0.3 * (before[0]["loss"] - before[-1]["loss"])
+    assert [r["step"] for r in records(run)] == [1, 2, 3]
+
+
+def test_weights_that_do_not_fit_are_refused_before_training(here: Path, whole: Path) -> None:
+    missing = shoal_here(*TRAIN, "--from", "nowhere", cwd=here)
+    assert missing.returncode == 5
+    assert "'nowhere'" in missing.stderr
+    other = here / "runs" / "other-tokens"
+    shutil.copytree(whole, other)
+    (other / "tokenizer.json").write_text((whole / "tokenizer.json").read_text() + "\n")
+    result = shoal_here(*TRAIN, "--from", "other-tokens", "--name", "refused", cwd=here)
+    assert result.returncode == 3
+    assert "train.initial='other-tokens' was trained with another tokenizer" in result.stderr
+    assert not (here / "runs" / "refused").exists()
 
 
 def test_a_damaged_checkpoint_is_not_loaded_even_when_it_is_asked_for(here: Path, whole: Path) -> None:

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from shoal.kernels.rope import rope_tables, rotate
+from shoal.kernels.rope import Yarn, rope_tables, rotate
 
 
 @pytest.mark.parametrize("dim", [2, 8, 64])
@@ -13,6 +15,43 @@ def test_rotate_is_llamas(dim: int) -> None:
     cos, sin = rope_tables(torch.arange(11) + 5, dim, 10000.0, torch.float64)
     theirs, _ = apply_rotary_pos_emb(x, x, torch.cat((cos, cos), -1), torch.cat((sin, sin), -1))
     torch.testing.assert_close(rotate(x, cos, sin), theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("dim", "base", "factor", "original"),
+    [(128, 10000.0, 8.0, 8192), (64, 500000.0, 4.0, 2048), (16, 10000.0, 40.0, 64), (8, 100.0, 1.0, 512)],
+)
+def test_yarn_is_transformers(dim: int, base: float, factor: float, original: int) -> None:
+    config = LlamaConfig(
+        hidden_size=2 * dim,
+        num_attention_heads=2,
+        max_position_embeddings=int(factor * original),
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": base,
+            "factor": factor,
+            "original_max_position_embeddings": original,
+        },
+    )
+    rates, temperature = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
+    yarn = Yarn(factor, original)
+    assert yarn.temperature == pytest.approx(temperature)
+    positions = torch.tensor([0, 1, 7, original, int(factor * original) - 1])
+    cos, sin = rope_tables(positions, dim, base, torch.float64, yarn)
+    angles = positions[:, None].double() * rates.double()
+    bound = 1e-6 * positions[:, None] + 1e-9  # their rates are float32
+    assert ((cos - temperature * angles.cos()).abs() <= bound).all()
+    assert ((sin - temperature * angles.sin()).abs() <= bound).all()
+
+
+def test_yarn_keeps_fast_pairs_and_slows_the_others() -> None:
+    """At a base of 10000 and 8192 tokens: pair 0 turns 1304 times and is kept, the last turns 0.15 times."""
+    plain = 10000.0 ** (-torch.arange(0, 128, 2, dtype=torch.float64) / 128)
+    scaled = Yarn(8.0, 8192).rates(plain, 10000.0)
+    turns = 8192 * plain / (2 * torch.pi)
+    assert torch.equal(scaled[turns > 40], plain[turns > 40])
+    torch.testing.assert_close(scaled[turns < 0.8], plain[turns < 0.8] / 8)
+    assert (scaled.diff() < 0).all()
 
 
 def test_scores_depend_on_the_distance_only() -> None:

@@ -19,6 +19,8 @@ from shoal.workers.model.feedforward import MoE, MoELoad, named_views
 from shoal.workers.placement import Placement
 from shoal.workers.sample import sample
 
+ALONE = {"parallel.ranks": 1, "parallel.expert": 0, "parallel.context": 1, "parallel.placement": "colocated"}
+
 
 def packed(lengths: list[int], seed: int = 0) -> PackedBatch:
     generator = torch.Generator().manual_seed(seed)
@@ -88,7 +90,7 @@ def test_the_moe_layer_is_transformers_deepseek_v2(shared: str) -> None:
 
 @pytest.mark.parametrize("name", builtin_recipes())
 def test_the_estimate_counts_the_models_parameters(name: str) -> None:
-    recipe = load_recipe(name, overrides={"parallel.ranks": 1, "parallel.expert": 0, "parallel.placement": "colocated"})
+    recipe = load_recipe(name, overrides=ALONE)
     counted = sum(p.numel() for p in Transformer(recipe, device="meta").parameters())
     assert estimate(recipe).parameters.total == counted
 

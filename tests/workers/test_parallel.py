@@ -28,6 +28,15 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
     "2A:1F": {"parallel__placement": "2A:1F"},
     "1A:2F": {"parallel__placement": "1A:2F"},
 }
+# Rows of 96 tokens, six of them: segments end within rows, and documents reach over two or three ranks.
+SHARED: dict[str, Any] = {"model__context": 96, "train__sequence": 96, "train__batch": 6}
+CONTEXTS: dict[str, dict[str, Any]] = {
+    "2 ranks share all": {"parallel__ranks": 2, "parallel__context": 2},
+    "4 ranks share all": {"parallel__ranks": 4, "parallel__context": 4},
+    "2 groups of 2, experts over 4": {"parallel__ranks": 4, "parallel__context": 2},
+    "2 groups of 2, 2 sets of experts": {"parallel__ranks": 4, "parallel__context": 2, "parallel__expert": 2},
+    "2A:2F, 2 share all": {"parallel__placement": "2A:2F", "parallel__context": 2},
+}
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +107,42 @@ def test_a_step_and_twenty_steps_equal_one_rank(corpus: Path, small_on_one: OneR
     one = small_on_one(20)
     many = _ranks(small_recipe(**PLACEMENTS[placement]), corpus, 20)
     _check(one, many, 1e-9)
+
+
+@pytest.fixture(scope="module")
+def shared_on_one(corpus: Path) -> dict[str, Any]:
+    """What the ranks of a context group are compared with."""
+    return _one_rank(small_recipe(**SHARED), corpus, 10)
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_ranks_that_share_sequences_equal_one_rank(corpus: Path, shared_on_one: dict[str, Any], context: str) -> None:
+    _check(shared_on_one, _ranks(small_recipe(**SHARED, **CONTEXTS[context]), corpus, 10), 1e-9)
+
+
+def test_sharing_sequences_in_float32_and_in_parts_of_a_batch(corpus: Path) -> None:
+    wanted = {**SHARED, **CONTEXTS["2 ranks share all"]}
+    one = _one_rank(small_recipe(train__dtype="float32", **SHARED), corpus, 1)
+    _check(one, _ranks(small_recipe(train__dtype="float32", **wanted), corpus, 1), 2e-5)
+    one = _one_rank(small_recipe(**SHARED), corpus, 2)
+    _check(one, _ranks(small_recipe(train__accumulate=3, **wanted), corpus, 2), 1e-9)
+
+
+@pytest.mark.parametrize("where", ["2 groups of 2, 2 sets of experts", "2A:2F, 2 share all"])
+def test_layers_computed_again_have_the_same_gradients(corpus: Path, shared_on_one: dict[str, Any], where: str) -> None:
+    """Some layers or all, in one batch and in parts of it; their load is counted once."""
+    one = {**shared_on_one, **_one_rank(small_recipe(train__recompute=3, **SHARED), corpus, 2)}
+    _check(_one_rank(small_recipe(**SHARED), corpus, 2), [one], 1e-12)
+    changes = {**SHARED, "train__recompute": 2, "train__accumulate": 3 if where.startswith("2A") else 1}
+    _check(one, _ranks(small_recipe(**changes, **CONTEXTS[where]), corpus, 2), 1e-9)
+
+
+@pytest.mark.parametrize("batch", [1, 6])
+def test_full_attention_over_ranks_that_share_sequences(corpus: Path, batch: int) -> None:
+    """Of a batch of one row some hold a single document, whose keys go around a ring; others are gathered."""
+    wanted = {**SHARED, "attention__kind": "full", "train__batch": batch}
+    one = _one_rank(small_recipe(**wanted), corpus, 4)
+    _check(one, _ranks(small_recipe(**wanted, **CONTEXTS["2 ranks share all"]), corpus, 4), 1e-9)
 
 
 @pytest.mark.parametrize("placement", ["4 colocated", "2A:2F"])

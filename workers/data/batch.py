@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shoal.kernels.nsa.rows import Rows
+
 IGNORE = -100
 
 
@@ -16,13 +18,15 @@ class PackedBatch:
 
     tokens: ``[T]`` int64. targets: ``[T]`` int64, the next token of the same document, ``IGNORE`` where there is none.
     positions: ``[T]`` int64, from 0 in each document. cu_seqlens: N+1 offsets on the host, ``0 … T``.
-    T may be 0: a rank without tokens takes part in every collective all the same.
+    T may be 0: a rank without tokens takes part in every collective all the same. rows: where several ranks share the
+    batch, which of its tokens these are; ``cu_seqlens`` is then of the whole batch. None: all of them.
     """
 
     tokens: Tensor
     targets: Tensor
     positions: Tensor
     cu_seqlens: tuple[int, ...]
+    rows: Rows | None = None
 
     @property
     def targets_count(self) -> int:
@@ -36,7 +40,13 @@ class PackedBatch:
             self.targets.to(device, non_blocking=True),
             self.positions.to(device, non_blocking=True),
             self.cu_seqlens,
+            self.rows,
         )
+
+    def part(self, rows: Rows) -> PackedBatch:
+        """Of a whole batch the tokens that one of several ranks computes."""
+        at = rows.indices().to(self.tokens.device)
+        return PackedBatch(self.tokens[at], self.targets[at], self.positions[at], self.cu_seqlens, rows)
 
 
 def empty_batch() -> PackedBatch:

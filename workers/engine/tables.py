@@ -14,10 +14,9 @@ from torch import Tensor
 
 from shoal.kernels.nsa.layout import BlockSizes
 from shoal.kernels.nsa.paged import DecodeTables, decode_tables, row_index
-from shoal.kernels.rope import rope_tables
 from shoal.workers.config import Recipe
 from shoal.workers.engine.sampling import spans
-from shoal.workers.model.attention import block_sizes
+from shoal.workers.model.attention import block_sizes, rotations
 
 COPIED = 1 << 26  # elements of keys that are copied at a time
 WARM = 128  # tokens of a prompt that is computed only to have its kernels compiled
@@ -81,7 +80,7 @@ class Tables:
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the model's rotation."""
         m = self.recipe.model
-        return rope_tables(positions, m.head_dim, m.rope_base, dtype=self.dtype)
+        return rotations(m, positions, self.dtype)
 
     def to_rows(self, pages: Tensor, rows: Tensor) -> Tensor:
         """Where rows of pages of l' tokens lie."""

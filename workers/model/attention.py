@@ -1,4 +1,4 @@
-"""Attention layers over a packed batch: NSA and full."""
+"""Attention layers, NSA and full; what they attend to stands in :mod:`shoal.workers.model.contexts`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shoal.kernels.full import full_attention
-from shoal.kernels.nsa import BlockSizes, Layout, compress, make_layout, nsa_attention
-from shoal.kernels.rope import rope_tables, rotate
-from shoal.workers.config import AttentionTable, ModelTable, Recipe
-from shoal.workers.data.batch import PackedBatch
+from shoal.kernels.nsa import BlockSizes, Layout, compress
+from shoal.kernels.nsa.compress import OwnBlocks
+from shoal.kernels.rope import Yarn, rope_tables, rotate
+from shoal.workers.config import AttentionTable, ModelTable
 
 GATE_HIDDEN = 64
 BRANCHES = 3  # compressed, selected, window: the order everywhere
@@ -30,6 +29,13 @@ def block_sizes(table: AttentionTable) -> BlockSizes:
         slc_local=table.slc_local,
         window=table.window,
     )
+
+
+def rotations(model: ModelTable, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """RoPE's cosines and sines at ``positions [T]``, each ``[T, d_qk/2]``, for activations of ``dtype``."""
+    wide = torch.promote_types(dtype, torch.float32)
+    yarn = Yarn(model.rope_factor, model.rope_original) if model.rope_scaling == "yarn" else None
+    return rope_tables(positions, model.head_dim, model.rope_base, wide, yarn)
 
 
 @dataclass(frozen=True)
@@ -60,30 +66,6 @@ class Attending(Protocol):
     def nsa(self, layer: NativeSparseAttention, x_TH: Tensor) -> Tensor:
         """``[T, H, d_v]``, before the output projection."""
         ...
-
-
-class AttentionContext:
-    """Attention within a packed batch: rotations, and NSA's block layout."""
-
-    def __init__(self, recipe: Recipe, batch: PackedBatch, dtype: torch.dtype) -> None:
-        model = recipe.model
-        self.cu_seqlens, self.backend = batch.cu_seqlens, recipe.attention.backend
-        tables = torch.promote_types(dtype, torch.float32)
-        self.rotation = rope_tables(batch.positions, model.head_dim, model.rope_base, dtype=tables)
-        if recipe.attention.kind == "nsa":
-            self.layout: Layout = make_layout(batch.cu_seqlens, block_sizes(recipe.attention), batch.tokens.device)
-            self.cmp_rotation = rope_tables(self.layout.cmp_positions, model.head_dim, model.rope_base, dtype=tables)
-
-    def full(self, layer: FullAttention, x_TH: Tensor) -> Tensor:
-        q, k, v = layer.project(x_TH, self.rotation)
-        return full_attention(q, k, v, self.cu_seqlens, layer.scale)
-
-    def nsa(self, layer: NativeSparseAttention, x_TH: Tensor) -> Tensor:
-        p = layer.project(x_TH, self.rotation)
-        k_cmp = rotate(layer.compress_k(p.k_cmp, self.layout), *self.cmp_rotation)
-        v_cmp = layer.compress_v(p.v_cmp, self.layout)
-        keys = (k_cmp, v_cmp, p.k_slc, p.v_slc, p.k_win, p.v_win)
-        return nsa_attention(p.q, *keys, p.gates, self.layout, layer.scale, self.backend)
 
 
 class FullAttention(nn.Module):
@@ -123,7 +105,7 @@ class Compression(nn.Module):
         self.w1 = nn.Parameter(torch.empty(kv_heads, block * dim, 2 * dim))
         self.w2 = nn.Parameter(torch.empty(kv_heads, 2 * dim, dim))
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout | OwnBlocks) -> Tensor:
         """``[T, KV, D] -> [C, KV, D]``."""
         return compress(x, self.position, self.w1, self.w2, layout)
 

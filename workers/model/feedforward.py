@@ -79,6 +79,12 @@ class MoELoad:
         self.chosen: list[Tensor] = []  # ``[T, K]`` a layer, instead of counts, where not all tokens count
         self.losses: list[Tensor] = []
 
+    def apart(self) -> MoELoad:
+        """The same for the next layer alone, which may be computed twice and is counted once."""
+        here = len(self.counts)
+        fractions = None if self.fractions is None else self.fractions[here : here + 1]
+        return MoELoad(self.tokens, fractions, self.balance)
+
     def add_to(self, total: Tensor | None) -> None:
         """Adds the tokens that chose each routed expert to ``[MoE layers, experts]`` int64; None without MoE layers."""
         if total is None:

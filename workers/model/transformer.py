@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from copy import copy
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,8 @@ from shoal.workers.config import Recipe
 from shoal.workers.data.batch import IGNORE, PackedBatch
 from shoal.workers.errors import InvalidInput
 from shoal.workers.mesh import Mesh, make_mesh
-from shoal.workers.model.attention import Attending, AttentionContext, FullAttention, NativeSparseAttention
+from shoal.workers.model.attention import Attending, FullAttention, NativeSparseAttention
+from shoal.workers.model.contexts import attention_context, own_part
 from shoal.workers.model.feedforward import DenseFFN, MoE, MoELoad, Stages, named_views, run
 from shoal.workers.placement import Placement
 
@@ -30,7 +32,13 @@ class StepContext:
         self.load = load or MoELoad(max(1, len(batch.tokens)))
         self.attention = attention
         if attention is None and model.hosts_attention:
-            self.attention = AttentionContext(model.recipe, batch, model.dtype)
+            self.attention = attention_context(model.recipe, batch, model.dtype, model.mesh.context)
+
+    def counting_into(self, load: MoELoad) -> StepContext:
+        """The same, but for where layers count their load."""
+        other = copy(self)
+        other.load = load
+        return other
 
 
 class Block(nn.Module):
@@ -66,6 +74,25 @@ class Block(nn.Module):
         if self.moe is None:
             return x_TH
         return x_TH + (yield from self.moe.stages(normed, context.batch.tokens, context.load))
+
+
+def recomputed(layer: nn.Module, x_TH: Tensor, context: StepContext) -> Tensor:
+    """A layer that keeps its input only, and is computed again in the backward pass. Collective, as the layer is.
+
+    Reentrant: the layer is one node of autograd, so that all ranks compute it again at the same place among their
+    collectives, whatever tensors they would have saved. It counts its load both times, of which one is kept.
+    """
+    empty = context.load.apart()  # now: later on, other layers have counted
+
+    def part(x: Tensor) -> tuple[Tensor, ...]:
+        load = empty.apart()
+        out = layer(x, context.counting_into(load))
+        return (out, *load.counts, *load.losses)
+
+    out, *counted = checkpoint(part, x_TH, use_reentrant=True, preserve_rng_state=False)
+    context.load.counts += counted[:1]
+    context.load.losses += counted[1:]
+    return out
 
 
 class Transformer(nn.Module):
@@ -121,8 +148,9 @@ class Transformer(nn.Module):
         """Final hidden states ``[T, hidden]``, normed; ``[0, hidden]`` on a rank without an attention shard."""
         context = StepContext(self, batch, load, attention)
         x = self._embed(batch)
-        for layer in self.layers:
-            x = layer(x, context)
+        again = self.recipe.train.recompute if torch.is_grad_enabled() else 0
+        for i, layer in enumerate(self.layers):
+            x = recomputed(layer, x, context) if i < again else layer(x, context)
         return self.norm(x) if self.hosts_attention else x
 
     def stages(self, batch: PackedBatch, load: MoELoad, attention: Attending | None) -> Stages:
@@ -133,6 +161,10 @@ class Transformer(nn.Module):
             assert isinstance(layer, Block)
             x = yield from layer.stages(x, context)
         return self.norm(x) if self.hosts_attention else x
+
+    def own_part(self, batch: PackedBatch) -> PackedBatch:
+        """The tokens of a packed batch that this rank computes; the rest is with others of its context group."""
+        return own_part(self.recipe, batch, self.mesh.context)
 
     def _embed(self, batch: PackedBatch) -> Tensor:
         if self.hosts_attention:
