@@ -8,11 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from kube_fixtures import until
+from kube_server import ApiServer
 
 CHART = Path(__file__).parents[2] / "k8s" / "chart"
 VALUES = sorted((CHART / "ci").glob("*-values.yaml"))
 SERVICE, CLUSTER, WATCHED, JOBS = (CHART / "ci" / f"{n}-values.yaml" for n in ("service", "cluster", "watched", "jobs"))
 Objects = list[dict[str, Any]]
+
+# Kinds of other operators: group, version, kind, plural. Their schemas are not here, so everything in them is taken.
+OTHERS = (
+    ("monitoring.coreos.com", "v1", "PodMonitor", "podmonitors"),
+    ("monitoring.coreos.com", "v1", "PrometheusRule", "prometheusrules"),
+    ("cert-manager.io", "v1", "Certificate", "certificates"),
+    ("cert-manager.io", "v1", "Issuer", "issuers"),
+    ("kueue.x-k8s.io", "v1beta1", "LocalQueue", "localqueues"),
+    ("kueue.x-k8s.io", "v1beta1", "Workload", "workloads"),
+)
 
 
 def helm(*arguments: str, config: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -69,3 +81,17 @@ def matches(selector: dict[str, Any], labels: dict[str, str]) -> bool:
     return (selector.get("matchLabels") or {}).items() <= labels.items() and all(
         known[each["operator"]](each["key"]) for each in selector.get("matchExpressions") or []
     )
+
+
+def install_others(server: ApiServer) -> None:
+    """Makes the kinds of other operators, where they are not there yet, and returns once they are served."""
+    path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+    for group, version, kind, plural in OTHERS:
+        names = {"kind": kind, "plural": plural, "singular": kind.lower()}
+        schema = {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}}
+        versions = [{"name": version, "served": True, "storage": True, "schema": schema}]
+        spec = {"group": group, "scope": "Namespaced", "names": names, "versions": versions}
+        crd = {"apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition"}
+        server.request("POST", path, crd | {"metadata": {"name": f"{plural}.{group}"}, "spec": spec}, quiet=True)
+    for group, version, _, plural in OTHERS:
+        until(lambda path=f"/apis/{group}/{version}/{plural}": server.request("GET", path, quiet=True) is not None)  # type: ignore[misc]

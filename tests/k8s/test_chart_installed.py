@@ -5,14 +5,12 @@ from __future__ import annotations
 import base64
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from charted import CHART, CLUSTER, JOBS, SERVICE, VALUES, helm, one, rendered
-from kube_fixtures import until
+from charted import CHART, CLUSTER, JOBS, SERVICE, VALUES, helm, install_others, one, rendered
 from kube_server import ApiServer
 
 from shoal.jobs.kube import work
@@ -26,32 +24,12 @@ from shoal.workers.errors import ClusterRefused, ShoalError
 
 pytestmark = pytest.mark.skipif(shutil.which("helm") is None, reason="needs helm")
 
-# Kinds of other operators: group, version, kind, plural. Their schemas are not here, so everything in them is taken.
-OTHERS = (
-    ("monitoring.coreos.com", "v1", "PodMonitor", "podmonitors"),
-    ("monitoring.coreos.com", "v1", "PrometheusRule", "prometheusrules"),
-    ("cert-manager.io", "v1", "Certificate", "certificates"),
-    ("cert-manager.io", "v1", "Issuer", "issuers"),
-    ("kueue.x-k8s.io", "v1beta1", "LocalQueue", "localqueues"),
-    ("kueue.x-k8s.io", "v1beta1", "Workload", "workloads"),
-)
-
 
 @pytest.fixture(scope="module", name="server")
-def server_fixture(api_server: ApiServer) -> Iterator[ApiServer]:
+def server_fixture(api_server: ApiServer) -> ApiServer:
     """The API server with the kinds that the chart makes of other operators."""
-    path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
-    for group, version, kind, plural in OTHERS:
-        names = {"kind": kind, "plural": plural, "singular": kind.lower()}
-        schema = {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}}
-        versions = [{"name": version, "served": True, "storage": True, "schema": schema}]
-        spec = {"group": group, "scope": "Namespaced", "names": names, "versions": versions}
-        crd = {"apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition"}
-        api_server.request("POST", path, crd | {"metadata": {"name": f"{plural}.{group}"}, "spec": spec}, quiet=True)
-    for group, version, _, plural in OTHERS:
-        list_path = f"/apis/{group}/{version}/namespaces/default/{plural}"
-        until(lambda path=list_path: api_server.request("GET", path, quiet=True) is not None)  # type: ignore[misc]
-    yield api_server
+    install_others(api_server)
+    return api_server
 
 
 def helm_on(server: ApiServer, *arguments: str) -> str:
