@@ -159,8 +159,10 @@ def ports_open_to(objects: list[Any], namespace: str, labels: dict[str, str], ow
     """The ports of Ray's pods, in the namespace ``own``, that a pod may reach; None for all of them."""
     found: set[int] = set()
     for rule in one(objects, "NetworkPolicy", "rel-shoal")["spec"]["ingress"]:
-        for peer in rule["from"]:
+        for peer in rule.get("from", [{"namespaceSelector": {}}]):
             there = {"kubernetes.io/metadata.name": namespace}
+            if "ipBlock" in peer:
+                continue  # of no pod
             near = matches(peer["namespaceSelector"], there) if "namespaceSelector" in peer else namespace == own
             if near and matches(peer.get("podSelector", {}), labels):
                 if "ports" not in rule:
@@ -181,7 +183,11 @@ def test_the_policy_lets_in_who_must_come_in() -> None:
     cluster = rendered(CLUSTER)
     assert ports_open_to(cluster, "team", {"app": "anything"}, "team") == {8265}, "jobs are handed in"
     jobs = rendered(JOBS)  # the operator is in the same namespace, and nobody reads metrics
-    assert ports_open_to(jobs, "kuberay-system", {}, "team") == ports_open_to(jobs, "monitoring", {}, "team") == set()
+    assert ports_open_to(jobs, "kuberay-system", {}, "team") == ports_open_to(jobs, "monitoring", {}, "team") == {8265}
+    for change in ("networkPolicy.apiServers={10.0.0.1/32}", "rayTokenAuth=false"):  # known by address, or not let in
+        known = rendered(JOBS, change)
+        assert ports_open_to(known, "kuberay-system", {}, "team") == set()
+        assert ("10.0.0.1/32" in str(one(known, "NetworkPolicy"))) is ("apiServers" in change)
     assert {8265, 52365, 8000} <= (ports_open_to(jobs, "team", {"app": "operator"}, "team") or set())
     watched = rendered(WATCHED, "ingress.enabled=false")  # nginx is between clients and Ray
     proxy = one(watched, "Deployment")["spec"]["template"]["metadata"]["labels"]

@@ -37,12 +37,12 @@ def panels(name: str, **chosen: str) -> dict[str, str]:
 def alerts(group: str) -> dict[str, str]:
     """What each alert of a group compares with its limit."""
     (rules,) = [each["rules"] for each in yaml.safe_load(RULES.read_text())["groups"] if each["name"] == group]
-    compared = {rule["alert"]: re.fullmatch(r"(.*) (?:[<>]=?|==) [0-9.]+", rule["expr"], re.DOTALL) for rule in rules}
-    return {name: match[1] for name, match in compared.items() if match or not _fail(name)}
-
-
-def _fail(name: str) -> bool:
-    raise AssertionError(f"{name} does not end with a comparison")
+    found = {}
+    for rule in rules:
+        match = re.fullmatch(r"(.*) (?:[<>]=?|==) [0-9.]+", rule["expr"], re.DOTALL)
+        assert match, f"{rule['alert']} does not end with a comparison"
+        found[rule["alert"]] = match[1]
+    return found
 
 
 class Prometheus:
