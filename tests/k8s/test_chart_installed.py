@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from charted import CHART, CLUSTER, JOBS, SERVICE, VALUES, helm, install_others, one, rendered
+from charted import CHART, CLUSTER, JOBS, SERVICE, VALUES, WATCHED, helm, install_others, one, rendered
 from kube_server import ApiServer
 
 from shoal.jobs.kube import work
@@ -66,7 +66,10 @@ def test_a_release_is_installed_upgraded_rolled_back_and_removed(server: ApiServ
         find_job(cluster, "rel-shoal")
 
 
-@pytest.mark.parametrize("values", VALUES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "values",
+    [pytest.param(each, id=each.stem, marks=[] if each in (CLUSTER, WATCHED) else pytest.mark.slow) for each in VALUES],
+)
 def test_every_file_of_values_is_installed_and_leaves_nothing_but_the_claim(server: ApiServer, values: Path) -> None:
     """The server stores each object as it was rendered: no key is dropped or refused."""
     namespace = f"v-{values.stem}"
