@@ -45,7 +45,8 @@ class RayHead:
         }  # fmt: skip
         command = [
             f"{tools}/ray", "start", "--head", "--block", "--port=0", "--dashboard-host=0.0.0.0",
-            f"--dashboard-port={self.port}", f"--num-cpus={cpus}", "--object-store-memory=100000000",
+            f"--dashboard-port={self.port}", f"--dashboard-agent-listen-port={free_port()}",
+            f"--ray-client-server-port={free_port()}", f"--num-cpus={cpus}", "--object-store-memory=100000000",
             "--disable-usage-stats", f"--temp-dir={os.environ['RAY_TMPDIR']}/head",
         ]  # fmt: skip
         self._process = subprocess.Popen(
