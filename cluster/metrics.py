@@ -9,6 +9,8 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge
 
+from shoal.workers.records import GATES, PARTS
+
 # A series per expert is kept by Prometheus for weeks: a model of many layers shows some of them.
 LOAD_SERIES = 1024
 REFRESH_SECONDS = 5.0  # half of the 10 s between two reports of Ray
@@ -20,6 +22,13 @@ GAUGES = {
     "grad_norm": ("shoal_train_grad_norm", "Norm of the gradient before clipping"),
     "expert_imbalance": ("shoal_expert_imbalance", "Load of the busiest expert, as a multiple of a fair share"),
     "step": ("shoal_train_step", "Steps done"),
+    "balance_loss": ("shoal_train_balance_loss", "Balance loss of the last step"),
+    "step_seconds": ("shoal_train_step_seconds", "Time of the last step, in seconds"),
+    "dispatch_seconds": (
+        "shoal_train_dispatch_seconds",
+        "Time for which rank 0 waited in its last step for rows on their way to experts or back, in seconds",
+    ),
+    "mfu": ("shoal_train_mfu", "Model FLOPs of the last step, as a share of what the devices could do in its time"),
 }
 
 
@@ -47,13 +56,22 @@ class TrainMetrics:
     Every metric has the tag ``run``. Only gauges and counters: the sum of Ray's histograms is made of bucket midpoints.
     """
 
-    def __init__(self, run: str) -> None:
-        self._run = run
+    def __init__(self, run: str, steps: int = 0) -> None:
+        self._run, self._total = run, steps
         self._train = {key: self._gauge(name, text) for key, (name, text) in GAUGES.items()}
         self._bits = self._gauge("shoal_eval_bits_per_byte", "Validation loss, in bits per byte of text")
         self._load = self._gauge(
             "shoal_expert_load", "Tokens of an expert, as a multiple of a fair share", "layer", "expert"
         )
+        self._parts = self._gauge("shoal_train_part_seconds", "Time of a part of the last step, in seconds", "part")
+        self._device = self._gauge(
+            "shoal_device_load", "Tokens of a place in the dispatch group, as a multiple of a fair share", "device"
+        )
+        self._gate = self._gauge(
+            "shoal_gate", "Mean gate of a branch of sparse attention, between 0 and 1", "layer", "branch"
+        )
+        self._steps = self._gauge("shoal_train_steps", "Steps of the whole run")
+        self._seldom = (self._bits, self._load, self._parts, self._device, self._gate, self._steps)
         self._tokens = self._counter("shoal_train_tokens_total", "Tokens trained on; a repeated step counts again")
         self._failures = self._counter("shoal_failures_total", "Failures that the run recovered from")
         self._last_tokens = 0
@@ -62,10 +80,12 @@ class TrainMetrics:
     def kept(self) -> Iterator[None]:
         """For the time of a ``with`` block what is seldom told, such as a validation, does not vanish in between."""
         ended = threading.Event()
+        if self._total:
+            self._steps.set(self._total)
 
         def refresh() -> None:
             while not ended.wait(REFRESH_SECONDS):
-                for gauge in (*self._train.values(), self._bits, self._load):
+                for gauge in (*self._train.values(), *self._seldom):
                     gauge.again()
 
         thread = threading.Thread(target=refresh, daemon=True)
@@ -83,11 +103,20 @@ class TrainMetrics:
             for key, gauge in self._train.items():
                 if record.get(key) is not None:
                     gauge.set(record[key])
+            for part in PARTS:
+                if record.get(f"{part}_seconds") is not None:
+                    self._parts.set(record[f"{part}_seconds"], tags={"part": part})
             self._count_tokens(record.get("tokens") or 0)
         elif kind == "eval" and record.get("bits_per_byte") is not None:
             self._bits.set(record["bits_per_byte"])
         elif kind == "load":
             self._set_load(record["load"])
+            for device, load in enumerate(record.get("devices") or ()):
+                self._device.set(load, tags={"device": str(device)})
+        elif kind == "gates":
+            for layer, gates in enumerate(record["gates"]):
+                for branch, gate in zip(GATES, gates, strict=True):
+                    self._gate.set(gate, tags={"layer": str(layer), "branch": branch})
         elif kind == "event" and record["event"] == "recovered":
             self._failures.inc()
 

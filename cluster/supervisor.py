@@ -77,12 +77,18 @@ class SampleRequest:
 
 
 class Supervisor:
-    """Runs a recipe to its end in ``run_dir``, through the deaths of ranks."""
+    """Runs a recipe to its end in ``run_dir``, through the deaths of ranks.
 
-    def __init__(self, recipe: Recipe, corpus: Path, run_dir: Path, report: Report, session: RaySession) -> None:
+    flops: FLOPs of training on a token, of which records then say how many the devices did (``mfu``).
+    """
+
+    def __init__(
+        self, recipe: Recipe, corpus: Path, run_dir: Path, report: Report, session: RaySession, flops: float = 0.0
+    ) -> None:
         self.recipe, self.corpus, self.report, self.session = recipe, corpus, report, session
         self.checkpoints = run_dir / "checkpoints"
-        self.metrics = TrainMetrics(run_dir.name)
+        self.metrics = TrainMetrics(run_dir.name, recipe.train.steps)
+        self.flops, self.peak = flops, 0.0
         self.stop = Stop()
         self.step = 0
         self.failures = 0
@@ -105,6 +111,8 @@ class Supervisor:
                     with RankGroup(self.recipe, self.session) as group:
                         group.connect()
                         self.step = group.build(str(self.corpus.resolve()), str(self.checkpoints.resolve()), start)
+                        if self.flops:
+                            self.peak = sum(group.get(group.call("peak")))
                         return self._train(group, sample)
                 except RankLost as lost:
                     reached, before = self.step, start
@@ -179,6 +187,8 @@ class Supervisor:
         """Reports records; returns the time of the last step in seconds, 0 when none was recorded."""
         seconds = 0.0
         for record in records:
+            if self.peak and record["kind"] == "train":
+                record["mfu"] = record["tokens_per_second"] * self.flops / self.peak
             self._tell_all(record)
             if record["kind"] == "train":
                 seconds = max(1e-4, record["step_seconds"])

@@ -15,6 +15,7 @@ from rich.console import Console
 from shoal.jobs.data.baselines import Baselines, baselines
 from shoal.jobs.data.corpus import ensure_corpus
 from shoal.jobs.data.prepare import corpus_tokenizer
+from shoal.jobs.estimate import estimate
 from shoal.jobs.load import choose_step, find_run
 from shoal.jobs.memory import refuse_what_does_not_fit
 from shoal.jobs.report import RunReport
@@ -202,7 +203,8 @@ def _supervised(
         first = _Once(lambda: console.print(f"first step after {time.monotonic() - started:.1f} s", highlight=False))
         told = _WithBaselines(report, baselines(corpus, recipe.train.eval_tokens), first)
         recipe = _with_saved_dtype(recipe, folder)
-        outcome = Supervisor(recipe, corpus, folder.path, told, session).run(request, resumed)
+        flops = estimate(recipe).flops.training
+        outcome = Supervisor(recipe, corpus, folder.path, told, session, flops).run(request, resumed)
         if outcome.stopped:
             _tell_how_to_resume(folder, console)
     text = tokenizer.decode(outcome.sample)

@@ -22,7 +22,9 @@ helm install demo k8s/chart --set storage.claim=runs --set service.run=first
 helm test demo
 ```
 
-The run lies on the claim `runs`, below `runs/`. `kind: RayCluster` installs a cluster that waits for jobs instead.
+The run lies on the claim `runs`, below `runs/`. `kind: RayCluster` installs a cluster that waits for jobs instead, and
+`kind: Jobs` what jobs share that bring their clusters along. [docs/kubernetes.md](../../docs/kubernetes.md) uses both,
+and `ci/` has files of values for each.
 
 ## Values
 

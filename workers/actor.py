@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.workers.config import Recipe
 from shoal.workers.errors import TrainingFailed
-from shoal.workers.machine import cores
+from shoal.workers.machine import cores, peak_flops
 from shoal.workers.placement import Placement
 
 if TYPE_CHECKING:
@@ -83,6 +83,11 @@ class RankActor:
         elif checked.train.initial:
             self.trainer.begin_with(Path(checked.train.initial))
         return self.trainer.step
+
+    def peak(self) -> float:
+        """FLOP/s that this rank's device could do at most."""
+        trainer = self._ready()
+        return peak_flops(trainer.device.type, str(trainer.model.dtype).removeprefix("torch."))
 
     def run(self, until: int, save: bool = False) -> list[Record]:
         """Trains up to step ``until``, with validations on the way. Rank 0 returns the records.

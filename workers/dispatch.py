@@ -8,6 +8,9 @@ the output travel out, those of the tokens and their gates come back.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -15,6 +18,9 @@ from shoal.workers.flight import Flight, PackedFlight
 from shoal.workers.mesh import Group
 from shoal.workers.symmetric import Inbox, SymmetricFlight
 from shoal.workers.transfer import HostReads
+
+if TYPE_CHECKING:
+    from shoal.workers.watch import Clock
 
 
 class Dispatcher:
@@ -38,6 +44,7 @@ class Dispatcher:
         self.first = sum(owner < group.index for owner in owners)
         self.others = sorted(set(owners) - {group.index})
         self.reads = HostReads()
+        self.clock: Clock | None = None
         self.spare = 0  # multiprocessors that products leave to an exchange that runs meanwhile
         slots = [0] * len(owners)
         for slot, expert in enumerate(by_owner):
@@ -50,6 +57,10 @@ class Dispatcher:
         self.slots, self.hosts = ints(slots), ints([owners[e] for e in by_owner])
         self.numbers, self.ranks = ints(list(range(len(owners)))), ints(self.others)
         self.columns = ints(columns).long()  # of ``others``, by rank
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Measures a wait for rows, where somebody watches."""
+        return self.clock.part("dispatch") if self.clock else nullcontext()
 
     def start(self, x: Tensor, gates: Tensor, experts: Tensor, keep: bool = False) -> Flight:
         """Says to all ranks what will come; ``x [T, H]``, ``gates [T, K]`` float32 or float64, ``experts [T, K]`` int.

@@ -144,7 +144,8 @@ class PackedFlight(Flight):
         return self._sorted((x, letters.rows), gates, torch.cat([self.slots, words[1]]), self._places)
 
     def _landed(self) -> Tensor:
-        rows = self._exchange.wait()
+        with self.dispatcher.waiting():
+            rows = self._exchange.wait()
         del self._exchange
         return rows
 

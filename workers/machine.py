@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
+
+# FLOP/s of dense products in 16 bits, as NVIDIA says of each: the first name that the device's own begins with, after
+# "NVIDIA ". An H100's figure is that of its SXM form; PCIe and NVL have their own.
+PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "H20": 148e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+}
 
 
 def cores() -> int:
@@ -38,3 +56,25 @@ def free_memory(device: str) -> int:
     if limit and used and limit.isdigit() and used.isdigit():
         free = min(free, max(0, int(limit) - int(used)))
     return free
+
+
+def peak_flops(device: str, dtype: str) -> float:
+    """FLOP/s that a rank's device could do at most in a dtype: its maker's figure for 16 bits, where known, else what a
+    product of matrices comes to here (20 ms on a core)."""
+    import torch
+
+    if device == "cuda" and dtype in ("bfloat16", "float16"):
+        name = torch.cuda.get_device_name(0).removeprefix("NVIDIA ")
+        for known, peak in PEAKS.items():
+            if name.startswith(known):
+                return peak
+    size = 8192 if device == "cuda" else 512
+    a = torch.randn(size, size, dtype=getattr(torch, dtype), device=device)
+    best = float("inf")
+    for _ in range(4):
+        started = time.perf_counter()
+        torch.mm(a, a)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return float(2 * size**3 / best)

@@ -166,6 +166,10 @@ class SymmetricFlight(Flight):
                 self._inbox.put(part, rank, values[i] if part in (BACK, WORDS_BACK) else values)
             self._inbox.say(told, rank)
 
+    def _hear(self, part: int) -> None:
+        with self.dispatcher.waiting():
+            self._inbox.hear(part)
+
     def _slot_counts(self) -> Tensor:
         self._counted.before_here()
         return used_here(self._all).sum(0)
@@ -180,7 +184,7 @@ class SymmetricFlight(Flight):
     def arrive(self, x: Tensor, gates: Tensor) -> Arrived:
         """As the base class has it; what came is copied where a backward pass will ask for it."""
         box = self._inbox
-        box.hear(OUT)
+        self._hear(OUT)
         rows, words = box.rows(OUT), box.words(WORDS_OUT)
         rows = rows.clone() if self.keep else rows
         gates = torch.cat([gates, numbers_of(words[:, : self.choices], torch.float32)])
@@ -199,7 +203,7 @@ class SymmetricFlight(Flight):
 
     def returned(self, base: Tensor) -> Tensor:
         """As the base class has it."""
-        self._inbox.hear(BACK)
+        self._hear(BACK)
         return self._at_home(self._inbox.rows(BACK), base)
 
     def send_grads(self, grad: Tensor) -> None:
@@ -209,7 +213,7 @@ class SymmetricFlight(Flight):
 
     def arrive_grads(self, grad: Tensor) -> tuple[Tensor, ...]:
         """As the base class has it."""
-        self._inbox.hear(OUT)
+        self._hear(OUT)
         return grad, self._inbox.rows(OUT)
 
     def give_back_grads(self, fan: Fan, d_rows: Tensor, d_gates: Tensor) -> None:
@@ -221,7 +225,7 @@ class SymmetricFlight(Flight):
 
     def returned_gates(self, own: Tensor) -> Tensor:
         """As the base class has it."""
-        self._inbox.hear(BACK)
+        self._hear(BACK)
         return self._gates_at_home(own, numbers_of(self._inbox.words(WORDS_BACK), torch.float32))
 
     def returned_grads(self, base: Tensor, product: tuple[Tensor, Tensor] | None = None) -> Tensor:

@@ -23,8 +23,9 @@ from shoal.workers.model.feedforward import MoE, MoELoad, named_views
 from shoal.workers.optimizer import MasterAdamW
 from shoal.workers.schedule import learning_rate
 from shoal.workers.validate import validate
+from shoal.workers.watch import StepWatch
 
-LOAD_RECORDS = 200  # about so many expert loads are recorded in a run
+LOAD_RECORDS = 200  # about so many expert loads, and means of gates, are recorded in a run
 BUCKET = 64 << 20  # bytes of gradients reduced at a time
 Record = dict[str, Any]
 
@@ -53,6 +54,7 @@ class Trainer:
         self.optimizer = MasterAdamW(list(self.parameters.values()), recipe.train)
         self.reads = [m.dispatcher.reads for m in self.model.modules() if isinstance(m, MoE)]
         self.on_experts = [".moe.experts." in name for name in self.parameters]
+        self.watch = StepWatch(self.model, mesh, device)
         self.step = self.saved_step = 0
         self.loader = self._loader(None)
         self.checkpointer: Checkpointer | None = None
@@ -68,10 +70,14 @@ class Trainer:
         """
         t = self.recipe.train
         record = self.train_step()
-        load, last = record.pop("load"), self.step == t.steps
-        records = [record] if last or self.step % t.log_every == 0 else []
-        if load and (last or self.step % max(1, t.steps // LOAD_RECORDS) == 0):
-            records.append({"kind": "load", "step": self.step, "load": load})
+        load, gates, last = record.pop("load"), record.pop("gates"), self.step == t.steps
+        records = [record] if self._logged() else []
+        if self._spread():
+            if load:
+                devices = self._device_load(load)
+                records.append({"kind": "load", "step": self.step, "load": load, "devices": devices})
+            if gates:
+                records.append({"kind": "gates", "step": self.step, "gates": gates})
         if last or (t.eval_every and self.step % t.eval_every == 0):
             evaluation = self.evaluate()
             if not math.isfinite(evaluation["loss"]):
@@ -80,6 +86,22 @@ class Trainer:
             records.append(evaluation)
         return records
 
+    def _logged(self) -> bool:
+        t = self.recipe.train
+        return self.step == t.steps or self.step % t.log_every == 0
+
+    def _spread(self) -> bool:
+        """Whether the loads of experts and the means of gates are recorded at this step."""
+        t = self.recipe.train
+        return self.step == t.steps or self.step % max(1, t.steps // LOAD_RECORDS) == 0
+
+    def _device_load(self, load: list[list[float]]) -> list[float]:
+        """Tokens of each place in the dispatch group, over its experts and all layers; 1.0 is a fair share."""
+        owners = self.mesh.placement.owners(self.recipe.moe.experts, 0)
+        hosts = sorted(set(owners))
+        mean = [sum(layer[e] for layer in load) / len(load) for e in range(len(owners))]
+        return [sum(m for m, o in zip(mean, owners, strict=True) if o == h) * len(hosts) / len(owners) for h in hosts]
+
     # -- a step ------------------------------------------------------------------------------------------------------
 
     def train_step(self) -> Record:
@@ -87,13 +109,18 @@ class Trainer:
         t, started = self.recipe.train, time.perf_counter()
         reads, waited = sum(r.count for r in self.reads), sum(r.seconds for r in self.reads)
         self.step += 1
+        clock = self.watch.clock
+        clock.on, self.watch.gates = self._logged(), self._spread()
         # every step has its own seed: random numbers do not depend on what ran before, so a resumed run draws the same
         torch.manual_seed((t.seed * 1_000_003 + self.step) % 2**63)
-        micro = [self.model.own_part(batch).to(self.device) for batch in self.loader.next()]
-        losses, counts = self._forward_backward(micro)
+        with clock.part("data"):
+            micro = [self.model.own_part(batch).to(self.device) for batch in self.loader.next()]
+        losses, counts, gate_sums = self._forward_backward(micro)
         gradients = self.optimizer.gradients()
-        self._reduce_gradients(gradients)
+        with clock.part("reduce"):
+            self._reduce_gradients(gradients)
         loss, balance, norm = self._totals(losses, gradients)
+        gates = self.watch.gate_means(gate_sums, t.batch * t.sequence)  # here, where the GPU was waited for anyway
         if not (math.isfinite(loss) and math.isfinite(balance) and math.isfinite(norm)):
             where = first_bad_layer(self.model, micro, dict(zip(self.parameters, gradients, strict=True)))
             raise NotFinite(f"step {self.step}: {where} (loss {loss:.4g}, gradient norm {norm:.4g})")
@@ -112,30 +139,38 @@ class Trainer:
             "learning_rate": rate,
             "grad_norm": norm,
             "step_seconds": seconds,
+            **(self.watch.parts(seconds) if clock.on else {}),
             "tokens_per_second": t.batch * t.sequence / seconds,
             "dispatch_reads": sum(r.count for r in self.reads) - reads,
             "dispatch_wait_seconds": sum(r.seconds for r in self.reads) - waited,
             "expert_imbalance": sum(map(max, load)) / len(load) if load else 1.0,
             "time": time.time(),
             "load": load,
+            "gates": gates,
         }
 
-    def _forward_backward(self, micro: list[PackedBatch]) -> tuple[Tensor, list[Tensor]]:
-        """Gradients of the global batch's loss from this rank's rows; ``[cross entropy, balance]`` parts and counts."""
+    def _forward_backward(self, micro: list[PackedBatch]) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Gradients of the global batch's loss from this rank's rows; ``[cross entropy, balance]`` parts, counts, and
+        sums of gates."""
         t = self.recipe.train
         targets = self._global_targets(micro)
         fractions = self._fractions(micro) if self._needs_fractions(micro) else None
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         counts: list[Tensor] = []
+        self.watch.forget()
+        gates, clock = self.watch.gate_sums(), self.watch.clock
         for batch in micro:
             load = MoELoad(t.batch * t.sequence, fractions)
-            cross_entropy = self.model.loss_sum(self.model(batch, load), batch.targets) / targets
-            balance = torch.stack(load.losses).sum() if load.losses else cross_entropy.new_zeros(())
-            (cross_entropy + balance).backward()
-            self.optimizer.collect()
+            with clock.part("forward"):
+                cross_entropy = self.model.loss_sum(self.model(batch, load), batch.targets) / targets
+                balance = torch.stack(load.losses).sum() if load.losses else cross_entropy.new_zeros(())
+            gates = gates + self.watch.gate_sums()
+            with clock.part("backward"):
+                (cross_entropy + balance).backward()
+                self.optimizer.collect()
             sums += torch.stack([cross_entropy.detach().double(), balance.detach().double()])
             counts = [a + b for a, b in zip(counts, load.counts, strict=True)] if counts else load.counts
-        return sums, counts
+        return sums, counts, gates
 
     def _global_targets(self, micro: list[PackedBatch]) -> int:
         """Predicted tokens of the global batch, over all attention ranks."""

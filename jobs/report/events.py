@@ -15,6 +15,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from shoal.jobs.report.journal import Record
+from shoal.workers.records import GATES
 
 _files = itertools.count()
 
@@ -50,7 +51,8 @@ class EventLog:
 
 
 def scalars(record: Record) -> dict[str, float]:
-    """The curves that a record adds a point to: ``train/…``, ``eval/…``, ``expert_load/layer_N/…``."""
+    """The curves that a record adds a point to: ``train/…``, ``eval/…``, ``expert_load/layer_N/…``, ``device_load/N``,
+    ``gate/layer_N/…``."""
     kind = record["kind"]
     if kind in ("train", "eval"):
         return {
@@ -60,7 +62,14 @@ def scalars(record: Record) -> dict[str, float]:
         }
     if kind == "load":
         layers = enumerate(record["load"])
-        return {f"expert_load/layer_{i}/{key}": value for i, row in layers for key, value in spread(row).items()}
+        curves = {f"expert_load/layer_{i}/{key}": value for i, row in layers for key, value in spread(row).items()}
+        return curves | {f"device_load/{i}": value for i, value in enumerate(record.get("devices") or ())}
+    if kind == "gates":
+        return {
+            f"gate/layer_{i}/{branch}": value
+            for i, row in enumerate(record["gates"])
+            for branch, value in zip(GATES, row, strict=True)
+        }
     return {}
 
 

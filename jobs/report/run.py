@@ -26,9 +26,11 @@ class RunReport:
 
     - train: loss, balance_loss, learning_rate, grad_norm, step_seconds, tokens_per_second, expert_imbalance,
       dispatch_reads (of sizes, by a rank's host), dispatch_wait_seconds (how long it waited for them in the step),
-      tokens (since the first step), time (seconds since 1970)
+      tokens (since the first step), time (seconds since 1970), mfu; of rank 0, parts of step_seconds: data_seconds,
+      forward_seconds, backward_seconds, reduce_seconds, update_seconds, and dispatch_seconds, which lies within them
     - eval: loss (nats a token), bits_per_byte, unigram_bits_per_byte, gzip_bits_per_byte, tokens, bytes
-    - load: load, ``[MoE layers][experts]``, 1.0 = fair share
+    - load: load, ``[MoE layers][experts]``, devices, ``[places in the dispatch group]``: 1.0 = fair share
+    - gates: gates, ``[layers][3]``: means of NSA's gates (compressed, selected, window)
     - event: event, text
 
     metrics.jsonl is the run's record, so a failure to write it raises InvalidInput. Events files and plots can be made

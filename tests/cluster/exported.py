@@ -59,7 +59,7 @@ def read_run(endpoint: str, run: str) -> Series:
     values = {}
     for name, own, value in exported(endpoint):
         if own.get("run") == run:
-            rest = ",".join(own[key] for key in ("layer", "expert") if own.get(key))
+            rest = ",".join(own[key] for key in ("layer", "expert", "device", "part", "branch") if own.get(key))
             values[f"{name}{{{rest}}}" if rest else name] = value
     return values
 

@@ -31,15 +31,15 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def running(run: str) -> Iterator[TrainMetrics]:
+def running(run: str, steps: int = 0) -> Iterator[TrainMetrics]:
     """The metrics of a run that goes on."""
-    metrics = TrainMetrics(run)
+    metrics = TrainMetrics(run, steps)
     with metrics.kept():
         yield metrics
 
 
 def test_a_run_can_be_read_from_the_node(endpoint: str) -> None:
-    with running("tiny-1") as metrics:
+    with running("tiny-1", 30) as metrics:
         _record_a_run(metrics)
         values = wait_for_run(
             endpoint,
@@ -54,6 +54,13 @@ def test_a_run_can_be_read_from_the_node(endpoint: str) -> None:
                 "train_tokens_total": 8192 + 4096,
                 "eval_bits_per_byte": 3.5,
                 "failures_total": 1,
+                "train_steps": 30,
+                "train_mfu": 0.4,
+                "train_step_seconds": 0.5,
+                "train_dispatch_seconds": 0.125,
+                "train_part_seconds{forward}": 0.25,
+                "device_load{1}": 1.5,
+                "gate{2,selected}": 0.75,
                 "expert_load{0,0}": 0.5,
                 "expert_load{0,1}": 1.5,
                 "expert_load{1,0}": 1.0,
@@ -69,6 +76,10 @@ def _record_a_run(metrics: TrainMetrics) -> None:
         "grad_norm": 1.5,
         "tokens_per_second": 1e4,
         "expert_imbalance": 1.25,
+        "mfu": 0.4,
+        "step_seconds": 0.5,
+        "forward_seconds": 0.25,
+        "dispatch_seconds": 0.125,
     }
     metrics.record(step | {"step": 1, "tokens": 4096, "loss": 8.0})
     metrics.record(step | {"step": 2, "tokens": 8192, "loss": 7.5})
@@ -77,7 +88,8 @@ def _record_a_run(metrics: TrainMetrics) -> None:
     metrics.record(step | {"step": 2, "tokens": 4096, "loss": 7.75})
     metrics.record(step | {"step": 3, "tokens": 8192, "loss": 7.25, "grad_norm": None})
     metrics.record({"kind": "eval", "step": 3, "loss": 7.0, "bits_per_byte": 3.5})
-    metrics.record({"kind": "load", "step": 3, "load": [[0.5, 1.5], [1.0, 1.0]]})
+    metrics.record({"kind": "load", "step": 3, "load": [[0.5, 1.5], [1.0, 1.0]], "devices": [0.5, 1.5]})
+    metrics.record({"kind": "gates", "step": 3, "gates": [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5], [0.5, 0.75, 0.5]]})
 
 
 def test_what_is_told_once_is_there_until_the_run_ends(endpoint: str) -> None:

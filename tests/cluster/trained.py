@@ -14,14 +14,15 @@ if TYPE_CHECKING:
     from shoal.workers.model import Transformer
 
 STEP = 7  # of the checkpoints that write_weights makes
-TIMES = ("time", "step_seconds", "tokens_per_second")  # the only figures of a step that differ between two equal runs
+TIMES = ("time", "tokens_per_second", "mfu")  # with …_seconds, the only figures that differ between two equal runs
 Records = list[dict[str, Any]]
 
 
 def records(run: Path, kind: str = "train") -> Records:
     """The records of one kind in metrics.jsonl, in order, without times."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines if line["kind"] == kind]
+    timed = lambda key: key in TIMES or key.endswith("_seconds")  # noqa: E731
+    return [{k: v for k, v in line.items() if not timed(k)} for line in lines if line["kind"] == kind]
 
 
 def events(run: Path) -> list[str]:
@@ -48,7 +49,7 @@ def state(run: Path, step: int) -> dict[str, Any]:
 def assert_same_bits(run: Path, reference: Path, step: int) -> None:
     """The same steps once each, in order, with the same figures; the same weights, optimizer and data position."""
     assert [r["step"] for r in records(run)] == list(range(1, step + 1))
-    for kind in ("train", "eval", "load"):
+    for kind in ("train", "eval", "load", "gates"):
         assert records(run, kind) == records(reference, kind)
     assert state(run, step) == state(reference, step)
     mine, theirs = tensors(run, step), tensors(reference, step)

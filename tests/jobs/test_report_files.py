@@ -50,6 +50,8 @@ def test_tensorboard_reads_the_values_that_were_reported(tmp_path: Path) -> None
             report.record(train(step, loss))
         report.record(bits(3))
         report.record({"kind": "load", "step": 3, "load": [[2.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]]})
+        report.record({"kind": "load", "step": 3, "load": [], "devices": [0.5, 1.5]})
+        report.record({"kind": "gates", "step": 3, "gates": [[0.25, 0.5, 0.75]]})
         report.record({"kind": "event", "step": 3, "event": "checkpoint", "text": "saved"})
     board = scalars(tmp_path)
     assert [(e.step, e.value, e.wall_time) for e in board.Scalars("train/loss")] == [
@@ -59,6 +61,8 @@ def test_tensorboard_reads_the_values_that_were_reported(tmp_path: Path) -> None
     assert board.Scalars("expert_load/layer_0/max")[0].value == 2.0
     assert board.Scalars("expert_load/layer_0/min")[0].value == 0.0
     assert board.Scalars("expert_load/layer_1/entropy")[0].value == 1.0
+    assert board.Scalars("device_load/1")[0].value == 1.5
+    assert board.Scalars("gate/layer_0/selected")[0].value == 0.5
     assert not {"train/step", "train/time", "event/step"} & set(board.Tags()["scalars"])
 
 

@@ -92,6 +92,7 @@ def _check(one: dict[str, Any], many: list[dict[str, Any]], rtol: float) -> None
             for key in ("loss", "balance_loss", "grad_norm"):
                 assert b[key] == pytest.approx(a[key], rel=rtol), (key, a["step"])
             assert a["load"] == b["load"] or rtol > 1e-9
+            assert torch.allclose(torch.tensor(b["gates"]), torch.tensor(a["gates"]), rtol=max(rtol, 1e-5))
         assert result["eval"]["bits_per_byte"] == pytest.approx(one["eval"]["bits_per_byte"], rel=rtol)
     seen = {name for result in many for name in result["gradients"]}
     assert seen == set(one["gradients"])

@@ -6,13 +6,25 @@
 {{- $name -}}
 {{- end -}}
 
-{{/* Labels of pods. Not app.kubernetes.io/name, which KubeRay sets on its pods and selects them by. */}}
+{{/* Labels of a pod. Takes a dict: root, component. Not app.kubernetes.io/name, by which KubeRay selects pods. */}}
 {{- define "shoal.selector" -}}
-shoal/release: {{ .Release.Name | quote }}
+shoal/release: {{ .root.Release.Name | quote }}
+app.kubernetes.io/component: {{ .component }}
+{{- end -}}
+
+{{/* What selects the pods of Ray: the release's, or, of the kind Jobs, those of all jobs in the namespace. */}}
+{{- define "shoal.raySelector" -}}
+{{- if eq .Values.kind "Jobs" -}}
+matchExpressions:
+  - key: shoal/kind
+    operator: Exists
+{{- else -}}
+matchLabels:
+  {{- include "shoal.selector" (dict "root" . "component" "ray") | nindent 2 }}
+{{- end -}}
 {{- end -}}
 
 {{- define "shoal.labels" -}}
-{{ include "shoal.selector" . }}
 app.kubernetes.io/name: shoal
 app.kubernetes.io/instance: {{ .Release.Name | quote }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
@@ -20,8 +32,25 @@ app.kubernetes.io/managed-by: {{ .Release.Service | quote }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 
+{{/* Name and labels of an object. Takes a dict: root, and what comes behind the release's name. */}}
+{{- define "shoal.metadata" -}}
+name: {{ printf "%s%s" (include "shoal.name" .root) (.suffix | default "") | quote }}
+namespace: {{ .root.Release.Namespace | quote }}
+labels:
+  {{- include "shoal.labels" .root | nindent 2 }}
+{{- end -}}
+
 {{- define "shoal.image" -}}
 {{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- end -}}
+
+{{- define "shoal.pullSecrets" -}}
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . | quote }}
+  {{- end }}
+{{- end }}
 {{- end -}}
 
 {{- define "shoal.serviceAccount" -}}
@@ -43,114 +72,18 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 {{- end -}}
 
-{{/* A pod template. Takes a dict: root, container (its name), cpus, memory, shm, gpus, ports, probes. */}}
-{{- define "shoal.pod" -}}
-{{- $ := .root -}}
-{{- $amounts := dict "cpu" (.cpus | toString) "memory" .memory -}}
-{{- if .gpus }}{{ $_ := set $amounts "nvidia.com/gpu" .gpus }}{{ end -}}
-metadata:
-  labels:
-    {{- include "shoal.selector" $ | nindent 4 }}
-spec:
-  serviceAccountName: {{ include "shoal.serviceAccount" $ | quote }}
-  automountServiceAccountToken: false
-  terminationGracePeriodSeconds: {{ $.Values.terminationGracePeriodSeconds }}
-  {{- with $.Values.imagePullSecrets }}
-  imagePullSecrets:
-    {{- range . }}
-    - name: {{ . | quote }}
-    {{- end }}
-  {{- end }}
-  {{- with $.Values.priorityClassName }}
-  priorityClassName: {{ . | quote }}
-  {{- end }}
-  {{- with $.Values.nodeSelector }}
-  nodeSelector:
-    {{- toYaml . | nindent 4 }}
-  {{- end }}
-  {{- with $.Values.tolerations }}
-  tolerations:
-    {{- toYaml . | nindent 4 }}
-  {{- end }}
-  securityContext:
-    {{- toYaml $.Values.podSecurityContext | nindent 4 }}
-  containers:
-    - name: {{ .container }}
-      image: {{ include "shoal.image" $ | quote }}
-      imagePullPolicy: {{ $.Values.image.pullPolicy | quote }}
-      securityContext:
-        {{- toYaml $.Values.securityContext | nindent 8 }}
-      resources:
-        requests:
-          {{- toYaml $amounts | nindent 10 }}
-        limits:
-          {{- toYaml $amounts | nindent 10 }}
-      env:
-        - name: HOME
-          value: /tmp
-        {{- with include "shoal.tokenSecret" $ }}
-        - name: SHOAL_API_TOKEN
-          valueFrom:
-            secretKeyRef:
-              name: {{ . | quote }}
-              key: token
-        {{- end }}
-        {{- with $.Values.env }}
-        {{- toYaml . | nindent 8 }}
-        {{- end }}
-      {{- with .ports }}
-      ports:
-        {{- toYaml . | nindent 8 }}
-      {{- end }}
-      {{- with .probes }}
-      {{- toYaml . | nindent 6 }}
-      {{- end }}
-      volumeMounts:
-        - name: runs
-          mountPath: {{ $.Values.storage.mountPath | quote }}
-          readOnly: {{ $.Values.storage.readOnly }}
-        - name: shm
-          mountPath: /dev/shm
-        - name: tmp
-          mountPath: /tmp
-  volumes:
-    - name: runs
-      persistentVolumeClaim:
-        claimName: {{ required "storage.claim is empty: name a PersistentVolumeClaim that all nodes can mount" $.Values.storage.claim | quote }}
-    - name: shm
-      emptyDir:
-        medium: Memory
-        sizeLimit: {{ .shm | quote }}
-    - name: tmp
-      emptyDir: {}
+{{/* The Secret with the certificate of nginx. */}}
+{{- define "shoal.tlsSecret" -}}
+{{- if not (or .Values.tls.secret .Values.tls.issuer.name) }}{{ fail "tls.enabled is set without a certificate: name tls.secret, or tls.issuer.name for cert-manager to make one" }}{{ end -}}
+{{ .Values.tls.secret | default (printf "%s-tls" (include "shoal.name" .)) }}
 {{- end -}}
 
-{{/* What a RayCluster and a RayService have in common. */}}
-{{- define "shoal.cluster" -}}
-{{- $serving := eq .Values.kind "RayService" -}}
-{{- $ports := list (dict "name" "gcs-server" "containerPort" 6379) (dict "name" "dashboard" "containerPort" 8265) (dict "name" "client" "containerPort" 10001) (dict "name" "metrics" "containerPort" 8080) -}}
-{{- if $serving }}{{ $ports = concat $ports (list (dict "name" "serve" "containerPort" 8000) (dict "name" "grpc" "containerPort" 9000)) }}{{ end -}}
-rayVersion: {{ .Values.rayVersion | quote }}
-{{- if .Values.rayTokenAuth }}
-{{- if semverCompare "<2.52.0" .Values.rayVersion }}{{ fail (printf "rayTokenAuth is set, and rayVersion %s has no token authentication: use 2.52.0 or later, or set rayTokenAuth to false" .Values.rayVersion) }}{{ end }}
-authOptions:
-  mode: token
-{{- end }}
-headGroupSpec:
-  rayStartParams:
-    dashboard-host: 0.0.0.0
-    num-cpus: "0"
-    object-store-memory: "536870912"
-  template:
-    {{- include "shoal.pod" (dict "root" . "container" "ray-head" "cpus" .Values.head.cpus "memory" .Values.head.memory "shm" "1Gi" "gpus" 0 "ports" $ports "probes" .Values.probes.head) | nindent 4 }}
-workerGroupSpecs:
-  - groupName: ranks
-    replicas: {{ .Values.workers.replicas }}
-    minReplicas: {{ .Values.workers.replicas }}
-    maxReplicas: {{ .Values.workers.replicas }}
-    rayStartParams:
-      num-cpus: {{ .Values.workers.cpus | toString | quote }}
-      object-store-memory: "536870912"
-    template:
-      {{- include "shoal.pod" (dict "root" . "container" "ray-worker" "cpus" .Values.workers.cpus "memory" .Values.workers.memory "shm" .Values.workers.shm "gpus" .Values.workers.gpus "ports" list "probes" .Values.probes.worker) | nindent 6 }}
+{{/* The Secret with the certificate authority of Ray. */}}
+{{- define "shoal.rayAuthority" -}}
+{{- if not (or .Values.rayTls.secret .Values.rayTls.certManager) }}{{ fail "rayTls.enabled is set without a certificate authority: name rayTls.secret, or set rayTls.certManager" }}{{ end -}}
+{{ .Values.rayTls.secret | default (printf "%s-ray-ca" (include "shoal.name" .)) }}
+{{- end -}}
+
+{{- define "shoal.budgetVersion" -}}
+{{ ternary "policy/v1" "policy/v1beta1" (.Capabilities.APIVersions.Has "policy/v1") }}
 {{- end -}}

@@ -1,0 +1,234 @@
+"""The chart's TLS, as it runs: nginx with the rendered configuration, Ray with certificates of the rendered script."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import os
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from charted import WATCHED, one, pods_of, rendered
+from kube_server import address_of_this_machine, free_port
+
+pytestmark = pytest.mark.skipif(shutil.which("helm") is None, reason="needs helm")
+
+NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/sbin")
+needs_nginx = pytest.mark.skipif(NGINX is None, reason="needs nginx")
+
+
+def authority(folder: Path) -> Path:
+    """A certificate authority as cert-manager makes one: tls.crt and tls.key."""
+    folder.mkdir()
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1",
+         "-subj", "/CN=authority", "-keyout", "tls.key", "-out", "tls.crt"],
+        cwd=folder, check=True, capture_output=True,
+    )  # fmt: skip
+    return folder
+
+
+def certificate(authority: Path, out: Path, address: str) -> Path:
+    """Runs the container that makes a pod's certificate, as the chart renders it: tls.crt, tls.key and ca.crt."""
+    out.mkdir()
+    (init,) = pods_of(rendered(WATCHED))[0]["spec"]["initContainers"]
+    names = next(each["value"] for each in init["env"] if each["name"] == "NAMES")
+    env = {"PATH": os.environ["PATH"], "POD_IP": address, "NAMES": names, "AUTHORITY": str(authority), "OUT": str(out)}
+    result = subprocess.run([*init["command"], *init["args"]], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+def test_a_pod_makes_a_certificate_for_its_address_and_the_names_of_services(tmp_path: Path) -> None:
+    own = certificate(authority(tmp_path / "authority"), tmp_path / "own", "10.1.2.3")
+    text = subprocess.run(
+        ["openssl", "x509", "-in", own / "tls.crt", "-noout", "-ext", "subjectAltName"], capture_output=True, text=True
+    ).stdout
+    assert "IP Address:10.1.2.3" in text and "DNS:*.team.svc.cluster.local" in text
+    verified = subprocess.run(["openssl", "verify", "-CAfile", own / "ca.crt", own / "tls.crt"], capture_output=True)
+    assert verified.returncode == 0
+    assert (own / "tls.key").stat().st_mode & 0o077 == 0
+
+
+class Slow(http.server.BaseHTTPRequestHandler):
+    """Says one line, waits until the test has seen it, and says another."""
+
+    protocol_version = "HTTP/1.1"
+    seen: threading.Event
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for text in (f"{self.headers['X-Forwarded-Proto']} {len(body)}\n".encode(), b"last\n"):
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(text), text))
+            self.seen.wait(30)
+        self.wfile.write(b"0\r\n\r\n")
+
+    def log_message(self, *arguments: Any) -> None:
+        """Nothing."""
+
+
+class Rpc(grpc.GenericRpcHandler):
+    """A method that streams: one message, then another when the test has seen the first."""
+
+    def __init__(self, seen: threading.Event) -> None:
+        self.seen = seen
+
+    def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        def answer(request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+            context.set_trailing_metadata((("retry-after", "1"),))
+            yield b"first"
+            assert self.seen.wait(30)
+            yield request
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full")
+
+        return grpc.unary_stream_rpc_method_handler(answer)
+
+
+@pytest.fixture(name="behind")
+def behind_fixture(tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """nginx as the chart sets it up, before an HTTP and a gRPC server of this process."""
+    seen = threading.Event()
+    handler = type("Handler", (Slow,), {"seen": seen})
+    web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    rpc = grpc.server(ThreadPoolExecutor(2), handlers=[Rpc(seen)])
+    rpc_port = rpc.add_insecure_port("127.0.0.1:0")
+    rpc.start()
+    own = certificate(authority(tmp_path / "authority"), tmp_path / "own", "10.1.2.3")
+    https, grpcs = free_port(), free_port()
+    text = one(rendered(WATCHED), "ConfigMap", "rel-shoal-tls")["data"]["nginx.conf"]
+    for was, now in (
+        ("/tmp/", f"{tmp_path}/"),
+        ("rel-shoal-serve-svc:8000", f"127.0.0.1:{web.server_port}"),
+        ("rel-shoal-head-svc:9000", f"127.0.0.1:{rpc_port}"),
+        ("listen 8443", f"listen 127.0.0.1:{https}"),
+        ("listen 9443", f"listen 127.0.0.1:{grpcs}"),
+        ("/etc/nginx/tls", str(own)),
+    ):
+        assert was in text
+        text = text.replace(was, now)
+    (tmp_path / "nginx.conf").write_text(text)
+    nginx = subprocess.Popen([NGINX, "-c", tmp_path / "nginx.conf", "-g", "daemon off;"], stderr=subprocess.PIPE)  # type: ignore[list-item]
+    end = time.monotonic() + 60
+    while True:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", grpcs), 1):
+            break
+        assert nginx.poll() is None and time.monotonic() < end, nginx.stderr and nginx.stderr.read()
+        time.sleep(0.05)
+    yield {"https": https, "grpcs": grpcs, "seen": seen, "ca": own / "ca.crt"}
+    nginx.terminate()
+    nginx.communicate(timeout=30)
+    web.shutdown()
+    rpc.stop(0)
+
+
+@needs_nginx
+def test_http_streams_through_nginx_with_tls(behind: dict[str, Any]) -> None:
+    context = ssl.create_default_context(cafile=str(behind["ca"]))
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
+    body = b"x" * (4 << 20)  # more than nginx takes by itself
+    with opener.open(f"https://localhost:{behind['https']}/v1/completions", body, timeout=30) as answer:
+        assert answer.readline() == b"https 4194304\n", "it came before the answer was whole"
+        behind["seen"].set()
+        assert answer.readline() == b"last\n"
+
+
+@needs_nginx
+def test_grpc_streams_through_nginx_with_tls_and_keeps_its_trailers(behind: dict[str, Any]) -> None:
+    credentials = grpc.ssl_channel_credentials(behind["ca"].read_bytes())
+    with grpc.secure_channel(f"localhost:{behind['grpcs']}", credentials, [("grpc.enable_http_proxy", 0)]) as channel:
+        call = channel.unary_stream("/shoal.v1.Inference/Generate")(b"second", timeout=30)
+        assert next(call) == b"first"
+        behind["seen"].set()
+        assert next(call) == b"second"
+        with pytest.raises(grpc.RpcError, match="the queue is full"):
+            next(call)
+        assert call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert ("retry-after", "1") in call.trailing_metadata()
+
+
+TASK = """
+import ray, sys
+ray.init(address=sys.argv[1], log_to_driver=False)
+@ray.remote(resources={"second": 1})
+def where(): return "on the second node"
+print(ray.get(where.remote(), timeout=120))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_nodes_of_ray_meet_with_certificates_and_refuse_who_has_none(tmp_path: Path, ray_temp_dir: Path) -> None:
+    """Two nodes with certificates of their own: the pods' script, their variables, a task from one to the other."""
+    address, port = address_of_this_machine(), free_port()
+    shared = authority(tmp_path / "authority")
+    variables = pods_of(rendered(WATCHED))[0]["spec"]["containers"][0]["env"]
+    token = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-of-more-than-thirty-two-letters"}
+
+    def environment(name: str) -> dict[str, str]:
+        own = certificate(shared, tmp_path / name, address)
+        told = {
+            v["name"]: v["value"].replace("/etc/ray/tls", str(own)) for v in variables if v["name"].startswith("RAY_")
+        }
+        assert len(told) == 4
+        return {**token, **told}
+
+    def node(name: str, *arguments: str) -> subprocess.Popen[bytes]:
+        ray = str(Path(sys.executable).parent / "ray")
+        with (tmp_path / f"{name}.log").open("wb") as log:
+            command = [ray, "start", "--block", f"--node-ip-address={address}", "--num-cpus=1", "--disable-usage-stats",
+                       "--object-store-memory=100000000", *arguments]  # fmt: skip
+            return subprocess.Popen(command, env=environment(name), stdout=log, stderr=log, start_new_session=True)
+
+    def ask(env: dict[str, str], seconds: float) -> str:
+        command = [sys.executable, "-c", TASK, f"{address}:{port}"]
+        try:
+            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return "no answer"
+        return done.stdout.strip() or done.stderr[-2000:]
+
+    with contextlib.ExitStack() as closing:
+        head = node(
+            "head", "--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={ray_temp_dir / 'tls'}"
+        )
+        closing.callback(_end, head)
+        _until(lambda: re.search(r"Ray runtime started", (tmp_path / "head.log").read_text()), tmp_path / "head.log")
+        second = node("second", f"--address={address}:{port}", '--resources={"second": 1}')
+        closing.callback(_end, second)
+        assert ask(environment("driver"), 180) == "on the second node"
+        short = {"RAY_gcs_rpc_server_connect_timeout_s": "2", "RAY_gcs_server_request_timeout_seconds": "5"}
+        assert "on the second node" not in ask(token | short, 40), "the token alone"
+
+
+def _until(true: Any, log: Path) -> None:
+    end = time.monotonic() + 120
+    while not true():
+        assert time.monotonic() < end, log.read_text()[-3000:]
+        time.sleep(0.2)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    import psutil
+
+    children = psutil.Process(process.pid).children(recursive=True)
+    for each in [process, *children]:
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            each.kill()
+    process.wait()

@@ -1,0 +1,118 @@
+"""Watches a rank's steps: where their time goes, and how NSA's branches are mixed. It costs no wait for the GPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shoal.workers.mesh import Mesh
+from shoal.workers.model import Transformer
+from shoal.workers.model.attention import BRANCHES, NativeSparseAttention
+from shoal.workers.model.feedforward import MoE
+from shoal.workers.records import PARTS
+
+
+class Clock:
+    """Adds up the time of named parts, while ``on``.
+
+    On a GPU time is that of its stream, between two events in it, so that nothing waits for what is measured; ``read``
+    may be called once all of it is done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.on = False
+        self._cuda = device.type == "cuda"
+        self._spans: list[tuple[str, Any, Any]] = []
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Measures a ``with`` block as a part, or as some more of it."""
+        if not self.on:
+            yield
+            return
+        begin = self._mark()
+        yield
+        self._spans.append((name, begin, self._mark()))
+
+    def _mark(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def read(self) -> dict[str, float]:
+        """Seconds of each part since the last call."""
+        spans, self._spans = self._spans, []
+        seconds: dict[str, float] = {}
+        for name, begin, end in spans:
+            took = begin.elapsed_time(end) / 1000 if self._cuda else end - begin
+            seconds[name] = seconds.get(name, 0.0) + took
+        return seconds
+
+
+class StepWatch:
+    """The clock of a trainer's steps, and the gates of its NSA layers, while ``gates`` is set."""
+
+    def __init__(self, model: Transformer, mesh: Mesh, device: torch.device) -> None:
+        self.clock, self.gates = Clock(device), False
+        m = model.recipe.model
+        self._heads, self._mesh, self._device = m.heads, mesh, device
+        self._layers = m.layers if model.recipe.attention.kind == "nsa" else 0
+        self._sums: dict[int, Tensor] = {}
+        for i, layer in enumerate(model.layers):
+            attention, moe = getattr(layer, "attention", None), layer.moe
+            if isinstance(attention, NativeSparseAttention):
+                attention.gate_out.register_forward_hook(self._listen(i))
+            if isinstance(moe, MoE):
+                moe.dispatcher.clock = self.clock
+
+    def _listen(self, layer: int) -> Any:
+        # what is computed again for the backward pass is the same once more: set, not added up
+        def hook(_module: Any, _inputs: Any, out: Tensor) -> None:
+            if self.gates:
+                gates = torch.sigmoid(out.detach().float()).view(-1, self._heads, BRANCHES)
+                self._sums[layer] = gates.sum((0, 1)).double()
+
+        return hook
+
+    def gate_sums(self) -> Tensor:
+        """``[layers · 3]`` float64 of the last forward pass: gates added up over this rank's tokens and heads.
+
+        Zeros where this rank has no attention; ``[0]`` without NSA, or while they are not watched.
+        """
+        if not self.gates:
+            return torch.zeros(0, dtype=torch.float64, device=self._device)
+        sums = torch.zeros(self._layers, BRANCHES, dtype=torch.float64, device=self._device)
+        for layer, gates in self._sums.items():
+            sums[layer] = gates
+        self._sums.clear()
+        return sums.flatten()
+
+    def forget(self) -> None:
+        """Leaves out the forward passes so far, of a validation, say."""
+        self._sums.clear()
+
+    def gate_means(self, sums: Tensor, tokens: int) -> list[list[float]]:
+        """``[layers][3]``: mean gates of ``tokens``, the global batch. sums: ``gate_sums`` over this rank's part of it.
+        A collective of all ranks, where there are gates."""
+        if not len(sums):
+            return []
+        means = (self._mesh.world.all_reduce(sums) / (tokens * self._heads)).tolist()
+        return [means[i : i + BRANCHES] for i in range(0, len(means), BRANCHES)]
+
+    def parts(self, seconds: float) -> dict[str, float]:
+        """``data_seconds`` and so on of a step that took ``seconds``; what is left is the update of the weights.
+
+        ``dispatch_seconds`` lies within forward and backward: the time for which rows of other ranks were waited for.
+        """
+        spent = self.clock.read()
+        found = {name: spent.get(name, 0.0) for name in PARTS}
+        found["update"] = max(0.0, seconds - sum(found.values()))
+        found["dispatch"] = spent.get("dispatch", 0.0)
+        return {f"{name}_seconds": value for name, value in found.items()}
