@@ -18,7 +18,9 @@ from shoal.jobs.kube.work import Work
 if TYPE_CHECKING:
     from shoal.jobs.kube.status import Status
 
-EXAMPLES = """Run jobs on a Kubernetes cluster, through KubeRay (1.4 or later), or on a Ray cluster that runs already.
+EXAMPLES = """Run jobs on a Kubernetes cluster, or on a Ray cluster that runs already.
+
+Kubernetes needs KubeRay, 1.4 or later.
 
 Examples:
 

@@ -95,8 +95,8 @@ def launch(parts: list[Part]) -> None:
     x, ends = torch.empty(count, hidden, dtype=dtype), torch.zeros(moe.experts, dtype=torch.int32)
     tiles_of(ends, count * moe.top_k, 128)
     shapes = [(8, hidden), (8, hidden, 2 * inner), (8, inner, hidden), (hidden, 4 * inner), (2 * inner, hidden)]
-    weights = [torch.empty(shape, dtype=dtype) for shape in shapes]
-    moe_layer(x, *weights[:3], (weights[3], weights[4]), moe.top_k, kind=Unread)
+    centroids, up, down, *shared = (torch.empty(shape, dtype=dtype) for shape in shapes)
+    moe_layer(x, centroids, up, down, (shared[0], shared[1]), moe.top_k, kind=Unread)
 
 
 @pytest.fixture(scope="module")
