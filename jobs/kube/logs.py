@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import time
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
@@ -137,7 +138,7 @@ def logs(
 
 
 @dataclass
-class _Log:
+class _Log(ABC):
     """A log that is being written. ``round`` goes on where the one before it stopped, even where it raised."""
 
     cluster: Cluster
@@ -158,9 +159,9 @@ class _Log:
         self.job = look_again(self.cluster, self.job)
         return self.job
 
+    @abstractmethod
     def round(self) -> bool:
         """Writes what is there, and returns whether that was all. Raises Unreachable, NotFound, ClusterRefused."""
-        raise NotImplementedError
 
     def say_why(self, job: Object) -> None:
         """Says why there is no log yet."""

@@ -3,43 +3,19 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-"""Triton 3.7 calls it the first, 3.6 the second."""
+from shoal.kernels.hopper import multiprocessors, on_hopper
 
 
 def supported(x: Tensor, *widths: int) -> bool:
     """Whether these kernels take bf16 rows like ``x`` and weights of these widths: on Hopper, multiples of 8."""
-    return (
-        x.is_cuda
-        and torch.cuda.get_device_capability(x.device) == (9, 0)
-        and x.dtype == torch.bfloat16
-        and all(width % 8 == 0 for width in widths)
-    )
-
-
-@lru_cache(maxsize=64)
-def _layout(block: tuple[int, ...]) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16)
-
-
-def descriptor(x: Tensor, *block: int) -> TensorDescriptor:
-    """For copies of blocks of a bf16 tensor by TMA."""
-    return TensorDescriptor.from_tensor(x, list(block), _layout(block))
-
-
-@lru_cache(maxsize=8)
-def multiprocessors(device: torch.device) -> int:
-    """How many the GPU has: the number of persistent programs."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return on_hopper(x) and x.dtype == torch.bfloat16 and all(width % 8 == 0 for width in widths)
 
 
 _compiled: dict[tuple[Any, ...], Any] = {}

@@ -18,7 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from shoal.kernels.moe.gluon_common import barrier, descriptor, launch, split_columns
+from shoal.kernels.hopper import barrier, descriptor
+from shoal.kernels.moe.gluon_common import launch, split_columns
 
 SHAPE = (4, 2)
 """Depth of the rings, and a consumer's slots of 8 KiB."""

@@ -19,7 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from shoal.kernels.moe.gluon_common import barrier, descriptor, launch, split_columns
+from shoal.kernels.hopper import barrier, descriptor
+from shoal.kernels.moe.gluon_common import launch, split_columns
 from shoal.kernels.moe.triton_tiles import Tiles
 
 PLAIN, UP, ACT = 0, 1, 2

@@ -8,8 +8,6 @@ share the keys and values, each for 64 rows (queries times group) of its own, an
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 from torch import Tensor
@@ -22,13 +20,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from shoal.kernels.hopper import descriptor, multiprocessors, on_hopper
 from shoal.kernels.nsa.triton_select import LOG2E
 from shoal.kernels.nsa.triton_tables import Span
-
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-"""Triton 3.7 calls it the first, 3.6 the second."""
 
 ROWS = 64
 """Rows of a warpgroup's matrix products."""
@@ -38,8 +33,7 @@ def supported(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether :func:`gluon_span_attention` takes these: Hopper, 16 bits, dimensions 64 or 128, groups of 2^i ≤ 64."""
     group, rest = divmod(q.shape[1], k.shape[1])
     return (
-        q.is_cuda
-        and torch.cuda.get_device_capability(q.device) == (9, 0)
+        on_hopper(q)
         and q.dtype in (torch.bfloat16, torch.float16)
         and {q.shape[2], v.shape[2]} <= {64, 128}
         and rest == 0
@@ -67,10 +61,10 @@ def gluon_span_attention(q: Tensor, k: Tensor, v: Tensor, span: Span, scale: flo
     tile, block = ROWS // group, 128
     tiles = triton.cdiv(tokens, 2 * tile)
     _span_kernel[(min(tiles * kv, multiprocessors(q.device)),)](
-        _descriptor(q, [tile, group, dim]),
-        _descriptor(k.view(keys, kv * dim), [block, dim]),
-        _descriptor(v.view(keys, kv * dim_v), [block, dim_v]),
-        _descriptor(out, [tile, group, dim_v]),
+        descriptor(q, tile, group, dim),
+        descriptor(k.view(keys, kv * dim), block, dim),
+        descriptor(v.view(keys, kv * dim_v), block, dim_v),
+        descriptor(out, tile, group, dim_v),
         span.low,
         span.high,
         lse,
@@ -86,16 +80,6 @@ def gluon_span_attention(q: Tensor, k: Tensor, v: Tensor, span: Span, scale: flo
         num_warps=4,
     )
     return out, lse
-
-
-@lru_cache(maxsize=8)
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
-    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    return TensorDescriptor.from_tensor(x, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
 
 
 @gluon.jit

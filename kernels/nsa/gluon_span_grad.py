@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from shoal.kernels.nsa.gluon_span import barrier
+from shoal.kernels.hopper import barrier, descriptor, on_hopper
 from shoal.kernels.nsa.triton_select import LOG2E
 from shoal.kernels.nsa.triton_span_grad import Grads
 from shoal.kernels.nsa.triton_tables import Span
@@ -42,8 +42,7 @@ def supported(q: Tensor, v: Tensor) -> bool:
     groups of 4 to 64 heads, powers of two."""
     group, rest = divmod(q.shape[1], v.shape[1])
     return (
-        q.is_cuda
-        and torch.cuda.get_device_capability(q.device) == (9, 0)
+        on_hopper(q)
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[2] == 128
         and v.shape[2] in (64, 128)
@@ -79,15 +78,15 @@ def gluon_span_backward(
     group = heads // kv
     tile, chunk = ROWS // group, chunk or triton.cdiv(tokens, ROWS) * ROWS
     _grad_kernel[(triton.cdiv(keys, 2 * ROWS), triton.cdiv(tokens, chunk), kv)](
-        descriptor(q, [tile, group, dim]),
-        descriptor(k.view(keys, kv * dim), [ROWS, dim]),
-        descriptor(v.view(keys, kv * dim_v), [ROWS, dim_v]),
-        descriptor(d_out, [tile, group, dim_v]),
-        row_descriptor(base, [tile, group]),
-        row_descriptor(dots, [tile, group]),
-        descriptor(grads.d_q, [tile, group, 64]),
-        descriptor(grads.d_k.view(keys, kv * dim), [ROWS, 64]),
-        descriptor(grads.d_v.view(keys, kv * dim_v), [ROWS, 64]),
+        descriptor(q, tile, group, dim),
+        descriptor(k.view(keys, kv * dim), ROWS, dim),
+        descriptor(v.view(keys, kv * dim_v), ROWS, dim_v),
+        descriptor(d_out, tile, group, dim_v),
+        _row_descriptor(base, [tile, group]),
+        _row_descriptor(dots, [tile, group]),
+        descriptor(grads.d_q, tile, group, 64),
+        descriptor(grads.d_k.view(keys, kv * dim), ROWS, 64),
+        descriptor(grads.d_v.view(keys, kv * dim_v), ROWS, 64),
         span.low,
         span.high,
         seen.low,
@@ -105,12 +104,7 @@ def gluon_span_backward(
     )
 
 
-def descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
-    dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}[x.dtype]
-    return TensorDescriptor.from_tensor(x, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
-
-
-def row_descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
+def _row_descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
     """Numbers of rows lie side by side in shared memory."""
     return TensorDescriptor.from_tensor(x, block, gl.NVMMASharedLayout(0, 32, rank=2))
 

@@ -1,0 +1,36 @@
+"""What kernels in Gluon for Hopper share: where they can run, descriptors for TMA, a barrier."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+"""Triton 3.7 calls it the first, 3.6 the second."""
+
+_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+
+
+def on_hopper(x: Tensor) -> bool:
+    """Whether a tensor is on a GPU of compute capability 9.0."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)
+
+
+@lru_cache(maxsize=256)
+def _layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(block), _DTYPES[dtype])
+
+
+def descriptor(x: Tensor, *block: int) -> TensorDescriptor:
+    """For copies of blocks of a tensor of 16 bits or float32 by TMA."""
+    return TensorDescriptor.from_tensor(x, list(block), _layout(block, x.dtype))
+
+
+@lru_cache(maxsize=8)
+def multiprocessors(device: torch.device) -> int:
+    """How many the GPU has: the number of persistent programs."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
