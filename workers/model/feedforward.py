@@ -190,19 +190,19 @@ class MoE(nn.Module):
         """
         if not self.whole or not hasattr(self, "shared") or len(self.shared.names) < 2:
             return 0
-        weight, kept = self.shared.gate_up, self._joined
+        weight, kept, version = self.shared.gate_up, self._joined, _version(self.shared.gate_up)
         if kept is None:
-            self._joined = side_by_side(weight.detach()), weight._version
+            self._joined = side_by_side(weight.detach()), version
             return self._joined[0].nbytes
-        if kept[1] != weight._version:
-            self._joined = kept[0].copy_(side_by_side(weight)), weight._version
+        if version is None or kept[1] != version:
+            self._joined = kept[0].copy_(side_by_side(weight)), version
         return 0
 
     def _shared_weights(self) -> tuple[Tensor, Tensor] | None:
         if not hasattr(self, "shared"):
             return None
         gate_up, down = self.shared.gate_up, self.shared.down
-        if self._joined is None or torch.is_grad_enabled() or self._joined[1] != gate_up._version:
+        if self._joined is None or torch.is_grad_enabled() or self._joined[1] != _version(gate_up):
             return gate_up, down
         return self._joined[0], down.flatten(0, 1)
 
@@ -258,3 +258,8 @@ def named_views(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, int | No
         layer = prefix.rpartition(".")[0]
         for i, name in enumerate(stacks[prefix].names):
             yield f"{layer}.{name}.{leaf}", parameter, i
+
+
+def _version(weight: Tensor) -> int | None:
+    """How often a tensor was changed in place; None for one made in inference mode, which does not count that."""
+    return None if weight.is_inference() else weight._version
