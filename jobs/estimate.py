@@ -187,7 +187,8 @@ def count_memory(recipe: Recipe, parameters: Parameters) -> dict[str, RankMemory
     """Bytes a rank. Attention shards are replicated, routed experts are divided over the expert ranks.
 
     Weights and gradients have ``train.dtype``; AdamW keeps two moments of at least float32. Where the weights are
-    shorter than that, there is a float32 master copy of them, and float32 gradients beside the short ones.
+    shorter than that, there is a float32 master copy of them, and float32 gradients beside the short ones. Moments and
+    masters are shared out among the ranks that hold the same weights, tensor by tensor.
     """
     p, moe = recipe.parallel, recipe.moe
     shared = parameters.shared_experts
@@ -198,15 +199,18 @@ def count_memory(recipe: Recipe, parameters: Parameters) -> dict[str, RankMemory
     tokens = recipe.train.batch // recipe.train.accumulate * recipe.train.sequence
     kept = _attention_activations(recipe, tokens // p.attention_ranks)
     rows = _expert_activations(recipe, tokens)
+    updated = max(-(-attention // p.attention_ranks), recipe.model.vocab * recipe.model.hidden)
     if p.split:
         return {
-            "attention": _memory(recipe, p.split[0], attention, kept),
-            "expert": _memory(recipe, p.split[1], experts, rows // p.split[1]),
+            "attention": _memory(recipe, p.split[0], attention, updated, kept),
+            "expert": _memory(recipe, p.split[1], experts, experts, rows // p.split[1]),
         }
-    return {"colocated": _memory(recipe, p.ranks, attention + experts, kept + rows // p.ranks)}
+    updated += -(-experts // (p.ranks // p.expert_ranks))
+    return {"colocated": _memory(recipe, p.ranks, attention + experts, updated, kept + rows // p.ranks)}
 
 
-def _memory(recipe: Recipe, ranks: int, parameters: int, activations: int) -> RankMemory:
+def _memory(recipe: Recipe, ranks: int, parameters: int, updated: int, activations: int) -> RankMemory:
+    """updated: how many of the parameters have their masters and moments on the rank."""
     width = _bytes_of(recipe)
     state = max(width, 4)
     master = state if width < state else 0
@@ -214,7 +218,7 @@ def _memory(recipe: Recipe, ranks: int, parameters: int, activations: int) -> Ra
         ranks=ranks,
         weights=parameters * width,
         gradients=parameters * (width + master),
-        optimizer=parameters * (2 * state + master),
+        optimizer=updated * (2 * state + master),
         activations=activations,
     )
 

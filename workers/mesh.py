@@ -31,6 +31,18 @@ class Group:
             dist.all_reduce(tensor, group=self.handle)
         return tensor
 
+    def reduce(self, tensor: Tensor, place: int) -> Tensor:
+        """Sum over the group at the rank of that place, in place; elsewhere the tensor is of no use afterwards."""
+        if self.handle is not None:
+            dist.reduce(tensor, self.ranks[place], group=self.handle)
+        return tensor
+
+    def broadcast(self, tensor: Tensor, place: int) -> Tensor:
+        """What the rank of that place has, in place."""
+        if self.handle is not None:
+            dist.broadcast(tensor, self.ranks[place], group=self.handle)
+        return tensor
+
     def all_gather(self, tensor: Tensor) -> Tensor:
         """``[…] -> [size, …]``."""
         if self.handle is None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from shoal.workers.config import TrainTable
+from shoal.workers.replicas import Piece
 
 
 class MasterAdamW:
@@ -16,17 +17,22 @@ class MasterAdamW:
     Gradients of several micro-batches are added up in the masters' dtype. Matrices decay, norms do not.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], table: TrainTable) -> None:
+    def __init__(
+        self, parameters: list[nn.Parameter], table: TrainTable, pieces: Sequence[Piece] | None = None
+    ) -> None:
+        """pieces: what has its masters and moments here, and is updated here; None: all of the parameters."""
         self.parameters = parameters
-        self.masters = [_master(p) for p in parameters]
-        matrices = [m for m in self.masters if m.ndim >= 2]
-        vectors = [m for m in self.masters if m.ndim < 2]
-        groups = [
-            {"params": matrices, "weight_decay": table.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
+        self.pieces = [Piece(i, 0, len(p)) for i, p in enumerate(parameters)] if pieces is None else list(pieces)
+        self.masters = [_master(piece.of(parameters)) for piece in self.pieces]
+        self._sums: list[Tensor | None] = [None] * len(parameters)
+        self._of: dict[int, list[int]] = {}
+        for i, piece in enumerate(self.pieces):
+            self._of.setdefault(piece.index, []).append(i)
         self.adam = torch.optim.AdamW(
-            [g for g in groups if g["params"]],
+            [
+                {"params": [m for m in self.masters if m.ndim >= 2], "weight_decay": table.weight_decay},
+                {"params": [m for m in self.masters if m.ndim < 2], "weight_decay": 0.0},
+            ],
             lr=table.learning_rate,
             betas=(table.beta1, table.beta2),
             eps=table.adam_eps,
@@ -40,48 +46,70 @@ class MasterAdamW:
             }
 
     def collect(self) -> None:
-        """Moves the gradients of a backward pass to the masters, adding to those already there."""
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if parameter is master:
+        """Takes the gradients of a backward pass, where they are shorter than masters, and adds them up as long."""
+        for i, parameter in enumerate(self.parameters):
+            if _is_wide(parameter):
                 continue
             if parameter.grad is not None:
-                grad = parameter.grad.to(master.dtype)
-                master.grad = grad if master.grad is None else master.grad.add_(grad)
+                grad, before = parameter.grad.to(torch.float32), self._sums[i]
+                self._sums[i] = grad if before is None else before.add_(grad)
             parameter.grad = None
 
     def gradients(self) -> list[Tensor]:
         """One gradient per parameter, in order; zeros for one that nothing reached."""
-        for master in self.masters:
-            if master.grad is None:
-                master.grad = torch.zeros_like(master)
-        return [m.grad for m in self.masters if m.grad is not None]
+        out = []
+        for i, parameter in enumerate(self.parameters):
+            if _is_wide(parameter):
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                out.append(parameter.grad)
+                continue
+            found = self._sums[i]
+            if found is None:
+                found = self._sums[i] = torch.zeros_like(parameter, dtype=torch.float32)
+            out.append(found)
+        return out
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
-        """One update; gradients are dropped afterwards."""
+        """One update of what is updated here; gradients are dropped afterwards."""
+        gradients = self.gradients()
+        for piece, master in zip(self.pieces, self.masters, strict=True):
+            master.grad = piece.of(gradients)
         for group in self.adam.param_groups:
             group["lr"] = rate
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if parameter is not master:
-                parameter.copy_(master)
+        for i, parameter in enumerate(self.parameters):
+            parameter.grad = self._sums[i] = None
+        for piece, master in zip(self.pieces, self.masters, strict=True):
+            if not _is_wide(weights := piece.of(self.parameters)):
+                weights.copy_(master)
 
     def set_steps(self, steps: int) -> None:
         """Tells Adam how many steps its moments have seen (its bias correction)."""
         for state in self.adam.state.values():
             state["step"].fill_(float(steps))
 
-    def state_of(self, index: int) -> Iterator[tuple[str, Tensor]]:
-        """``(kind, tensor)`` of parameter ``index``: both moments, and the master where it is not the weight itself."""
-        master = self.masters[index]
-        for kind in ("exp_avg", "exp_avg_sq"):
-            yield kind, self.adam.state[master][kind]
-        if master is not self.parameters[index]:
-            yield "master", master.data
+    def state_of(self, index: int, member: int | None = None) -> Iterator[tuple[str, Tensor]]:
+        """``(kind, tensor)`` of parameter ``index``, or of one of the experts stacked in it: both moments, and the
+        master where it is not the weight itself. Nothing of what is not updated here."""
+        for i in self._of.get(index, ()):
+            piece, master = self.pieces[i], self.masters[i]
+            if member is not None and not piece.start <= member < piece.stop:
+                continue
+            at = slice(None) if member is None else member - piece.start
+            for kind in ("exp_avg", "exp_avg_sq"):
+                yield kind, self.adam.state[master][kind][at]
+            if not _is_wide(self.parameters[index]):
+                yield "master", master.data[at]
 
 
-def _master(parameter: nn.Parameter) -> nn.Parameter:
-    if parameter.dtype in (torch.float32, torch.float64):
-        return parameter
-    return nn.Parameter(parameter.detach().to(torch.float32))
+def _is_wide(weights: Tensor) -> bool:
+    """Whether weights are their own masters."""
+    return weights.dtype in (torch.float32, torch.float64)
+
+
+def _master(weights: Tensor) -> nn.Parameter:
+    weights = weights.detach()
+    return nn.Parameter(weights if _is_wide(weights) else weights.to(torch.float32))

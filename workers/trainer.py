@@ -17,16 +17,16 @@ from shoal.workers.config import Recipe
 from shoal.workers.data.batch import PackedBatch
 from shoal.workers.data.loader import TrainLoader, ValLoader
 from shoal.workers.guard import first_bad_layer
-from shoal.workers.mesh import Group, Mesh
+from shoal.workers.mesh import Mesh
 from shoal.workers.model import Transformer
 from shoal.workers.model.feedforward import MoE, MoELoad, named_views
 from shoal.workers.optimizer import MasterAdamW
+from shoal.workers.replicas import replicas_of
 from shoal.workers.schedule import learning_rate
 from shoal.workers.validate import validate
 from shoal.workers.watch import StepWatch
 
 LOAD_RECORDS = 200  # about so many expert loads, and means of gates, are recorded in a run
-BUCKET = 64 << 20  # bytes of gradients reduced at a time
 Record = dict[str, Any]
 
 
@@ -51,9 +51,10 @@ class Trainer:
         self.recipe, self.corpus, self.mesh, self.device = recipe, corpus, mesh, device
         self.model = Transformer(recipe, mesh, device)
         self.parameters = dict(self.model.named_parameters())
-        self.optimizer = MasterAdamW(list(self.parameters.values()), recipe.train)
+        self.replicas = replicas_of(self.model, mesh)
+        self.own = [piece for replicas in self.replicas for piece in replicas.own]
+        self.optimizer = MasterAdamW(list(self.parameters.values()), recipe.train, self.own)
         self.reads = [m.dispatcher.reads for m in self.model.modules() if isinstance(m, MoE)]
-        self.on_experts = [".moe.experts." in name for name in self.parameters]
         self.watch = StepWatch(self.model, mesh, device)
         self.step = self.saved_step = 0
         self.loader = self._loader(None)
@@ -118,16 +119,19 @@ class Trainer:
         losses, counts, gate_sums = self._forward_backward(micro)
         gradients = self.optimizer.gradients()
         with clock.part("reduce"):
-            self._reduce_gradients(gradients)
+            for replicas in self.replicas:
+                replicas.reduce(gradients)
         loss, balance, norm = self._totals(losses, gradients)
         gates = self.watch.gate_means(gate_sums, t.batch * t.sequence)  # here, where the GPU was waited for anyway
         if not (math.isfinite(loss) and math.isfinite(balance) and math.isfinite(norm)):
             where = first_bad_layer(self.model, micro, dict(zip(self.parameters, gradients, strict=True)))
             raise NotFinite(f"step {self.step}: {where} (loss {loss:.4g}, gradient norm {norm:.4g})")
         if t.clip and norm > t.clip:
-            torch._foreach_mul_(gradients, t.clip / norm)
+            torch._foreach_mul_([piece.of(gradients) for piece in self.own], t.clip / norm)
         rate = learning_rate(self.step, t)
         self.optimizer.step(rate)
+        for replicas in self.replicas:
+            replicas.spread(list(self.parameters.values()))
         seconds = time.perf_counter() - started
         load = [load_fractions(c).tolist() for c in counts]
         return {
@@ -193,25 +197,12 @@ class Trainer:
             total = [a + b for a, b in zip(total, load.counts, strict=True)] if total else load.counts
         return [load_fractions(c) for c in total]
 
-    def _reduce_gradients(self, gradients: list[Tensor]) -> None:
-        for group, experts in ((self.mesh.attention, False), (self.mesh.replicas, True)):
-            mine = [g for g, e in zip(gradients, self.on_experts, strict=True) if e == experts]
-            if group is not None and group.size > 1:
-                all_reduce_flat(mine, group)
-
     def _totals(self, losses: Tensor, gradients: list[Tensor]) -> tuple[float, float, float]:
-        """Loss, balance loss and gradient norm over all ranks; replicated gradients count once."""
-        squares = losses.new_zeros(2)
-        for gradient, experts in zip(gradients, self.on_experts, strict=True):
-            squares[int(experts)] += gradient.double().square().sum()
-        attention, replicas = self.mesh.attention, self.mesh.replicas
-        share = torch.tensor(
-            [float(attention is not None and attention.index == 0), 1 / replicas.size if replicas else 0.0],
-            dtype=torch.float64,
-            device=self.device,
-        )
-        loss, balance, square = self.mesh.world.all_reduce(torch.cat([losses, (squares * share).sum()[None]])).tolist()
-        return loss, balance, math.sqrt(square) if square >= 0 else math.nan
+        """Loss, balance loss and gradient norm over all ranks; each piece of a gradient counts where it was summed."""
+        square = sum((piece.of(gradients).double().square().sum() for piece in self.own), losses.new_zeros(()))
+        total = self.mesh.world.all_reduce(torch.cat([losses, square[None]]))
+        loss, balance, squares = total.tolist()
+        return loss, balance, math.sqrt(squares) if squares >= 0 else math.nan
 
     # -- validation -------------------------------------------------------------------------------------
 
@@ -229,8 +220,8 @@ class Trainer:
         out: dict[str, Tensor] = {}
         for name, parameter, part in named_views(self.model):
             out[f"model.{name}"] = parameter.data if part is None else parameter.data[part]
-            for kind, tensor in self.optimizer.state_of(index_of[id(parameter)]):
-                out[f"optim.{kind}.{name}"] = tensor if part is None else tensor[part]
+            for kind, tensor in self.optimizer.state_of(index_of[id(parameter)], part):
+                out[f"optim.{kind}.{name}"] = tensor
         return out
 
     def save(self) -> None:
@@ -308,18 +299,3 @@ class Trainer:
         """Which part of the rows is read here: all ranks of a context group read the same one."""
         group, placement = self.mesh.attention, self.mesh.placement
         return (group.index // placement.context if group else None), len(placement.context_groups())
-
-
-def all_reduce_flat(tensors: list[Tensor], group: Group) -> None:
-    """Sums tensors of one dtype over a group, in place, a bucket of them at a time."""
-    bucket: list[Tensor] = []
-    size = 0
-    for i, tensor in enumerate(tensors):
-        bucket.append(tensor)
-        size += tensor.nbytes
-        if size < BUCKET and i + 1 < len(tensors):
-            continue
-        flat = group.all_reduce(torch.cat([t.reshape(-1) for t in bucket]))
-        for target, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-            target.copy_(part.view_as(target))
-        bucket, size = [], 0

@@ -18,12 +18,13 @@ BENCHMARKS = {
     "serve": ("shoal.jobs.bench.serve", "Latencies and tokens/s of a server, under one load after another."),
     "nsa": ("shoal.jobs.bench.nsa", "NSA's kernels on a GPU, beside dense attention of cuDNN and FlashAttention-2."),
     "sequence": ("shoal.jobs.bench.sequence", "Attention over a sequence that GPUs share: NSA beside ring attention."),
+    "context": ("shoal.jobs.bench.context", "Training at 64k over two GPUs, NSA beside ring attention; 512k."),
     "moe": ("shoal.jobs.bench.moe", "A DeepSeekMoE layer on a GPU, beside cuBLAS products with the same FLOPs."),
     "dispatch": ("shoal.jobs.bench.dispatch", "Token rows between two GPUs, and a DeepSeekMoE layer over both."),
     "cli": ("shoal.jobs.bench.cli", "Time that shoal --help takes."),
 }
 
-ON_GPUS = {"nsa": "", "moe": "", "sequence": "", "dispatch": "2x"}
+ON_GPUS = {"nsa": "", "moe": "", "sequence": "2x", "context": "2x", "dispatch": "2x"}
 """Those that need GPUs, and how many, as the name of a result says it."""
 
 

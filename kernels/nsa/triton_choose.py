@@ -86,8 +86,9 @@ def choose_blocks(
                 **halves(dim),
                 **shape,
             )
+        warps = max(tuning.top_warps, seen // 2048)  # with more of them, a warp has no registers for all scores
         _top_kernel[(rows, kv)](
-            scores, tables.starts, blocks, start, width, chunk, WIDTH=seen, num_warps=tuning.top_warps, **shape
+            scores, tables.starts, blocks, start, width, chunk, WIDTH=seen, num_warps=warps, **shape
         )
     return blocks
 

@@ -63,12 +63,15 @@ def _train(rank: int, world: int, tables: dict[str, Any], corpus: str, steps: in
 
 
 def _named_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Those that are summed on this rank."""
     from shoal.workers.model.feedforward import named_views
 
     out = {}
+    index_of = {id(p): i for i, p in enumerate(trainer.parameters.values())}
     for name, parameter, part in named_views(trainer.model):
         assert parameter.grad is not None
-        out[name] = (parameter.grad if part is None else parameter.grad[part]).clone()
+        if list(trainer.optimizer.state_of(index_of[id(parameter)], part)):
+            out[name] = (parameter.grad if part is None else parameter.grad[part]).clone()
     return out
 
 

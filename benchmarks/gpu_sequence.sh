@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# Training over shared sequences on two GPUs: benchmarks/gpu_sequence.sh OUT [PART…]
+#
+# Parts, all of them unless some are named:
+#   context   steps of nsa-64k-small at 64k, NSA beside ring attention, on two GPUs and on one; steps of 512k (5 minutes)
+#   train     `shoal train` itself on two GPUs, on packed documents (2 minutes)
+#   sequence  an attention layer from 32k to 512k, with its picture (4 minutes)
+# OUT gets one archive of JSON, records, pictures and logs, sequence.tar.gz, which grows with each part; the tables are
+# printed last. A part that fails does not stop the others; the exit code is the number of those that failed.
+#
+# Environment: PYTHON, STEPS of a case; without GPUs all of it is tried at small sizes.
+set -u
+OUT=${1:?usage: benchmarks/gpu_sequence.sh OUT [PART…]}
+shift
+PARTS=${*:-context train sequence}
+PYTHON=${PYTHON:-python}
+STEPS=${STEPS:-12}
+
+cd "$(dirname "$0")/.." || exit 1
+mkdir -p "$OUT"
+ARCHIVE=$(cd "$OUT" && pwd)/sequence.tar.gz
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} COLUMNS=220 PYTHONWARNINGS=ignore::FutureWarning
+export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0} # NVLink multicast wants rights that containers lack
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True} # 512k tokens leave little room for gaps
+# what the later parts need, before minutes are spent on the earlier ones
+"$PYTHON" -c "import ray, pyarrow, tokenizers, tensorboard, matplotlib" || exit 1
+GPUS=$("$PYTHON" -c "import torch; print(torch.cuda.device_count())")
+WORK=$(mktemp -d)
+OUT=$WORK/out
+mkdir "$OUT"
+trap 'rm -rf "$WORK"' EXIT
+failed=0
+
+part() { # NAME SECONDS COMMAND…: its output in OUT/NAME.txt and OUT/NAME.log
+    local name=$1 seconds=$2 began=$SECONDS code
+    shift 2
+    timeout --signal=INT --kill-after=30 "$seconds" "$@" >"$OUT/$name.txt" 2>"$OUT/$name.log"
+    code=$?
+    echo "$name: exit code $code after $((SECONDS - began)) s"
+    if [ $code -ne 0 ]; then
+        failed=$((failed + 1))
+        tail -n 25 "$OUT/$name.txt" "$OUT/$name.log"
+    fi
+    pack
+}
+
+pack() { # what there is by now: the whole may be cut short
+    tar -czf "$ARCHIVE.part" -C "$OUT" . && mv "$ARCHIVE.part" "$ARCHIVE"
+}
+
+context() {
+    part context 420 "$PYTHON" -m shoal.jobs.bench.context --out "$OUT/context" --data-dir "$WORK/data" --steps "$STEPS"
+    cat "$OUT/context.log"
+}
+
+train() { # a step has two sequences, one after another
+    local sets="train.batch=2 train.accumulate=2 train.eval_tokens=131072 checkpoint.every=4" each options=()
+    if [ "$GPUS" -lt 2 ]; then
+        sets="$sets model.layers=2 model.hidden=64 model.heads=4 model.head_dim=16 model.dense_hidden=64 moe.experts=4
+              moe.top_k=2 moe.expert_hidden=32 model.vocab=2048 attention.window=64 model.context=4096
+              train.sequence=2048 train.eval_tokens=4096 parallel.device=cpu"
+    else
+        sets="$sets parallel.device=cuda"
+    fi
+    for each in $sets; do options+=(--set "$each"); done
+    unset PYTORCH_ALLOC_CONF
+    part train 240 "$PYTHON" -m shoal.jobs.cli.main train --recipe nsa-64k-small --name shared --steps 4 \
+        --runs-dir "$WORK/runs" --data-dir "$WORK/data" "${options[@]}"
+    cp "$WORK"/runs/shared/*.jsonl "$OUT" 2>/dev/null
+}
+
+sequence() {
+    unset PYTORCH_ALLOC_CONF
+    part sequence 330 "$PYTHON" -m shoal.jobs.cli.main bench sequence --out "$OUT" --plots "$OUT"
+}
+
+for each in $PARTS; do
+    $each
+done
+for each in $PARTS; do
+    echo
+    echo "== $each"
+    tail -n 60 "$OUT/$each.txt"
+done
+pack
+exit $failed

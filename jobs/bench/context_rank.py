@@ -1,0 +1,73 @@
+"""One rank of ``shoal bench context``: trains a few steps, without Ray, and says how they went."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from shoal.jobs.recipe import load_recipe
+from shoal.workers.config import Recipe
+from shoal.workers.mesh import make_mesh
+from shoal.workers.placement import Placement
+from shoal.workers.trainer import Trainer
+
+RECIPE = "nsa-64k-small"
+
+
+def rank_main(
+    process: int,
+    places: list[tuple[int, int]],
+    cases: list[tuple[list[str], int, str]],
+    corpus: str,
+    seconds: float,
+    least: int,
+    folder: str,
+) -> None:
+    """Trains one of the cases that run side by side. cases: settings, ranks and meeting point of each; places: case and
+    rank of each process. The first rank of a case writes a line of JSON to ``folder/records-CASE`` for each step."""
+    index, rank = places[process]
+    settings, ranks, store = cases[index]
+    recipe = load_recipe(RECIPE, settings)
+    device = torch.device("cpu")
+    if recipe.parallel.device == "cuda":
+        device = torch.device("cuda", process)
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
+    if ranks > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, f"file://{store}", timedelta(minutes=3), ranks, rank)
+    mesh = make_mesh(Placement.of(recipe), rank, device)
+    trainer = Trainer(recipe, Path(corpus), None, mesh, device)
+    began = time.monotonic()
+    with Path(folder, f"records-{index}" if rank == 0 else "unused").open("a", buffering=1) as file:
+        for step in range(1, recipe.train.steps + 1):
+            start = time.perf_counter()
+            record = trainer.train_step()
+            del record["load"], record["gates"]
+            # the host's clocks differ: whether there is time for another step is decided together
+            facts = torch.tensor([time.monotonic() - began, _peak(device)], dtype=torch.float64, device=device)
+            passed, peak = mesh.world.all_gather(facts).amax(0).tolist()
+            if rank == 0:
+                record["wall_seconds"] = time.perf_counter() - start  # the GPU is done with it: its facts were read
+                file.write(json.dumps({**record, **_settings(recipe), "peak_bytes": int(peak)}) + "\n")
+            if step >= least and passed > seconds:
+                break
+    if ranks > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    return {"context": recipe.train.sequence, "recompute": recipe.train.recompute}
+
+
+def _peak(device: torch.device) -> int:
+    """Bytes allocated at most since the start; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
