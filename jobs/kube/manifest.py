@@ -130,6 +130,11 @@ def _labels(work: Work, options: JobOptions) -> dict[str, str]:
     return found
 
 
+def _pod_labels(work: Work, options: JobOptions) -> dict[str, str]:
+    """Without the queue's: the job waits there for all of its pods, and none waits for itself."""
+    return {KIND: work.kind, **own_labels(options.label)}
+
+
 def _code(name: str, options: JobOptions, told: Told) -> tuple[list[Object], Object]:
     """The ConfigMap of local code, if there is any, and the Ray runtime environment that uses it."""
     if options.working_dir is None:
@@ -160,7 +165,7 @@ def _job(work: Work, options: JobOptions, environment: Object) -> Object:
         job["suspend"] = True
     if options.submission_mode == "K8sJobMode":
         job["submitterConfig"] = {"backoffLimit": SUBMITTER_RETRIES}
-        job["submitterPodTemplate"] = {"metadata": {"labels": _labels(work, options)}, "spec": _submitter(options)}
+        job["submitterPodTemplate"] = {"metadata": {"labels": _pod_labels(work, options)}, "spec": _submitter(options)}
     return job
 
 
@@ -252,7 +257,7 @@ def _template(
     if has_code:
         box["volumeMounts"].append({"name": "code", "mountPath": CODE, "readOnly": True})
         declared.append({"name": "code", "configMap": {"name": f"{name}-code"}})
-    metadata: Object = {"labels": {KIND: work.kind, **own_labels(options.label)}}
+    metadata: Object = {"labels": _pod_labels(work, options)}
     metadata |= {"annotations": annotations} if annotations else {}
     pod = _pod(options) | {"terminationGracePeriodSeconds": STOPPING + 30, "containers": [box], "volumes": declared}
     return {"metadata": metadata, "spec": pod}
@@ -272,7 +277,7 @@ def _add_cache(options: JobOptions, box: Object, declared: list[Object]) -> None
 
 def _pod(options: JobOptions) -> Object:
     """What all pods have in common."""
-    pod: Object = {}
+    pod: Object = {"securityContext": _security(options)}
     if options.pull_secret:
         for secret in options.pull_secret:
             check_object(secret, "--pull-secret")
@@ -292,6 +297,15 @@ def _pod(options: JobOptions) -> Object:
     return pod
 
 
+def _security(options: JobOptions) -> Object:
+    """A pod's user. Its group may write to volumes, which belong to root when a driver has just made them."""
+    security: Object = {"seccompProfile": {"type": "RuntimeDefault"}}
+    if options.user:
+        security |= {"runAsNonRoot": True, "runAsUser": options.user, "runAsGroup": options.user}
+        security |= {"fsGroup": options.user, "fsGroupChangePolicy": "OnRootMismatch"}
+    return security
+
+
 def _container(options: JobOptions, name: str, resources: Object) -> Object:
     if not options.image or options.image != options.image.strip() or not options.image.isprintable():
         raise InvalidInput(f"--image {quote(options.image)} is not an image: write, say, registry/shoal:1.0")
@@ -300,7 +314,8 @@ def _container(options: JobOptions, name: str, resources: Object) -> Object:
     env, whole = variables(options.env, options.secret)
     box |= {"env": env} if env else {}
     box |= {"envFrom": whole} if whole else {}
-    security = {"allowPrivilegeEscalation": False, "seccompProfile": {"type": "RuntimeDefault"}}
+    security: Object = {"allowPrivilegeEscalation": False, "seccompProfile": {"type": "RuntimeDefault"}}
+    security |= {"capabilities": {"drop": ["ALL"]}} if options.user else {}  # root reads others' files by one
     return box | {"resources": resources, "securityContext": security}
 
 

@@ -110,11 +110,28 @@ def test_a_pod_has_no_token_of_an_account_unless_something_needs_it(tmp_path: Pa
     assert [pod["automountServiceAccountToken"] for pod in others] == [False] * 2
 
 
+def test_pods_are_what_a_restricted_namespace_takes_and_may_write_to_a_new_claim() -> None:
+    """The standard "restricted" of Kubernetes' pod security, and the group that a claim's files are given to."""
+    for manifest in (job_manifest(), service_manifest()):
+        for pod in pods_of(manifest):
+            whole, (box,) = pod["securityContext"], pod["containers"]
+            assert whole["runAsNonRoot"] is True and whole["seccompProfile"] == {"type": "RuntimeDefault"}
+            assert whole["runAsUser"] == whole["runAsGroup"] == whole["fsGroup"] == 1000, "the image's user"
+            assert box["securityContext"]["allowPrivilegeEscalation"] is False
+            assert box["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    for pod in pods_of(job_manifest(user=0)):
+        assert pod["securityContext"] == {"seccompProfile": {"type": "RuntimeDefault"}}
+        assert "capabilities" not in pod["containers"][0]["securityContext"]
+
+
 def test_a_queue_takes_the_priority_for_itself() -> None:
     manifest = job_manifest(queue="team-a", priority="high")
     labels = manifest["metadata"]["labels"]
     assert labels["kueue.x-k8s.io/queue-name"] == "team-a" and labels["kueue.x-k8s.io/priority-class"] == "high"
     assert all("priorityClassName" not in pod for pod in pods_of(manifest))
+    assert manifest["spec"]["submitterPodTemplate"]["metadata"]["labels"] == {"shoal/kind": "train"}, (
+        "a pod with a queue's name would wait there for itself"
+    )
 
 
 def test_volumes_and_shm_are_mounted_where_ranks_stand() -> None:
