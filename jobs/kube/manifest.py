@@ -31,11 +31,17 @@ GPU = "nvidia.com/gpu"
 CODE = "/etc/shoal/code"
 CACHE = "/var/cache/shoal"  # of runs that are fetched
 STOPPING = 90  # seconds that a job told to stop has to save
+DRAINING = 60  # seconds that requests under way have when a service's pod is to go
 SUBMITTER_RETRIES = 3  # of the pod that hands the job to Ray and follows its log; it does not begin the job again
 _SHELL = frozenset("'\"`$\\;&|<>*?()[]{}#~!")
 SERVICE = "shoal.jobs.serve.deployed:application"
 PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10001, "metrics": 8080}
 SERVE_PORTS = {"serve": 8000, "grpc": 9000}
+# KubeRay's own probe asks each worker of a service for a proxy of Serve, which is on the head alone
+READY = {
+    "httpGet": {"path": "/api/local_raylet_healthz", "port": 52365},
+    "periodSeconds": 5, "timeoutSeconds": 2, "failureThreshold": 10,
+}  # fmt: skip
 
 Told = Callable[[str], None]
 
@@ -252,6 +258,9 @@ def _template(
         box["volumeMounts"].append({"name": "recipe", "mountPath": "/etc/shoal/recipe", "readOnly": True})
         field = {"path": "recipe.toml", "fieldRef": {"fieldPath": f"metadata.annotations['{RECIPE}']"}}
         declared.append({"name": "recipe", "downwardAPI": {"items": [field]}})
+    if work.kind == "serve":
+        box["lifecycle"] = {"preStop": {"exec": {"command": ["sleep", str(DRAINING)]}}}
+        box |= {"readinessProbe": READY} if container == "ray-worker" else {}
     if work.fetches:
         _add_cache(options, box, declared)
     if has_code:

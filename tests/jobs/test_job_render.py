@@ -176,6 +176,17 @@ def test_a_service_is_one_application_of_serve_behind_a_token() -> None:
     assert token in head["env"]
 
 
+def test_pods_of_a_service_become_ready_and_drain_as_those_of_the_chart_do() -> None:
+    chart = yaml.safe_load((Path(__file__).parents[2] / "k8s" / "chart" / "values.yaml").read_text())
+    head, worker = (pod["containers"][0] for pod in pods_of(service_manifest()))
+    assert worker["readinessProbe"] == chart["probes"]["worker"]["readinessProbe"]
+    assert "readinessProbe" not in head, "KubeRay's own holds there"
+    for box in (head, worker):
+        assert box["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", str(chart["service"]["drainSeconds"])]
+    assert all(pod["terminationGracePeriodSeconds"] > 60 for pod in pods_of(service_manifest()))
+    assert all("readinessProbe" not in pod["containers"][0] for pod in pods_of(job_manifest()))
+
+
 def test_a_run_in_an_object_store_is_fetched_where_it_is_used(here: Shell) -> None:
     url = "s3://bucket/runs/first"
     alone = yaml.safe_load(here("job", "render", "serve", url, "--insecure", "--gpus-per-node", "2")[1])
