@@ -118,6 +118,8 @@ def find_job(cluster: Cluster, name: str) -> Object:
     kind, slash, rest = name.partition("/")
     plurals = [_KINDS[kind]] if slash and kind in _KINDS else [JOBS, SERVICES]
     wanted = rest if len(plurals) == 1 else name
+    if not wanted:  # the path of a list
+        raise InvalidInput(f"NAME {quote(name)} names no job: {cluster.hint('list')} shows the jobs")
     found, refused = list[Object](), list[ShoalError]()
     for plural in plurals:
         try:

@@ -35,11 +35,11 @@ class RayCluster:
 
     def __init__(self, address: str) -> None:
         """Makes no request. Raises InvalidInput for what is no such address, or a token that cannot be sent."""
-        parts = urlsplit(address)
         try:
+            parts = urlsplit(address)
             known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        except ValueError:  # a port that is no number
-            known = False
+        except ValueError:  # a port that is no number, half an IPv6 address
+            parts, known = urlsplit(""), False
         if not known or parts.query or parts.fragment or parts.username or not address.isprintable():
             raise InvalidInput(
                 f"--ray-address {quote(address)} is not the address of a Ray dashboard: write, say, http://head:8265"
@@ -98,6 +98,8 @@ class RayCluster:
 
     def job(self, name: str) -> Object:
         """What Ray says of a job. Raises NotFound, ShoalError."""
+        if not name:  # the path of a list
+            raise InvalidInput(f"NAME {quote(name)} names no job: {self.hint('list')} shows the jobs")
         try:
             found: Object = self.get(f"/api/jobs/{escape(name, safe='')}")
         except NotFound:

@@ -112,6 +112,14 @@ def test_a_job_and_a_service_of_one_name_are_told_apart(shoal: Shell, cluster: C
     assert json.loads(shoal("status", "first", "-o", "json")[1])["kind"] == "train"
 
 
+@pytest.mark.parametrize("name", ["", "rayjob/"])
+@pytest.mark.parametrize("verb", ["status", "delete", "cancel", "logs", "wait", "resubmit", "dashboard"])
+def test_a_name_that_is_empty_is_no_list(verb: str, name: str, shoal: Shell, cluster: Cluster) -> None:
+    """As of a variable that a script has not set: the path of a job would be that of all jobs."""
+    code, out, err = shoal(verb, name)
+    assert (code, out) == (3, "") and f"NAME {name!r} names no job: `shoal job list" in err
+
+
 def test_a_namespace_that_is_not_there_is_refused(shoal: Shell) -> None:
     arguments = ("submit", "train", *CPU, "--name", "first", "--namespace", "nowhere")
     code, _, err = shoal(*arguments, namespace=False)
