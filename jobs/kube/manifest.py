@@ -15,7 +15,7 @@ import yaml
 from shoal.jobs.kube.check import check_manifest
 from shoal.jobs.kube.code import is_url, zip_folder
 from shoal.jobs.kube.fit import OBJECT_STORE, Sizes, sizes
-from shoal.jobs.kube.names import check_name, check_object
+from shoal.jobs.kube.names import check_image, check_name, check_object
 from shoal.jobs.kube.options import JobOptions
 from shoal.jobs.kube.parts import Object, labels, own_labels, tolerations, variables, volumes
 from shoal.jobs.kube.quantity import to_bytes
@@ -316,8 +316,7 @@ def _security(options: JobOptions) -> Object:
 
 
 def _container(options: JobOptions, name: str, resources: Object) -> Object:
-    if not options.image or options.image != options.image.strip() or not options.image.isprintable():
-        raise InvalidInput(f"--image {quote(options.image)} is not an image: write, say, registry/shoal:1.0")
+    check_image(options.image, "--image")
     box: Object = {"name": name, "image": options.image}
     box |= {"imagePullPolicy": options.pull_policy} if options.pull_policy else {}
     env, whole = variables(options.env, options.secret)

@@ -131,9 +131,11 @@ def train(
     if gpus and not {"parallel.ranks", "parallel.placement"} & set(told):
         overrides["parallel.ranks"] = gpus
     checked = load_recipe(recipe, sets, overrides)
+    if checked.data.corpus.startswith("/"):
+        _check_place(options, "data.corpus", checked.data.corpus, "folder")
     name = options.name or fresh_name(checked.name)
-    if run is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run, re.ASCII):
-        raise InvalidInput(f"--run {quote(run)} is not a plain name: use letters, digits, '.', '_' and '-'")
+    if run is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", run, re.ASCII):
+        raise InvalidInput(f"--run {quote(run)} is not a plain name: use up to 200 letters, digits, '.', '_' and '-'")
     folders = ("--runs-dir", where.runs, "--data-dir", where.data)
     command = (*TRAIN, "--name", run or name, "--or-resume", *folders)
     return Work("train", name, command, run or name, checked.parallel.ranks, checked)
