@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from shoal.jobs.kube.api import CLUSTERS, Cluster, Object, Unreachable
+from shoal.jobs.kube.kueue import kueue, workloads
 from shoal.jobs.kube.manifest import KIND, QUEUE, RUN
 from shoal.jobs.kube.ray_api import cluster_name, clusters_of
 from shoal.workers.errors import ClusterRefused, NotFound, ShoalError, last_line
@@ -118,16 +119,13 @@ def _reasons(cluster: Cluster, each: Object, found: Status) -> Iterator[str]:
 
 def _queue_reasons(cluster: Cluster, each: Object, found: Status) -> Iterator[str]:
     """What Kueue says: of the workload that it made of the job, else whether the queue is there."""
-    kueue = "/apis/kueue.x-k8s.io/v1beta1/namespaces/{}"
-    uid = each["metadata"].get("uid", "")
     missing = "this cluster has no Kueue, which would take it from its queue"
     try:
-        workloads = list(
-            cluster.items(cluster.path(f"{kueue}/workloads"), labelSelector=f"kueue.x-k8s.io/job-uid={uid}")
-        )
+        where = kueue(cluster)
+        made = workloads(cluster, where, each)
         missing = f"there is no LocalQueue {found.queue} in {cluster}"
-        if not workloads:
-            cluster.get(cluster.path(f"{kueue}/localqueues", found.queue))
+        if not made:
+            cluster.get(f"{where}/localqueues/{found.queue}")
     except NotFound:
         yield missing
         return
@@ -136,7 +134,7 @@ def _queue_reasons(cluster: Cluster, each: Object, found: Status) -> Iterator[st
         return
     said = [
         condition["message"]
-        for workload in workloads
+        for workload in made
         for condition in (workload.get("status") or {}).get("conditions") or []
         if condition.get("message") and (condition.get("type"), condition.get("status"))
         in {("QuotaReserved", "False"), ("Admitted", "False"), ("Evicted", "True"), ("Preempted", "True")}

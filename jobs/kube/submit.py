@@ -10,6 +10,7 @@ from typing import Any
 
 from shoal.jobs.kube.api import FIRST_PAUSE, JOBS, SERVICES, TRIES, Cluster, Conflict, Object, Unreachable
 from shoal.jobs.kube.check import check_manifest
+from shoal.jobs.kube.kueue import kueue, workloads
 from shoal.jobs.kube.manifest import QUEUE, RUN
 from shoal.jobs.kube.names import check_name, fresh_name
 from shoal.jobs.kube.ray_api import stop_ray_job
@@ -212,10 +213,10 @@ def _deactivate(cluster: Cluster, job: Object) -> bool:
 
     Whether that was done, or needs not be: Kueue makes the workload of a new job a moment after it.
     """
-    where = cluster.path("/apis/kueue.x-k8s.io/v1beta1/namespaces/{}/workloads")
-    uid, until = job["metadata"].get("uid", ""), time.monotonic() + WORKLOAD_SECONDS
+    until = time.monotonic() + WORKLOAD_SECONDS
     try:
-        while not (found := list(cluster.items(where, labelSelector=f"kueue.x-k8s.io/job-uid={uid}"))):
+        where = kueue(cluster)
+        while not (found := workloads(cluster, where, job)):
             if time.monotonic() > until:
                 return False
             time.sleep(FIRST_PAUSE)
@@ -223,7 +224,7 @@ def _deactivate(cluster: Cluster, job: Object) -> bool:
         return True
     for workload in found:
         with contextlib.suppress(NotFound):  # Kueue may remove it meanwhile
-            cluster.patch(f"{where}/{workload['metadata']['name']}", {"spec": {"active": False}})
+            cluster.patch(f"{where}/workloads/{workload['metadata']['name']}", {"spec": {"active": False}})
     return True
 
 

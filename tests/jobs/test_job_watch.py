@@ -124,24 +124,26 @@ def test_status_of_who_may_not_see_pods(server: ApiServer, cluster: Cluster) -> 
     assert reason.startswith("its pods cannot be asked (not allowed: pods is forbidden")
 
 
-WORKLOADS = "/apis/kueue.x-k8s.io/v1beta1/namespaces/{}/workloads"
+WORKLOADS = "/apis/kueue.x-k8s.io/v1beta2/namespaces/{}/workloads"
 KUEUE = {"workloads": "Workload", "localqueues": "LocalQueue"}
 
 
 def install_kueue(server: ApiServer) -> None:
-    """Kueue's two objects that jobs ask about, of any content; once."""
+    """Kueue's two objects that jobs ask about, of any content; once. Those of the chart's tests are of v1beta1."""
     if server.request("GET", WORKLOADS.format("default"), quiet=True) is not None:
         return
     for plural, kind in KUEUE.items():
         schema = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
-        version = {"name": "v1beta1", "served": True, "storage": True, "schema": {"openAPIV3Schema": schema}}
+        version = {"name": "v1beta2", "served": True, "storage": True, "schema": {"openAPIV3Schema": schema}}
         names = {"plural": plural, "kind": kind, "singular": kind.lower(), "listKind": f"{kind}List"}
         spec = {"group": "kueue.x-k8s.io", "scope": "Namespaced", "names": names, "versions": [version]}
         body = {"metadata": {"name": f"{plural}.kueue.x-k8s.io"}, "spec": spec}
         body |= {"apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition"}
         server.request("POST", "/apis/apiextensions.k8s.io/v1/customresourcedefinitions", body)
+    group = "/apis/kueue.x-k8s.io"
+    server._until(lambda: server.request("GET", group, quiet=True) is not None)
     for plural in KUEUE:
-        path = f"/apis/kueue.x-k8s.io/v1beta1/namespaces/default/{plural}"
+        path = f"/apis/kueue.x-k8s.io/v1beta2/namespaces/default/{plural}"
         server._until(lambda path=path: server.request("GET", path, quiet=True) is not None)
 
 
@@ -153,8 +155,8 @@ def test_a_queued_job_says_what_the_queue_says_and_never_starts_once_cancelled(
     install_kueue(server)
     assert explain(cluster, job).reasons == [f"there is no LocalQueue team-a in namespace {cluster.namespace}"]
     path, meta = (
-        f"/apis/kueue.x-k8s.io/v1beta1/namespaces/{cluster.namespace}",
-        {"apiVersion": "kueue.x-k8s.io/v1beta1"},
+        f"/apis/kueue.x-k8s.io/v1beta2/namespaces/{cluster.namespace}",
+        {"apiVersion": "kueue.x-k8s.io/v1beta2"},
     )
     message = "couldn't assign flavors to pod set head: insufficient unused quota for nvidia.com/gpu"
     body = {
@@ -174,7 +176,7 @@ def test_a_queued_job_says_what_the_queue_says_and_never_starts_once_cancelled(
 def workload(job: Any) -> dict[str, Any]:
     """What Kueue makes of a job."""
     labels = {"kueue.x-k8s.io/job-uid": job["metadata"]["uid"]}
-    meta = {"apiVersion": "kueue.x-k8s.io/v1beta1", "kind": "Workload"}
+    meta = {"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "Workload"}
     return {**meta, "metadata": {"name": job["metadata"]["name"], "labels": labels}, "spec": {"active": True}}
 
 
