@@ -195,13 +195,25 @@ def serve(
         )
     arguments: dict[str, Any] = {"run": _run(run), "runs_dir": folder[-1] if folder else None}
     arguments |= {"step": step, "name": model, "placement": placement}
-    arguments |= {"workers": None if placement else _serving_ranks(options), "insecure": insecure or None}
+    split = _split(placement)
+    ranks = split or _serving_ranks(options)
+    arguments |= {"workers": None if split else ranks, "insecure": insecure or None}
     given = {key: value for key, value in arguments.items() if value is not None}
-    return Work("serve", _name(options, "serve", run), (), run, _serving_ranks(options), service=given)
+    return Work("serve", _name(options, "serve", run), (), run, ranks, service=given)
 
 
 def _name(options: JobOptions, kind: str, run: str) -> str:
     return options.name or fresh_name(f"{kind}-{posixpath.basename(run.rstrip('/'))}")
+
+
+def _split(placement: str | None) -> int | None:
+    """Ranks of nA:mF, None of colocated ones, which are as many as there are GPUs."""
+    if placement in (None, "colocated"):
+        return None
+    match = re.fullmatch(r"([1-9]\d{0,3})A:([1-9]\d{0,3})F", placement or "", re.ASCII)
+    if not match:
+        raise InvalidInput(f"--placement {quote(placement)} is neither colocated nor nA:mF: write, say, 2A:2F")
+    return int(match[1]) + int(match[2])
 
 
 def _serving_ranks(options: JobOptions) -> int:

@@ -170,10 +170,23 @@ def test_a_service_is_one_application_of_serve_behind_a_token() -> None:
     config = yaml.safe_load(manifest["spec"]["serveConfigV2"])
     assert config["applications"][0]["args"] == {"run": "first", "runs_dir": "/mnt/shoal/runs", "workers": 2}
     assert config["proxy_location"] == "HeadOnly"
+
     head = pods_of(manifest)[0]["containers"][0]
     assert {"name": "serve", "containerPort": 8000} in head["ports"]
     token = {"name": "SHOAL_API_TOKEN", "valueFrom": {"secretKeyRef": {"name": "tokens", "key": "one"}}}
     assert token in head["env"]
+
+
+def test_a_service_has_as_many_ranks_as_it_has_places_for(here: Shell) -> None:
+    def placed(placement: str, gpus: int) -> tuple[Any, str]:
+        gpu = ("--gpus-per-node", str(gpus), "--placement", placement, "--insecure", "--volume", "runs:/mnt")
+        manifest = yaml.safe_load(here("job", "render", "serve", "first", *gpu)[1])
+        args = yaml.safe_load(manifest["spec"]["serveConfigV2"])["applications"][0]["args"]
+        return args.get("workers"), pods_of(manifest)[1]["containers"][0]["resources"]["limits"]["cpu"]
+
+    assert placed("colocated", 2)[0] == 2, "not as many as it was trained on"
+    assert placed("2A:2F", 0) == (None, "4"), "a core for each"
+    assert placed("2A:2F", 4)[0] is None
 
 
 def test_pods_of_a_service_become_ready_and_drain_as_those_of_the_chart_do() -> None:
