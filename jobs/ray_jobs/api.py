@@ -15,6 +15,7 @@ from urllib.parse import quote as escape
 from urllib.parse import urlsplit
 
 from shoal.jobs.kube.api import Unreachable
+from shoal.jobs.kube.limit import Limited
 from shoal.jobs.kube.ray_answers import refusal
 from shoal.jobs.recipe_errors import quote
 from shoal.workers.errors import ClusterRefused, InvalidInput, NotFound
@@ -30,7 +31,7 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _REMEDY = "set RAY_AUTH_TOKEN to what `ray get-auth-token` prints on the cluster, or RAY_AUTH_TOKEN_PATH to its file"
 
 
-class RayCluster:
+class RayCluster(Limited):
     """The dashboard at an address such as ``http://head:8265``."""
 
     def __init__(self, address: str) -> None:
@@ -66,7 +67,9 @@ class RayCluster:
             try:
                 return self.ask("GET", path)
             except Unreachable:
-                time.sleep(pause)
+                if self.out_of_time:
+                    raise
+                time.sleep(self.left(pause))
                 pause *= 2
         return self.ask("GET", path)
 
@@ -77,7 +80,7 @@ class RayCluster:
         headers = {**self.headers, "Content-Type": "application/octet-stream" if raw else "application/json"}
         request = urllib.request.Request(self.address + path, data, headers, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=UPLOAD if raw else ANSWER) as answer:
+            with urllib.request.urlopen(request, timeout=self.left(UPLOAD if raw else ANSWER)) as answer:
                 text = answer.read()
         except urllib.error.HTTPError as error:
             raise refusal(error.code, error.read(), str(self), _REMEDY) from None
