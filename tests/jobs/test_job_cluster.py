@@ -112,6 +112,18 @@ def test_a_job_and_a_service_of_one_name_are_told_apart(shoal: Shell, cluster: C
     assert json.loads(shoal("status", "first", "-o", "json")[1])["kind"] == "train"
 
 
+def test_every_kind_of_job_is_submitted(shoal: Shell, cluster: Cluster) -> None:
+    """Each with arguments of its own: generate's --output is a file, and how the result is printed another thing."""
+    shared = ("--volume", "runs:/mnt", "-o", "json")
+    files = ("--input", "/mnt/in.jsonl", "--output", "/mnt/out.jsonl")
+    for arguments in (("evaluate", "first"), ("generate", "first", *files), ("serve", "first", "--insecure")):
+        code, out, err = shoal("submit", *arguments, *shared, "--name", arguments[0])
+        assert code == 0, err
+        assert json.loads(out)["kind"] == arguments[0]
+    entrypoint = find_job(cluster, "generate")["spec"]["entrypoint"]
+    assert entrypoint == "shoal generate first --input /mnt/in.jsonl --output /mnt/out.jsonl --runs-dir /mnt/runs"
+
+
 @pytest.mark.parametrize("name", ["", "rayjob/"])
 @pytest.mark.parametrize("verb", ["status", "delete", "cancel", "logs", "wait", "resubmit", "dashboard"])
 def test_a_name_that_is_empty_is_no_list(verb: str, name: str, shoal: Shell, cluster: Cluster) -> None:
