@@ -6,6 +6,7 @@ import posixpath
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,10 @@ def evaluate(options: JobOptions, run: str, runs: str | None = None, arguments: 
         raise InvalidInput(
             "the corpus that the run is measured on is fetched from nowhere: add --volume CLAIM:/path, where it lies"
         )
-    command = ("shoal", "evaluate", _run(run), *_runs_dir(options, run, runs), *arguments)
+    told = dict(pairwise(arguments))
+    if told.get("--data", "").startswith("/"):
+        _check_place(options, "--data", told["--data"], "folder")
+    command = ("shoal", "evaluate", _run(options, run), *_runs_dir(options, run, runs), *arguments)
     return Work("evaluate", _name(options, "evaluate", run), command, run, 0)
 
 
@@ -167,7 +171,7 @@ def generate(
     ranks = _serving_ranks(options)
     spread = ("--workers", str(ranks)) if ranks > 1 else ()
     files = ("--input", source, "--output", target, *folder)
-    command = ("shoal", "generate", _run(run), *files, *spread, *arguments)
+    command = ("shoal", "generate", _run(options, run), *files, *spread, *arguments)
     return Work("generate", _name(options, "generate", run), command, run, ranks if ranks > 1 else 0)
 
 
@@ -193,7 +197,7 @@ def serve(
             "the service would be open to everyone in the cluster: add --secret SHOAL_API_TOKEN=SECRET:ENTRY, "
             "or --insecure if something else guards it"
         )
-    arguments: dict[str, Any] = {"run": _run(run), "runs_dir": folder[-1] if folder else None}
+    arguments: dict[str, Any] = {"run": _run(options, run), "runs_dir": folder[-1] if folder else None}
     arguments |= {"step": step, "name": model, "placement": placement}
     split = _split(placement)
     ranks = split or _serving_ranks(options)
@@ -220,7 +224,7 @@ def _serving_ranks(options: JobOptions) -> int:
     return options.nodes * max(options.gpus_per_node, 1)
 
 
-def _run(run: str) -> str:
+def _run(options: JobOptions, run: str) -> str:
     if is_url(run):
         check_url(run)
         if run.partition("://")[0] in _OF_A_PROCESS:
@@ -229,6 +233,8 @@ def _run(run: str) -> str:
         raise InvalidInput(
             f"RUN {quote(run)} is not a run: give its name, its path on a --volume, or its URL in an object store"
         )
+    elif run.startswith("/"):
+        _check_place(options, "RUN", run, "run")
     return run
 
 
