@@ -138,7 +138,7 @@ def _from_ray(cluster: Cluster, job: Object) -> int | None:
         found = ray_job(cluster, job).get("driver_exit_code")
     except ShoalError:
         return None
-    return as_shell(found) if isinstance(found, int) else None
+    return as_shell(found) if isinstance(found, int) and found else None  # a job that failed has none of 0
 
 
 def as_shell(code: int) -> int:

@@ -304,5 +304,10 @@ def _code_of(cluster: Cluster, job: Object, old: str, fresh: str) -> list[Object
                 found.append(volume)
     if not found:
         return []
-    data = cluster.get(cluster.core("configmaps", f"{old}-code")).get("binaryData")
+    try:
+        data = cluster.get(cluster.core("configmaps", f"{old}-code")).get("binaryData")
+    except NotFound:
+        raise NotFound(
+            f"the local code of {old} is gone, its ConfigMap {old}-code: submit the job again, with --working-dir"
+        ) from None
     return [{"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": f"{fresh}-code"}, "binaryData": data}]

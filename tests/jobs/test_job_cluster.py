@@ -166,6 +166,9 @@ def test_local_code_belongs_to_its_job(shoal: Shell, cluster: Cluster, tmp_path:
     assert cluster.get(cluster.core("configmaps", "second-code"))["binaryData"]
     volumes = find_job(cluster, "second")["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["volumes"]
     assert {"name": "code", "configMap": {"name": "second-code"}} in volumes
+    cluster.delete(cluster.core("configmaps", "first-code"))
+    code, _, err = shoal("resubmit", "first", "--name", "third")
+    assert code == 5 and "the local code of first is gone, its ConfigMap first-code: submit the job again" in err
 
 
 def test_a_list_is_read_page_by_page(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:

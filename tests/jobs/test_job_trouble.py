@@ -118,6 +118,23 @@ def test_a_wait_ends_in_its_time_though_the_server_answers_nothing(
     silent.set()
 
 
+@pytest.mark.parametrize(("told", "code"), [({"driver_exit_code": 0}, 1), ({"driver_exit_code": 7}, 7), ({}, 1)])
+def test_a_job_that_failed_does_not_exit_with_0(
+    server: ApiServer,
+    cluster: Cluster,
+    proxy: Proxy,
+    monkeypatch: pytest.MonkeyPatch,
+    told: dict[str, int],
+    code: int,
+) -> None:
+    name = f"ends-{len(list_jobs(cluster))}"
+    made(cluster, name, auth="off")
+    address = {"jobId": "a", "dashboardURL": f"{name}-head-svc:8265", "reason": "AppFailed"}
+    ended(server, cluster, name, "FAILED", "Unexpected error occurred: The actor died.", **address)
+    proxy.fate = lambda method, path: (200, json.dumps(told).encode()) if "/proxy/" in path else None
+    assert wait(proxy.cluster(cluster.namespace, monkeypatch), name)[1] == code
+
+
 @pytest.mark.parametrize(
     ("entry", "token"),
     [
