@@ -27,6 +27,8 @@ from charted import (
     templates_of,
 )
 from job_request import job_manifest
+from kube_server import free_port
+from shell import shoal
 
 from shoal.jobs.kube.check import check_manifest
 
@@ -215,6 +217,23 @@ def test_the_service_asks_for_the_token_of_the_secret_or_says_that_it_is_open() 
     assert args["placement"] == "2A:2F" and "workers" not in args
     for run in ("/mnt/shoal/runs/first", "s3://bucket/first"):
         assert args_and_names(f"service.run={run}")[0]["run"] == run
+
+
+def test_the_notes_of_a_cluster_say_how_a_job_gets_there() -> None:
+    """The command is tried where nobody listens, which is all that is wrong with it."""
+    dry = helm("install", "rel", str(CHART), "-n", "team", "-f", str(CLUSTER), "--dry-run=client")
+    notes = dry.stdout.partition("NOTES:")[2]
+    assert "get secret rel-shoal -o jsonpath='{.data.auth_token}'" in notes, "as KubeRay names it, after the cluster"
+    (line,) = [each.strip() for each in notes.splitlines() if each.strip().startswith("shoal job submit")]
+    words = line.replace("localhost:8265", f"127.0.0.1:{free_port()}").split()
+    assert words[words.index("--runs-dir") + 1] == "/mnt/shoal/runs" and words[-4:] == [
+        "--nodes",
+        "2",
+        "--gpus-per-node",
+        "8",
+    ]
+    done = shoal(*words[1:], cwd=CHART)
+    assert done.returncode == 4 and "does not answer" in done.stderr
 
 
 def test_workers_take_devices_of_rdma_and_may_lock_memory() -> None:
