@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shoal.jobs.cli.common import Output, OutputOption, emit
+from shoal.jobs.cli.common import Output, emit
 from shoal.jobs.cli.job_kinds import KINDS
 from shoal.jobs.cli.job_options import command
 from shoal.jobs.cli.job_place import ContextOption, NamespaceOption, Place, refuse_kubernetes
@@ -90,7 +90,7 @@ def _submit(
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the end, and exit with the job's exit code.")] = False,
     timeout: TimeoutOption = None,
-    format: OutputOption = Output.table,
+    format: Annotated[Output, typer.Option("--format", "-o", help="How to print the result.")] = Output.table,
 ) -> None:
     _check_usage(work, options, dry_run, wait, timeout)
     if dry_run is DryRun.client:

@@ -15,7 +15,7 @@ RunArgument = Annotated[str, typer.Argument(help="The run's name, its path on a 
 RunsOption = Annotated[
     str | None, typer.Option("--runs-dir", help="Folder of the runs; default: runs/ on the first volume.")
 ]
-StepOption = Annotated[int | None, typer.Option(help="Checkpoint; default: the newest whole one.")]
+StepOption = Annotated[int | None, typer.Option(min=0, help="Checkpoint; default: the newest whole one.")]
 
 
 def train(

@@ -16,7 +16,6 @@ from shoal.jobs.cli.job_place import (
     Place,
     RayAddressOption,
     place_of,
-    refuse_kubernetes,
 )
 
 if TYPE_CHECKING:
@@ -184,7 +183,7 @@ def dashboard(
     import webbrowser
 
     if ray_address is not None:
-        refuse_kubernetes(context, namespace)
+        place_of(context, namespace, ray_address).status(name)  # there is such a job, at such an address
         print(f"dashboard  {ray_address}", flush=True)
         if browser:
             webbrowser.open(ray_address)

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import quote as escape
 from urllib.parse import urlencode
 
+from shoal.jobs.kube.limit import Limited
 from shoal.jobs.recipe_errors import quote
 from shoal.workers.errors import ClusterRefused, InvalidInput, NotFound, ShoalError
 
@@ -51,7 +52,7 @@ class AnsweredBehind(Exception):
         self.status, self.body = status, body
 
 
-class Cluster:
+class Cluster(Limited):
     """One namespace of a cluster, by a context of the kubeconfig, or from inside a pod."""
 
     def __init__(self, context: str | None = None, namespace: str | None = None) -> None:
@@ -93,7 +94,9 @@ class Cluster:
             try:
                 return self._request("GET", path, query)
             except Unreachable:
-                time.sleep(pause)
+                if self.out_of_time:
+                    raise
+                time.sleep(self.left(pause))
                 pause *= 2
         return self._request("GET", path, query)
 
@@ -167,7 +170,7 @@ class Cluster:
                 headers=headers,
                 preload_content=not stream,
                 retries=False,
-                timeout=urllib3.Timeout(connect=10.0, read=SILENCE if stream else ANSWER),
+                timeout=urllib3.Timeout(connect=self.left(10.0), read=self.left(SILENCE if stream else ANSWER)),
             )
         except urllib3.exceptions.HTTPError as error:
             raise Unreachable(f"the API server {self.host} does not answer ({_reason(error)}): try again") from None

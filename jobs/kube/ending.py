@@ -97,17 +97,18 @@ def wait(
     """
     until = None if timeout is None else time.monotonic() + timeout
     before, code = "", None
-    for job in changes(cluster, name, until):
-        status = summarize(job)
-        if status.phase != before:
-            before = status.phase
-            told(status)
-        if (job.get("status") or {}).get("jobStatus") not in ("FAILED", "STOPPED"):
-            code = None
-        elif code is None:  # at once: the cluster may be gone when KubeRay has said its last word
-            code = _from_ray(cluster, job)
-        if status.over:
-            return status, exit_code(job) if code is None else code
+    with cluster.limited(timeout):
+        for job in changes(cluster, name, until):
+            status = summarize(job)
+            if status.phase != before:
+                before = status.phase
+                told(status)
+            if (job.get("status") or {}).get("jobStatus") not in ("FAILED", "STOPPED"):
+                code = None
+            elif code is None:  # at once: the cluster may be gone when KubeRay has said its last word
+                code = _from_ray(cluster, job)
+            if status.over:
+                return status, exit_code(job) if code is None else code
     raise AssertionError("a watch goes on until it raises")
 
 
@@ -137,7 +138,7 @@ def _from_ray(cluster: Cluster, job: Object) -> int | None:
         found = ray_job(cluster, job).get("driver_exit_code")
     except ShoalError:
         return None
-    return as_shell(found) if isinstance(found, int) else None
+    return as_shell(found) if isinstance(found, int) and found else None  # a job that failed has none of 0
 
 
 def as_shell(code: int) -> int:

@@ -83,6 +83,11 @@ def check_gpus(work: Work, options: JobOptions) -> int:
             f"parallel.ranks={work.ranks} would leave {gpus - work.ranks} of {gpus} GPUs idle: lower --nodes or "
             f"--gpus-per-node, or leave parallel.ranks out"
         )
+    if work.ranks == 0 and gpus > 1:
+        raise InvalidInput(
+            f"{work.kind} computes on one GPU, and would leave {gpus - 1} of {gpus} idle: add --nodes 1 "
+            f"--gpus-per-node 1"
+        )
     if work.recipe and gpus:
         _check_gpu(work.recipe, options)
     return -(-work.ranks // options.nodes)

@@ -15,7 +15,7 @@ import yaml
 from shoal.jobs.kube.check import check_manifest
 from shoal.jobs.kube.code import is_url, zip_folder
 from shoal.jobs.kube.fit import OBJECT_STORE, Sizes, sizes
-from shoal.jobs.kube.names import check_name, check_object
+from shoal.jobs.kube.names import check_image, check_name, check_object
 from shoal.jobs.kube.options import JobOptions
 from shoal.jobs.kube.parts import Object, labels, own_labels, tolerations, variables, volumes
 from shoal.jobs.kube.quantity import to_bytes
@@ -31,11 +31,17 @@ GPU = "nvidia.com/gpu"
 CODE = "/etc/shoal/code"
 CACHE = "/var/cache/shoal"  # of runs that are fetched
 STOPPING = 90  # seconds that a job told to stop has to save
+DRAINING = 60  # seconds that requests under way have when a service's pod is to go
 SUBMITTER_RETRIES = 3  # of the pod that hands the job to Ray and follows its log; it does not begin the job again
 _SHELL = frozenset("'\"`$\\;&|<>*?()[]{}#~!")
 SERVICE = "shoal.jobs.serve.deployed:application"
 PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10001, "metrics": 8080}
 SERVE_PORTS = {"serve": 8000, "grpc": 9000}
+# KubeRay's own probe asks each worker of a service for a proxy of Serve, which is on the head alone
+READY = {
+    "httpGet": {"path": "/api/local_raylet_healthz", "port": 52365},
+    "periodSeconds": 5, "timeoutSeconds": 2, "failureThreshold": 10,
+}  # fmt: skip
 
 Told = Callable[[str], None]
 
@@ -130,6 +136,11 @@ def _labels(work: Work, options: JobOptions) -> dict[str, str]:
     return found
 
 
+def _pod_labels(work: Work, options: JobOptions) -> dict[str, str]:
+    """Without the queue's: the job waits there for all of its pods, and none waits for itself."""
+    return {KIND: work.kind, **own_labels(options.label)}
+
+
 def _code(name: str, options: JobOptions, told: Told) -> tuple[list[Object], Object]:
     """The ConfigMap of local code, if there is any, and the Ray runtime environment that uses it."""
     if options.working_dir is None:
@@ -160,7 +171,7 @@ def _job(work: Work, options: JobOptions, environment: Object) -> Object:
         job["suspend"] = True
     if options.submission_mode == "K8sJobMode":
         job["submitterConfig"] = {"backoffLimit": SUBMITTER_RETRIES}
-        job["submitterPodTemplate"] = {"metadata": {"labels": _labels(work, options)}, "spec": _submitter(options)}
+        job["submitterPodTemplate"] = {"metadata": {"labels": _pod_labels(work, options)}, "spec": _submitter(options)}
     return job
 
 
@@ -247,12 +258,15 @@ def _template(
         box["volumeMounts"].append({"name": "recipe", "mountPath": "/etc/shoal/recipe", "readOnly": True})
         field = {"path": "recipe.toml", "fieldRef": {"fieldPath": f"metadata.annotations['{RECIPE}']"}}
         declared.append({"name": "recipe", "downwardAPI": {"items": [field]}})
+    if work.kind == "serve":
+        box["lifecycle"] = {"preStop": {"exec": {"command": ["sleep", str(DRAINING)]}}}
+        box |= {"readinessProbe": READY} if container == "ray-worker" else {}
     if work.fetches:
         _add_cache(options, box, declared)
     if has_code:
         box["volumeMounts"].append({"name": "code", "mountPath": CODE, "readOnly": True})
         declared.append({"name": "code", "configMap": {"name": f"{name}-code"}})
-    metadata: Object = {"labels": {KIND: work.kind, **own_labels(options.label)}}
+    metadata: Object = {"labels": _pod_labels(work, options)}
     metadata |= {"annotations": annotations} if annotations else {}
     pod = _pod(options) | {"terminationGracePeriodSeconds": STOPPING + 30, "containers": [box], "volumes": declared}
     return {"metadata": metadata, "spec": pod}
@@ -272,7 +286,7 @@ def _add_cache(options: JobOptions, box: Object, declared: list[Object]) -> None
 
 def _pod(options: JobOptions) -> Object:
     """What all pods have in common."""
-    pod: Object = {}
+    pod: Object = {"securityContext": _security(options)}
     if options.pull_secret:
         for secret in options.pull_secret:
             check_object(secret, "--pull-secret")
@@ -292,15 +306,24 @@ def _pod(options: JobOptions) -> Object:
     return pod
 
 
+def _security(options: JobOptions) -> Object:
+    """A pod's user. Its group may write to volumes, which belong to root when a driver has just made them."""
+    security: Object = {"seccompProfile": {"type": "RuntimeDefault"}}
+    if options.user:
+        security |= {"runAsNonRoot": True, "runAsUser": options.user, "runAsGroup": options.user}
+        security |= {"fsGroup": options.user, "fsGroupChangePolicy": "OnRootMismatch"}
+    return security
+
+
 def _container(options: JobOptions, name: str, resources: Object) -> Object:
-    if not options.image or options.image != options.image.strip() or not options.image.isprintable():
-        raise InvalidInput(f"--image {quote(options.image)} is not an image: write, say, registry/shoal:1.0")
+    check_image(options.image, "--image")
     box: Object = {"name": name, "image": options.image}
     box |= {"imagePullPolicy": options.pull_policy} if options.pull_policy else {}
     env, whole = variables(options.env, options.secret)
     box |= {"env": env} if env else {}
     box |= {"envFrom": whole} if whole else {}
-    security = {"allowPrivilegeEscalation": False, "seccompProfile": {"type": "RuntimeDefault"}}
+    security: Object = {"allowPrivilegeEscalation": False, "seccompProfile": {"type": "RuntimeDefault"}}
+    security |= {"capabilities": {"drop": ["ALL"]}} if options.user else {}  # root reads others' files by one
     return box | {"resources": resources, "securityContext": security}
 
 

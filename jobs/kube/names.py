@@ -13,6 +13,13 @@ LONGEST_NAME = 47
 _LABEL_NAME = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?", re.ASCII)  # RFC 1035: letters first
 _OBJECT_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*", re.ASCII)
 _QUALIFIED = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?", re.ASCII)
+_ENTRY = re.compile(r"[-._a-zA-Z0-9]{1,253}", re.ASCII)
+# registry:port/path/name:tag@digest
+_IMAGE = re.compile(
+    r"(?=.{1,512}$)([A-Za-z0-9.-]+(:\d+)?/)?([a-z0-9]+([._-]+[a-z0-9]+)*/)*[a-z0-9]+([._-]+[a-z0-9]+)*"
+    r"(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@[A-Za-z0-9+._-]+:[0-9a-fA-F]{32,})?",
+    re.ASCII,
+)
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 
 
@@ -41,6 +48,18 @@ def check_object(name: str, what: str) -> None:
     """Refuses what is not the name of a Secret, a claim, a ServiceAccount (RFC 1123 subdomain)."""
     if len(name) > 253 or not _OBJECT_NAME.fullmatch(name):
         raise InvalidInput(f"{what} {quote(name)} is not a name in Kubernetes: use lower-case letters, digits, '-'")
+
+
+def check_image(image: str, what: str) -> None:
+    """Refuses what no registry could have as an image."""
+    if not _IMAGE.fullmatch(image):
+        raise InvalidInput(f"{what} {quote(image)} is not an image: write, say, registry/shoal:1.0")
+
+
+def check_entry(name: str, what: str) -> None:
+    """Refuses what is not the name of an entry of a Secret."""
+    if not _ENTRY.fullmatch(name):
+        raise InvalidInput(f"{what}: {quote(name)} is not an entry of a Secret: use letters, digits, '-', '_' and '.'")
 
 
 def check_variable(name: str, what: str) -> None:

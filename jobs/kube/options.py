@@ -67,6 +67,7 @@ class JobOptions(BaseModel):
     node_selector: list[str] = option([], "KEY=VALUE that a node must have as its label.", PODS)
     label: list[str] = option([], "KEY=VALUE, a label of the job and its pods.", PODS)
     service_account: str | None = option(None, "ServiceAccount of all pods; default: one without rights.", PODS)
+    user: int = option(1000, "User and group of all pods; 0: the image's own, root too.", PODS, ge=0, lt=2**31)
     working_dir: str | None = option(
         None, "Code to use, not the image's: a folder (zipped, up to 0.9 MB; on a Ray 100), or a .zip's URL.", PODS
     )

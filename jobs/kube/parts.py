@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.jobs.kube.names import check_label, check_object, check_variable
+from shoal.jobs.kube.names import check_entry, check_label, check_object, check_variable
 from shoal.jobs.recipe_errors import quote
 from shoal.workers.errors import InvalidInput
 
@@ -15,6 +16,7 @@ Object = dict[str, Any]
 _EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
 _VOLUME = "write CLAIM:/path, CLAIM:/path:ro, secret/NAME:/path, configmap/NAME:/path or /host/path:/path"
 _PREFIXES = ("ray.io/", "shoal/")  # of labels that the operator and this program select by
+_QUEUE = {"kueue.x-k8s.io/queue-name": "--queue", "kueue.x-k8s.io/priority-class": "--priority"}
 _RESERVED = ("/dev/shm", "/etc/shoal", "/var/cache/shoal")
 
 
@@ -42,9 +44,10 @@ def volumes(texts: Sequence[str]) -> list[Volume]:
     found: list[Volume] = []
     for index, text in enumerate(texts):
         volume = _volume(text, f"volume-{index}")
-        for other in [*(each.path for each in found), *_RESERVED]:
-            if volume.path == other:
-                raise InvalidInput(f"--volume {quote(text)}: something is mounted at {other} already: choose another")
+        taken = [each.path for each in found if each.path == volume.path]
+        taken += [path for path in _RESERVED if f"{volume.path}/".startswith(f"{path}/")]
+        if taken:
+            raise InvalidInput(f"--volume {quote(text)}: something is mounted at {taken[0]} already: choose another")
         found.append(volume)
     return found
 
@@ -53,8 +56,9 @@ def _volume(text: str, name: str) -> Volume:
     source, _, rest = text.partition(":")
     path, _, mode = rest.partition(":")
     path = path.rstrip("/") or path
-    plain = path.startswith("/") and path != "/" and ".." not in path.split("/") and path.isprintable()
-    if not source or not plain or mode not in ("", "ro"):
+    plain = path.startswith("/") and path != "/" and path == posixpath.normpath(path) and path.isprintable()
+    climbs = ".." in source.split("/")
+    if not source or climbs or not plain or mode not in ("", "ro"):
         raise InvalidInput(f"--volume {quote(text)} is not a volume: {_VOLUME}")
     what = f"--volume {quote(text)}: "
     if source.startswith("/"):
@@ -95,6 +99,8 @@ def own_labels(texts: Sequence[str]) -> dict[str, str]:
     """``--label``. Raises InvalidInput, also for a label that is not a person's to set."""
     found = labels(texts, "--label")
     for key, value in found.items():
+        if key in _QUEUE:
+            raise InvalidInput(f"--label {quote(f'{key}={value}')} is set by {_QUEUE[key]}: use that")
         if key.startswith(_PREFIXES) or key == "app.kubernetes.io/managed-by":
             raise InvalidInput(
                 f"--label {quote(f'{key}={value}')}: {key} is set by Shoal or KubeRay: choose another key"
@@ -120,8 +126,11 @@ def variables(env: Sequence[str], secrets: Sequence[str]) -> tuple[list[Object],
             raise InvalidInput(f"--secret {quote(text)} is not a variable from a Secret: write KEY=SECRET:ENTRY")
         check_variable(key, "--secret")
         check_object(name, "--secret")
+        check_entry(entry, f"--secret {quote(text)}")
         if key in plain:
             raise InvalidInput(f"{key} is given by --env and by --secret: leave one of them out")
+        if any(each["name"] == key for each in found):
+            raise InvalidInput(f"{key} is given by --secret twice: leave one of them out")
         found.append({"name": key, "valueFrom": {"secretKeyRef": {"name": name, "key": entry}}})
     return found, whole
 

@@ -58,7 +58,8 @@ class Namespace:
 
     def wait(self, name: str, timeout: float | None, told: Callable[[Status], None]) -> tuple[Status, int]:
         """See Place."""
-        job = self.job(name)
+        with self.cluster.limited(timeout):
+            job = self.job(name)
         if is_service(job):
             raise InvalidInput(
                 f"{name} is a service, which has no end to wait for: {self.hint(f'status {name}')} shows it"

@@ -72,8 +72,14 @@ def _secret(job: Object) -> str | None:
 
 def cluster_name(job: Object) -> str:
     """The RayCluster of a job or a service; empty when there is none yet."""
+    return (clusters_of(job) or [""])[0]
+
+
+def clusters_of(job: Object) -> list[str]:
+    """RayClusters: the one of a job; of a service the one that serves, and the one that is to take its place."""
     status = job.get("status") or {}
-    return str(status.get("rayClusterName") or (status.get("activeServiceStatus") or {}).get("rayClusterName") or "")
+    places = [status, status.get("activeServiceStatus") or {}, status.get("pendingServiceStatus") or {}]
+    return list(dict.fromkeys(str(place["rayClusterName"]) for place in places if place.get("rayClusterName")))
 
 
 def _id(job: Object) -> str:

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from shoal.jobs.kube.api import CLUSTERS, Cluster, Object
+from shoal.jobs.kube.api import CLUSTERS, Cluster, Object, Unreachable
+from shoal.jobs.kube.kueue import kueue, workloads
 from shoal.jobs.kube.manifest import KIND, QUEUE, RUN
-from shoal.jobs.kube.ray_api import cluster_name
-from shoal.workers.errors import NotFound, ShoalError
+from shoal.jobs.kube.ray_api import cluster_name, clusters_of
+from shoal.workers.errors import ClusterRefused, NotFound, ShoalError, last_line
 
 CANCELLED = "shoal/cancelled"  # annotation of a job that was cancelled before it ran
 ENDED = ("succeeded", "failed", "stopped", "refused", "cancelled")
@@ -107,21 +108,24 @@ def _reasons(cluster: Cluster, each: Object, found: Status) -> Iterator[str]:
     elif found.phase == "waiting":
         yield f"KubeRay has not taken it up: does its operator run, and watch namespace {cluster.namespace}?"
     elif not found.over:
-        yield from _cluster_reasons(cluster, each, found)
+        yield from _service_reasons(each)
+        try:
+            yield from _cluster_reasons(cluster, each, found)
+        except Unreachable:
+            raise
+        except ClusterRefused as error:  # not for this account to see; what the job itself says stands
+            yield f"its pods cannot be asked ({error})"
 
 
 def _queue_reasons(cluster: Cluster, each: Object, found: Status) -> Iterator[str]:
     """What Kueue says: of the workload that it made of the job, else whether the queue is there."""
-    kueue = "/apis/kueue.x-k8s.io/v1beta1/namespaces/{}"
-    uid = each["metadata"].get("uid", "")
     missing = "this cluster has no Kueue, which would take it from its queue"
     try:
-        workloads = list(
-            cluster.items(cluster.path(f"{kueue}/workloads"), labelSelector=f"kueue.x-k8s.io/job-uid={uid}")
-        )
+        where = kueue(cluster)
+        made = workloads(cluster, where, each)
         missing = f"there is no LocalQueue {found.queue} in {cluster}"
-        if not workloads:
-            cluster.get(cluster.path(f"{kueue}/localqueues", found.queue))
+        if not made:
+            cluster.get(f"{where}/localqueues/{found.queue}")
     except NotFound:
         yield missing
         return
@@ -130,7 +134,7 @@ def _queue_reasons(cluster: Cluster, each: Object, found: Status) -> Iterator[st
         return
     said = [
         condition["message"]
-        for workload in workloads
+        for workload in made
         for condition in (workload.get("status") or {}).get("conditions") or []
         if condition.get("message") and (condition.get("type"), condition.get("status"))
         in {("QuotaReserved", "False"), ("Admitted", "False"), ("Evicted", "True"), ("Preempted", "True")}
@@ -141,9 +145,19 @@ def _queue_reasons(cluster: Cluster, each: Object, found: Status) -> Iterator[st
         yield f"it waits in queue {found.queue}, and Kueue has said nothing about it yet"
 
 
+def _service_reasons(each: Object) -> Iterator[str]:
+    """What Ray Serve says of an application that does not run, where it serves and where it is to."""
+    status = each.get("status") or {}
+    for place in ("activeServiceStatus", "pendingServiceStatus"):
+        for name, found in ((status.get(place) or {}).get("applicationStatuses") or {}).items():
+            if found.get("status") not in ("RUNNING", "", None):
+                said = f": {last_line(found['message'])}" if found.get("message") else ""
+                yield f"Ray Serve's application {name} is {found['status']}{said}"
+
+
 def _cluster_reasons(cluster: Cluster, each: Object, found: Status) -> Iterator[str]:
     """Pods that are not there yet and why, then how many nodes there are."""
-    selectors = [f"ray.io/cluster={found.cluster}"] if found.cluster else []
+    selectors = [f"ray.io/cluster={name}" for name in clusters_of(each)]
     if found.kind != "serve":
         selectors.append(f"job-name={found.name}")
     pods = [pod for selector in selectors for pod in cluster.items(cluster.core("pods"), labelSelector=selector)]

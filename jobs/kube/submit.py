@@ -10,6 +10,7 @@ from typing import Any
 
 from shoal.jobs.kube.api import FIRST_PAUSE, JOBS, SERVICES, TRIES, Cluster, Conflict, Object, Unreachable
 from shoal.jobs.kube.check import check_manifest
+from shoal.jobs.kube.kueue import kueue, workloads
 from shoal.jobs.kube.manifest import QUEUE, RUN
 from shoal.jobs.kube.names import check_name, fresh_name
 from shoal.jobs.kube.ray_api import stop_ray_job
@@ -118,6 +119,8 @@ def find_job(cluster: Cluster, name: str) -> Object:
     kind, slash, rest = name.partition("/")
     plurals = [_KINDS[kind]] if slash and kind in _KINDS else [JOBS, SERVICES]
     wanted = rest if len(plurals) == 1 else name
+    if not wanted:  # the path of a list
+        raise InvalidInput(f"NAME {quote(name)} names no job: {cluster.hint('list')} shows the jobs")
     found, refused = list[Object](), list[ShoalError]()
     for plural in plurals:
         try:
@@ -210,10 +213,10 @@ def _deactivate(cluster: Cluster, job: Object) -> bool:
 
     Whether that was done, or needs not be: Kueue makes the workload of a new job a moment after it.
     """
-    where = cluster.path("/apis/kueue.x-k8s.io/v1beta1/namespaces/{}/workloads")
-    uid, until = job["metadata"].get("uid", ""), time.monotonic() + WORKLOAD_SECONDS
+    until = time.monotonic() + WORKLOAD_SECONDS
     try:
-        while not (found := list(cluster.items(where, labelSelector=f"kueue.x-k8s.io/job-uid={uid}"))):
+        where = kueue(cluster)
+        while not (found := workloads(cluster, where, job)):
             if time.monotonic() > until:
                 return False
             time.sleep(FIRST_PAUSE)
@@ -221,7 +224,7 @@ def _deactivate(cluster: Cluster, job: Object) -> bool:
         return True
     for workload in found:
         with contextlib.suppress(NotFound):  # Kueue may remove it meanwhile
-            cluster.patch(f"{where}/{workload['metadata']['name']}", {"spec": {"active": False}})
+            cluster.patch(f"{where}/workloads/{workload['metadata']['name']}", {"spec": {"active": False}})
     return True
 
 
@@ -301,5 +304,10 @@ def _code_of(cluster: Cluster, job: Object, old: str, fresh: str) -> list[Object
                 found.append(volume)
     if not found:
         return []
-    data = cluster.get(cluster.core("configmaps", f"{old}-code")).get("binaryData")
+    try:
+        data = cluster.get(cluster.core("configmaps", f"{old}-code")).get("binaryData")
+    except NotFound:
+        raise NotFound(
+            f"the local code of {old} is gone, its ConfigMap {old}-code: submit the job again, with --working-dir"
+        ) from None
     return [{"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": f"{fresh}-code"}, "binaryData": data}]

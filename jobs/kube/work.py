@@ -6,6 +6,7 @@ import posixpath
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +132,11 @@ def train(
     if gpus and not {"parallel.ranks", "parallel.placement"} & set(told):
         overrides["parallel.ranks"] = gpus
     checked = load_recipe(recipe, sets, overrides)
+    if checked.data.corpus.startswith("/"):
+        _check_place(options, "data.corpus", checked.data.corpus, "folder")
     name = options.name or fresh_name(checked.name)
-    if run is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run, re.ASCII):
-        raise InvalidInput(f"--run {quote(run)} is not a plain name: use letters, digits, '.', '_' and '-'")
+    if run is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", run, re.ASCII):
+        raise InvalidInput(f"--run {quote(run)} is not a plain name: use up to 200 letters, digits, '.', '_' and '-'")
     folders = ("--runs-dir", where.runs, "--data-dir", where.data)
     command = (*TRAIN, "--name", run or name, "--or-resume", *folders)
     return Work("train", name, command, run or name, checked.parallel.ranks, checked)
@@ -145,7 +148,10 @@ def evaluate(options: JobOptions, run: str, runs: str | None = None, arguments: 
         raise InvalidInput(
             "the corpus that the run is measured on is fetched from nowhere: add --volume CLAIM:/path, where it lies"
         )
-    command = ("shoal", "evaluate", _run(run), *_runs_dir(options, run, runs), *arguments)
+    told = dict(pairwise(arguments))
+    if told.get("--data", "").startswith("/"):
+        _check_place(options, "--data", told["--data"], "folder")
+    command = ("shoal", "evaluate", _run(options, run), *_runs_dir(options, run, runs), *arguments)
     return Work("evaluate", _name(options, "evaluate", run), command, run, 0)
 
 
@@ -165,7 +171,7 @@ def generate(
     ranks = _serving_ranks(options)
     spread = ("--workers", str(ranks)) if ranks > 1 else ()
     files = ("--input", source, "--output", target, *folder)
-    command = ("shoal", "generate", _run(run), *files, *spread, *arguments)
+    command = ("shoal", "generate", _run(options, run), *files, *spread, *arguments)
     return Work("generate", _name(options, "generate", run), command, run, ranks if ranks > 1 else 0)
 
 
@@ -191,22 +197,34 @@ def serve(
             "the service would be open to everyone in the cluster: add --secret SHOAL_API_TOKEN=SECRET:ENTRY, "
             "or --insecure if something else guards it"
         )
-    arguments: dict[str, Any] = {"run": _run(run), "runs_dir": folder[-1] if folder else None}
+    arguments: dict[str, Any] = {"run": _run(options, run), "runs_dir": folder[-1] if folder else None}
     arguments |= {"step": step, "name": model, "placement": placement}
-    arguments |= {"workers": None if placement else _serving_ranks(options), "insecure": insecure or None}
+    split = _split(placement)
+    ranks = split or _serving_ranks(options)
+    arguments |= {"workers": None if split else ranks, "insecure": insecure or None}
     given = {key: value for key, value in arguments.items() if value is not None}
-    return Work("serve", _name(options, "serve", run), (), run, _serving_ranks(options), service=given)
+    return Work("serve", _name(options, "serve", run), (), run, ranks, service=given)
 
 
 def _name(options: JobOptions, kind: str, run: str) -> str:
     return options.name or fresh_name(f"{kind}-{posixpath.basename(run.rstrip('/'))}")
 
 
+def _split(placement: str | None) -> int | None:
+    """Ranks of nA:mF, None of colocated ones, which are as many as there are GPUs."""
+    if placement in (None, "colocated"):
+        return None
+    match = re.fullmatch(r"([1-9]\d{0,3})A:([1-9]\d{0,3})F", placement or "", re.ASCII)
+    if not match:
+        raise InvalidInput(f"--placement {quote(placement)} is neither colocated nor nA:mF: write, say, 2A:2F")
+    return int(match[1]) + int(match[2])
+
+
 def _serving_ranks(options: JobOptions) -> int:
     return options.nodes * max(options.gpus_per_node, 1)
 
 
-def _run(run: str) -> str:
+def _run(options: JobOptions, run: str) -> str:
     if is_url(run):
         check_url(run)
         if run.partition("://")[0] in _OF_A_PROCESS:
@@ -215,6 +233,8 @@ def _run(run: str) -> str:
         raise InvalidInput(
             f"RUN {quote(run)} is not a run: give its name, its path on a --volume, or its URL in an object store"
         )
+    elif run.startswith("/"):
+        _check_place(options, "RUN", run, "run")
     return run
 
 

@@ -15,6 +15,7 @@ from urllib.parse import quote as escape
 from urllib.parse import urlsplit
 
 from shoal.jobs.kube.api import Unreachable
+from shoal.jobs.kube.limit import Limited
 from shoal.jobs.kube.ray_answers import refusal
 from shoal.jobs.recipe_errors import quote
 from shoal.workers.errors import ClusterRefused, InvalidInput, NotFound
@@ -30,16 +31,16 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _REMEDY = "set RAY_AUTH_TOKEN to what `ray get-auth-token` prints on the cluster, or RAY_AUTH_TOKEN_PATH to its file"
 
 
-class RayCluster:
+class RayCluster(Limited):
     """The dashboard at an address such as ``http://head:8265``."""
 
     def __init__(self, address: str) -> None:
         """Makes no request. Raises InvalidInput for what is no such address, or a token that cannot be sent."""
-        parts = urlsplit(address)
         try:
+            parts = urlsplit(address)
             known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        except ValueError:  # a port that is no number
-            known = False
+        except ValueError:  # a port that is no number, half an IPv6 address
+            parts, known = urlsplit(""), False
         if not known or parts.query or parts.fragment or parts.username or not address.isprintable():
             raise InvalidInput(
                 f"--ray-address {quote(address)} is not the address of a Ray dashboard: write, say, http://head:8265"
@@ -66,7 +67,9 @@ class RayCluster:
             try:
                 return self.ask("GET", path)
             except Unreachable:
-                time.sleep(pause)
+                if self.out_of_time:
+                    raise
+                time.sleep(self.left(pause))
                 pause *= 2
         return self.ask("GET", path)
 
@@ -77,7 +80,7 @@ class RayCluster:
         headers = {**self.headers, "Content-Type": "application/octet-stream" if raw else "application/json"}
         request = urllib.request.Request(self.address + path, data, headers, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=UPLOAD if raw else ANSWER) as answer:
+            with urllib.request.urlopen(request, timeout=self.left(UPLOAD if raw else ANSWER)) as answer:
                 text = answer.read()
         except urllib.error.HTTPError as error:
             raise refusal(error.code, error.read(), str(self), _REMEDY) from None
@@ -98,6 +101,8 @@ class RayCluster:
 
     def job(self, name: str) -> Object:
         """What Ray says of a job. Raises NotFound, ShoalError."""
+        if not name:  # the path of a list
+            raise InvalidInput(f"NAME {quote(name)} names no job: {self.hint('list')} shows the jobs")
         try:
             found: Object = self.get(f"/api/jobs/{escape(name, safe='')}")
         except NotFound:

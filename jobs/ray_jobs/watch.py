@@ -124,7 +124,8 @@ def wait(
     before, patience = "", Patience()
     while True:
         try:
-            job = ray.job(name)
+            with ray.limited(None if until is None else until - time.monotonic()):
+                job = ray.job(name)
             patience.restore()
             status = summarize(job)
             if status.phase != before:

@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from shell import shoal_here
@@ -227,3 +229,16 @@ def test_completion_knows_runs_where_a_run_is_named(command: str, tmp_path: Path
         SHOAL_RUNS=str(tmp_path),
     )  # fmt: skip
     assert set(result.stdout.split()) == {"first", "fish"}
+
+
+def test_no_command_has_one_flag_for_two_options() -> None:
+    """The later one of them would take the value, and the other one could not be given."""
+
+    def doubled(command: Any, path: str) -> Iterator[str]:
+        flags = [flag for option in command.params for flag in (*option.opts, *option.secondary_opts)]
+        yield from (f"{path} {flag}" for flag in set(flags) if flags.count(flag) > 1)
+        for name, below in getattr(command, "commands", {}).items():
+            yield from doubled(below, f"{path} {name}")
+
+    for name, command in COMMANDS.items():
+        assert list(doubled(command.load(name), name)) == []

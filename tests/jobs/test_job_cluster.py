@@ -112,6 +112,26 @@ def test_a_job_and_a_service_of_one_name_are_told_apart(shoal: Shell, cluster: C
     assert json.loads(shoal("status", "first", "-o", "json")[1])["kind"] == "train"
 
 
+def test_every_kind_of_job_is_submitted(shoal: Shell, cluster: Cluster) -> None:
+    """Each with arguments of its own: generate's --output is a file, and how the result is printed another thing."""
+    shared = ("--volume", "runs:/mnt", "-o", "json")
+    files = ("--input", "/mnt/in.jsonl", "--output", "/mnt/out.jsonl")
+    for arguments in (("evaluate", "first"), ("generate", "first", *files), ("serve", "first", "--insecure")):
+        code, out, err = shoal("submit", *arguments, *shared, "--name", arguments[0])
+        assert code == 0, err
+        assert json.loads(out)["kind"] == arguments[0]
+    entrypoint = find_job(cluster, "generate")["spec"]["entrypoint"]
+    assert entrypoint == "shoal generate first --input /mnt/in.jsonl --output /mnt/out.jsonl --runs-dir /mnt/runs"
+
+
+@pytest.mark.parametrize("name", ["", "rayjob/"])
+@pytest.mark.parametrize("verb", ["status", "delete", "cancel", "logs", "wait", "resubmit", "dashboard"])
+def test_a_name_that_is_empty_is_no_list(verb: str, name: str, shoal: Shell, cluster: Cluster) -> None:
+    """As of a variable that a script has not set: the path of a job would be that of all jobs."""
+    code, out, err = shoal(verb, name)
+    assert (code, out) == (3, "") and f"NAME {name!r} names no job: `shoal job list" in err
+
+
 def test_a_namespace_that_is_not_there_is_refused(shoal: Shell) -> None:
     arguments = ("submit", "train", *CPU, "--name", "first", "--namespace", "nowhere")
     code, _, err = shoal(*arguments, namespace=False)
@@ -146,6 +166,9 @@ def test_local_code_belongs_to_its_job(shoal: Shell, cluster: Cluster, tmp_path:
     assert cluster.get(cluster.core("configmaps", "second-code"))["binaryData"]
     volumes = find_job(cluster, "second")["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["volumes"]
     assert {"name": "code", "configMap": {"name": "second-code"}} in volumes
+    cluster.delete(cluster.core("configmaps", "first-code"))
+    code, _, err = shoal("resubmit", "first", "--name", "third")
+    assert code == 5 and "the local code of first is gone, its ConfigMap first-code: submit the job again" in err
 
 
 def test_a_list_is_read_page_by_page(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:

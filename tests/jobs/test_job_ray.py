@@ -54,6 +54,10 @@ SMALL = ("train.steps=60", "train.batch=2", "train.sequence=64", "train.eval_eve
         (("list", *RAY), 4, "Ray at http://127.0.0.1:1 does not answer (Connection refused)"),
         (("list", *RAY, "--context", "x"), 2, "--context is for Kubernetes"),
         (("logs", "x", "--ray-address", "ftp://a"), 3, "is not the address of a Ray dashboard"),
+        (("status", "x", "--ray-address", "http://[::1"), 3, "is not the address of a Ray dashboard"),
+        (("status", "", *RAY), 3, "NAME '' names no job: `shoal job list --ray-address"),
+        (("dashboard", "x", "--no-browser", "--ray-address", "nonsense"), 3, "is not the address of a Ray dashboard"),
+        (("dashboard", "x", "--no-browser", *RAY), 4, "Ray at http://127.0.0.1:1 does not answer"),
     ],
 )
 def test_what_cannot_be_done_on_a_running_ray_is_one_sentence(

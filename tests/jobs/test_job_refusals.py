@@ -14,6 +14,7 @@ from shoal.jobs.kube.api import Cluster
 from shoal.workers.errors import InvalidInput
 
 VOLUME, LOCKED = ("--volume", "runs:/mnt"), ("--volume", "b:/mnt/o:ro")
+CPU = (*VOLUME, "--gpus-per-node", "0")
 RULES = "[{policy: DeleteSelf, condition: {jobStatus: FAILED}}]"
 
 
@@ -23,6 +24,9 @@ RULES = "[{policy: DeleteSelf, condition: {jobStatus: FAILED}}]"
         (("train",), 3, "no --volume outlives the pods"),
         (("train", *VOLUME, "--gpus-per-node", "0", "--name", "Bad_Name"), 3, "'Bad_Name' is not a name in Kubernetes"),
         (("train", *VOLUME, "--gpus-per-node", "0", "--name", "a" * 48), 3, "48 characters, and KubeRay takes 47"),
+        (("evaluate", "/elsewhere/first", *VOLUME), 3, "RUN '/elsewhere/first' is on no volume"),
+        (("serve", "/elsewhere/first", *VOLUME, "--insecure"), 3, "RUN '/elsewhere/first' is on no volume"),
+        (("evaluate", "first", *VOLUME, "--data", "/elsewhere"), 3, "--data '/elsewhere' is on no volume"),
         (("train", *VOLUME), 3, "parallel.device='cpu', and the job asks for 1 GPUs"),
         (("train", *VOLUME, "--nodes", "0"), 3, "--nodes=0 cannot be used: it should be greater than or equal to 1"),
         (("train", *VOLUME, "--auth", "maybe"), 3, "--auth='maybe' cannot be used: it should be 'token' or 'off'"),
@@ -70,7 +74,31 @@ RULES = "[{policy: DeleteSelf, condition: {jobStatus: FAILED}}]"
             "--output '/mnt/o/o.jsonl' is on a volume mounted read-only",
         ),
         (("train", "--volume", "runs:/mnt:ro"), 3, "--runs-dir '/mnt/runs' is on a volume mounted read-only"),
+        (("serve", "first", *VOLUME, "--insecure", "--placement", "2B:2F"), 3, "is neither colocated nor nA:mF"),
+        (("serve", "first", *VOLUME, "--insecure", "--placement", "0A:1F"), 3, "is neither colocated nor nA:mF"),
+        (("serve", "first", *VOLUME, "--insecure", "--placement", "3A:3F"), 3, "1 nodes of 1 GPUs host 1 ranks"),
+        (
+            ("serve", "first", *VOLUME, "--insecure", "--placement", "1A:1F", "--gpus-per-node", "4"),
+            3,
+            "2 of 4 GPUs idle",
+        ),
         (("serve", "first", *VOLUME), 3, "would be open to everyone in the cluster"),
+        (("train", *CPU, "--image", "a b"), 3, "--image 'a b' is not an image"),
+        (("train", *CPU, "--image", "shoal:"), 3, "--image 'shoal:' is not an image"),
+        (("train", *CPU, "--image", "UP/Case"), 3, "--image 'UP/Case' is not an image"),
+        (("train", *CPU, "--volume", "x:/etc/shoal/recipe"), 3, "something is mounted at /etc/shoal already"),
+        (("train", *CPU, "--volume", "x:/dev//shm"), 3, "is not a volume: write CLAIM:/path"),
+        (("train", *CPU, "--volume", "/a/../b:/x"), 3, "is not a volume: write CLAIM:/path"),
+        (("train", *CPU, "--secret", "A=s:b@d"), 3, "'b@d' is not an entry of a Secret"),
+        (("train", *CPU, "--secret", "A=s:k", "--secret", "A=t:k"), 3, "A is given by --secret twice"),
+        (("train", *CPU, "--label", "kueue.x-k8s.io/queue-name=q"), 3, "is set by --queue: use that"),
+        (("train", *CPU, "--run", "a" * 201), 3, "is not a plain name: use up to 200 letters"),
+        (("train", *CPU, "--data", "/elsewhere/corpus"), 3, "data.corpus '/elsewhere/corpus' is on no volume"),
+        (
+            ("evaluate", "first", *VOLUME, "--gpus-per-node", "8"),
+            3,
+            "evaluate computes on one GPU, and would leave 7 of 8 idle",
+        ),
     ],
 )
 def test_a_command_line_is_refused_in_one_sentence(

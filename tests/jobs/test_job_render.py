@@ -110,11 +110,28 @@ def test_a_pod_has_no_token_of_an_account_unless_something_needs_it(tmp_path: Pa
     assert [pod["automountServiceAccountToken"] for pod in others] == [False] * 2
 
 
+def test_pods_are_what_a_restricted_namespace_takes_and_may_write_to_a_new_claim() -> None:
+    """The standard "restricted" of Kubernetes' pod security, and the group that a claim's files are given to."""
+    for manifest in (job_manifest(), service_manifest()):
+        for pod in pods_of(manifest):
+            whole, (box,) = pod["securityContext"], pod["containers"]
+            assert whole["runAsNonRoot"] is True and whole["seccompProfile"] == {"type": "RuntimeDefault"}
+            assert whole["runAsUser"] == whole["runAsGroup"] == whole["fsGroup"] == 1000, "the image's user"
+            assert box["securityContext"]["allowPrivilegeEscalation"] is False
+            assert box["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    for pod in pods_of(job_manifest(user=0)):
+        assert pod["securityContext"] == {"seccompProfile": {"type": "RuntimeDefault"}}
+        assert "capabilities" not in pod["containers"][0]["securityContext"]
+
+
 def test_a_queue_takes_the_priority_for_itself() -> None:
     manifest = job_manifest(queue="team-a", priority="high")
     labels = manifest["metadata"]["labels"]
     assert labels["kueue.x-k8s.io/queue-name"] == "team-a" and labels["kueue.x-k8s.io/priority-class"] == "high"
     assert all("priorityClassName" not in pod for pod in pods_of(manifest))
+    assert manifest["spec"]["submitterPodTemplate"]["metadata"]["labels"] == {"shoal/kind": "train"}, (
+        "a pod with a queue's name would wait there for itself"
+    )
 
 
 def test_volumes_and_shm_are_mounted_where_ranks_stand() -> None:
@@ -153,10 +170,34 @@ def test_a_service_is_one_application_of_serve_behind_a_token() -> None:
     config = yaml.safe_load(manifest["spec"]["serveConfigV2"])
     assert config["applications"][0]["args"] == {"run": "first", "runs_dir": "/mnt/shoal/runs", "workers": 2}
     assert config["proxy_location"] == "HeadOnly"
+
     head = pods_of(manifest)[0]["containers"][0]
     assert {"name": "serve", "containerPort": 8000} in head["ports"]
     token = {"name": "SHOAL_API_TOKEN", "valueFrom": {"secretKeyRef": {"name": "tokens", "key": "one"}}}
     assert token in head["env"]
+
+
+def test_a_service_has_as_many_ranks_as_it_has_places_for(here: Shell) -> None:
+    def placed(placement: str, gpus: int) -> tuple[Any, str]:
+        gpu = ("--gpus-per-node", str(gpus), "--placement", placement, "--insecure", "--volume", "runs:/mnt")
+        manifest = yaml.safe_load(here("job", "render", "serve", "first", *gpu)[1])
+        args = yaml.safe_load(manifest["spec"]["serveConfigV2"])["applications"][0]["args"]
+        return args.get("workers"), pods_of(manifest)[1]["containers"][0]["resources"]["limits"]["cpu"]
+
+    assert placed("colocated", 2)[0] == 2, "not as many as it was trained on"
+    assert placed("2A:2F", 0) == (None, "4"), "a core for each"
+    assert placed("2A:2F", 4)[0] is None
+
+
+def test_pods_of_a_service_become_ready_and_drain_as_those_of_the_chart_do() -> None:
+    chart = yaml.safe_load((Path(__file__).parents[2] / "k8s" / "chart" / "values.yaml").read_text())
+    head, worker = (pod["containers"][0] for pod in pods_of(service_manifest()))
+    assert worker["readinessProbe"] == chart["probes"]["worker"]["readinessProbe"]
+    assert "readinessProbe" not in head, "KubeRay's own holds there"
+    for box in (head, worker):
+        assert box["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", str(chart["service"]["drainSeconds"])]
+    assert all(pod["terminationGracePeriodSeconds"] > 60 for pod in pods_of(service_manifest()))
+    assert all("readinessProbe" not in pod["containers"][0] for pod in pods_of(job_manifest()))
 
 
 def test_a_run_in_an_object_store_is_fetched_where_it_is_used(here: Shell) -> None:

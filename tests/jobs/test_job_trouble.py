@@ -30,10 +30,11 @@ from shoal.jobs.kube.ending import wait
 from shoal.jobs.kube.logs import logs
 from shoal.jobs.kube.manifest import checked_objects
 from shoal.jobs.kube.options import resolve_options
+from shoal.jobs.kube.place import Namespace
 from shoal.jobs.kube.ray_api import ray_job, token_of
 from shoal.jobs.kube.submit import find_job, list_jobs, submit
 from shoal.jobs.kube.work import train
-from shoal.workers.errors import ClusterRefused, InvalidInput, NotFound
+from shoal.workers.errors import ClusterRefused, InvalidInput, NotFound, TimedOut
 
 
 @pytest.mark.parametrize("kind", ["rayjobs", "configmaps"])
@@ -98,6 +99,40 @@ def test_watches_that_end_at_once_are_not_asked_for_again_and_again(
     with pytest.raises(ClusterRefused, match=r"it was away for 2 s"):
         wait(proxy.cluster(cluster.namespace, monkeypatch), name)
     assert 3 <= sum("watch=true" in path for _, path in proxy.asked) <= 6
+
+
+@pytest.mark.timeout(60)
+def test_a_wait_ends_in_its_time_though_the_server_answers_nothing(
+    cluster: Cluster, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that is overloaded takes connections, and each answer may be waited for 30 s, four times."""
+    made(cluster, "first")
+    silent = threading.Event()
+    proxy.fate = lambda method, path: "away" if silent.wait(120) else None
+    proxied = proxy.cluster(cluster.namespace, monkeypatch)
+    with pytest.raises(ClusterRefused, match="does not answer"):
+        Namespace("admin", cluster.namespace).wait("first", 1, print)
+    proxy.fate = lambda method, path: ("away" if silent.wait(120) else None) if "watch=true" in path else None
+    with pytest.raises(TimedOut, match="has not ended in the time given"):
+        wait(proxied, "first", 2)
+    silent.set()
+
+
+@pytest.mark.parametrize(("told", "code"), [({"driver_exit_code": 0}, 1), ({"driver_exit_code": 7}, 7), ({}, 1)])
+def test_a_job_that_failed_does_not_exit_with_0(
+    server: ApiServer,
+    cluster: Cluster,
+    proxy: Proxy,
+    monkeypatch: pytest.MonkeyPatch,
+    told: dict[str, int],
+    code: int,
+) -> None:
+    name = f"ends-{len(list_jobs(cluster))}"
+    made(cluster, name, auth="off")
+    address = {"jobId": "a", "dashboardURL": f"{name}-head-svc:8265", "reason": "AppFailed"}
+    ended(server, cluster, name, "FAILED", "Unexpected error occurred: The actor died.", **address)
+    proxy.fate = lambda method, path: (200, json.dumps(told).encode()) if "/proxy/" in path else None
+    assert wait(proxy.cluster(cluster.namespace, monkeypatch), name)[1] == code
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from job_request import job_manifest
+from job_request import job_manifest, service_manifest
 from kube_fixtures import (  # noqa: F401  # fixtures are found by their names
     Shell,
     cluster_fixture,
@@ -69,24 +69,81 @@ def test_status_says_why_a_job_waits(server: ApiServer, kubelet: Kubelet, cluste
     ]
 
 
-WORKLOADS = "/apis/kueue.x-k8s.io/v1beta1/namespaces/{}/workloads"
+def test_a_service_that_does_not_come_up_says_why(server: ApiServer, kubelet: Kubelet, cluster: Cluster) -> None:
+    """A first cluster, and one that is to replace another, are pending ones to KubeRay until they serve."""
+    submit.submit(cluster, [service_manifest()])
+    failed = "Deploying app 'shoal' failed\nTraceback:\nshoal.workers.errors.NotFound: there is no run first"
+    pending = {
+        "rayClusterName": "served-new", "applicationStatuses": {"shoal": {"status": "DEPLOY_FAILED", "message": failed}}
+    }  # fmt: skip
+    server.patch_status("rayservices", cluster.namespace, "served", {"pendingServiceStatus": pending})
+    labels = {"ray.io/cluster": "served-new", "ray.io/node-type": "head"}
+    pull = {"waiting": {"reason": "ImagePullBackOff", "message": "Back-off pulling image"}}
+    make_pod(server, cluster.namespace, "served-head", labels, pull, phase="Pending")
+    reasons = [
+        "Ray Serve's application shoal is DEPLOY_FAILED: shoal.workers.errors.NotFound: there is no run first",
+        "1 pod: image shoal:0.1.0 cannot be pulled (Back-off pulling image)",
+    ]
+    found = explain(cluster, find_job(cluster, "served"))
+    assert (found.phase, found.cluster, found.reasons) == ("starting", "served-new", reasons)
+    active = {
+        "serviceStatus": "Running",
+        "activeServiceStatus": {
+            "rayClusterName": "served-old",
+            "applicationStatuses": {"shoal": {"status": "RUNNING"}},
+        },
+    }
+    server.patch_status("rayservices", cluster.namespace, "served", active)
+    found = explain(cluster, find_job(cluster, "served"))
+    assert (found.phase, found.cluster, found.reasons) == ("running", "served-old", reasons)
+
+
+def test_status_of_who_may_not_see_pods(server: ApiServer, cluster: Cluster) -> None:
+    made(cluster, "first")
+    status = {"jobDeploymentStatus": "Initializing", "rayClusterName": "first-abcde"}
+    server.patch_status("rayjobs", cluster.namespace, "first", status)
+    rbac = f"/apis/rbac.authorization.k8s.io/v1/namespaces/{cluster.namespace}"
+    rule = {"apiGroups": ["ray.io"], "resources": ["*"], "verbs": ["*"]}
+    server.request("POST", f"{rbac}/roles", {"metadata": {"name": "ray"}, "rules": [rule]})
+    subject = {"kind": "User", "name": "nobody", "apiGroup": "rbac.authorization.k8s.io"}
+    role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "ray"}
+    server.request(
+        "POST", f"{rbac}/rolebindings", {"metadata": {"name": "ray"}, "subjects": [subject], "roleRef": role}
+    )
+    limited = Cluster("nobody", cluster.namespace)
+
+    def allowed() -> bool:  # a moment later
+        try:
+            find_job(limited, "first")
+        except ClusterRefused:
+            return False
+        return True
+
+    until(allowed)
+    (reason,) = explain(limited, find_job(limited, "first")).reasons
+    assert reason.startswith("its pods cannot be asked (not allowed: pods is forbidden")
+
+
+WORKLOADS = "/apis/kueue.x-k8s.io/v1beta2/namespaces/{}/workloads"
 KUEUE = {"workloads": "Workload", "localqueues": "LocalQueue"}
 
 
 def install_kueue(server: ApiServer) -> None:
-    """Kueue's two objects that jobs ask about, of any content; once."""
+    """Kueue's two objects that jobs ask about, of any content; once. Those of the chart's tests are of v1beta1."""
     if server.request("GET", WORKLOADS.format("default"), quiet=True) is not None:
         return
     for plural, kind in KUEUE.items():
         schema = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
-        version = {"name": "v1beta1", "served": True, "storage": True, "schema": {"openAPIV3Schema": schema}}
+        version = {"name": "v1beta2", "served": True, "storage": True, "schema": {"openAPIV3Schema": schema}}
         names = {"plural": plural, "kind": kind, "singular": kind.lower(), "listKind": f"{kind}List"}
         spec = {"group": "kueue.x-k8s.io", "scope": "Namespaced", "names": names, "versions": [version]}
         body = {"metadata": {"name": f"{plural}.kueue.x-k8s.io"}, "spec": spec}
         body |= {"apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition"}
         server.request("POST", "/apis/apiextensions.k8s.io/v1/customresourcedefinitions", body)
+    group = "/apis/kueue.x-k8s.io"
+    server._until(lambda: server.request("GET", group, quiet=True) is not None)
     for plural in KUEUE:
-        path = f"/apis/kueue.x-k8s.io/v1beta1/namespaces/default/{plural}"
+        path = f"/apis/kueue.x-k8s.io/v1beta2/namespaces/default/{plural}"
         server._until(lambda path=path: server.request("GET", path, quiet=True) is not None)
 
 
@@ -98,8 +155,8 @@ def test_a_queued_job_says_what_the_queue_says_and_never_starts_once_cancelled(
     install_kueue(server)
     assert explain(cluster, job).reasons == [f"there is no LocalQueue team-a in namespace {cluster.namespace}"]
     path, meta = (
-        f"/apis/kueue.x-k8s.io/v1beta1/namespaces/{cluster.namespace}",
-        {"apiVersion": "kueue.x-k8s.io/v1beta1"},
+        f"/apis/kueue.x-k8s.io/v1beta2/namespaces/{cluster.namespace}",
+        {"apiVersion": "kueue.x-k8s.io/v1beta2"},
     )
     message = "couldn't assign flavors to pod set head: insufficient unused quota for nvidia.com/gpu"
     body = {
@@ -119,7 +176,7 @@ def test_a_queued_job_says_what_the_queue_says_and_never_starts_once_cancelled(
 def workload(job: Any) -> dict[str, Any]:
     """What Kueue makes of a job."""
     labels = {"kueue.x-k8s.io/job-uid": job["metadata"]["uid"]}
-    meta = {"apiVersion": "kueue.x-k8s.io/v1beta1", "kind": "Workload"}
+    meta = {"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "Workload"}
     return {**meta, "metadata": {"name": job["metadata"]["name"], "labels": labels}, "spec": {"active": True}}
 
 

@@ -27,6 +27,8 @@ from charted import (
     templates_of,
 )
 from job_request import job_manifest
+from kube_server import free_port
+from shell import shoal
 
 from shoal.jobs.kube.check import check_manifest
 
@@ -209,6 +211,29 @@ def test_the_service_asks_for_the_token_of_the_secret_or_says_that_it_is_open() 
     assert args_and_names("token.existingSecret=mine")[1] == {"mine"}
     args, secrets = args_and_names("token.create=false", "workers.replicas=2,workers.gpus=8")
     assert (args["insecure"], args["workers"], secrets) == (True, 16, set())
+    args, _ = args_and_names("service.placement=colocated,workers.gpus=8")
+    assert (args["placement"], args["workers"]) == ("colocated", 8), "not as many ranks as it was trained on"
+    args, _ = args_and_names("service.placement=2A:2F,workers.gpus=4")
+    assert args["placement"] == "2A:2F" and "workers" not in args
+    for run in ("/mnt/shoal/runs/first", "s3://bucket/first"):
+        assert args_and_names(f"service.run={run}")[0]["run"] == run
+
+
+def test_the_notes_of_a_cluster_say_how_a_job_gets_there() -> None:
+    """The command is tried where nobody listens, which is all that is wrong with it."""
+    dry = helm("install", "rel", str(CHART), "-n", "team", "-f", str(CLUSTER), "--dry-run=client")
+    notes = dry.stdout.partition("NOTES:")[2]
+    assert "get secret rel-shoal -o jsonpath='{.data.auth_token}'" in notes, "as KubeRay names it, after the cluster"
+    (line,) = [each.strip() for each in notes.splitlines() if each.strip().startswith("shoal job submit")]
+    words = line.replace("localhost:8265", f"127.0.0.1:{free_port()}").split()
+    assert words[words.index("--runs-dir") + 1] == "/mnt/shoal/runs" and words[-4:] == [
+        "--nodes",
+        "2",
+        "--gpus-per-node",
+        "8",
+    ]
+    done = shoal(*words[1:], cwd=CHART)
+    assert done.returncode == 4 and "does not answer" in done.stderr
 
 
 def test_workers_take_devices_of_rdma_and_may_lock_memory() -> None:
@@ -282,6 +307,19 @@ def test_hosts_of_an_ingress_lead_to_http_and_grpc() -> None:
         ("service.drainSeconds=120", "terminationGracePeriodSeconds is 120, and service.drainSeconds 120"),
         ("kind=RayCluster,tls.enabled=true,tls.secret=x", "only a RayService has something to put it before"),
         ("kind=Jobs,ingress.enabled=true,ingress.host=a.b", "only a RayService has something to reach"),
+        ("service.placement=0A:1F", "placement"),
+        ("service.placement=3A:3F,workers.gpus=4", "service.placement is 3A:3F, and the workers have 4 GPUs"),
+        ("storage.mountPath=/tmp", "storage.mountPath is /tmp, where other files are"),
+        ("storage.mountPath=/dev/shm/", "storage.mountPath is /dev/shm/, where other files are"),
+        (
+            "storage.runsDir=/other/runs",
+            "storage.runsDir is /other/runs, which is not on the claim: name a folder below",
+        ),
+        ("service.run=/mnt/shoals/first", "service.run is /mnt/shoals/first, which is not on the claim"),
+        ("kind=RayCluster,storage.readOnly=true", "whose jobs write their runs"),
+        ("image.repository=a b", "repository"),
+        ("env[0].name=A B", "env"),
+        (f"kind=Jobs,queue={'q' * 64}", "queue"),
     ],
 )
 def test_values_that_cannot_be_are_refused(change: str, says: str) -> None:

@@ -106,22 +106,22 @@ def missing_in(said: Any, stored: Any, path: str = "") -> list[str]:
 
 
 def test_an_account_may_do_what_its_work_needs(server: ApiServer, tmp_path: Path) -> None:
-    server.request("POST", "/api/v1/namespaces", {"metadata": {"name": "team"}})
-    helm_on(server, "install", "jobs", str(CHART), "-f", str(CLUSTER), "--namespace", "team")
-    submitter = account_of(server, "team", "jobs-shoal-submitter", tmp_path)
+    server.request("POST", "/api/v1/namespaces", {"metadata": {"name": "accounts"}})
+    helm_on(server, "install", "jobs", str(CHART), "-f", str(CLUSTER), "--namespace", "accounts")
+    submitter = account_of(server, "accounts", "jobs-shoal-submitter", tmp_path)
     options = resolve_options({"name": "first", "volume": ["r:/mnt"], "gpus_per_node": 0, "working_dir": str(CHART)})
     submit(submitter, checked_objects(work.train(options, "tiny"), options))
     assert [each["metadata"]["name"] for each in list_jobs(submitter)] == ["first"]
     server.patch_status(
-        "rayjobs", "team", "first", {"jobDeploymentStatus": "Initializing", "rayClusterName": "first-abcde"}
+        "rayjobs", "accounts", "first", {"jobDeploymentStatus": "Initializing", "rayClusterName": "first-abcde"}
     )
     assert explain(submitter, find_job(submitter, "first")).phase == "starting"
     secret = {"metadata": {"name": "first-abcde"}, "data": {"auth_token": base64.b64encode(b"x").decode()}}
-    server.request("POST", "/api/v1/namespaces/team/secrets", secret)  # as KubeRay makes one of each cluster
+    server.request("POST", "/api/v1/namespaces/accounts/secrets", secret)  # as KubeRay makes one of each cluster
     assert token_of(submitter, find_job(submitter, "first")) == "x"
     cancel(submitter, find_job(submitter, "first"))
     delete(submitter, find_job(submitter, "first"))
-    pods = account_of(server, "team", "jobs-shoal", tmp_path)
+    pods = account_of(server, "accounts", "jobs-shoal", tmp_path)
     with pytest.raises(ClusterRefused, match="not allowed"):
         list_jobs(pods)
 

@@ -7,6 +7,7 @@ import http.server
 import os
 import re
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -86,13 +87,13 @@ class Slow(http.server.BaseHTTPRequestHandler):
 class Rpc(grpc.GenericRpcHandler):
     """A method that streams: one message, then another when the test has seen the first."""
 
-    def __init__(self, seen: threading.Event) -> None:
-        self.seen = seen
+    def __init__(self, seen: threading.Event, first: bytes = b"first") -> None:
+        self.seen, self.first = seen, first
 
     def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
         def answer(request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
             context.set_trailing_metadata((("retry-after", "1"),))
-            yield b"first"
+            yield self.first
             assert self.seen.wait(30)
             yield request
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full")
@@ -100,9 +101,30 @@ class Rpc(grpc.GenericRpcHandler):
         return grpc.unary_stream_rpc_method_handler(answer)
 
 
+class Names:
+    """A name server with one name, whose address changes."""
+
+    def __init__(self, name: str, address: str) -> None:
+        self.name, self.address = b"".join(bytes([len(p)]) + p.encode() for p in name.split(".")) + b"\0", address
+        self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.socket.bind(("127.0.0.1", 0))
+        self.port = self.socket.getsockname()[1]
+        threading.Thread(target=self._answer, daemon=True).start()
+
+    def _answer(self) -> None:
+        while True:
+            asked, who = self.socket.recvfrom(512)
+            question = asked[12 : asked.index(b"\0", 12) + 5]
+            known, is_a = question.startswith(self.name), question.endswith(b"\0\1\0\1")
+            answer = b"\xc0\x0c\0\1\0\1\0\0\0\1\0\4" + socket.inet_aton(self.address) if known and is_a else b""
+            flags = b"\x81\x80" if known else b"\x81\x83"  # an answer; no such name
+            counts = b"\0\1\0" + bytes([bool(answer)]) + bytes(4)
+            self.socket.sendto(asked[:2] + flags + counts + question + answer, who)
+
+
 @pytest.fixture(name="behind")
 def behind_fixture(tmp_path: Path) -> Iterator[dict[str, Any]]:
-    """nginx as the chart sets it up, before an HTTP and a gRPC server of this process."""
+    """nginx as the chart starts it, before an HTTP and a gRPC server of this process."""
     seen = threading.Event()
     handler = type("Handler", (Slow,), {"seen": seen})
     web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -110,13 +132,15 @@ def behind_fixture(tmp_path: Path) -> Iterator[dict[str, Any]]:
     rpc = grpc.server(ThreadPoolExecutor(2), handlers=[Rpc(seen)])
     rpc_port = rpc.add_insecure_port("127.0.0.1:0")
     rpc.start()
+    names = Names("rel-shoal-head-svc.team.svc.cluster.local", "127.0.0.1")
     own = certificate(authority(tmp_path / "authority"), tmp_path / "own", "10.1.2.3")
     https, grpcs = free_port(), free_port()
-    text = one(rendered(WATCHED), "ConfigMap", "rel-shoal-tls")["data"]["nginx.conf"]
+    objects = rendered(WATCHED)
+    text = one(objects, "ConfigMap", "rel-shoal-tls")["data"]["nginx.conf"]
     for was, now in (
         ("/tmp/", f"{tmp_path}/"),
         ("rel-shoal-serve-svc:8000", f"127.0.0.1:{web.server_port}"),
-        ("rel-shoal-head-svc:9000", f"127.0.0.1:{rpc_port}"),
+        ("-head-svc.$domain:9000", f"-head-svc.$domain:{rpc_port}"),
         ("listen 8443", f"listen 127.0.0.1:{https}"),
         ("listen 9443", f"listen 127.0.0.1:{grpcs}"),
         ("/etc/nginx/tls", str(own)),
@@ -124,15 +148,26 @@ def behind_fixture(tmp_path: Path) -> Iterator[dict[str, Any]]:
         assert was in text
         text = text.replace(was, now)
     (tmp_path / "nginx.conf").write_text(text)
-    nginx = subprocess.Popen([NGINX, "-c", tmp_path / "nginx.conf", "-g", "daemon off;"], stderr=subprocess.PIPE)  # type: ignore[list-item]
+    (tmp_path / "resolv.conf").write_text("search team.svc.cluster.local svc.cluster.local\nnameserver 127.0.0.1\n")
+    (tmp_path / "nginx").write_text(f'#!/bin/sh\nexec {NGINX} -c {tmp_path}/nginx.conf "$@"\n')
+    (tmp_path / "nginx").chmod(0o755)
+    (box,) = one(objects, "Deployment")["spec"]["template"]["spec"]["containers"]
+    (script,) = box["args"]
+    for was, now in (("/tmp/", f"{tmp_path}/"), ("/etc/resolv.conf", f"{tmp_path}/resolv.conf"),
+                     (": $2)", f': $2 ":{names.port}")')):  # fmt: skip
+        assert was in script
+        script = script.replace(was, now)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = [*box["command"], script]
+    nginx = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, start_new_session=True)
     end = time.monotonic() + 60
     while True:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", grpcs), 1):
             break
         assert nginx.poll() is None and time.monotonic() < end, nginx.stderr and nginx.stderr.read()
         time.sleep(0.05)
-    yield {"https": https, "grpcs": grpcs, "seen": seen, "ca": own / "ca.crt"}
-    nginx.terminate()
+    yield {"https": https, "grpcs": grpcs, "seen": seen, "ca": own / "ca.crt", "names": names, "rpc_port": rpc_port}
+    os.killpg(nginx.pid, signal.SIGTERM)  # its hourly loop too
     nginx.communicate(timeout=30)
     web.shutdown()
     rpc.stop(0)
@@ -161,6 +196,28 @@ def test_grpc_streams_through_nginx_with_tls_and_keeps_its_trailers(behind: dict
             next(call)
         assert call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert ("retry-after", "1") in call.trailing_metadata()
+
+
+@needs_nginx
+def test_grpc_goes_to_the_head_that_takes_anothers_place(behind: dict[str, Any]) -> None:
+    """A new cluster of an upgrade, or a lost head: the name of its Service then has another address."""
+    behind["seen"].set()
+    other = grpc.server(ThreadPoolExecutor(1), handlers=[Rpc(behind["seen"], b"the new head")])
+    assert other.add_insecure_port(f"127.0.0.2:{behind['rpc_port']}")
+    other.start()
+    credentials = grpc.ssl_channel_credentials(behind["ca"].read_bytes())
+    with grpc.secure_channel(f"localhost:{behind['grpcs']}", credentials, [("grpc.enable_http_proxy", 0)]) as channel:
+
+        def first() -> bytes:
+            return bytes(next(channel.unary_stream("/shoal.v1.Inference/Generate")(b"second", timeout=30)))
+
+        assert first() == b"first"
+        behind["names"].address = "127.0.0.2"
+        end = time.monotonic() + 60
+        while first() != b"the new head":
+            assert time.monotonic() < end, "it was not looked up anew"
+            time.sleep(0.2)
+    other.stop(0)
 
 
 TASK = """

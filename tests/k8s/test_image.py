@@ -84,8 +84,12 @@ def test_the_versions_of_ray_python_and_shoal_agree() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_steps_of_the_image_install_a_shoal_that_works(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("extras", "module"), [(None, "kubernetes"), ("serve,s3", "s3fs")])
+def test_the_steps_of_the_image_install_a_shoal_that_works(extras: str | None, module: str, tmp_path: Path) -> None:
     """The wheel's stage and the script that both targets run, with this machine's index instead of PyTorch's own."""
+    for target in ("cpu", "cuda"):
+        told = [text for instruction, text in stages()[target] if instruction == "ARG"]
+        assert [text.partition("=")[0] for text in told] == ["TORCH_INDEX", "EXTRAS"]
     wheels, here = tmp_path / "wheels", tmp_path / "opt"
     (wheel_step,) = [text for instruction, text in stages()["wheel"] if text.startswith("pip wheel")]
     context = tmp_path / "src"
@@ -109,8 +113,9 @@ def test_the_steps_of_the_image_install_a_shoal_that_works(tmp_path: Path) -> No
     bin_folder = tmp_path / "venv" / "bin"
     env = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "COMPILE": "no"}
     env.pop("PYTHONPATH", None)
+    env |= {"EXTRAS": extras} if extras else {}
     result = subprocess.run([here / "install", wheels], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    for line in ("shoal config list", "ray --version", "python -c 'import shoal.jobs.serve.deployed, kubernetes'"):
+    for line in ("shoal config list", "ray --version", f"python -c 'import shoal.jobs.serve.deployed, {module}'"):
         done = subprocess.run(shlex.split(line), cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
