@@ -206,13 +206,13 @@ def _add_keys(x, acc, at, column, smem):
         fence_async_shared()
         reduce_add(x, [at, column], smem._reinterpret(gl.float32, [64, 64], x.layout))
     else:
-        left, right = _halves(acc)
+        left, right = split_halves(acc)
         _add_keys(x, left, at, column, smem)
         _add_keys(x, right, at, column + 64, smem)
 
 
 @gluon.jit
-def _halves(x):
+def split_halves(x):
     """Left and right columns."""
     M: gl.constexpr = x.shape[0]
     N: gl.constexpr = x.shape[1]

@@ -8,6 +8,7 @@ queries stays in that cache.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shoal.kernels.nsa.triton_inverse import invert, lists_by_block
+from shoal.kernels.nsa.triton_inverse import ends_by_head, invert, lists_by_block
 from shoal.kernels.nsa.triton_select import LOG2E, halves, load_rows, padded, precision
 from shoal.kernels.nsa.triton_span_grad import Grads, score_weights
 from shoal.kernels.nsa.triton_tables import PackTables
@@ -24,7 +25,7 @@ from shoal.kernels.nsa.triton_tables import PackTables
 @dataclass(frozen=True)
 class GatherGradTuning:
     """chunk: queries whose parts exist at a time. item: queries of a program, a power of two. rows: of a tile, queries
-    times padded group."""
+    times padded group. hopper: in Gluon where that takes the shapes, whatever item and rows say."""
 
     chunk: int = 2048
     item: int = 64
@@ -32,6 +33,7 @@ class GatherGradTuning:
     warps: int = 4
     stages: int = 2
     merge_warps: int = 4
+    hopper: bool = True
 
 
 def selected_backward(
@@ -64,6 +66,8 @@ def selected_backward(
         return d_q
     chunk = min(tuning.chunk, tokens)
     part = torch.empty(chunk, n, heads, dim, dtype=q.dtype, device=q.device)
+    operands = (q, k, v, d_out, base, dots)
+    hopper = None if deterministic or not tuning.hopper else for_hopper(q, v, tables)
     if deterministic:
         pairs, first, chunks = lists_by_block(blocks, tables, chunk)
         items, size = pairs, 0
@@ -71,31 +75,35 @@ def selected_backward(
         inverse = invert(blocks, tables, chunk, tuning.item)
         pairs, first, chunks = inverse.item_pairs, inverse.first_items, inverse.chunks
         items, size = inverse.item_blocks, inverse.size
+        ends = ends_by_head(inverse, kv)
     group_p = padded(group, least=1)
     shape = {"N": n, "KV": kv, "G": group, "D": dim}
     for index, start in enumerate(range(0, tokens, chunk)):
         stop = min(start + chunk, tokens)
-        low, high = tables.reach(start, stop)
-        programs = high - low
-        if size:
-            programs = min((stop - start) * n, programs + (stop - start) * n // size)
-        _block_kernel[(programs, kv)](
-            *(q, k, v, d_out, base, dots, grads.d_k, grads.d_v, part, items, pairs, first),
-            *(tables.block_first, tables.block_last, tables.own_rows, scale * LOG2E),
-            *(start, low, index, chunks, tables.blocks),
-            ITEM=size,
-            GP=group_p,
-            TILE=max(1, tuning.rows // group_p),
-            E=dim_v,
-            EP=padded(dim_v),
-            BN=padded(tables.sizes.slc_block),
-            PRECISION=precision(q.dtype),
-            num_warps=tuning.warps,
-            num_stages=tuning.stages,
-            D1=halves(dim)["D1"],
-            D2=halves(dim)["D2"],
-            **shape,
-        )
+        if hopper is not None:
+            hopper(*operands, part, inverse, ends, tables, scale, grads, index)
+        else:
+            low, high = tables.reach(start, stop)
+            programs = high - low
+            if size:
+                programs = min((stop - start) * n, programs + (stop - start) * n // size)
+            _block_kernel[(programs, kv)](
+                *(*operands, grads.d_k, grads.d_v, part, items, pairs, first),
+                *(tables.block_first, tables.block_last, tables.own_rows, scale * LOG2E),
+                *(start, low, index, chunks, tables.blocks),
+                ITEM=size,
+                GP=group_p,
+                TILE=max(1, tuning.rows // group_p),
+                E=dim_v,
+                EP=padded(dim_v),
+                BN=padded(tables.sizes.slc_block),
+                PRECISION=precision(q.dtype),
+                num_warps=tuning.warps,
+                num_stages=tuning.stages,
+                D1=halves(dim)["D1"],
+                D2=halves(dim)["D2"],
+                **shape,
+            )
         _sum_kernel[(stop - start, kv)](
             *(grads.d_q, part, blocks, d_q, scale, start, blocks.stride(0), blocks.stride(1)),
             GP=group_p,
@@ -104,6 +112,15 @@ def selected_backward(
             **shape,
         )
     return d_q
+
+
+def for_hopper(q: Tensor, v: Tensor, tables: PackTables) -> Callable[..., None] | None:
+    """The twin of :func:`_block_kernel` in Gluon, where it takes these."""
+    if not q.is_cuda:
+        return None
+    from shoal.kernels.nsa.gluon_gather_grad import block_parts, supported
+
+    return block_parts if supported(q, v, tables.sizes.slc_block) else None
 
 
 @triton.jit

@@ -55,6 +55,11 @@ def invert(blocks: Tensor, tables: Tables, chunk: int, size: int) -> Inverse:
     return Inverse(chunk, chunks, size, item_blocks, item_pairs, first[::bins].contiguous())
 
 
+def ends_by_head(inverse: Inverse, kv: int) -> Tensor:
+    """How many items a chunk has up to the end of each head, ``[KV, chunks]`` int32."""
+    return inverse.first_items.diff().view(kv, inverse.chunks).cumsum(0, dtype=torch.int32)
+
+
 def lists_by_block(blocks: Tensor, tables: Tables, chunk: int) -> tuple[Tensor, Tensor, int]:
     """The choices of ``blocks [T, KV, n]`` that fell on each block, chunk by chunk of queries, in the queries' order.
 

@@ -1,0 +1,382 @@
+"""Gradients of selected attention for Hopper, in Gluon: the twin of ``triton_gather_grad``'s kernel of blocks.
+
+Items are blocks with some of the queries that chose them. Each multiprocessor works on two at a time, each with a
+warpgroup, and a producer warp that copies keys, values and queries with TMA: they share nothing, so that the
+products of one run under the exponentials of the other. What an item finds for its queries' gradients is stored as
+parts, which ``triton_gather_grad`` sums; what it finds for its keys is added to memory, in any order.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from shoal.kernels.hopper import barrier, descriptor, multiprocessors
+from shoal.kernels.nsa import gluon_span_grad
+from shoal.kernels.nsa.gluon_span_grad import reduce_add, split_halves
+from shoal.kernels.nsa.triton_inverse import Inverse
+from shoal.kernels.nsa.triton_select import LOG2E
+from shoal.kernels.nsa.triton_span_grad import Grads
+from shoal.kernels.nsa.triton_tables import PackTables
+
+STAGES = 2
+
+
+def supported(q: Tensor, v: Tensor, block: int) -> bool:
+    """Whether :func:`block_parts` takes these: what ``gluon_span_backward`` does, groups from 16 on, blocks of at
+    most 64 tokens."""
+    return gluon_span_grad.supported(q, v) and q.shape[1] // v.shape[1] >= 16 and block <= 64
+
+
+def block_parts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    d_out: Tensor,
+    base: Tensor,
+    dots: Tensor,
+    part: Tensor,
+    inverse: Inverse,
+    ends: Tensor,
+    tables: PackTables,
+    scale: float,
+    grads: Grads,
+    index: int,
+) -> None:
+    """Of the queries of chunk ``index``: the parts of their gradients, ``part [chunk, n, H, D]``, and what they add to
+    the gradients of keys and values. ends: of ``ends_by_head``."""
+    tokens, heads, dim = q.shape
+    keys, kv, dim_v = v.shape
+    group, n = heads // kv, part.shape[1]
+    _gather_grad_kernel[(multiprocessors(q.device),)](
+        descriptor(q, 1, group, 64),
+        descriptor(k.view(keys, kv * dim), 64, dim),
+        descriptor(v.view(keys, kv * dim_v), 64, dim_v),
+        descriptor(d_out, 1, group, 64),
+        part,
+        descriptor(grads.d_k.view(keys, kv * dim), 64, 32),
+        descriptor(grads.d_v.view(keys, kv * dim_v), 64, 32),
+        base,
+        dots,
+        inverse.item_blocks,
+        inverse.item_pairs,
+        inverse.first_items,
+        ends,
+        tables.block_first,
+        tables.block_last,
+        tables.own_rows,
+        index,
+        inverse.chunks,
+        index * inverse.chunk * n,
+        scale * LOG2E,
+        tokens,
+        KV=kv,
+        G=group,
+        D=dim,
+        E=dim_v,
+        TILE=64 // group,
+        N=n,
+        ITEM=inverse.size,
+        STAGES=STAGES,
+        num_warps=4,
+    )
+
+
+@gluon.jit
+def _own_items(C: gl.constexpr, ends, index, chunks, KV: gl.constexpr):
+    """The first of this worker's items, and how many it takes: every one a grid of workers further on."""
+    own = 2 * gl.program_id(0) + C
+    return own, gl.cdiv(gl.load(ends + (KV - 1) * chunks + index) - own, 2 * gl.num_programs(0))
+
+
+@gluon.jit
+def _item_of(idx, first, ends, index, chunks, KV: gl.constexpr):
+    """Head and place in the table of the chunk's item ``idx``."""
+    h = 0
+    before = 0
+    for j in gl.static_range(KV - 1):
+        end = gl.load(ends + j * chunks + index)
+        h = gl.where(idx >= end, j + 1, h)
+        before = gl.where(idx >= end, end, before)
+    return h, gl.load(first + h * chunks + index) + idx - before
+
+
+@gluon.jit
+def _tell(smem, at, value):
+    """Write a number to shared memory."""
+    smem.index(at).store(gl.full([1], value, gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0])))
+
+
+@gluon.jit
+def _told(smem, at):
+    """Read a number from shared memory."""
+    return gl.max(smem.index(at).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
+
+
+@gluon.jit
+def _producer(
+    C, q, k, v, d_out, worker, source, KV: gl.constexpr, G: gl.constexpr, TILE: gl.constexpr, N: gl.constexpr,
+    ITEM: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Copy the keys and values of each item, and its queries and gradients of outputs, tile by tile."""
+    q_ring, o_ring, _, _, base_ring, dots_ring, k_smem, v_smem, _, _, places, facts, kv_bars, full, empty = worker
+    base, dots, own_rows, items, pairs, first, ends, block_first, block_last, index, chunks, begin, tokens = source
+    D: gl.constexpr = k.block_type.shape[1]
+    E: gl.constexpr = v.block_type.shape[1]
+    L: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
+    r = gl.arange(0, 64, layout=L)
+    own, laps = _own_items(C, ends, index, chunks, KV)
+    i = 0
+    for lap in range(laps):
+        h, item = _item_of(own + lap * 2 * gl.num_programs(0), first, ends, index, chunks, KV)
+        block = gl.load(items + item)
+        p_pairs = pairs + item.to(gl.int64) * ITEM
+        every = gl.load(p_pairs + gl.arange(0, ITEM, layout=L))
+        key, stop = gl.load(block_first + block), gl.load(block_last + block)
+        own_row = gl.load(own_rows + every // N, mask=every >= 0, other=2147483647)
+        unclear = (gl.min(own_row, 0) < key + 63) | (stop - key < 64)
+        count = gl.sum((every >= 0).to(gl.int32), 0)
+        for n in range(gl.cdiv(count, TILE)):
+            mine = gl.load(p_pairs + n * TILE + r // G)
+            row = ((mine // N).to(gl.int64) * KV + h) * G + r % G
+            b_base = gl.load(base + row, mask=mine >= 0, other=float("inf"))
+            b_dots = gl.load(dots + row, mask=mine >= 0, other=0.0)
+            mates: tuple = ()
+            for j in gl.static_range(TILE):
+                mates = mates + (gl.load(p_pairs + n * TILE + j),)  # noqa: RUF005
+            slot = i % STAGES
+            bar = full.index(slot)
+            mbarrier.wait(empty.index(slot), (i // STAGES & 1) ^ 1)
+            mbarrier.expect(bar, 64 * (2 * D + 2 * E))
+            for j in gl.static_range(TILE):
+                # Where there is no query, copies of what lies outside are zeros, whose gradients are zeros.
+                t = gl.where(mates[j] >= 0, mates[j] // N, tokens)
+                for c in gl.static_range(D // 64):
+                    at = (slot * (D // 64) + c) * TILE + j
+                    tma.async_copy_global_to_shared(q, [t, h * G, c * 64], bar, q_ring.index(at))
+                for c in gl.static_range(E // 64):
+                    at = (slot * (E // 64) + c) * TILE + j
+                    tma.async_copy_global_to_shared(d_out, [t, h * G, c * 64], bar, o_ring.index(at))
+                _tell(places, i % (2 * STAGES) * TILE + j, gl.where(mates[j] >= 0, mates[j] - begin, -1))
+            base_ring.index(slot).store(b_base)
+            dots_ring.index(slot).store(b_dots)
+            barrier()
+            mbarrier.arrive(bar)
+            i += 1
+            if n == 0:
+                # The item before may still be at work with its keys.
+                mbarrier.wait(kv_bars.index(1), (lap & 1) ^ 1)
+                mbarrier.expect(kv_bars.index(0), k.block_type.nbytes + v.block_type.nbytes)
+                tma.async_copy_global_to_shared(k, [key, h * D], kv_bars.index(0), k_smem.index(0))
+                tma.async_copy_global_to_shared(v, [key, h * E], kv_bars.index(0), v_smem.index(0))
+                _tell(facts, 0, h)
+                _tell(facts, 1, key)
+                _tell(facts, 2, stop)
+                _tell(facts, 3, gl.cdiv(count, TILE))
+                _tell(facts, 4, unclear.to(gl.int32))
+                barrier()
+                mbarrier.arrive(kv_bars.index(0))
+
+
+@gluon.jit
+def _put(
+    part, x, smem, places, at, h, KV: gl.constexpr, G: gl.constexpr, TILE: gl.constexpr, D: gl.constexpr,
+    column: gl.constexpr,
+):  # fmt: skip
+    """Store ``x [64, 64]`` as columns of the parts of a tile's queries, by way of a buffer that nobody reads any more.
+
+    By the threads, since TMA as Gluon has it cannot say that these lines are not to stay in the cache.
+    """
+    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    smem.store(x.to(smem.dtype))
+    r = gl.arange(0, 64, layout=gl.SliceLayout(1, WIDE))
+    place = r * 0 - 1
+    for j in gl.static_range(TILE):
+        place = gl.where(r // G == j, _told(places, at + j), place)
+    row = (place * KV + h) * G + r % G
+    p_part = part + row[:, None] * D + (column + gl.arange(0, 64, layout=gl.SliceLayout(0, WIDE)))[None, :]
+    gl.store(p_part, smem.load(WIDE), mask=place[:, None] >= 0, eviction_policy="evict_first")
+
+
+@gluon.jit
+def _add_keys(x, acc, at, column, one, two):
+    """Add ``acc [64, WIDTH]`` to rows of keys, by way of two buffers in turn."""
+    WIDTH: gl.constexpr = acc.shape[1]
+    if WIDTH == 32:
+        tma.store_wait(1)
+        barrier()
+        buffer = one._reinterpret(gl.float32, [64, 32], x.layout)
+        buffer.store(acc)
+        fence_async_shared()
+        barrier()
+        reduce_add(x, [at, column], buffer)
+    else:
+        left, right = split_halves(acc)
+        _add_keys(x, left, at, column, one, two)
+        if WIDTH == 64:
+            _add_keys(x, right, at, column + WIDTH // 2, two, one)
+        else:
+            _add_keys(x, right, at, column + WIDTH // 2, one, two)
+
+
+@gluon.jit
+def _consumer(
+    C, part, d_k, d_v, worker, listed, scale, KV: gl.constexpr, G: gl.constexpr, D: gl.constexpr, E: gl.constexpr,
+    TILE: gl.constexpr, N: gl.constexpr, ITEM: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The gradients of the items' keys, and the parts of their queries'."""
+    (
+        _,
+        _,
+        q_ring,
+        o_ring,
+        base_ring,
+        dots_ring,
+        k_smem,
+        v_smem,
+        ds_smem,
+        part_smem,
+        places,
+        facts,
+        kv_bars,
+        full,
+        empty,
+    ) = worker
+    own_rows, pairs, first, ends, index, chunks = listed
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    ACC_D: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    ACC_E: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E, 16])
+    ROW: gl.constexpr = gl.SliceLayout(0, S)
+    zeros = gl.zeros([64, 64], gl.float32, S)
+    k_parts = k_smem._reinterpret(k_smem.dtype, [2, 64, 64], k_smem.layout)
+    own, laps = _own_items(C, ends, index, chunks, KV)
+    i = 0
+    for lap in range(laps):
+        dk = gl.zeros([64, D], gl.float32, ACC_D)
+        dv = gl.zeros([64, E], gl.float32, ACC_E)
+        mbarrier.wait(kv_bars.index(0), lap & 1)
+        h, key, stop = _told(facts, 0), _told(facts, 1), _told(facts, 2)
+        count, unclear = _told(facts, 3), _told(facts, 4)
+        for n in range(count):
+            slot = i % STAGES
+            b_q, b_o = q_ring.index(slot), o_ring.index(slot)
+            # i >> 30 is 0, which the compiler does not know: it would keep all addresses in registers.
+            b_k, b_v, b_ds = k_smem.index(i >> 30), v_smem.index(i >> 30), ds_smem.index(i >> 30)
+            mbarrier.wait(full.index(slot), i // STAGES & 1)
+            s = warpgroup_mma(b_k, b_q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            dp = warpgroup_mma(b_v, b_o.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            b_base = base_ring.index(slot).load(ROW)
+            s = warpgroup_mma_wait(1, [s])
+            w = gl.exp2(s * scale - b_base[None, :])
+            if unclear > 0:
+                # Of its own block a query sees what stands before it.
+                item = _item_of(own + lap * 2 * gl.num_programs(0), first, ends, index, chunks, KV)[1]
+                mine = gl.load(pairs + item.to(gl.int64) * ITEM + n * TILE + gl.arange(0, 64, layout=ROW) // G)
+                t = gl.load(own_rows + mine // N, mask=mine >= 0, other=0)
+                o_n = key + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
+                w = gl.where((o_n[:, None] <= t[None, :]) & (o_n < stop)[:, None], w, 0.0)
+            b_w = gl.convert_layout(w.to(k_smem.dtype), gl.DotOperandLayout(0, ACC_E, 2))
+            dv = warpgroup_mma(b_w, b_o, dv, is_async=True)
+            b_dots = dots_ring.index(slot).load(ROW)
+            dp, w = warpgroup_mma_wait(1, [dp, w])
+            ds = (w * (dp - b_dots[None, :])).to(k_smem.dtype)
+            b_ds.store(ds)
+            fence_async_shared()
+            barrier()
+            dk = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, ACC_D, 2)), b_q, dk, is_async=True)
+            left = warpgroup_mma(b_ds.permute((1, 0)), k_parts.index(i >> 30), zeros, use_acc=False, is_async=True)
+            left, dk, dv = warpgroup_mma_wait(0, [left, dk, dv])
+            mbarrier.arrive(empty.index(slot))
+            right = warpgroup_mma(
+                b_ds.permute((1, 0)), k_parts.index(1 + (i >> 30)), zeros, use_acc=False, is_async=True
+            )
+            place = i % (2 * STAGES) * TILE
+            _put(part, left, part_smem.index(i >> 30), places, place, h, KV, G, TILE, D, 0)
+            right = warpgroup_mma_wait(0, [right])
+            _put(part, right, b_ds, places, place, h, KV, G, TILE, D, 64)
+            i += 1
+        mbarrier.arrive(kv_bars.index(1))
+        _add_keys(d_k, dk, key, h * D, part_smem.index(0), ds_smem.index(0))
+        _add_keys(d_v, dv, key, h * E, part_smem.index(0), ds_smem.index(0))
+        tma.store_wait(0)
+        barrier()
+
+
+@gluon.jit
+def _buffers(q, k, v, d_out, TILE: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr):
+    """What a worker needs: rings for TMA, the same as matrices, numbers of rows, keys, values, d_s, parts, barriers."""
+    D: gl.constexpr = k.block_type.shape[1]
+    E: gl.constexpr = v.block_type.shape[1]
+    NUMBERS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q_tma = gl.allocate_shared_memory(q.dtype, [STAGES * (D // 64) * TILE, 1, G, 64], q.layout)
+    o_tma = gl.allocate_shared_memory(q.dtype, [STAGES * (E // 64) * TILE, 1, G, 64], d_out.layout)
+    q_ring = q_tma._reinterpret(q.dtype, [STAGES, 64, D], k.layout)
+    o_ring = o_tma._reinterpret(q.dtype, [STAGES, 64, E], v.layout)
+    base_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 64], NUMBERS)
+    dots_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 64], NUMBERS)
+    k_smem = gl.allocate_shared_memory(q.dtype, [1] + k.block_type.shape, k.layout)  # noqa: RUF005
+    v_smem = gl.allocate_shared_memory(q.dtype, [1] + v.block_type.shape, v.layout)  # noqa: RUF005
+    ds_smem = gl.allocate_shared_memory(q.dtype, [1, 64, 64], k.layout)
+    part_smem = gl.allocate_shared_memory(q.dtype, [1, 64, 64], k.layout)
+    places = gl.allocate_shared_memory(gl.int32, [2 * STAGES * TILE, 1], NUMBERS)
+    facts = gl.allocate_shared_memory(gl.int32, [5, 1], NUMBERS)
+    kv_bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(kv_bars.index(0), count=2)
+    mbarrier.init(kv_bars.index(1), count=1)
+    for s in gl.static_range(STAGES):
+        mbarrier.init(full.index(s), count=2)
+        mbarrier.init(empty.index(s), count=1)
+    return (
+        q_tma,
+        o_tma,
+        q_ring,
+        o_ring,
+        base_ring,
+        dots_ring,
+        k_smem,
+        v_smem,
+        ds_smem,
+        part_smem,
+        places,
+        facts,
+        kv_bars,
+        full,
+        empty,
+    )
+
+
+@gluon.jit
+def _gather_grad_kernel(
+    q, k, v, d_out, part, d_k, d_v, base, dots, items, pairs, first, ends, block_first, block_last, own_rows, index,
+    chunks, begin, scale, tokens, KV: gl.constexpr, G: gl.constexpr, D: gl.constexpr, E: gl.constexpr,
+    TILE: gl.constexpr, N: gl.constexpr, ITEM: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Programs take two items each in turn, until the chunk has no more."""
+    FIRST: gl.constexpr = 0
+    SECOND: gl.constexpr = 1
+    one = _buffers(q, k, v, d_out, TILE, G, STAGES)
+    two = _buffers(q, k, v, d_out, TILE, G, STAGES)
+    fence_async_shared()
+    source = (base, dots, own_rows, items, pairs, first, ends, block_first, block_last, index, chunks, begin, tokens)
+    listed = (own_rows, pairs, first, ends, index, chunks)
+    gl.warp_specialize(
+        [
+            (_consumer, (FIRST, part, d_k, d_v, one, listed, scale, KV, G, D, E, TILE, N, ITEM, STAGES)),
+            (_consumer, (SECOND, part, d_k, d_v, two, listed, scale, KV, G, D, E, TILE, N, ITEM, STAGES)),
+            (_producer, (FIRST, q, k, v, d_out, one, source, KV, G, TILE, N, ITEM, STAGES)),
+            (_producer, (SECOND, q, k, v, d_out, two, source, KV, G, TILE, N, ITEM, STAGES)),
+        ],
+        [4, 1, 1],
+        [240, 24, 24],
+    )
