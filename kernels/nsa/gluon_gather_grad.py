@@ -150,9 +150,9 @@ def _producer(
             row = ((mine // N).to(gl.int64) * KV + h) * G + r % G
             b_base = gl.load(base + row, mask=mine >= 0, other=float("inf"))
             b_dots = gl.load(dots + row, mask=mine >= 0, other=0.0)
-            mates: tuple = ()
+            mates = ()
             for j in gl.static_range(TILE):
-                mates = mates + (gl.load(p_pairs + n * TILE + j),)  # noqa: RUF005
+                mates = mates + (gl.load(p_pairs + n * TILE + j),)  # type: ignore[assignment]  # noqa: RUF005
             slot = i % STAGES
             bar = full.index(slot)
             mbarrier.wait(empty.index(slot), (i // STAGES & 1) ^ 1)

@@ -1,0 +1,112 @@
+"""Compiles the Gluon kernels for Hopper on a machine without a GPU, with the ptxas that Triton brings along.
+
+``python hopper_compiler.py`` calls what the package calls, with tensors of the CPU; launches compile and go no further.
+Prints a line for each kernel: its name, bytes of shared memory, and whether ptxas had to serialize matrix products.
+A program of its own, since Triton must not have been told to interpret.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from contextlib import nullcontext
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton._C.libtriton import native_specialize_impl
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+from triton.runtime.jit import JITFunction
+
+from shoal.kernels import hopper
+
+HOPPER = GPUTarget("cuda", 90, 32)
+PTXAS = str(Path(triton.__file__).parent / "backends/nvidia/bin/ptxas")
+
+
+def compile_for_hopper(kernel: JITFunction[Any], *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
+    """In the place of ``JITFunction.run``: compiles a Gluon kernel for these arguments."""
+    if not isinstance(kernel, GluonJITFunction):
+        return
+    given = dict(zip(kernel.arg_names, arguments, strict=False)) | named
+    options = {name: given.pop(name) for name in ("num_warps",) if name in given}
+    signature, constants, attributes = {}, {}, {}
+    for index, param in enumerate(kernel.params):
+        value = given[param.name]
+        kind, key = "constexpr", None
+        if not param.is_constexpr:
+            specialize = not param.do_not_specialize
+            kind, key = native_specialize_impl(CUDABackend, value, param.is_const, specialize, specialize)
+        signature[param.name] = kind
+        if kind == "constexpr":
+            constants[index,] = value
+        elif isinstance(key, str) and "D" in key:
+            attributes[index,] = CUDABackend.parse_attr(key)
+    source = GluonASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=HOPPER, options=options)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
+        ptx.write(compiled.asm["ptx"])
+        ptx.flush()
+        command = [PTXAS, "-v", "-arch=sm_90a", ptx.name, "-o", "/dev/null"]
+        told = subprocess.run(command, capture_output=True, text=True, check=True)
+    words = told.stdout + told.stderr
+    slow = any(code in words for code in ("C7510", "C7512", "C7514"))
+    print(kernel.__name__, compiled.metadata.shared, "serialized" if slow else "overlapped", flush=True)
+
+
+def attention(kv: int, group: int, dim_v: int, dtype: torch.dtype) -> None:
+    """Forward and backward, all branches, of two documents."""
+    from shoal.kernels.nsa import BlockSizes, make_layout
+    from shoal.kernels.nsa.gluon_gather_grad import block_parts
+    from shoal.kernels.nsa.gluon_span import gluon_span_attention
+    from shoal.kernels.nsa.gluon_span_grad import gluon_span_backward
+    from shoal.kernels.nsa.triton_inverse import Inverse
+    from shoal.kernels.nsa.triton_span_grad import Grads
+    from shoal.kernels.nsa.triton_tables import make_tables
+
+    tokens, heads, choices = 256, kv * group, 16
+    layout = make_layout(tuple(accumulate([100, 156], initial=0)), BlockSizes(32, 16, 64, choices, 1, 2, 128), "cpu")
+    tables = make_tables(layout)
+    q, k = torch.zeros(tokens, heads, 128, dtype=dtype), torch.zeros(tokens, kv, 128, dtype=dtype)
+    v, d_out = torch.zeros(tokens, kv, dim_v, dtype=dtype), torch.zeros(tokens, heads, dim_v, dtype=dtype)
+    base = torch.zeros(tokens, heads)
+    grads = Grads(*(torch.zeros(x.shape) for x in (q, k, v)))
+    gluon_span_attention(q, k, v, tables.window, 0.1)
+    gluon_span_backward(q, k, v, d_out, base, base, tables.window, tables.window_seen, 0.1, grads)
+    if group >= 16:
+        numbers = torch.zeros(kv + 1, dtype=torch.int32)
+        inverse = Inverse(tokens, 1, 64, numbers, numbers.new_zeros(1, 64), numbers)
+        part = q.new_zeros(tokens, choices, heads, 128)
+        block_parts(q, k, v, d_out, base, base, part, inverse, numbers[1:].view(kv, 1), tables, 0.1, grads, 0)
+
+
+def experts() -> None:
+    """The products of a layer: up with SwiGLU, down, and their gradients."""
+    from shoal.kernels.moe.gluon_gemms import GluonGemms
+
+    rows, hidden, inner, count = 512, 256, 192, 4
+    products = GluonGemms(torch.full((count,), rows, dtype=torch.int32))
+    x = torch.zeros(rows, hidden, dtype=torch.bfloat16)
+    gate_up, down = x.new_zeros(count, hidden, 2 * inner), x.new_zeros(count, inner, hidden)
+    hidden_rows, act = products.up(x, gate_up)
+    products.rows_by_weight(act, down)
+    products.act_backward(x, down, hidden_rows, torch.ones(rows), torch.arange(rows, dtype=torch.int32))
+    products.rows_by_rows(x, hidden_rows)
+
+
+def main() -> None:
+    JITFunction.run = compile_for_hopper  # type: ignore[method-assign]
+    hopper.on_hopper = lambda x: True
+    hopper.multiprocessors = lambda device: 132  # type: ignore[assignment]
+    torch.cuda.device = lambda device: nullcontext()  # type: ignore
+    attention(2, 16, 128, torch.bfloat16)
+    attention(1, 4, 64, torch.float16)
+    experts()
+
+
+if __name__ == "__main__":
+    main()

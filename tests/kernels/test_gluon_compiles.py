@@ -1,0 +1,27 @@
+"""The Gluon kernels compile for Hopper, fit its shared memory, and ptxas lets their products overlap; without a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED_MEMORY = 227 * 1024
+KERNELS = {"_span_kernel": 2, "_grad_kernel": 2, "_gather_grad_kernel": 1, "_gemm_kernel": 3, "_outer_kernel": 1}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs them")
+def test_every_kernel(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    script = Path(__file__).with_name("hopper_compiler.py")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = [line.split() for line in done.stdout.splitlines()]
+    for name, count in KERNELS.items():
+        mine = [(int(shared), products) for kernel, shared, products in told if kernel == name]
+        assert len(mine) == count, (name, told)
+        assert all(shared <= SHARED_MEMORY and products == "overlapped" for shared, products in mine), (name, mine)
