@@ -19,7 +19,7 @@ from shoal.workers.data.loader import TrainLoader, ValLoader
 from shoal.workers.guard import first_bad_layer
 from shoal.workers.mesh import Mesh
 from shoal.workers.model import Transformer
-from shoal.workers.model.feedforward import MoE, MoELoad, named_views
+from shoal.workers.model.feedforward import MoE, MoELoad, named_biases, named_views
 from shoal.workers.optimizer import MasterAdamW
 from shoal.workers.replicas import replicas_of
 from shoal.workers.schedule import learning_rate
@@ -132,6 +132,7 @@ class Trainer:
         self.optimizer.step(rate)
         for replicas in self.replicas:
             replicas.spread(list(self.parameters.values()))
+        self.model.nudge(counts)
         seconds = time.perf_counter() - started
         load = [load_fractions(c).tolist() for c in counts]
         return {
@@ -164,7 +165,7 @@ class Trainer:
         self.watch.forget()
         gates, clock = self.watch.gate_sums(), self.watch.clock
         for batch in micro:
-            load = MoELoad(t.batch * t.sequence, fractions)
+            load = MoELoad(t.batch * t.sequence, fractions, sequences=self._sequences(batch))
             with clock.part("forward"):
                 cross_entropy = self.model.loss_sum(self.model(batch, load), batch.targets) / targets
                 balance = torch.stack(load.losses).sum() if load.losses else cross_entropy.new_zeros(())
@@ -175,6 +176,14 @@ class Trainer:
             sums += torch.stack([cross_entropy.detach().double(), balance.detach().double()])
             counts = [a + b for a, b in zip(counts, load.counts, strict=True)] if counts else load.counts
         return sums, counts, gates
+
+    def _sequences(self, batch: PackedBatch) -> tuple[Tensor, int] | None:
+        """Which sequence each of this rank's tokens is in, and how many there are, where there is a loss of them."""
+        length = self.recipe.train.sequence
+        if not self.recipe.balance.sequence:
+            return None
+        at = batch.rows.indices() if batch.rows else torch.arange(len(batch.tokens))
+        return (at // length).to(self.device), batch.cu_seqlens[-1] // length
 
     def _global_targets(self, micro: list[PackedBatch]) -> int:
         """Predicted tokens of the global batch, over all attention ranks."""
@@ -217,7 +226,7 @@ class Trainer:
     def tensors(self) -> dict[str, Tensor]:
         """Everything a checkpoint holds of this rank, by placement-independent names."""
         index_of = {id(p): i for i, p in enumerate(self.parameters.values())}
-        out: dict[str, Tensor] = {}
+        out = {f"model.{name}": bias for name, bias in named_biases(self.model)}
         for name, parameter, part in named_views(self.model):
             out[f"model.{name}"] = parameter.data if part is None else parameter.data[part]
             for kind, tensor in self.optimizer.state_of(index_of[id(parameter)], part):

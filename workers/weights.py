@@ -12,7 +12,7 @@ from shoal.workers.checkpoint_files import checkpoint_path, read_state
 from shoal.workers.config import Recipe
 from shoal.workers.mesh import Mesh
 from shoal.workers.model import Transformer
-from shoal.workers.model.feedforward import named_views
+from shoal.workers.model.feedforward import named_biases, named_views
 
 
 def load_model(
@@ -29,6 +29,7 @@ def load_model(
         f"model.{name}": parameter.data if index is None else parameter.data[index]
         for name, parameter, index in named_views(model)
     }
+    tensors |= {f"model.{name}": bias for name, bias in named_biases(model)}
     # Rank 1 of a world of 1: it reads by itself, and does not tidy up the folder as rank 0 would.
     Checkpointer(checkpoints, 1, None, 1, 1).load(step, tensors)
     return model.eval()

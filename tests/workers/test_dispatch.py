@@ -126,7 +126,7 @@ def on_ranks(
             if leaf is not None:
                 leaf.grad = None
         passing = Pass(dispatcher, kind, (own[0], own[1]), (leaves[2], leaves[3]))
-        out, _ = RoutedFFN.apply(passing, leaves[0], None, leaves[1], experts[mine], *own, *leaves[2:])
+        out, *_ = RoutedFFN.apply(passing, leaves[0], None, leaves[1], experts[mine], *own, *leaves[2:])
         counts = passing.flight.expert_counts()
         (out * upstream[mine]).sum().backward()
     for other in turns(dispatcher, kind, [leaves[0], leaves[1], *own, *leaves[2:]], experts[mine], 1 if folder else 2):
@@ -273,7 +273,7 @@ def routed_by_triton(rank: int, world: int, layers: dict[str, Any]) -> list[Tens
         dispatcher = Dispatcher(Group((0, 1), rank, dist.group.WORLD), owners, torch.device("cpu"), True)
         router = Router(leaves[1], 3, **layers)
         passing = Pass(dispatcher, TritonGemms, (leaves[2], leaves[3]), (leaves[4], leaves[5]), 0, router)
-        out, sums = RoutedFFN.apply(passing, leaves[0], leaves[1], None, None, *leaves[2:])
+        out, sums, *_ = RoutedFFN.apply(passing, leaves[0], leaves[1], None, None, *leaves[2:])
         counts = passing.flight.expert_counts()
     grads = torch.autograd.grad((out * upstream).sum() + (sums * d_sums).sum(), leaves)
     return [out.detach(), *grads, counts]

@@ -172,6 +172,12 @@ class Transformer(nn.Module):
         device = batch.tokens.device
         return torch.zeros(0, self.recipe.model.hidden, dtype=self.dtype, device=device).requires_grad_()
 
+    def nudge(self, counts: list[Tensor]) -> None:
+        """:meth:`MoE.nudge` of every layer. counts: as :class:`MoELoad` has them."""
+        layers = [block.moe for block in self.layers if isinstance(block.moe, MoE)]
+        for layer, own in zip(layers, counts, strict=True):
+            layer.nudge(own)
+
     def join_shared(self) -> int:
         """:meth:`MoE.join_shared` of every layer: the bytes that it allocated."""
         return sum(block.moe.join_shared() for block in self.layers if isinstance(block.moe, MoE))
