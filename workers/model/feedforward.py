@@ -22,6 +22,7 @@ from shoal.kernels.moe.router import Routing
 from shoal.workers.config import Recipe
 from shoal.workers.dispatch import Dispatcher
 from shoal.workers.errors import InvalidInput
+from shoal.workers.expert_plan import Homes, even_homes
 from shoal.workers.mesh import Mesh
 from shoal.workers.routed import Found, Pass, RoutedFFN, Router, Weights
 
@@ -118,7 +119,15 @@ class MoE(nn.Module):
     Router and local shared experts live with the attention shard; routed and dispatched shared experts on expert ranks.
     """
 
-    def __init__(self, recipe: Recipe, mesh: Mesh, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        mesh: Mesh,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        homes: Homes | None = None,
+    ) -> None:
+        """homes: where the routed experts lie; None: in equal runs."""
         super().__init__()
         moe, hidden = recipe.moe, recipe.model.hidden
         self.table, self.balance, self.most, self.mesh = moe, recipe.balance, recipe.route.max_devices, mesh
@@ -132,7 +141,8 @@ class MoE(nn.Module):
         alone = mesh.dispatch.size == 1 and not self.sent_shared
         self.whole = alone and moe.router == "softmax" and self.products.triton
         self._joined: tuple[Tensor, int] | None = None  # the weights as one, and the version they were made of
-        owners = mesh.placement.owners(moe.experts, self.sent_shared)
+        self.homes = homes or even_homes(moe.experts, mesh.placement.set_size)
+        owners = mesh.placement.owners(self.homes, self.sent_shared)
         self.dispatcher = Dispatcher(mesh.dispatch, owners, device, self.products.triton)
         if mesh.hosts_attention:
             if moe.router == "softmax":
@@ -142,6 +152,15 @@ class MoE(nn.Module):
                 self.shared = ExpertStack(names, hidden, moe.expert_hidden)
         if mesh.hosts_experts:
             self.experts = ExpertStack([self._name(e) for e in self.dispatcher.local], hidden, moe.expert_hidden)
+
+    def assign(self, homes: Homes) -> None:
+        """Gives the routed experts to other ranks, as many to each as before, by name: the weights are for the caller
+        to move. All ranks call it alike, between two passes."""
+        self.homes = homes
+        self.dispatcher.assign(self.mesh.placement.owners(homes, self.sent_shared))
+        if self.mesh.hosts_experts:
+            assert len(self.dispatcher.local) == len(self.experts.names)
+            self.experts.names = [self._name(e) for e in self.dispatcher.local]
 
     @property
     def on_device(self) -> bool:
