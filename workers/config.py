@@ -148,6 +148,11 @@ class ParallelTable(Table):
     ranks: int = Field(default=1, ge=1)
     placement: str = Field(default="colocated", description="colocated, or nA:mF (n attention, m expert ranks)")
     expert: int = Field(default=0, ge=0, description="ranks that share one set of experts; 0: all expert ranks")
+    rebalance_every: int = Field(
+        default=0,
+        ge=0,
+        description="steps after which experts move to even out what was measured of ranks' load; 0: never",
+    )
     context: int = Field(default=1, ge=1, description="attention ranks that share a packed batch")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(
@@ -418,6 +423,13 @@ def _check_parallel(recipe: Recipe) -> None:
         raise ValueError(
             f"parallel.ranks={p.ranks} is not divisible by parallel.expert={p.expert}: "
             f"set parallel.expert to a divisor of {p.ranks}"
+        )
+    groups = recipe.balance.device_groups
+    if p.rebalance_every and recipe.route.max_devices and groups % p.expert_ranks:
+        raise ValueError(
+            f"parallel.rebalance_every={p.rebalance_every} moves whole groups with route.max_devices, and "
+            f"balance.device_groups={groups} do not divide over {p.expert_ranks} expert ranks: "
+            f"set balance.device_groups to a multiple of {p.expert_ranks}, or parallel.rebalance_every to 0"
         )
     if p.attention_ranks % p.context:
         raise ValueError(

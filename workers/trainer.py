@@ -60,7 +60,8 @@ class Trainer:
         self.own = [piece for replicas in self.replicas for piece in replicas.own]
         self.optimizer = MasterAdamW(list(self.parameters.values()), recipe.train, self.own)
         self.reads = [m.dispatcher.reads for m in self.model.modules() if isinstance(m, MoE)]
-        self.measured = torch.ones(len(self.model.moe_layers), recipe.moe.experts, dtype=torch.float64)
+        # Begins at nothing, so it counts as shares only: the mean of the steps so far, the last ones for more.
+        self.measured = torch.zeros(len(self.model.moe_layers), recipe.moe.experts, dtype=torch.float64)
         self.watch = StepWatch(self.model, mesh, device)
         self.step = self.saved_step = 0
         self.loader = self._loader(None)

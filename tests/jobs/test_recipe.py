@@ -242,6 +242,11 @@ def test_what_a_hash_cannot_learn_and_too_few_devices_are_refused() -> None:
             load_recipe("tiny-hash", [f"{key}=1"])
     with pytest.raises(InvalidInput, match=r"moe\.top_k=5 .*route\.max_devices=1 groups, 4: set .* to 2 or more"):
         load_recipe("tiny", ["balance.device_groups=4", "route.max_devices=1", "moe.top_k=5"])
+    moving = ["balance.device_groups=1", "route.max_devices=1", "parallel.rebalance_every=5"]
+    with pytest.raises(
+        InvalidInput, match=r"parallel\.rebalance_every=5 .*set balance\.device_groups to a multiple of 2"
+    ):
+        load_recipe("tiny", moving)
 
 
 def test_a_context_beyond_the_scaled_one_is_refused() -> None:
