@@ -203,6 +203,9 @@ class ServeTable(Table):
         default=0.8, gt=0, le=1, description="share of the memory that is free once the weights are loaded"
     )
     speculate: int = Field(default=0, ge=0, le=32, description="n-gram guesses a sequence and step; 0: none")
+    expert_copies: int = Field(
+        default=0, ge=0, description="experts that a rank hosts beyond its share: copies of those busiest in training"
+    )
     prefix_cache: bool = True
     cuda_graphs: bool = Field(default=True, description="decode steps in CUDA graphs, where one GPU serves the model")
 
