@@ -82,6 +82,10 @@ def test_triton_agrees_with_torch_on_all_that_balances() -> None:
         assert layer.bias is not None
         layer.bias.copy_(bias)
         found[name] = [t.double() for t in outcome(layer, x)]
+        with torch.no_grad():  # as the first time of a layer that is computed again
+            load = MoELoad(len(x), sequences=(torch.arange(50, device=x.device) // 10, 5))
+            layer(x, torch.zeros(50, dtype=torch.int64, device=x.device), load)
+        assert torch.equal(load.losses[0].double(), found[name][2])
     for name in ("triton", "triton in parts"):
         for got, want in zip(found[name], found["torch"], strict=True):
             assert (got - want).norm() <= (2e-2 if ON_GPU else 3e-6) * want.norm()

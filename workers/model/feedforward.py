@@ -196,6 +196,7 @@ class MoE(nn.Module):
             passing.begin(x_TH, *choice)
             yield
             out = passing.end()
+            found = passing.found() if inside else found
         if load.live is None:
             self._count(found, passing.flight.expert_counts()[: self.table.experts], passing.chosen, load)
         else:
