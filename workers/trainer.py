@@ -279,6 +279,7 @@ class Trainer:
         dtype = str(self.model.dtype).removeprefix("torch.")
         state = {"step": self.step, "seed": self.recipe.train.seed, "dtype": dtype, "data": self.loader.state()}
         state |= {"expert_load": self.measured.tolist(), "expert_plan": self.plan}
+        state["biased"] = bool(self.recipe.balance.bias_rate)
         self.checkpointer.save(self.step, self.tensors(), state)
         self.saved_step = self.step
 
@@ -319,12 +320,16 @@ class Trainer:
                 self.place_experts(plan)
 
     def begin_with(self, checkpoint: Path) -> None:
-        """Takes over the weights of another run's checkpoint; step, data and the optimizer's moments begin anew.
+        """Takes over the weights of another run's checkpoint; step, data and the optimizer's moments begin anew, and so
+        do experts' biases where it has none.
 
         Raises: ``InvalidInput`` for weights of other sizes, or of another dtype.
         """
-        step = int(read_state(checkpoint)["step"])
+        saved = read_state(checkpoint)
+        step = int(saved["step"])
         weights = {k: v for k, v in self.tensors().items() if k.startswith(("model.", "optim.master."))}
+        if not saved.get("biased"):
+            weights = {k: v for k, v in weights.items() if not k.endswith(".moe.bias")}
         # Rank 1 of a world of 1: it reads by itself, and does not tidy up the folder as rank 0 would.
         Checkpointer(checkpoint.parent, 1, None, 1, 1).load(step, weights)
 

@@ -67,6 +67,15 @@ def test_biases_are_saved_and_restored_to_the_bit_on_any_ranks(corpus: Path, tmp
         assert rest[0]["loss"] == pytest.approx(first[0][1][3]["loss"], rel=2e-5)
 
 
+def test_a_run_may_begin_with_weights_of_one_with_biases_or_without(corpus: Path, tmp_path: Path) -> None:
+    for name, rate in (("with", 0.02), ("without", 0.0)):
+        _train(0, 1, small_recipe(balance__bias_rate=rate), str(corpus), str(tmp_path / name), 0, 3)
+        recipe = Recipe.model_validate(small_recipe(balance__bias_rate=0.02))
+        trainer = Trainer(recipe, corpus, None, make_mesh(Placement.of(recipe)), torch.device("cpu"))
+        trainer.begin_with(tmp_path / name / "step-3")
+        assert all(bool(bias.any()) == (rate > 0) for _, bias in named_biases(trainer.model))
+
+
 PLACEMENTS: dict[str, dict[str, Any]] = {
     "2 colocated": {"parallel__ranks": 2},
     "4 colocated, 2 sets of experts": {"parallel__ranks": 4, "parallel__expert": 2},
