@@ -140,7 +140,7 @@ class MoE(nn.Module):
         # All of the layer on this rank: no rows are exchanged, and they need not exist for the backward pass.
         alone = mesh.dispatch.size == 1 and not self.sent_shared
         self.whole = alone and moe.router == "softmax" and self.products.triton
-        self._joined: tuple[Tensor, int] | None = None  # the weights as one, and the version they were made of
+        self._joined: tuple[Tensor, int | None] | None = None  # the weights as one, and the version they are of
         self.homes = homes or even_homes(moe.experts, mesh.placement.set_size)
         owners = mesh.placement.owners(self.homes, self.sent_shared)
         self.dispatcher = Dispatcher(mesh.dispatch, owners, device, self.products.triton)
