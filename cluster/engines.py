@@ -9,13 +9,17 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from shoal.cluster.expert_placement import place_copies
 from shoal.cluster.group import RankGroup, RankLost
 from shoal.cluster.local import RaySession
+from shoal.workers.checkpoint_files import checkpoint_path, read_state
 from shoal.workers.config import Recipe
 from shoal.workers.engine.actor import THREADS, EngineActor
 from shoal.workers.engine.request import NOT_FINITE, EngineEnded, Finish, Load, Output, Request
 from shoal.workers.errors import ClusterRefused, InvalidInput, ShoalError, last_line
+from shoal.workers.expert_plan import Plan
 from shoal.workers.placement import Placement
+from shoal.workers.run_store import checkpoints_here
 
 NEWS_SECONDS = 10.0  # how long a call for news waits for some
 
@@ -159,12 +163,28 @@ class Engines:
         group = RankGroup(self.recipe, self.session, EngineActor, THREADS)
         try:
             group.connect()
-            options = (self.recipe.model_dump(), self.checkpoints, self.step, group.device)
+            plan = self._plan(group.nodes) if self.recipe.serve.expert_copies else None
+            options = (self.recipe.model_dump(), self.checkpoints, self.step, group.device, plan)
             group.get(group.call("open", *options))
         except BaseException:
             group.close()
             raise
         return group
+
+    def _plan(self, nodes: list[str]) -> Plan:
+        """Copies of the experts that were busiest in training. nodes: of each rank.
+
+        Raises InvalidInput for a checkpoint that does not know which these were.
+        """
+        extra, placement = self.recipe.serve.expert_copies, Placement.of(self.recipe)
+        state = read_state(checkpoint_path(checkpoints_here(self.checkpoints, self.step), self.step))
+        if "expert_load" not in state:
+            raise InvalidInput(
+                f"serve.expert_copies={extra}, and checkpoint step-{self.step} does not say which experts are busy "
+                f"(it is an older one): set serve.expert_copies to 0"
+            )
+        ids = [nodes[rank] for rank in placement.experts[: placement.set_size]]
+        return tuple(place_copies(row, [ids.index(n) for n in ids], extra) for row in state["expert_load"])
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -43,7 +43,8 @@ class RankGroup:
             )
         # ranks on each rank's machine, which share its cores
         nodes = ray.util.placement_group_table(self.place)["bundles_to_node_id"]
-        self.neighbours = [list(nodes.values()).count(nodes[rank]) for rank in range(ranks)]
+        self.nodes = [str(nodes[rank]) for rank in range(ranks)]
+        self.neighbours = [self.nodes.count(node) for node in self.nodes]
         actor = ray.remote(kind)
         self.actors: list[Any] = [
             actor.options(

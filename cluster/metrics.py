@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from ray.util.metrics import Counter, Gauge
 
-from shoal.workers.records import GATES, PARTS
+from shoal.workers.records import GATES, PARTS, spread
 
 # A series per expert is kept by Prometheus for weeks: a model of many layers shows some of them.
 LOAD_SERIES = 1024
@@ -67,11 +67,22 @@ class TrainMetrics:
         self._device = self._gauge(
             "shoal_device_load", "Tokens of a place in the dispatch group, as a multiple of a fair share", "device"
         )
+        self._layer_device = self._gauge(
+            "shoal_layer_device_load",
+            "Tokens of a place in one layer, as a multiple of a fair share",
+            "layer",
+            "device",
+        )
+        self._busiest = self._gauge("shoal_expert_max_load", "Load of a layer's busiest expert over the mean", "layer")
+        self._entropy = self._gauge(
+            "shoal_expert_entropy", "Entropy of a layer's load over experts, as a share of its maximum", "layer"
+        )
         self._gate = self._gauge(
             "shoal_gate", "Mean gate of a branch of sparse attention, between 0 and 1", "layer", "branch"
         )
         self._steps = self._gauge("shoal_train_steps", "Steps of the whole run")
-        self._seldom = (self._bits, self._load, self._parts, self._device, self._gate, self._steps)
+        by_layer = (self._load, self._layer_device, self._busiest, self._entropy, self._gate)
+        self._seldom = (self._bits, self._parts, self._device, self._steps, *by_layer)
         self._tokens = self._counter("shoal_train_tokens_total", "Tokens trained on; a repeated step counts again")
         self._failures = self._counter("shoal_failures_total", "Failures that the run recovered from")
         self._last_tokens = 0
@@ -113,6 +124,9 @@ class TrainMetrics:
             self._set_load(record["load"])
             for device, load in enumerate(record.get("devices") or ()):
                 self._device.set(load, tags={"device": str(device)})
+            for layer, row in _some(record.get("layer_devices") or ()):
+                for device, load in enumerate(row):
+                    self._layer_device.set(load, tags={"layer": str(layer), "device": str(device)})
         elif kind == "gates":
             for layer, gates in enumerate(record["gates"]):
                 for branch, gate in zip(GATES, gates, strict=True):
@@ -127,11 +141,13 @@ class TrainMetrics:
         self._last_tokens = position
 
     def _set_load(self, load: list[list[float]]) -> None:
-        """load: ``[MoE layers][experts]``; at most ``LOAD_SERIES`` values are shown, of layers evenly apart."""
-        experts = max(1, len(load[0])) if load else 1
-        stride = -(-len(load) // max(1, LOAD_SERIES // experts)) or 1
-        for layer in range(0, len(load), stride):
-            for expert, value in enumerate(load[layer][:LOAD_SERIES]):
+        """load: ``[MoE layers][experts]``; of experts, some are shown."""
+        for layer, row in enumerate(load):
+            if figures := spread(row):
+                self._busiest.set(figures["max"], tags={"layer": str(layer)})
+                self._entropy.set(figures["entropy"], tags={"layer": str(layer)})
+        for layer, some in _some(load):
+            for expert, value in enumerate(some[:LOAD_SERIES]):
                 self._load.set(value, tags={"layer": str(layer), "expert": str(expert)})
 
     def _gauge(self, name: str, text: str, *tags: str) -> LastingGauge:
@@ -143,3 +159,10 @@ class TrainMetrics:
         counter = Counter(name, description=text, tag_keys=("run",))
         counter.set_default_tags({"run": self._run})
         return counter
+
+
+def _some(layers: Sequence[Sequence[float]]) -> Iterator[tuple[int, Sequence[float]]]:
+    """Layers evenly apart, by their number, of at most ``LOAD_SERIES`` values together."""
+    width = max(1, len(layers[0])) if layers else 1
+    stride = -(-len(layers) // max(1, LOAD_SERIES // width)) or 1
+    yield from ((layer, layers[layer]) for layer in range(0, len(layers), stride))

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from shoal.cluster.expert_placement import better_plan, busiest
 from shoal.cluster.group import RankGroup, RankLost
 from shoal.cluster.local import STOP_SIGNALS, RaySession
 from shoal.cluster.metrics import TrainMetrics
 from shoal.workers.checkpoint_files import last_good, wait_for_writers
 from shoal.workers.config import Recipe
 from shoal.workers.errors import InvalidInput, ShoalError, TrainingFailed
+from shoal.workers.placement import Placement
 
 CALL_SECONDS = 1.0  # work in one call to the ranks; two calls are in flight, so that no rank waits for the driver
 Record = dict[str, Any]
@@ -158,12 +160,15 @@ class Supervisor:
 
     def _train(self, group: RankGroup, sample: SampleRequest | None) -> Outcome:
         total, every = self.recipe.train.steps, self.recipe.checkpoint.every
+        often = self.recipe.parallel.rebalance_every if self.recipe.moe.experts else 0
         calls: deque[tuple[int, list[Any]]] = deque()
         submitted, pace, told = self.step, 1, False
         while self.step < total:
             # No call goes past a step that is saved: a checkpoint may stand only once its steps are on file here, for
             # whoever goes on from it does not compute them again.
             barrier = min(total, (self.step // every + 1) * every)
+            if often:
+                barrier = min(barrier, (self.step // often + 1) * often)
             while len(calls) < 2 and submitted < barrier and not self.stop.signal:
                 due = submitted == self.step and submitted % every == 0
                 submitted = min(barrier, submitted + pace)
@@ -176,12 +181,30 @@ class Supervisor:
             until, references = calls.popleft()
             seconds = self._take(group, group.get(references)[0])
             self.step = until
+            # Before a checkpoint of this step is written: whoever goes on from it has the experts there already.
+            if often and until % often == 0 and until < total:
+                self._rebalance(group)
             if seconds:
                 pace = max(1, int(CALL_SECONDS / seconds))
         group.get(group.call("save"))
         self._tell("checkpoint", f"checkpoint step-{self.step} written", self.step)
         text = group.get(group.call("sample", sample.prompt, sample.count, sample.options))[0] if sample else []
         return Outcome(self.step, stopped=False, sample=text)
+
+    def _rebalance(self, group: RankGroup) -> None:
+        """Moves experts where that evens out the load of ranks; nothing is in flight."""
+        load, now = group.get(group.call("expert_load"))[0]
+        placement, route, moe = Placement.of(self.recipe), self.recipe.route, self.recipe.moe
+        places = placement.experts[: placement.set_size]
+        together = moe.experts // self.recipe.balance.device_groups if route.max_devices else 1
+        ids = [group.nodes[rank] for rank in places]
+        plan = better_plan(load, now, [ids.index(node) for node in ids], together)
+        moved = sum(a != b for layers in zip(now, plan, strict=True) for a, b in zip(*layers, strict=True))
+        if moved:
+            group.get(group.call("place_experts", plan))
+            before, after = (busiest(load, each, len(places)) for each in (now, plan))
+            text = f"{moved} experts moved: the busiest rank has {after:.2f} of a fair share, not {before:.2f}"
+            self._tell("rebalanced", text, self.step)
 
     def _take(self, group: RankGroup, records: list[Record]) -> float:
         """Reports records; returns the time of the last step in seconds, 0 when none was recorded."""

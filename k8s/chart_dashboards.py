@@ -75,6 +75,16 @@ TRAINING = (
         },
         "As a multiple of a fair share of tokens.",
     ),
+    Panel(
+        "Entropy of the load, by layer", "percentunit",
+        {"{{run}} layer {{layer}}": "max by (run, layer) (M:expert_entropy)"},
+        "Over a layer's experts, as a share of its maximum: 100% is even.",
+    ),
+    Panel(
+        "Load of devices, by layer", "none",
+        {"{{run}} layer {{layer}} busiest": "max by (run, layer) (M:layer_device_load)"},
+        "As a multiple of a fair share of tokens.",
+    ),
     Panel("Imbalance of experts", "none", {"{{run}}": "max by (run) (M:expert_imbalance)"}, "Busiest, mean of layers."),
     Panel(
         "Load of devices", "none", {"{{run}} place {{device}}": "max by (run, device) (M:device_load)"},

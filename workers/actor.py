@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.workers.config import Recipe
 from shoal.workers.errors import TrainingFailed
+from shoal.workers.expert_plan import Plan
 from shoal.workers.machine import cores, peak_flops
 from shoal.workers.placement import Placement
 
@@ -131,6 +132,16 @@ class RankActor:
             raise TrainingFailed(f"training stopped at {error}") from None
         trainer.settle()
         return trainer.step
+
+    def expert_load(self) -> tuple[list[list[float]], Plan]:
+        """What experts had to do so far, the last steps for more, ``[MoE layers][experts]``; and where they lie."""
+        trainer = self._ready()
+        load: list[list[float]] = trainer.measured.tolist()
+        return load, trainer.plan
+
+    def place_experts(self, plan: Plan) -> None:
+        """Moves experts to the ranks that a plan says, between two steps."""
+        self._ready().place_experts(plan)
 
     def settle(self) -> None:
         """Waits for a checkpoint that is being written."""

@@ -74,12 +74,29 @@ class MoETable(Table):
     )
 
 
+class RouteTable(Table):
+    """Limits on where a token goes."""
+
+    max_devices: int = Field(
+        default=0, ge=0, description="M: groups (balance.device_groups) that a token's experts may lie in; 0: all"
+    )
+
+
 class BalanceTable(Table):
-    """Load-balance losses (DeepSeekMoE eq. 12-17)."""
+    """Load-balance losses (DeepSeekMoE eq. 12-17, DeepSeek-V3's of each sequence, ST-MoE's z-loss), and a bias."""
 
     expert: float = Field(default=0.0, ge=0, description="alpha_1, the expert-level factor")
     device: float = Field(default=0.0, ge=0, description="alpha_2, the device-level factor")
-    device_groups: int = Field(default=1, ge=1, description="D: groups of experts in the device-level loss")
+    sequence: float = Field(default=0.0, ge=0, description="factor of the expert-level loss within each sequence")
+    z_loss: float = Field(
+        default=0.0, ge=0, description="factor of the mean squared log-sum-exp of the router's logits"
+    )
+    bias_rate: float = Field(
+        default=0.0, ge=0, description="step of a bias per expert for the choice alone, towards even load; 0: no bias"
+    )
+    device_groups: int = Field(
+        default=1, ge=1, description="D: groups of experts in the device-level loss and for route.max_devices"
+    )
     over: Literal["global_batch", "micro_batch"] = Field(
         default="global_batch",
         description="what f and P are summed over; with accumulation, global_batch costs one more forward pass",
@@ -131,6 +148,11 @@ class ParallelTable(Table):
     ranks: int = Field(default=1, ge=1)
     placement: str = Field(default="colocated", description="colocated, or nA:mF (n attention, m expert ranks)")
     expert: int = Field(default=0, ge=0, description="ranks that share one set of experts; 0: all expert ranks")
+    rebalance_every: int = Field(
+        default=0,
+        ge=0,
+        description="steps after which experts move to even out what was measured of ranks' load; 0: never",
+    )
     context: int = Field(default=1, ge=1, description="attention ranks that share a packed batch")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(
@@ -181,6 +203,9 @@ class ServeTable(Table):
         default=0.8, gt=0, le=1, description="share of the memory that is free once the weights are loaded"
     )
     speculate: int = Field(default=0, ge=0, le=32, description="n-gram guesses a sequence and step; 0: none")
+    expert_copies: int = Field(
+        default=0, ge=0, description="experts that a rank hosts beyond its share: copies of those busiest in training"
+    )
     prefix_cache: bool = True
     cuda_graphs: bool = Field(default=True, description="decode steps in CUDA graphs, where one GPU serves the model")
 
@@ -193,6 +218,7 @@ class Recipe(Table):
     model: ModelTable
     attention: AttentionTable = AttentionTable()
     moe: MoETable = MoETable()
+    route: RouteTable = RouteTable()
     balance: BalanceTable = BalanceTable()
     data: DataTable = DataTable()
     train: TrainTable
@@ -321,6 +347,31 @@ def _check_experts(recipe: Recipe) -> None:
         )
     if moe.router == "hash" and moe.top_k != 1:
         raise ValueError(f"moe.top_k={moe.top_k} with moe.router='hash', which picks one expert: set moe.top_k to 1")
+    _check_choice(recipe)
+
+
+def _check_choice(recipe: Recipe) -> None:
+    moe, balance, most = recipe.moe, recipe.balance, recipe.route.max_devices
+    learned = {
+        "balance.sequence": balance.sequence,
+        "balance.z_loss": balance.z_loss,
+        "balance.bias_rate": balance.bias_rate,
+        "route.max_devices": most,
+    }
+    for key, value in learned.items():
+        if value and moe.router == "hash":
+            raise ValueError(f"{key}={value} with moe.router='hash', which learns nothing: set {key} to 0")
+    if most > balance.device_groups:
+        raise ValueError(
+            f"route.max_devices={most} is more than balance.device_groups={balance.device_groups}: "
+            f"set it to {balance.device_groups} or less, or balance.device_groups to the number of devices"
+        )
+    size = moe.experts // balance.device_groups
+    if most and moe.top_k > most * size:
+        raise ValueError(
+            f"moe.top_k={moe.top_k} is more than the experts of route.max_devices={most} groups, {most * size}: "
+            f"set route.max_devices to {-(-moe.top_k // size)} or more"
+        )
 
 
 def _check_train(recipe: Recipe) -> None:
@@ -375,6 +426,13 @@ def _check_parallel(recipe: Recipe) -> None:
         raise ValueError(
             f"parallel.ranks={p.ranks} is not divisible by parallel.expert={p.expert}: "
             f"set parallel.expert to a divisor of {p.ranks}"
+        )
+    groups = recipe.balance.device_groups
+    if p.rebalance_every and recipe.route.max_devices and groups % p.expert_ranks:
+        raise ValueError(
+            f"parallel.rebalance_every={p.rebalance_every} moves whole groups with route.max_devices, and "
+            f"balance.device_groups={groups} do not divide over {p.expert_ranks} expert ranks: "
+            f"set balance.device_groups to a multiple of {p.expert_ranks}, or parallel.rebalance_every to 0"
         )
     if p.attention_ranks % p.context:
         raise ValueError(

@@ -8,6 +8,7 @@ the output travel out, those of the tokens and their gates come back.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -24,39 +25,66 @@ if TYPE_CHECKING:
 
 
 class Dispatcher:
-    """Routes rows between the ranks of ``group``; ``owners[e]`` is the place in it of the rank that hosts expert e.
+    """Routes rows between the ranks of ``group``; ``owners[e]`` is the place in it of the rank that hosts expert e, or
+    the places of several ranks that hold copies of it, among which its tokens take turns.
 
-    A *slot* is an expert's number when they are sorted by owner. triton: who copies rows and adds them up. inbox: where
-    other ranks of this node put rows; without one, they are exchanged by ``all_to_all``.
+    A *slot* is an expert on a rank that hosts it, numbered by rank, then by expert. triton: who copies rows and adds
+    them up. inbox: where other ranks of this node put rows; without one, they are exchanged by ``all_to_all``.
     """
 
     def __init__(
         self,
         group: Group,
-        owners: tuple[int, ...],
+        owners: Sequence[int | tuple[int, ...]],
         device: torch.device,
         triton: bool = False,
         inbox: Inbox | None = None,
     ) -> None:
         self.group, self.device, self.triton, self.inbox = group, device, triton, inbox
-        by_owner = sorted(range(len(owners)), key=lambda e: owners[e])  # stable: keeps the experts of an owner in order
-        self.local = tuple(e for e in by_owner if owners[e] == group.index)
-        self.first = sum(owner < group.index for owner in owners)
-        self.others = sorted(set(owners) - {group.index})
         self.reads = HostReads()
         self.clock: Clock | None = None
         self.spare = 0  # multiprocessors that products leave to an exchange that runs meanwhile
-        slots = [0] * len(owners)
-        for slot, expert in enumerate(by_owner):
-            slots[expert] = slot
+        self.assign(owners)
 
-        def ints(values: list[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=device)
+    def assign(self, owners: Sequence[int | tuple[int, ...]]) -> None:
+        """Gives the experts to these ranks, from the next flight on. All ranks call it alike, between two flights."""
+        places = [(each,) if isinstance(each, int) else each for each in owners]
+        hosted = sorted((place, expert) for expert, own in enumerate(places) for place in own)
+        self.local = tuple(expert for place, expert in hosted if place == self.group.index)
+        self.first = sum(place < self.group.index for place, _ in hosted)
+        self.others = sorted({place for place, _ in hosted} - {self.group.index})
+        slots: list[list[int]] = [[] for _ in places]
+        for slot, (_, expert) in enumerate(hosted):
+            slots[expert].append(slot)
+        most = max(map(len, slots))
+        columns = [self.others.index(rank) if rank in self.others else 0 for rank in range(self.group.size)]
+        self.slots, self.hosts = self._ints([own[0] for own in slots]), self._ints([place for place, _ in hosted])
+        self.numbers, self.ranks = self._ints(list(range(len(hosted)))), self._ints(self.others)
+        self.columns = self._ints(columns).long()  # of ``others``, by rank
+        self.copies: tuple[Tensor, Tensor] | None = None
+        if most > 1:
+            table = [own + [own[0]] * (most - len(own)) for own in slots]
+            self.copies = self._ints([len(own) for own in slots]), self._ints([s for own in table for s in own])
+            self.of_slot = self._ints([expert for _, expert in hosted])
 
-        columns = [self.others.index(rank) if rank in self.others else 0 for rank in range(group.size)]
-        self.slots, self.hosts = ints(slots), ints([owners[e] for e in by_owner])
-        self.numbers, self.ranks = ints(list(range(len(owners)))), ints(self.others)
-        self.columns = ints(columns).long()  # of ``others``, by rank
+    def _ints(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+    def slots_of(self, experts: Tensor) -> Tensor:
+        """``[T, K]`` int -> int32: where each choice goes. Tokens take turns among the copies of an expert."""
+        experts = experts.long()
+        if self.copies is None:
+            return self.slots[experts]
+        counts, table = self.copies
+        turns = torch.arange(len(experts), dtype=torch.int32, device=self.device)[:, None] + self.group.index
+        return table[experts * (len(table) // len(counts)) + turns % counts[experts]]
+
+    def by_expert(self, by_slot: Tensor) -> Tensor:
+        """``[slots] -> [experts]`` int64: sums of the slots of each expert."""
+        if self.copies is None:
+            return by_slot[self.slots.long()].long()
+        empty = torch.zeros(len(self.slots), dtype=torch.int64, device=self.device)
+        return empty.index_add_(0, self.of_slot, by_slot.long())
 
     def waiting(self) -> AbstractContextManager[None]:
         """Measures a wait for rows, where somebody watches."""

@@ -39,14 +39,14 @@ class Flight:
         self.dispatcher, self.keep = dispatcher, keep
         self.tokens, self.choices = experts.shape
         self.wide = gates.dtype
-        self.slots = dispatcher.slots[experts.long()]
+        self.slots = dispatcher.slots_of(experts)
         # bincount would wait for the GPU
         self.counts = (self.slots.reshape(-1, 1) == dispatcher.numbers).sum(0, dtype=torch.int32)
         self.home = self.slots.new_empty(self.tokens, 0)
 
     def expert_counts(self) -> Tensor:
         """``[experts]`` int64: tokens that chose each expert, over the whole dispatch group."""
-        return self._slot_counts()[self.dispatcher.slots.long()].long()
+        return self.dispatcher.by_expert(self._slot_counts())
 
     def _slot_counts(self) -> Tensor:
         return self.counts
@@ -125,14 +125,14 @@ class PackedFlight(Flight):
         self._packed = Moment(x.device)
 
     def _slot_counts(self) -> Tensor:
-        return self._table.here()[:, : len(self.dispatcher.slots)].sum(0)
+        return self._table.here()[:, : len(self.dispatcher.hosts)].sum(0)
 
     def send(self) -> None:
         """Reads the sizes, and sends the rows on their way, behind what was launched before this flight's start."""
-        d, experts = self.dispatcher, len(self.dispatcher.slots)
+        d, slots = self.dispatcher, len(self.dispatcher.hosts)
         table = self._table.read(d.reads)
         self._places = sum(sum(row[d.first : d.first + len(d.local)]) for row in table)
-        self.out, self.back = table[d.group.index][experts:], [row[experts + d.group.index] for row in table]
+        self.out, self.back = table[d.group.index][slots:], [row[slots + d.group.index] for row in table]
         self._exchange = Exchange(d.group, self._letters.buffer, self.out, self.back, self._packed)
 
     def arrive(self, x: Tensor, gates: Tensor) -> Arrived:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from shoal.workers.expert_plan import Homes
+
 if TYPE_CHECKING:
     from shoal.workers.config import Recipe
 
@@ -48,15 +50,15 @@ class Placement:
         """Expert ranks that hold the same experts, one group for each place in a set."""
         return [self.experts[i :: self.set_size] for i in range(self.set_size)] if self.experts else []
 
-    def owners(self, routed: int, shared: int) -> tuple[int, ...]:
-        """The host of each routed and then each dispatched shared expert, as its place in the dispatch group.
+    def owners(self, homes: Homes, shared: int) -> tuple[tuple[int, ...], ...]:
+        """The hosts of each routed and then each dispatched shared expert, as places in the dispatch group.
 
-        Routed experts lie in equal runs, in order; shared ones go round.
+        homes: of the routed experts, as places in a set; shared ones go round.
         """
         group = self.dispatch_groups()[0]
         hosts = [group.index(r) for r in self.experts[: self.set_size]]
-        size = routed // self.set_size
-        return tuple(hosts[e // size] for e in range(routed)) + tuple(hosts[s % self.set_size] for s in range(shared))
+        routed = tuple(tuple(hosts[place] for place in places) for places in homes)
+        return routed + tuple((hosts[s % self.set_size],) for s in range(shared))
 
     def role(self, rank: int) -> str:
         """What a rank hosts, in words."""

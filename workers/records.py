@@ -1,7 +1,25 @@
 """Names within the records of a run that several rooms share. Importing this costs nothing."""
 
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
 PARTS = ("data", "forward", "backward", "reduce", "update")
 """Parts of a step, which follow one another; a record has their times as ``data_seconds`` and so on."""
 
 GATES = ("compressed", "selected", "window")
 """NSA's branches, in the order of a layer's gates."""
+
+
+def spread(load: Sequence[float]) -> dict[str, float]:
+    """Of one layer's load (1.0 = fair share): largest, smallest, and entropy as a share of its maximum.
+
+    Entropy is 1 when all experts get the same, 0 when one gets everything. The mean is 1 by definition.
+    """
+    total = sum(load)
+    if not total:
+        return {}
+    shares = [value / total for value in load if value > 0]
+    entropy = -sum(p * math.log(p) for p in shares) / math.log(len(load)) if len(load) > 1 else 1.0
+    return {"max": max(load), "min": min(load), "entropy": entropy}

@@ -28,11 +28,26 @@ Weights = tuple[Tensor | None, Tensor | None]
 
 
 class Router(NamedTuple):
-    """Chooses by Triton, as part of a pass. centroids: ``[N, H]``; normalize: gates are divided by their sum."""
+    """Who chooses. centroids: ``[N, H]``; the others as :func:`shoal.kernels.moe.route` has them. scores: whether those
+    of each token are asked for, not their sums alone."""
 
     centroids: Tensor
     top_k: int
-    normalize: bool
+    normalize: bool = False
+    bias: Tensor | None = None
+    groups: int = 1
+    most: int = 0
+    squares: bool = False
+    scores: bool = False
+
+
+class Found(NamedTuple):
+    """What balance losses are made of, with gradients; None for what there is not. sums: of the scores over tokens,
+    ``[N]``. squares: of the log-sum-exp of logits, added up. scores: ``[T, N]``."""
+
+    sums: Tensor | None = None
+    squares: Tensor | None = None
+    scores: Tensor | None = None
 
 
 class Pass:
@@ -40,7 +55,7 @@ class Pass:
 
     own: the weights of the routed (and dispatched shared) experts that this rank hosts; shared: those of the local
     shared ones, which every token uses. kind: who computes products. always: how many of the last experts every token
-    is sent to, with gate 1. router: who chooses; without one gates and experts are given.
+    is sent to, with gate 1. router: who chooses, by Triton; without one gates and experts are given.
 
     Once it has begun, ``chosen [T, K]`` says which experts the tokens go to, those of ``always`` aside.
     """
@@ -86,9 +101,17 @@ class Pass:
             return gates.to(torch.promote_types(gates.dtype, torch.float32)), experts
         from shoal.kernels.moe.triton_route import choose
 
-        centroids, top_k, normalize = self.router
-        self.choice = choose(x, centroids, top_k, normalize=normalize)
+        r = self.router
+        self.choice = choose(
+            x, r.centroids, r.top_k, normalize=r.normalize, bias=r.bias, groups=r.groups, most=r.most, lse=r.squares
+        )
         return self.choice.gates, self.choice.experts
+
+    def found(self) -> Found:
+        """Of the router of the pass."""
+        if self.router is None or self.choice is None:
+            return Found()
+        return Found(self.choice.sums, self.choice.squares, self.choice.scores if self.router.scores else None)
 
     def _with_always(self, gates: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
         if not self.always:
@@ -108,10 +131,10 @@ class Pass:
         del self.results, self.shared_act
         return self.flight.returned(out)
 
-    def backward(self, grad: Tensor, d_sums: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    def backward(self, grad: Tensor, d_found: Found | None = None) -> tuple[Tensor | None, ...]:
         """Gradients of x, centroids, gates, gate_up, down, and of the shared experts' gate_up and down.
 
-        d_sums: ``[N]``, of the sums of the router's scores.
+        d_found: gradients of :meth:`found`.
         """
         flight, arrived, grad = self.flight, self.arrived, grad.contiguous()
         x = arrived.parts[0]
@@ -149,14 +172,15 @@ class Pass:
         del d_rows
         gates_home = flight.returned_gates(d_gates[: flight.tokens])
         gates_home = gates_home[:, : flight.choices - self.always]
-        logits = self._logits_backward(gates_home, d_sums, x.dtype)
+        logits = self._logits_backward(gates_home, d_found or Found(), x.dtype)
         d_x = flight.returned_grads(base, logits)
         d_centroids = None if logits is None else logits[0].T @ x
         given = None if self.router else gates_home
         return d_x, d_centroids, given, d_up, d_down, d_shared_up, d_shared_down
 
-    def _logits_backward(self, d_gates: Tensor, d_sums: Tensor | None, dtype: torch.dtype) -> Pair | None:
+    def _logits_backward(self, d_gates: Tensor, d_found: Found, dtype: torch.dtype) -> Pair | None:
         """Gradient of the router's logits, and its centroids."""
+        d_sums, d_squares, d_scores = d_found
         if self.router is None or self.choice is None or d_sums is None:
             return None
         from shoal.kernels.moe.triton_route import choose_backward
@@ -164,7 +188,15 @@ class Pass:
         numbers = torch.arange(d_gates.numel(), dtype=torch.int32, device=d_gates.device)
         choice = replace(self.choice, rows=numbers)  # gradients stand in the order of the choices
         grads = d_gates.contiguous().flatten(), d_sums.contiguous()
-        d_logits = choose_backward(choice, *grads, dtype, score="softmax", normalize=self.router.normalize)
+        d_logits = choose_backward(
+            choice,
+            *grads,
+            dtype,
+            score="softmax",
+            normalize=self.router.normalize,
+            score_grads=None if d_scores is None else d_scores.contiguous(),
+            square_grad=d_squares,
+        )
         return d_logits, self.router.centroids
 
     def _beside(self, products: Gemms) -> Gemms:
@@ -196,14 +228,14 @@ class RoutedFFN(torch.autograd.Function):
         down: Tensor | None,
         shared_up: Tensor | None,
         shared_down: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """``[T, H]``, and the sums of the router's scores ``[N]`` if it is one of the pass."""
+    ) -> tuple[Tensor | None, ...]:
+        """``[T, H]``, and what the router of the pass :meth:`Pass.found`."""
         ctx.passing, passing.keep = passing, True
         passing.begin(x, gates, experts)
-        return passing.end(), None if passing.choice is None else passing.choice.sums
+        return passing.end(), *passing.found()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, d_sums: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, *d_found: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         passing, ctx.passing = ctx.passing, None  # what it keeps goes with it
-        d_x, d_centroids, d_gates, *weights = passing.backward(grad, d_sums)
+        d_x, d_centroids, d_gates, *weights = passing.backward(grad, Found(*d_found))
         return None, d_x, d_centroids, d_gates, None, *weights

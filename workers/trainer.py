@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,20 @@ from shoal.workers.checkpoint_files import read_state
 from shoal.workers.config import Recipe
 from shoal.workers.data.batch import PackedBatch
 from shoal.workers.data.loader import TrainLoader, ValLoader
+from shoal.workers.expert_plan import Plan, place_loads, places_of, plan_of
 from shoal.workers.guard import first_bad_layer
 from shoal.workers.mesh import Mesh
 from shoal.workers.model import Transformer
-from shoal.workers.model.feedforward import MoE, MoELoad, named_views
+from shoal.workers.model.feedforward import MoE, MoELoad, named_biases, named_views
 from shoal.workers.optimizer import MasterAdamW
+from shoal.workers.records import spread
+from shoal.workers.rehome import rehome
 from shoal.workers.replicas import replicas_of
 from shoal.workers.schedule import learning_rate
 from shoal.workers.validate import validate
 from shoal.workers.watch import StepWatch
 
+NEW_LOAD = 0.02  # weight of a step's load in the running mean of it that experts are placed by
 LOAD_RECORDS = 200  # about so many expert loads, and means of gates, are recorded in a run
 Record = dict[str, Any]
 
@@ -55,6 +60,8 @@ class Trainer:
         self.own = [piece for replicas in self.replicas for piece in replicas.own]
         self.optimizer = MasterAdamW(list(self.parameters.values()), recipe.train, self.own)
         self.reads = [m.dispatcher.reads for m in self.model.modules() if isinstance(m, MoE)]
+        # Begins at nothing, so it counts as shares only: the mean of the steps so far, the last ones for more.
+        self.measured = torch.zeros(len(self.model.moe_layers), recipe.moe.experts, dtype=torch.float64)
         self.watch = StepWatch(self.model, mesh, device)
         self.step = self.saved_step = 0
         self.loader = self._loader(None)
@@ -75,8 +82,7 @@ class Trainer:
         records = [record] if self._logged() else []
         if self._spread():
             if load:
-                devices = self._device_load(load)
-                records.append({"kind": "load", "step": self.step, "load": load, "devices": devices})
+                records.append({"kind": "load", "step": self.step, **self._spread_of(load)})
             if gates:
                 records.append({"kind": "gates", "step": self.step, "gates": gates})
         if last or (t.eval_every and self.step % t.eval_every == 0):
@@ -96,12 +102,19 @@ class Trainer:
         t = self.recipe.train
         return self.step == t.steps or self.step % max(1, t.steps // LOAD_RECORDS) == 0
 
-    def _device_load(self, load: list[list[float]]) -> list[float]:
-        """Tokens of each place in the dispatch group, over its experts and all layers; 1.0 is a fair share."""
-        owners = self.mesh.placement.owners(self.recipe.moe.experts, 0)
-        hosts = sorted(set(owners))
-        mean = [sum(layer[e] for layer in load) / len(load) for e in range(len(owners))]
-        return [sum(m for m, o in zip(mean, owners, strict=True) if o == h) * len(hosts) / len(owners) for h in hosts]
+    def _spread_of(self, load: list[list[float]]) -> Record:
+        """Figures of each layer's load, of experts and of places in a set of expert ranks; 1.0 is a fair share."""
+        places = self.mesh.placement.set_size
+        layers = zip(load, self.model.moe_layers, strict=True)
+        by_place = [place_loads(row, layer.homes, places) for row, layer in layers]
+        figures = [spread(row) for row in load]
+        return {
+            "load": load,
+            "devices": [sum(place) / len(by_place) for place in zip(*by_place, strict=True)],
+            "layer_devices": by_place,
+            "entropy": [each.get("entropy", 0.0) for each in figures],
+            "max_over_mean": [each.get("max", 0.0) for each in figures],
+        }
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
@@ -132,8 +145,11 @@ class Trainer:
         self.optimizer.step(rate)
         for replicas in self.replicas:
             replicas.spread(list(self.parameters.values()))
+        self.model.nudge(counts)
         seconds = time.perf_counter() - started
         load = [load_fractions(c).tolist() for c in counts]
+        if load:
+            self.measured.lerp_(torch.tensor(load, dtype=torch.float64), NEW_LOAD)
         return {
             "kind": "train",
             "step": self.step,
@@ -164,7 +180,7 @@ class Trainer:
         self.watch.forget()
         gates, clock = self.watch.gate_sums(), self.watch.clock
         for batch in micro:
-            load = MoELoad(t.batch * t.sequence, fractions)
+            load = MoELoad(t.batch * t.sequence, fractions, sequences=self._sequences(batch))
             with clock.part("forward"):
                 cross_entropy = self.model.loss_sum(self.model(batch, load), batch.targets) / targets
                 balance = torch.stack(load.losses).sum() if load.losses else cross_entropy.new_zeros(())
@@ -175,6 +191,14 @@ class Trainer:
             sums += torch.stack([cross_entropy.detach().double(), balance.detach().double()])
             counts = [a + b for a, b in zip(counts, load.counts, strict=True)] if counts else load.counts
         return sums, counts, gates
+
+    def _sequences(self, batch: PackedBatch) -> tuple[Tensor, int] | None:
+        """Which sequence each of this rank's tokens is in, and how many there are, where there is a loss of them."""
+        length = self.recipe.train.sequence
+        if not self.recipe.balance.sequence:
+            return None
+        at = batch.rows.indices() if batch.rows else torch.arange(len(batch.tokens))
+        return (at // length).to(self.device), batch.cu_seqlens[-1] // length
 
     def _global_targets(self, micro: list[PackedBatch]) -> int:
         """Predicted tokens of the global batch, over all attention ranks."""
@@ -217,12 +241,30 @@ class Trainer:
     def tensors(self) -> dict[str, Tensor]:
         """Everything a checkpoint holds of this rank, by placement-independent names."""
         index_of = {id(p): i for i, p in enumerate(self.parameters.values())}
-        out: dict[str, Tensor] = {}
+        out = {f"model.{name}": bias for name, bias in named_biases(self.model)}
         for name, parameter, part in named_views(self.model):
             out[f"model.{name}"] = parameter.data if part is None else parameter.data[part]
             for kind, tensor in self.optimizer.state_of(index_of[id(parameter)], part):
                 out[f"optim.{kind}.{name}"] = tensor
         return out
+
+    @property
+    def plan(self) -> Plan:
+        """Where the routed experts lie."""
+        return tuple(layer.homes for layer in self.model.moe_layers)
+
+    @torch.no_grad()
+    def place_experts(self, plan: Plan) -> None:
+        """Moves experts, their weights and what the optimizer knows of them, between two steps. Collective."""
+        moves = [(i, homes) for i, (now, homes) in enumerate(zip(self.plan, plan, strict=True)) if now != homes]
+        if not moves:
+            return
+        before, layers = _by_layer(self.tensors()), self.model.moe_layers
+        for i, homes in moves:
+            layers[i].assign(homes)
+        after, first = _by_layer(self.tensors()), len(self.model.layers) - len(layers)
+        for i, _ in moves:  # one at a time: what moves is in memory three times meanwhile
+            rehome(self.mesh.world, before.get(first + i, {}), after.get(first + i, {}))
 
     def save(self) -> None:
         """Starts writing a checkpoint of this step, in the background, unless there is one.
@@ -236,6 +278,8 @@ class Trainer:
             raise NotFinite(f"step {self.step}: {bad}")
         dtype = str(self.model.dtype).removeprefix("torch.")
         state = {"step": self.step, "seed": self.recipe.train.seed, "dtype": dtype, "data": self.loader.state()}
+        state |= {"expert_load": self.measured.tolist(), "expert_plan": self.plan}
+        state["biased"] = bool(self.recipe.balance.bias_rate)
         self.checkpointer.save(self.step, self.tensors(), state)
         self.saved_step = self.step
 
@@ -269,14 +313,23 @@ class Trainer:
         self.step = self.saved_step = int(state["step"])
         self.optimizer.set_steps(self.step)
         self.loader = self._loader(state["data"])
+        if load := state.get("expert_load"):  # older checkpoints have none
+            self.measured = torch.tensor(load, dtype=torch.float64)
+            plan = plan_of(state["expert_plan"])
+            if places_of(plan) == self.mesh.placement.set_size:
+                self.place_experts(plan)
 
     def begin_with(self, checkpoint: Path) -> None:
-        """Takes over the weights of another run's checkpoint; step, data and the optimizer's moments begin anew.
+        """Takes over the weights of another run's checkpoint; step, data and the optimizer's moments begin anew, and so
+        do experts' biases where it has none.
 
         Raises: ``InvalidInput`` for weights of other sizes, or of another dtype.
         """
-        step = int(read_state(checkpoint)["step"])
+        saved = read_state(checkpoint)
+        step = int(saved["step"])
         weights = {k: v for k, v in self.tensors().items() if k.startswith(("model.", "optim.master."))}
+        if not saved.get("biased"):
+            weights = {k: v for k, v in weights.items() if not k.endswith(".moe.bias")}
         # Rank 1 of a world of 1: it reads by itself, and does not tidy up the folder as rank 0 would.
         Checkpointer(checkpoint.parent, 1, None, 1, 1).load(step, weights)
 
@@ -299,3 +352,12 @@ class Trainer:
         """Which part of the rows is read here: all ranks of a context group read the same one."""
         group, placement = self.mesh.attention, self.mesh.placement
         return (group.index // placement.context if group else None), len(placement.context_groups())
+
+
+def _by_layer(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """Those of routed experts, by the layer they are in."""
+    out: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if found := re.search(r"\.layers\.(\d+)\.moe\.experts\.", name):
+            out.setdefault(int(found[1]), {})[name] = tensor
+    return out

@@ -227,7 +227,7 @@ class Bench:
         given = None if router else route(x, centroids, s.top_k)
         choice = (given.gates, given.experts) if given else (None, None)
         inputs = (x, centroids if router else None, *choice, up, down, shared_up, shared_down)
-        out, _ = RoutedFFN.apply(passing, *inputs)
+        out, *_ = RoutedFFN.apply(passing, *inputs)
         return torch.autograd.grad(out, [x, *weights], upstream)
 
     # -- time ---------------------------------------------------------------------------------------------------------

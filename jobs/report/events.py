@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import socket
 import time
@@ -15,7 +14,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from shoal.jobs.report.journal import Record
-from shoal.workers.records import GATES
+from shoal.workers.records import GATES, spread
 
 _files = itertools.count()
 
@@ -52,7 +51,7 @@ class EventLog:
 
 def scalars(record: Record) -> dict[str, float]:
     """The curves that a record adds a point to: ``train/…``, ``eval/…``, ``expert_load/layer_N/…``, ``device_load/N``,
-    ``gate/layer_N/…``."""
+    ``device_load/layer_N/…``, ``gate/layer_N/…``."""
     kind = record["kind"]
     if kind in ("train", "eval"):
         return {
@@ -61,9 +60,11 @@ def scalars(record: Record) -> dict[str, float]:
             if key not in ("step", "time") and isinstance(value, int | float)
         }
     if kind == "load":
-        layers = enumerate(record["load"])
-        curves = {f"expert_load/layer_{i}/{key}": value for i, row in layers for key, value in spread(row).items()}
-        return curves | {f"device_load/{i}": value for i, value in enumerate(record.get("devices") or ())}
+        curves = {f"device_load/{i}": value for i, value in enumerate(record.get("devices") or ())}
+        for what, layers in (("expert", record["load"]), ("device", record.get("layer_devices") or ())):
+            for i, row in enumerate(layers):
+                curves |= {f"{what}_load/layer_{i}/{key}": value for key, value in spread(row).items()}
+        return curves
     if kind == "gates":
         return {
             f"gate/layer_{i}/{branch}": value
@@ -71,16 +72,3 @@ def scalars(record: Record) -> dict[str, float]:
             for branch, value in zip(GATES, row, strict=True)
         }
     return {}
-
-
-def spread(load: list[float]) -> dict[str, float]:
-    """Of one layer's load (1.0 = fair share): largest, smallest, and entropy as a share of its maximum.
-
-    Entropy is 1 when all experts get the same, 0 when one gets everything. The mean is 1 by definition.
-    """
-    total = sum(load)
-    if not total:
-        return {}
-    shares = [value / total for value in load if value > 0]
-    entropy = -sum(p * math.log(p) for p in shares) / math.log(len(load)) if len(load) > 1 else 1.0
-    return {"max": max(load), "min": min(load), "entropy": entropy}

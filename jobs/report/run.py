@@ -29,7 +29,8 @@ class RunReport:
       tokens (since the first step), time (seconds since 1970), mfu; of rank 0, parts of step_seconds: data_seconds,
       forward_seconds, backward_seconds, reduce_seconds, update_seconds, and dispatch_seconds, which lies within them
     - eval: loss (nats a token), bits_per_byte, unigram_bits_per_byte, gzip_bits_per_byte, tokens, bytes
-    - load: load, ``[MoE layers][experts]``, devices, ``[places in the dispatch group]``: 1.0 = fair share
+    - load: load, ``[MoE layers][experts]``, devices, ``[expert ranks of a set]``, the mean of layer_devices, ``[MoE
+      layers][expert ranks of a set]``: 1.0 = fair share; of each layer's experts entropy (1.0 = even) and max_over_mean
     - gates: gates, ``[layers][3]``: means of NSA's gates (compressed, selected, window)
     - event: event, text
 

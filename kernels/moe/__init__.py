@@ -1,6 +1,24 @@
 """Mixture of experts on one device: routing, the balance losses, and the grouped expert FFN."""
 
 from shoal.kernels.moe.experts import grouped_ffn, swiglu_ffn
-from shoal.kernels.moe.router import Routing, balance_loss, hash_route, load_fractions, route
+from shoal.kernels.moe.router import (
+    Routing,
+    balance_loss,
+    hash_route,
+    load_fractions,
+    route,
+    sequence_counts,
+    sequence_loss,
+)
 
-__all__ = ["Routing", "balance_loss", "grouped_ffn", "hash_route", "load_fractions", "route", "swiglu_ffn"]
+__all__ = [
+    "Routing",
+    "balance_loss",
+    "grouped_ffn",
+    "hash_route",
+    "load_fractions",
+    "route",
+    "sequence_counts",
+    "sequence_loss",
+    "swiglu_ffn",
+]

@@ -20,12 +20,15 @@ from shoal.kernels.moe.triton_rows import combine, expand
 
 class MoEOutput(NamedTuple):
     """out: ``[T, H]``, without the residual. counts: ``[N]`` int32, tokens of each expert. sums: ``[N]`` float32, of
-    the scores over tokens, with a gradient: what the balance losses are made of. experts: ``[T, K]`` int32, chosen."""
+    the scores over tokens, with a gradient: what the balance losses are made of. experts: ``[T, K]`` int32, chosen.
+    squares: float32, a scalar, and scores: ``[T, N]`` float32, with gradients, where they were asked for."""
 
     out: Tensor
     counts: Tensor
     sums: Tensor
     experts: Tensor
+    squares: Tensor | None
+    scores: Tensor | None
 
 
 def moe_layer(
@@ -39,19 +42,34 @@ def moe_layer(
     score: str = "softmax",
     normalize: bool = False,
     bias: Tensor | None = None,
+    groups: int = 1,
+    most: int = 0,
+    squares: bool = False,
+    scores: bool = False,
     kind: type[Gemms] = TritonGemms,
 ) -> MoEOutput:
     """DeepSeekMoE (eq. 9-11): shared experts for every token, and the ``top_k`` best routed ones, weighted.
 
     x: ``[T, H]``, centroids: ``[N, H]``. gate_up: ``[N, H, 2F]`` (gate first), down: ``[N, F, H]``; shared: the same
     of the shared experts, ``[S, H, 2F']`` and ``[S, F', H]``, or of all of them as one, ``[H, 2·S·F']`` and
-    ``[S·F', H]`` (:func:`shoal.kernels.moe.gemms.as_one`), which saves a copy. score, normalize, bias: as in
-    :func:`shoal.kernels.moe.triton_route.choose`. All of one dtype; bias float32.
+    ``[S·F', H]`` (:func:`shoal.kernels.moe.gemms.as_one`), which saves a copy. score, normalize, bias, groups, most: as
+    in :func:`shoal.kernels.moe.triton_route.choose`. All of one dtype; bias float32. squares, scores: ask for them.
     kind: who computes the experts' products.
     """
     shared_up, shared_down = shared or (None, None)
-    options = (top_k, score, normalize, kind)
+    options = _Options(top_k, score, normalize, groups, most, squares, scores, kind)
     return MoEOutput(*_MoELayer.apply(x, centroids, gate_up, down, shared_up, shared_down, bias, options))
+
+
+class _Options(NamedTuple):
+    top_k: int
+    score: str
+    normalize: bool
+    groups: int
+    most: int
+    squares: bool
+    scores: bool
+    kind: type[Gemms]
 
 
 class _MoELayer(torch.autograd.Function):
@@ -65,11 +83,20 @@ class _MoELayer(torch.autograd.Function):
         shared_up: Tensor | None,
         shared_down: Tensor | None,
         bias: Tensor | None,
-        options: tuple[int, str, bool, type[Gemms]],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        top_k, score, normalize, kind = options
-        x, centroids = x.contiguous(), centroids.contiguous()
-        choice = choose(x, centroids, top_k, score=score, normalize=normalize, bias=bias)
+        options: _Options,
+    ) -> tuple[Tensor | None, ...]:
+        kind, x, centroids = options.kind, x.contiguous(), centroids.contiguous()
+        choice = choose(
+            x,
+            centroids,
+            options.top_k,
+            score=options.score,
+            normalize=options.normalize,
+            bias=bias,
+            groups=options.groups,
+            most=options.most,
+            lse=options.squares,
+        )
         ctx.products = kind(choice.ends)
         hidden, results = ffn.forward(ctx.products, expand(x, choice.rows), gate_up, down)
         shared_hidden = base = None
@@ -81,12 +108,21 @@ class _MoELayer(torch.autograd.Function):
         )
         ctx.options = options
         ctx.mark_non_differentiable(choice.counts, choice.experts)
-        return out, choice.counts, choice.sums, choice.experts
+        scores = choice.scores if options.scores else None
+        return out, choice.counts, choice.sums, choice.experts, choice.squares, scores
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _counts: None, sum_grads: Tensor, _experts: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any,
+        grad: Tensor,
+        _counts: None,
+        sum_grads: Tensor,
+        _experts: None,
+        square_grad: Tensor | None,
+        score_grads: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
         x, centroids, gate_up, down, shared_up, shared_down, hidden, shared_hidden, *tables = ctx.saved_tensors
-        _, score, normalize, kind = ctx.options
+        kind = ctx.options.kind
         choice, grad = Choice(*tables), grad.contiguous()
         d_rows, d_gate_up, d_down, d_gates = ffn.backward(
             ctx.products,
@@ -99,7 +135,16 @@ class _MoELayer(torch.autograd.Function):
             choice.order,
         )
         assert d_gates is not None
-        d_logits = choose_backward(choice, d_gates, sum_grads.contiguous(), x.dtype, score=score, normalize=normalize)
+        d_logits = choose_backward(
+            choice,
+            d_gates,
+            sum_grads.contiguous(),
+            x.dtype,
+            score=ctx.options.score,
+            normalize=ctx.options.normalize,
+            score_grads=None if score_grads is None else score_grads.contiguous(),
+            square_grad=square_grad,
+        )
         base: Tensor | None = None
         d_shared_up: Tensor | None = None
         d_shared_down: Tensor | None = None

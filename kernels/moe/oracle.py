@@ -14,6 +14,17 @@ def ffn(u: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     return (F.silu(hidden[:half]) * hidden[half:]) @ down
 
 
+def choose(wanted: list[float], top_k: int, groups: int = 1, most: int = 0) -> list[int]:
+    """The best ``top_k`` experts of one token, the best first; of equals the lower one.
+
+    groups, most: only experts of the ``most`` groups, equal runs of experts, whose best expert is best; 0: of all.
+    """
+    best = lambda numbers, key, count: sorted(numbers, key=lambda i: (-key(i), i))[:count]  # noqa: E731
+    size = len(wanted) // groups
+    kept = best(range(groups), lambda g: max(wanted[g * size : (g + 1) * size]), most or groups)
+    return best([i for i in range(len(wanted)) if i // size in kept], lambda i: wanted[i], top_k)
+
+
 def moe_layer(
     u_TH: Tensor,
     centroids_NH: Tensor,
@@ -62,3 +73,21 @@ def device_balance(scores_TN: Tensor, counts_N: Tensor, top_k: int, alpha: float
         p = sum(scores_TN[:, j].mean() for j in members)
         total = total + f * p
     return alpha * total
+
+
+def sequence_balance(scores_TN: Tensor, experts_TK: Tensor, sequences: list[range], alpha: float) -> Tensor:
+    """Expert-level balance loss within each sequence (a range of tokens), their mean: DeepSeek-V3 eq. 17-20."""
+    total = scores_TN.new_zeros(())
+    for tokens in sequences:
+        rows = list(tokens)
+        counts = torch.bincount(experts_TK[rows].flatten(), minlength=scores_TN.shape[1])
+        total = total + expert_balance(scores_TN[rows], counts, experts_TK.shape[1], alpha)
+    return total / len(sequences)
+
+
+def router_z(u_TH: Tensor, centroids_NH: Tensor, coefficient: float) -> Tensor:
+    """The router's z-loss (ST-MoE eq. 5): the mean over tokens of log²(Σ exp(logit))."""
+    total = u_TH.new_zeros(())
+    for u in u_TH:
+        total = total + torch.log(torch.stack([torch.exp(u @ e) for e in centroids_NH]).sum()) ** 2
+    return coefficient * total / len(u_TH)

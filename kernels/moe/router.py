@@ -10,25 +10,57 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Routing:
-    """scores: ``[T, N']`` softmax over the routed experts (None for the hash router). gates, experts: ``[T, K']``."""
+    """scores: ``[T, N']`` softmax over the routed experts (None for the hash router). gates, experts: ``[T, K']``.
+
+    squares: a scalar, the squares of the logits' log-sum-exp added up over the tokens, where it was asked for.
+    """
 
     scores: Tensor | None
     gates: Tensor
     experts: Tensor
+    squares: Tensor | None = None
 
 
-def route(x_TH: Tensor, centroids_NH: Tensor, top_k: int, normalize: bool = False) -> Routing:
+def route(
+    x_TH: Tensor,
+    centroids_NH: Tensor,
+    top_k: int,
+    normalize: bool = False,
+    *,
+    bias: Tensor | None = None,
+    groups: int = 1,
+    most: int = 0,
+    squares: bool = False,
+) -> Routing:
     """Softmax affinity to every expert's centroid, and the ``top_k`` best of them (DeepSeekMoE eq. 10-11).
 
     Logits and scores are float32 (float64 for float64 inputs). Gates are the scores themselves; ``normalize`` divides
-    them by their sum, as GShard does.
+    them by their sum, as GShard does. bias: ``[N']`` float32, added to the scores for the choice only. groups, most:
+    experts lie in so many equal runs, and a token's experts in the ``most`` of them with the best scores (0: in any).
+    squares: compute what the router's z-loss is made of.
     """
     wide = torch.promote_types(x_TH.dtype, torch.float32)
-    scores = torch.softmax(x_TH.to(wide) @ centroids_NH.to(wide).T, dim=-1)
-    gates, experts = scores.topk(top_k, dim=-1)
+    logits = x_TH.to(wide) @ centroids_NH.to(wide).T
+    scores = torch.softmax(logits, dim=-1)
+    if bias is None and not most:
+        gates, experts = scores.topk(top_k, dim=-1)
+    else:
+        experts = _wanted(scores.detach(), bias, groups, most).topk(top_k, dim=-1).indices
+        gates = scores.gather(1, experts)
     if normalize:
         gates = gates / gates.sum(-1, keepdim=True)
-    return Routing(scores, gates, experts)
+    return Routing(scores, gates, experts, logits.logsumexp(-1).square().sum() if squares else None)
+
+
+def _wanted(scores: Tensor, bias: Tensor | None, groups: int, most: int) -> Tensor:
+    """What experts are chosen by, ``[T, N']``: minus infinity in groups that are not a token's best ones."""
+    wanted = scores if bias is None else scores + bias
+    if not most:
+        return wanted
+    by_group = wanted.unflatten(1, (groups, -1))
+    best = by_group.amax(-1).topk(most, dim=-1).indices
+    out = torch.ones(by_group.shape[:2], dtype=torch.bool, device=scores.device).scatter_(1, best, False)
+    return by_group.masked_fill(out[..., None], -torch.inf).flatten(1)
 
 
 def hash_route(tokens_T: Tensor, count: int, dtype: torch.dtype) -> Routing:
@@ -42,9 +74,9 @@ def hash_route(tokens_T: Tensor, count: int, dtype: torch.dtype) -> Routing:
 
 
 def load_fractions(counts_N: Tensor) -> Tensor:
-    """f of DeepSeekMoE eq. 13, float64 ``[N']``: each expert's share of the chosen slots over the even share."""
+    """f of DeepSeekMoE eq. 13, float64 ``[…, N']``: each expert's share of the chosen slots over the even share."""
     counts = counts_N.to(torch.float64)
-    return counts * (len(counts) / counts.sum().clamp(min=1.0))
+    return counts * (counts.shape[-1] / counts.sum(-1, keepdim=True).clamp(min=1.0))
 
 
 def balance_loss(sums_N: Tensor, fractions_N: Tensor, tokens: int, expert: float, device: float, groups: int) -> Tensor:
@@ -57,3 +89,18 @@ def balance_loss(sums_N: Tensor, fractions_N: Tensor, tokens: int, expert: float
     mean_of_group = fractions_N.view(groups, -1).mean(-1, keepdim=True).expand(groups, len(fractions_N) // groups)
     weight = expert * fractions_N + device * mean_of_group.reshape(-1)
     return (sums_N * weight.to(sums_N.dtype)).sum() / tokens
+
+
+def sequence_counts(experts_TK: Tensor, sequence_T: Tensor, sequences: int, count: int) -> Tensor:
+    """``[sequences, N']`` int64: tokens of each sequence that chose each expert. sequence: ``[T]`` int, a token's."""
+    keys = sequence_T.long()[:, None] * count + experts_TK.long()
+    empty = torch.zeros(sequences * count, dtype=torch.int64, device=keys.device)
+    return empty.index_add_(0, keys.flatten(), torch.ones_like(keys.flatten())).view(sequences, count)
+
+
+def sequence_loss(scores_TN: Tensor, fractions_SN: Tensor, sequence_T: Tensor, tokens: int, alpha: float) -> Tensor:
+    """The expert-level loss of each sequence alone, their mean (DeepSeek-V3 eq. 17-20): this rank's part, a scalar.
+
+    fractions: f of each sequence. tokens: of the global batch, whose sequences are equally long.
+    """
+    return (scores_TN * fractions_SN.to(scores_TN.dtype)[sequence_T]).sum() * (alpha / tokens)

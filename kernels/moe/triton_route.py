@@ -25,6 +25,7 @@ class Choice:
     counts: ``[N]`` int32, tokens of each expert; ends: ``[N]`` int32, where its rows end once sorted. sums: ``[N]``
     float32, of the scores over tokens. rows: ``[T, K]`` int32, the place of each choice among rows sorted by expert
     and then by token. order: ``[T·K]`` int32, the inverse: the choice (token times K plus k) that each row belongs to.
+    lse: ``[T]`` float32, log-sum-exp of the logits, where it was asked for.
     """
 
     scores: Tensor
@@ -35,6 +36,12 @@ class Choice:
     sums: Tensor
     rows: Tensor
     order: Tensor
+    lse: Tensor | None = None
+
+    @property
+    def squares(self) -> Tensor | None:
+        """A scalar: the squares of ``lse`` added up, what the router's z-loss is made of."""
+        return None if self.lse is None else self.lse.square().sum()
 
 
 def choose(
@@ -45,16 +52,22 @@ def choose(
     score: str = "softmax",
     normalize: bool = False,
     bias: Tensor | None = None,
+    groups: int = 1,
+    most: int = 0,
+    lse: bool = False,
 ) -> Choice:
     """Scores of all experts for every token, the best ``top_k`` of them, and those sorted (DeepSeekMoE eq. 10-11).
 
     x: ``[T, H]``, centroids: ``[N, H]`` of the same dtype, contiguous; or x: the logits themselves, ``[T, N]``, and no
     centroids. Logits and scores are float32. score: softmax, or sigmoid of each logit alone. Gates are scores;
     normalize: divided by their sum. bias: ``[N]`` float32, added to the scores for the choice only. Of equals the lower
-    expert is chosen; a score that is not a number counts as the least.
+    expert is chosen; a score that is not a number counts as the least. groups, most: experts lie in so many equal runs,
+    and a token's experts in the ``most`` of them that hold the best ones (0: in any). lse: compute it, for softmax.
     """
     if score not in SCORES:
         raise ValueError(f"score={score!r}: one of {SCORES}")
+    if lse and score != "softmax":
+        raise ValueError(f"score={score!r} with lse, whose gradient is that of softmax")
     if centroids is not None and len(centroids) > MOST:
         x, centroids = x.float() @ centroids.float().T, None
     tokens, width = x.shape
@@ -64,6 +77,7 @@ def choose(
     scores = _floats(x, tokens, experts)
     gates, chosen = _floats(x, tokens, top_k), _ints(x, tokens, top_k)
     block_counts, block_sums = _ints(x, blocks, experts), _floats(x, blocks, experts)
+    lses = _floats(x, tokens) if lse else None
     shape = {"N": experts, "NP": max(16, triton.next_power_of_2(experts)), "K": top_k, "TILE": tile}
     if tokens:
         _choose_kernel[(blocks,)](
@@ -75,6 +89,7 @@ def choose(
             chosen,
             block_counts,
             block_sums,
+            scores if lses is None else lses,
             tokens,
             H=width,
             KP=triton.next_power_of_2(top_k),
@@ -83,6 +98,9 @@ def choose(
             SIGMOID=score == "sigmoid",
             NORMALIZE=normalize,
             BIAS=bias is not None,
+            GROUP=experts // groups,
+            MOST=most if most < groups else 0,
+            LSE=lse,
             PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
             num_warps=4,
             num_stages=3,
@@ -92,7 +110,7 @@ def choose(
     _scan_kernel[(experts,)](block_counts, block_sums, counts, sums, blocks, N=experts, TILE=1024)
     rows, order, ends = _ints(x, tokens, top_k), _ints(x, tokens * top_k), _ints(x, experts)
     _place_kernel[(max(blocks, 1),)](chosen, block_counts, counts, ends, rows, order, tokens, **shape)
-    return Choice(scores, gates, chosen, counts, ends, sums, rows, order)
+    return Choice(scores, gates, chosen, counts, ends, sums, rows, order, lses)
 
 
 def _floats(like: Tensor, *shape: int) -> Tensor:
@@ -104,12 +122,21 @@ def _ints(like: Tensor, *shape: int) -> Tensor:
 
 
 def choose_backward(
-    choice: Choice, row_grads: Tensor, sum_grads: Tensor, dtype: torch.dtype, *, score: str, normalize: bool
+    choice: Choice,
+    row_grads: Tensor,
+    sum_grads: Tensor,
+    dtype: torch.dtype,
+    *,
+    score: str,
+    normalize: bool,
+    score_grads: Tensor | None = None,
+    square_grad: Tensor | None = None,
 ) -> Tensor:
     """Gradient of the logits, ``[T, N]`` in ``dtype``.
 
     row_grads: ``[T·K]`` float32, gradients of the gates in the order of the sorted rows. sum_grads: ``[N]`` float32, of
-    the sums.
+    the sums. score_grads: ``[T, N]`` float32, contiguous, of the scores themselves. square_grad: float32, one number,
+    of ``choice.squares``.
     """
     tokens, experts = choice.scores.shape
     top_k = choice.gates.shape[1]
@@ -123,6 +150,9 @@ def choose_backward(
             choice.rows,
             row_grads,
             sum_grads,
+            sum_grads if score_grads is None else score_grads,
+            sum_grads if choice.lse is None else choice.lse,
+            sum_grads if square_grad is None else square_grad,
             out,
             tokens,
             N=experts,
@@ -131,6 +161,8 @@ def choose_backward(
             TILE=tile,
             SIGMOID=score == "sigmoid",
             NORMALIZE=normalize,
+            SCORES=score_grads is not None,
+            SQUARES=square_grad is not None and choice.lse is not None,
             num_warps=2,
         )
     return out
@@ -147,6 +179,19 @@ def _logits(x, centroids, t, e, there, H: tl.constexpr, N: tl.constexpr, BH: tl.
     return acc
 
 
+@triton.jit
+def _of_best_groups(left, e, GROUP: tl.constexpr, MOST: tl.constexpr):
+    """Experts of other groups than the MOST with the best experts fall below all others, but stay above those taken."""
+    search = left
+    allowed = left != left
+    for _ in tl.static_range(MOST):
+        best = tl.argmax(search, 1, tie_break_left=True)
+        mine = (e // GROUP)[None, :] == (best // GROUP)[:, None]
+        allowed = allowed | mine
+        search = tl.where(mine, float("-inf"), search)
+    return tl.where(allowed, left, tl.minimum(left, -2e38))
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _choose_kernel(
     x,
@@ -157,6 +202,7 @@ def _choose_kernel(
     experts,
     block_counts,
     block_sums,
+    lse,
     tokens,
     H: tl.constexpr,
     N: tl.constexpr,
@@ -169,6 +215,9 @@ def _choose_kernel(
     SIGMOID: tl.constexpr,
     NORMALIZE: tl.constexpr,
     BIAS: tl.constexpr,
+    GROUP: tl.constexpr,
+    MOST: tl.constexpr,
+    LSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A tile of tokens: its scores, its choices, how many chose each expert and the sums of the scores."""
@@ -188,6 +237,8 @@ def _choose_kernel(
         logits = tl.where(real, logits, float("-inf"))
         shares = tl.exp(logits - tl.max(logits, 1)[:, None])
         b_scores = shares / tl.sum(shares, 1)[:, None]
+        if LSE:
+            tl.store(lse + t, tl.max(logits, 1) + tl.log(tl.sum(shares, 1)), mask=there)
     tl.store(scores + t[:, None] * N + e[None, :], b_scores, mask=there[:, None] & real)
     tl.store(block_sums + block * N + e, tl.sum(tl.where(there[:, None], b_scores, 0.0), 0), mask=e < N)
     left = b_scores
@@ -196,6 +247,8 @@ def _choose_kernel(
     # An expert that is not there or is taken must stand below every other one, whatever that one's score.
     left = tl.where(left > -1e38, left, -1e38)
     left = tl.where(real, left, float("-inf"))
+    if MOST:
+        left = _of_best_groups(left, e, GROUP, MOST)
     b_gates = tl.zeros([TILE, KP], tl.float32)
     b_experts = tl.zeros([TILE, KP], tl.int32)
     for i in tl.static_range(K):
@@ -274,6 +327,9 @@ def _choose_backward_kernel(
     rows,
     row_grads,
     sum_grads,
+    score_grads,
+    lse,
+    square_grad,
     out,
     tokens,
     N: tl.constexpr,
@@ -282,6 +338,8 @@ def _choose_backward_kernel(
     TILE: tl.constexpr,
     SIGMOID: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    SCORES: tl.constexpr,
+    SQUARES: tl.constexpr,
 ):
     t = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     e = tl.arange(0, NP)
@@ -289,6 +347,8 @@ def _choose_backward_kernel(
     inside = there[:, None] & (e[None, :] < N)
     s = tl.load(scores + t[:, None] * N + e[None, :], mask=inside, other=0.0)
     ds = tl.zeros([TILE, NP], tl.float32) + tl.load(sum_grads + e, mask=e < N, other=0.0)[None, :]
+    if SCORES:
+        ds += tl.load(score_grads + t[:, None] * N + e[None, :], mask=inside, other=0.0)
     total = tl.zeros([TILE], tl.float32)
     mean = tl.zeros([TILE], tl.float32)
     if NORMALIZE:
@@ -309,4 +369,6 @@ def _choose_backward_kernel(
         d_logits = ds * s * (1.0 - s)
     else:
         d_logits = s * (ds - tl.sum(s * ds, 1)[:, None])
+        if SQUARES:
+            d_logits += s * (2.0 * tl.load(square_grad) * tl.load(lse + t, mask=there, other=0.0))[:, None]
     tl.store(out + t[:, None] * N + e[None, :], d_logits.to(out.dtype.element_ty), mask=inside)

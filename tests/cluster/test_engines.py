@@ -116,6 +116,28 @@ def test_any_placement_gives_the_tokens_of_the_loop(
     _with_engines(small_recipe(train__dtype="float32", **changes), checkpoints, session, work)
 
 
+def test_copies_of_busy_experts_give_the_same_tokens(
+    model: Transformer,
+    checkpoints: Path,
+    session: RaySession,
+    requests: list[Request],
+    wanted: list[list[int]],
+    tmp_path: Path,
+) -> None:
+    load = [[4.0, 2.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]] * 2
+    measured = tmp_path / "checkpoints"
+    write_weights(model, measured, expert_load=load)
+    recipe = small_recipe(train__dtype="float32", parallel__ranks=2, serve__expert_copies=1)
+
+    async def work(engines: Engines) -> None:
+        assert engines._plan(["a", "a"])[0][:2] == ((0, 1), (0, 1))
+        assert await asyncio.gather(*(_ask(engines, r) for r in requests)) == wanted
+
+    _with_engines(recipe, measured, session, work)
+    with pytest.raises(InvalidInput, match=r"serve\.expert_copies=1, and .* does not say which experts are busy"):
+        _with_engines(recipe, checkpoints, session, work)
+
+
 def test_ranks_fetch_a_run_that_is_in_an_object_store(
     checkpoints: Path, session: RaySession, requests: list[Request], wanted: list[list[int]]
 ) -> None:

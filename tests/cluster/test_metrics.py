@@ -64,6 +64,9 @@ def test_a_run_can_be_read_from_the_node(endpoint: str) -> None:
                 "expert_load{0,0}": 0.5,
                 "expert_load{0,1}": 1.5,
                 "expert_load{1,0}": 1.0,
+                "expert_max_load{0}": 1.5,
+                "expert_entropy{1}": 1.0,
+                "layer_device_load{1,0}": 0.25,
             },
         )
         assert "expert_load{2,0}" not in values
@@ -88,7 +91,8 @@ def _record_a_run(metrics: TrainMetrics) -> None:
     metrics.record(step | {"step": 2, "tokens": 4096, "loss": 7.75})
     metrics.record(step | {"step": 3, "tokens": 8192, "loss": 7.25, "grad_norm": None})
     metrics.record({"kind": "eval", "step": 3, "loss": 7.0, "bits_per_byte": 3.5})
-    metrics.record({"kind": "load", "step": 3, "load": [[0.5, 1.5], [1.0, 1.0]], "devices": [0.5, 1.5]})
+    by_layer = {"load": [[0.5, 1.5], [1.0, 1.0]], "layer_devices": [[0.75, 1.25], [0.25, 1.75]]}
+    metrics.record({"kind": "load", "step": 3, **by_layer, "devices": [0.5, 1.5]})
     metrics.record({"kind": "gates", "step": 3, "gates": [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5], [0.5, 0.75, 0.5]]})
 
 

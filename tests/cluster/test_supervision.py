@@ -15,7 +15,7 @@ import pytest
 from exported import address_of_metrics, wait_for_run
 from rich.console import Console
 from small import small_corpus, small_recipe
-from trained import assert_same_bits, events, flip_a_byte, poison, records, tensors
+from trained import assert_same_bits, events, flip_a_byte, poison, records, state, tensors
 
 from shoal.cluster import supervisor
 from shoal.cluster.group import RankGroup
@@ -136,6 +136,36 @@ def test_a_run_outlives_its_ranks(
     assert len(outcome.sample) == 4
     assert events(tmp_path / "run").count("recovered") == len(kills)
     assert_same_bits(tmp_path / "run", reference, STEPS)
+
+
+MOVING: dict[str, Any] = {"parallel__rebalance_every": 6}
+
+
+def test_experts_move_while_a_run_goes_on(
+    corpus: Path, session: RaySession, undisturbed: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """By what the ranks measured, without a restart."""
+    assert _train("colocated", corpus, session, tmp_path / "run", **MOVING).step == STEPS
+    assert events(tmp_path / "run") == ["rebalanced", "checkpoint"]
+    plan = state(tmp_path / "run", STEPS)["expert_plan"]
+    assert plan != [[[expert // 4] for expert in range(8)]] * 2
+    assert all(sorted(place for (place,) in layer) == [0] * 4 + [1] * 4 for layer in plan)
+    for got, want in zip(records(tmp_path / "run"), records(undisturbed("colocated")), strict=True):
+        assert got["loss"] == pytest.approx(want["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_ranks_that_die_as_experts_move_change_nothing(
+    corpus: Path, session: RaySession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One as they move, and one when they have, by the end of the run."""
+    _train("colocated", corpus, session, tmp_path / "whole", **MOVING)
+    killer = Killer(("place_experts", 0, 1), ("save", 0, 0))
+    monkeypatch.setattr(supervisor, "RankGroup", killer.group)
+    assert _train("colocated", corpus, session, tmp_path / "killed", **MOVING).step == STEPS
+    assert not killer.kills
+    assert events(tmp_path / "killed").count("recovered") == 2
+    assert_same_bits(tmp_path / "killed", tmp_path / "whole", STEPS)
 
 
 class Reader:

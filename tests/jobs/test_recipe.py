@@ -113,6 +113,7 @@ REFUSED = [
     ("moe.top_k=17", "moe.top_k=17", "moe.experts=16"),
     ("model.kv_heads=3", "model.kv_heads=3", "divisor of 4"),
     ("attention.cmp_block=12", "attention.cmp_block=12", "set attention.cmp_block to"),
+    ("route.max_devices=2", "route.max_devices=2 is more than balance.device_groups=1", "number of devices"),
     ("parallel.ranks=3", "3 ", "set parallel.ranks or parallel.expert"),
     ("parallel.placement=2B", "parallel.placement='2B'", "2A:2F"),
     ("model.rope_scaling=yarn", "model.rope_original=0", "the one that the model was trained on"),
@@ -233,6 +234,19 @@ def test_segments_shorter_than_the_window_are_refused() -> None:
         load_recipe("tiny", ["parallel.placement=2A:4F", "parallel.context=3"])
     with pytest.raises(InvalidInput, match=r"5 sequences do not divide over 2 groups of 2 ranks"):
         load_recipe("tiny", ["parallel.ranks=4", "parallel.context=2", "train.batch=5"])
+
+
+def test_what_a_hash_cannot_learn_and_too_few_devices_are_refused() -> None:
+    for key in ("balance.sequence", "balance.z_loss", "balance.bias_rate", "route.max_devices"):
+        with pytest.raises(InvalidInput, match=rf"{key}=1.* with moe\.router='hash'.*: set {key} to 0"):
+            load_recipe("tiny-hash", [f"{key}=1"])
+    with pytest.raises(InvalidInput, match=r"moe\.top_k=5 .*route\.max_devices=1 groups, 4: set .* to 2 or more"):
+        load_recipe("tiny", ["balance.device_groups=4", "route.max_devices=1", "moe.top_k=5"])
+    moving = ["balance.device_groups=1", "route.max_devices=1", "parallel.rebalance_every=5"]
+    with pytest.raises(
+        InvalidInput, match=r"parallel\.rebalance_every=5 .*set balance\.device_groups to a multiple of 2"
+    ):
+        load_recipe("tiny", moving)
 
 
 def test_a_context_beyond_the_scaled_one_is_refused() -> None:

@@ -14,8 +14,8 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from shoal.jobs.report import RunReport
-from shoal.jobs.report.events import spread
 from shoal.jobs.report.plots import LAYERS, load_figure, loss_figure, smoothed
+from shoal.workers.records import spread
 
 
 def console() -> Console:
@@ -50,7 +50,8 @@ def test_tensorboard_reads_the_values_that_were_reported(tmp_path: Path) -> None
             report.record(train(step, loss))
         report.record(bits(3))
         report.record({"kind": "load", "step": 3, "load": [[2.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]]})
-        report.record({"kind": "load", "step": 3, "load": [], "devices": [0.5, 1.5]})
+        by_layer = [[1.0, 1.0], [0.5, 1.5]]
+        report.record({"kind": "load", "step": 3, "load": [], "devices": [0.5, 1.5], "layer_devices": by_layer})
         report.record({"kind": "gates", "step": 3, "gates": [[0.25, 0.5, 0.75]]})
         report.record({"kind": "event", "step": 3, "event": "checkpoint", "text": "saved"})
     board = scalars(tmp_path)
@@ -62,6 +63,7 @@ def test_tensorboard_reads_the_values_that_were_reported(tmp_path: Path) -> None
     assert board.Scalars("expert_load/layer_0/min")[0].value == 0.0
     assert board.Scalars("expert_load/layer_1/entropy")[0].value == 1.0
     assert board.Scalars("device_load/1")[0].value == 1.5
+    assert board.Scalars("device_load/layer_1/max")[0].value == 1.5
     assert board.Scalars("gate/layer_0/selected")[0].value == 0.5
     assert not {"train/step", "train/time", "event/step"} & set(board.Tags()["scalars"])
 

@@ -5,7 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.kernels.moe import balance_loss, grouped_ffn, hash_route, load_fractions, oracle, route
+from shoal.kernels.moe import (
+    balance_loss,
+    grouped_ffn,
+    hash_route,
+    load_fractions,
+    oracle,
+    route,
+    sequence_counts,
+    sequence_loss,
+)
 
 
 def weights(experts: int, hidden: int, inner: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,6 +60,54 @@ def test_route_is_the_papers_gate(top_k: int, normalize: bool) -> None:
     assert torch.bincount(routing.experts.flatten(), minlength=6).tolist() == counts.tolist()
     if not normalize:
         assert torch.all(routing.gates.sum(-1) <= 1 + 1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), groups=st.sampled_from([1, 2, 4]), biased=st.booleans(), seed=st.integers(0, 10**6))
+def test_choice_by_bias_and_within_few_groups(data: st.DataObject, groups: int, biased: bool, seed: int) -> None:
+    """Gates stay the scores themselves, whatever they are chosen by."""
+    count = 8
+    most = data.draw(st.integers(0, groups))
+    top_k = data.draw(st.integers(1, (most or groups) * count // groups))
+    gen = torch.Generator().manual_seed(seed)
+    u, centroids = (torch.randn(n, 8, generator=gen, dtype=torch.float64) for n in (13, count))
+    bias = torch.randn(count, generator=gen) if biased else None
+    routing = route(u, centroids, top_k, bias=bias, groups=groups, most=most)
+    scores = torch.softmax(u @ centroids.T, -1)
+    wanted = scores if bias is None else scores + bias
+    assert routing.experts.tolist() == [oracle.choose(row, top_k, groups, most) for row in wanted.tolist()]
+    torch.testing.assert_close(routing.gates, scores.gather(1, routing.experts), rtol=1e-12, atol=0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(tokens=st.integers(1, 12), count=st.integers(1, 6), parts=st.integers(1, 3), seed=st.integers(0, 10**6))
+def test_z_loss_is_the_mean_of_squares(tokens: int, count: int, parts: int, seed: int) -> None:
+    gen = torch.Generator().manual_seed(seed)
+    u, centroids = (torch.randn(n, 5, generator=gen, dtype=torch.float64).requires_grad_() for n in (tokens, count))
+    each = [route(part, centroids, 1, squares=True).squares for part in u.chunk(parts)]
+    total = torch.stack([x for x in each if x is not None]).sum() * (0.3 / tokens)
+    want = oracle.router_z(u, centroids, 0.3)
+    torch.testing.assert_close(total, want, rtol=1e-12, atol=0)
+    for got, reference in zip(*(torch.autograd.grad(x, (u, centroids)) for x in (total, want)), strict=True):
+        torch.testing.assert_close(got, reference, rtol=1e-9, atol=1e-12)
+
+
+@settings(max_examples=20, deadline=None)
+@given(length=st.integers(1, 7), sequences=st.integers(1, 4), top_k=st.integers(1, 6), seed=st.integers(0, 10**6))
+def test_sequence_loss_balances_each_sequence(length: int, sequences: int, top_k: int, seed: int) -> None:
+    """Parts that hold tokens of several sequences, in any order, add up once they share the counts."""
+    gen, tokens = torch.Generator().manual_seed(seed), length * sequences
+    scores = torch.softmax(torch.randn(tokens, 6, generator=gen, dtype=torch.float64), -1).requires_grad_()
+    experts, owner = scores.topk(top_k).indices, torch.arange(tokens) // length
+    parts = torch.randperm(tokens, generator=gen).chunk(2)
+    counts = torch.stack([sequence_counts(experts[p], owner[p], sequences, 6) for p in parts]).sum(0)
+    fractions = load_fractions(counts)
+    total = torch.stack([sequence_loss(scores[p], fractions, owner[p], tokens, 0.3) for p in parts]).sum()
+    runs = [range(s * length, (s + 1) * length) for s in range(sequences)]
+    want = oracle.sequence_balance(scores, experts, runs, 0.3)
+    torch.testing.assert_close(total, want, rtol=1e-12, atol=0)
+    grads = [torch.autograd.grad(x, scores)[0] for x in (total, want)]
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-15)
 
 
 @settings(max_examples=20, deadline=None)

@@ -35,13 +35,13 @@ def near(got: Tensor, want: Tensor, tolerance: float) -> None:
     assert (got.cpu().double() - want.cpu()).norm() <= tolerance * want.norm() + 1e-12
 
 
-def expect_choice(logits: Tensor, top_k: int, score: str, normalize: bool, bias: Tensor | None) -> tuple[Tensor, ...]:
+def expect_choice(
+    logits: Tensor, top_k: int, score: str, normalize: bool, bias: Tensor | None, *limit: int
+) -> tuple[Tensor, ...]:
     """Scores, gates and experts, token by token, with gradients; of equals the lower expert."""
     scores = torch.softmax(logits, -1) if score == "softmax" else torch.sigmoid(logits)
     wanted = scores.detach() if bias is None else scores.detach() + bias
-    experts = torch.tensor(
-        [sorted(range(len(row)), key=lambda i: (-row[i], i))[:top_k] for row in wanted.tolist()]
-    ).view(len(logits), top_k)
+    experts = torch.tensor([oracle.choose(row, top_k, *limit) for row in wanted.tolist()]).view(len(logits), top_k)
     gates = scores.gather(1, experts)
     return scores, gates / gates.sum(1, keepdim=True) if normalize else gates, experts
 
@@ -64,23 +64,27 @@ def check_sorted(choice: Choice, count: int) -> None:
     score=st.sampled_from(["softmax", "sigmoid"]),
     normalize=st.booleans(),
     biased=st.booleans(),
+    groups=st.integers(1, 4),
+    most=st.integers(0, 4),
     seed=st.integers(0, 1000),
 )
 def test_choice_and_its_gradient(
-    tokens: int, count: int, k: int, score: str, normalize: bool, biased: bool, seed: int
+    tokens: int, count: int, k: int, score: str, normalize: bool, biased: bool, groups: int, most: int, seed: int
 ) -> None:
-    k = min(k, count)
+    count, most = count * groups, min(most, groups)
+    k = min(k, count // groups * (most or groups))
     # Logits on a coarse grid, exact in every dtype: there are ties, and none is decided by rounding.
     logits = (draw(tokens, count, dtype=torch.float32, seed=seed) * 2).round() / 2
     bias = draw(count, dtype=torch.float32, seed=seed + 1).round() / 4 if biased else None
-    choice = choose(logits, None, k, score=score, normalize=normalize, bias=bias)
+    softmax = score == "softmax"
+    limit = {"groups": groups, "most": most}
+    choice = choose(logits, None, k, score=score, normalize=normalize, bias=bias, **limit, lse=softmax)
     exact = logits.cpu().double().requires_grad_()
     wide = None if bias is None else bias.cpu()
     # The choice is compared with one made of the kernel's own scores, which may tie where exact ones do not.
     scores, gates, _ = expect_choice(exact, k, score, normalize, wide)
     wanted = choice.scores.cpu() if wide is None else choice.scores.cpu() + wide
-    experts = torch.tensor([sorted(range(count), key=lambda i: (-row[i], i))[:k] for row in wanted.tolist()])
-    assert choice.experts.tolist() == experts.tolist()
+    assert choice.experts.tolist() == [oracle.choose(row, k, groups, most) for row in wanted.tolist()]
     gates = scores.gather(1, choice.experts.cpu().long())
     gates = gates / gates.sum(1, keepdim=True) if normalize else gates
     for got, want in [(choice.scores, scores), (choice.gates, gates), (choice.sums, scores.sum(0))]:
@@ -89,8 +93,20 @@ def test_choice_and_its_gradient(
     d_gates, d_sums = draw(tokens, k, dtype=torch.float32, seed=3), draw(count, dtype=torch.float32, seed=4)
     row_grads = torch.empty(tokens * k, device=DEVICE)
     row_grads[choice.rows.flatten().long()] = d_gates.flatten()
+    d_scores = draw(tokens, count, dtype=torch.float32, seed=5)
     got = choose_backward(choice, row_grads, d_sums, torch.float32, score=score, normalize=normalize)
     total = (gates * d_gates.cpu()).sum() + (scores.sum(0) * d_sums.cpu()).sum()
+    near(got, torch.autograd.grad(total, exact, retain_graph=True)[0], 2e-6)
+    extra: dict[str, Tensor] = {"score_grads": d_scores}
+    total = total + (scores * d_scores.cpu()).sum()
+    if softmax:
+        lse, extra["square_grad"] = exact.logsumexp(-1), torch.tensor(0.7, device=DEVICE)
+        assert choice.lse is not None
+        assert choice.squares is not None
+        near(choice.lse, lse.detach(), 1e-6)
+        near(choice.squares, lse.square().sum().detach(), 1e-5)
+        total = total + 0.7 * lse.square().sum()
+    got = choose_backward(choice, row_grads, d_sums, torch.float32, score=score, normalize=normalize, **extra)
     near(got, torch.autograd.grad(total, exact)[0], 2e-6)
 
 
@@ -101,6 +117,9 @@ def test_numbers_that_are_not_finite_choose_experts_that_exist() -> None:
     assert all(len(set(row)) == 3 and min(row) >= 0 and max(row) < 7 for row in choice.experts.tolist())
     check_sorted(choice, 7)
     check_sorted(choose(logits, None, 3), 7)
+    limited = choose(logits[:, :6].contiguous(), None, 3, score="sigmoid", groups=3, most=2)
+    assert all(len(set(row)) == 3 and len({e // 2 for e in row}) == 2 for row in limited.experts.tolist())
+    check_sorted(limited, 6)
 
 
 @pytest.mark.parametrize(("tokens", "count", "hidden"), [(70, 64, 200), (33, 6, 128)])
@@ -169,7 +188,10 @@ def test_layer_is_the_papers(
     bias[-1] = 5.0 * one
     x, centroids, gate_up, down = inputs[:4]
     both = (inputs[4], inputs[5]) if shared else None
-    out = moe_layer(x, centroids, gate_up, down, both, k, score=score, normalize=normalize, bias=bias)
+    softmax = score == "softmax"
+    asked = {"squares": softmax, "scores": softmax}
+    options: dict[str, Any] = {"score": score, "normalize": normalize, "bias": bias, **asked}
+    out = moe_layer(x, centroids, gate_up, down, both, k, **options)
     exact = [t.detach().cpu().double().requires_grad_() for t in inputs]
     scores, gates, experts = expect_choice(exact[0] @ exact[1].T, k, score, normalize, bias.cpu().double())
     rows = []
@@ -185,8 +207,17 @@ def test_layer_is_the_papers(
     near(out.sums, scores.sum(0).detach(), 1e-5)
     assert out.counts.tolist() == torch.bincount(experts.flatten(), minlength=count).tolist()
     upstream, on_sums = draw(tokens, hidden, dtype=DTYPE, seed=1), draw(count, dtype=torch.float32, seed=2)
-    got = torch.autograd.grad((out.out, out.sums), inputs, (upstream, on_sums))
+    outputs, upstreams = [out.out, out.sums], [upstream, on_sums]
     total = (want * upstream.cpu().double()).sum() + (scores.sum(0) * on_sums.cpu().double()).sum()
+    if softmax:
+        assert out.squares is not None
+        assert out.scores is not None
+        on_scores = draw(tokens, count, dtype=torch.float32, seed=3)
+        outputs += [out.squares, out.scores]
+        upstreams += [torch.tensor(0.7, device=DEVICE), on_scores]
+        total = total + 0.7 * (exact[0] @ exact[1].T).logsumexp(-1).square().sum()
+        total = total + (scores * on_scores.cpu().double()).sum()
+    got = torch.autograd.grad(outputs, inputs, upstreams)
     for grad, reference in zip(got, torch.autograd.grad(total, exact), strict=True):
         near(grad, reference, 2 * tolerance)
 

@@ -126,7 +126,7 @@ def on_ranks(
             if leaf is not None:
                 leaf.grad = None
         passing = Pass(dispatcher, kind, (own[0], own[1]), (leaves[2], leaves[3]))
-        out, _ = RoutedFFN.apply(passing, leaves[0], None, leaves[1], experts[mine], *own, *leaves[2:])
+        out, *_ = RoutedFFN.apply(passing, leaves[0], None, leaves[1], experts[mine], *own, *leaves[2:])
         counts = passing.flight.expert_counts()
         (out * upstream[mine]).sum().backward()
     for other in turns(dispatcher, kind, [leaves[0], leaves[1], *own, *leaves[2:]], experts[mine], 1 if folder else 2):
@@ -273,7 +273,7 @@ def routed_by_triton(rank: int, world: int, layers: dict[str, Any]) -> list[Tens
         dispatcher = Dispatcher(Group((0, 1), rank, dist.group.WORLD), owners, torch.device("cpu"), True)
         router = Router(leaves[1], 3, **layers)
         passing = Pass(dispatcher, TritonGemms, (leaves[2], leaves[3]), (leaves[4], leaves[5]), 0, router)
-        out, sums = RoutedFFN.apply(passing, leaves[0], leaves[1], None, None, *leaves[2:])
+        out, sums, *_ = RoutedFFN.apply(passing, leaves[0], leaves[1], None, None, *leaves[2:])
         counts = passing.flight.expert_counts()
     grads = torch.autograd.grad((out * upstream).sum() + (sums * d_sums).sum(), leaves)
     return [out.detach(), *grads, counts]
@@ -290,3 +290,40 @@ def test_a_router_in_the_pass_is_that_of_the_layer_in_one_piece(normalize: bool)
         assert (got - want).norm() <= 2e-6 * want.norm(), i
     assert torch.equal(first[-1], one[-1])
     assert torch.equal(second[-1], one[-1])
+
+
+def _copied(rank: int, world: int, case: Case, homes: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """What a rank computes where experts have copies: output, counts of experts, and of their copies."""
+    experts, gates = case.experts_gates()
+    mine = slice(sum(case.tokens[:rank]), sum(case.tokens[: rank + 1]))
+    x, up, down, *_ = case.tensors()
+    dispatcher = Dispatcher(Group(tuple(range(world)), rank, dist.group.WORLD), homes, torch.device("cpu"))
+    local = list(dispatcher.local)
+    passing = Pass(dispatcher, Gemms, (up[local], down[local]) if local else (None, None), (None, None), case.always)
+    routed = slice(0, case.top_k)
+    with torch.no_grad():
+        passing.begin(x[mine], gates[mine, routed], experts[mine, routed])
+        return passing.end(), passing.flight.expert_counts(), passing.flight._slot_counts()
+
+
+@pytest.mark.parametrize("always", [0, 1])
+def test_copies_of_an_expert_take_turns(always: int) -> None:
+    """The same results, and as many tokens to each copy, or one more for a rank."""
+    homes = ((0, 1, 2), (0,), (1, 2), (2,), (1,))
+    case = Case((13, 0, 22), (0,) * 5, 2, only=0, always=always)
+    experts, gates = case.experts_gates()
+    x, up, down, *_ = case.tensors()
+    want = torch.stack(
+        [
+            torch.stack([g * ffn(token, up[e], down[e]) for g, e in zip(gates[t], experts[t].tolist(), strict=True)])
+            for t, token in enumerate(x)
+        ]
+    ).sum(1)
+    found = run_ranks(3, _copied, case, homes)
+    torch.testing.assert_close(torch.cat([out for out, _, _ in found]), want, rtol=1e-10, atol=1e-12)
+    for _, counts, by_slot in found:
+        assert counts.tolist() == torch.bincount(experts.flatten(), minlength=5).tolist()
+        hosted = sorted((place, e) for e, own in enumerate(homes) for place in own)
+        of_first = [int(n) for n, (_, e) in zip(by_slot, hosted, strict=True) if e == 0]
+        assert sum(of_first) == 35
+        assert max(of_first) - min(of_first) <= 2

@@ -55,7 +55,7 @@ def layer(
         with torch.no_grad():
             passing.begin(x)
             return [passing.end()]
-    out, sums = RoutedFFN.apply(passing, x, centroids, None, None, up, down, shared_up, shared_down)
+    out, sums, *_ = RoutedFFN.apply(passing, x, centroids, None, None, up, down, shared_up, shared_down)
     grads = torch.autograd.grad((out * upstream).sum() + sums.sum() * 0.01, leaves)
     return [out.detach(), *grads, passing.flight.expert_counts()]
 

@@ -14,6 +14,7 @@ from triton_on_cpu import DEVICE, ON_GPU
 
 triton_on_cpu.prepare()
 
+from shoal.kernels.moe import oracle, route  # noqa: E402
 from shoal.kernels.moe.backend import experts_backend  # noqa: E402
 from shoal.kernels.moe.gemms import Gemms  # noqa: E402
 from shoal.kernels.moe.triton_gemms import TritonGemms  # noqa: E402
@@ -44,7 +45,9 @@ def layer_of(backend: str, **changes: Any) -> MoE:
 
 def outcome(layer: MoE, x: Tensor) -> list[Tensor]:
     """Output, counts, balance loss and all gradients."""
-    x, load = x.clone().requires_grad_(), MoELoad(len(x))
+    sequences = torch.arange(len(x), device=x.device) // 10, len(x) // 10
+    wanted = sequences if layer.balance.sequence else None
+    x, load = x.clone().requires_grad_(), MoELoad(len(x), sequences=wanted)
     out = layer(x, torch.zeros(len(x), dtype=torch.int64, device=x.device), load)
     upstream = torch.linspace(-1, 1, out.numel(), device=x.device, dtype=x.dtype).view_as(out)
     grads = torch.autograd.grad((out * upstream).sum() + load.losses[0], [x, *layer.parameters()])
@@ -62,6 +65,63 @@ def test_triton_agrees_with_torch(normalize: bool, shared: int) -> None:
         assert got.dtype == want.dtype
         got, want = got.double(), want.double()
         assert (got - want).norm() <= (2e-2 if ON_GPU else 3e-6) * want.norm()
+
+
+BALANCED = {"balance__sequence": 0.2, "balance__z_loss": 0.1, "balance__bias_rate": 0.01, "route__max_devices": 2}
+
+
+def test_triton_agrees_with_torch_on_all_that_balances() -> None:
+    """The layer in one piece, and its parts as ranks use them."""
+    kinds = {name: layer_of(name.split()[0], **BALANCED) for name in ("triton", "triton in parts", "torch")}
+    kinds["triton in parts"].whole = False
+    kinds["triton in parts"].dispatcher.triton = True
+    x = torch.randn(50, kinds["torch"].centroids.shape[1], generator=torch.Generator().manual_seed(2)).to(DEVICE, DTYPE)
+    bias = torch.linspace(-0.3, 0.3, 8, device=DEVICE)
+    found = {}
+    for name, layer in kinds.items():
+        assert layer.bias is not None
+        layer.bias.copy_(bias)
+        found[name] = [t.double() for t in outcome(layer, x)]
+        with torch.no_grad():  # as the first time of a layer that is computed again
+            load = MoELoad(len(x), sequences=(torch.arange(50, device=x.device) // 10, 5))
+            layer(x, torch.zeros(50, dtype=torch.int64, device=x.device), load)
+        assert torch.equal(load.losses[0].double(), found[name][2])
+    for name in ("triton", "triton in parts"):
+        for got, want in zip(found[name], found["torch"], strict=True):
+            assert (got - want).norm() <= (2e-2 if ON_GPU else 3e-6) * want.norm()
+
+
+def test_losses_of_a_layer_are_those_of_the_papers() -> None:
+    layer = layer_of("torch", **BALANCED).double()
+    assert layer.bias is not None
+    layer.bias.copy_(torch.linspace(-0.3, 0.3, 8))
+    x = torch.randn(50, layer.centroids.shape[1], generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    x, centroids = x.to(DEVICE), layer.centroids.double()
+    scores = torch.softmax(x @ centroids.T, -1)
+    wanted = (scores + layer.bias).tolist()
+    experts = torch.tensor([oracle.choose(row, 3, groups=4, most=2) for row in wanted])
+    counts = torch.bincount(experts.flatten(), minlength=8)
+    rows = [range(i, i + 10) for i in range(0, 50, 10)]
+    want = oracle.sequence_balance(scores.cpu(), experts, rows, 0.2) + oracle.router_z(x, centroids, 0.1).cpu()
+    want = want + oracle.expert_balance(scores, counts, 3, 0.1).cpu()
+    want = want + oracle.device_balance(scores, counts, 3, 0.05, 4).cpu()
+    _, got_counts, got, *_ = outcome(layer, x)
+    assert got_counts.tolist() == counts.tolist()
+    torch.testing.assert_close(got.cpu(), want.detach(), rtol=1e-9, atol=0)
+
+
+def test_a_bias_evens_the_load() -> None:
+    layer = layer_of("torch", balance__bias_rate=0.002)
+    assert layer.bias is not None
+    generator = torch.Generator().manual_seed(3)
+    x = ((torch.randn(2000, layer.centroids.shape[1], generator=generator) + 1.0) * 0.3).to(DEVICE, DTYPE)
+    spread = []
+    for _ in range(200):
+        counts = torch.bincount(route(x, layer.centroids, 3, bias=layer.bias).experts.flatten(), minlength=8)
+        spread.append(float(counts.max() / counts.double().mean()))
+        layer.nudge(counts)
+    assert spread[0] > 1.5
+    assert max(spread[-5:]) < 1.15
 
 
 def test_auto_is_torch_without_a_gpu_and_where_it_is_not_bfloat16() -> None:

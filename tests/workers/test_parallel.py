@@ -172,6 +172,43 @@ def test_accumulation_is_the_same_batch(corpus: Path, small_on_one: OneRank) -> 
     assert each["records"][0]["balance_loss"] != pytest.approx(one["records"][0]["balance_loss"], rel=1e-6)
 
 
+BALANCED: dict[str, Any] = {
+    "balance__sequence": 0.05,
+    "balance__z_loss": 0.02,
+    "balance__bias_rate": 0.05,
+    "route__max_devices": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def balanced_on_one(corpus: Path) -> dict[str, Any]:
+    """With everything that keeps the load even."""
+    return _one_rank(small_recipe(**BALANCED, **SHARED), corpus, 4)
+
+
+@pytest.mark.parametrize(
+    ("context", "accumulate"),
+    [
+        ("2 groups of 2, 2 sets of experts", 1),
+        ("2A:2F, 2 share all", 3),
+        ("4 ranks share all", 6),
+    ],
+)
+def test_all_that_balances_equals_one_rank(
+    corpus: Path, balanced_on_one: dict[str, Any], context: str, accumulate: int
+) -> None:
+    """Sequences that ranks share, f of each from all its tokens; biases nudged by the load of the global batch."""
+    tables = small_recipe(**BALANCED, **SHARED, **CONTEXTS[context], train__accumulate=accumulate)
+    _check(balanced_on_one, _ranks(tables, corpus, 4), 1e-9)
+
+
+@pytest.mark.parametrize("key", BALANCED)
+def test_each_way_to_balance_changes_what_is_computed(corpus: Path, balanced_on_one: dict[str, Any], key: str) -> None:
+    without = _one_rank(small_recipe(**{**BALANCED, key: 0}, **SHARED), corpus, 2)["records"][1]
+    record = balanced_on_one["records"][1]
+    assert record["loss"] != pytest.approx(without["loss"], rel=1e-6)
+
+
 @pytest.mark.parametrize("attention", ["nsa", "full"])
 @pytest.mark.parametrize("router", ["softmax", "hash"])
 def test_every_kind_of_layer_runs_disaggregated(corpus: Path, attention: str, router: str) -> None:

@@ -73,9 +73,15 @@ def test_devices_have_the_tokens_of_their_experts_and_wait_for_one_another(
     tables = small_recipe(parallel__ranks=2, parallel__placement=placement)
     for records in run_ranks(2, _step, tables, str(corpus)):
         found = {record["kind"]: record for record in records}
-        load = torch.tensor(found["load"]["load"])
+        load = torch.tensor(found["load"]["load"], dtype=torch.float64)
         per_device = load.view(len(load), devices, -1).mean((0, 2))
-        assert torch.allclose(torch.tensor(found["load"]["devices"]), per_device)
+        assert torch.allclose(torch.tensor(found["load"]["devices"], dtype=torch.float64), per_device)
+        per_layer = load.view(len(load), devices, -1).mean(2)
+        assert torch.allclose(torch.tensor(found["load"]["layer_devices"], dtype=torch.float64), per_layer)
+        assert found["load"]["max_over_mean"] == load.amax(1).tolist()
+        shares = load / load.sum(1, keepdim=True)
+        entropy = torch.special.entr(shares).sum(1) / torch.tensor(load.shape[1]).log()
+        assert torch.allclose(torch.tensor(found["load"]["entropy"], dtype=torch.float64), entropy)
         train = found["train"]
         assert 0 < train["dispatch_seconds"] < train["forward_seconds"] + train["backward_seconds"]
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from shoal.workers.actor import RankActor
 from shoal.workers.config import Recipe, ServeTable
 from shoal.workers.engine.request import Limits, Load, Output, Request
+from shoal.workers.expert_plan import Plan
 from shoal.workers.placement import Placement
 
 if TYPE_CHECKING:
@@ -23,8 +24,9 @@ class EngineActor(RankActor):
         super().__init__(rank, ranks)
         self.loop: EngineLoop | None = None
 
-    def open(self, recipe: dict[str, Any], checkpoints: str, step: int, device: str) -> None:
-        """Loads this rank's weights and begins to step; all ranks must. checkpoints: a path, or the URL of the run."""
+    def open(self, recipe: dict[str, Any], checkpoints: str, step: int, device: str, plan: Plan | None = None) -> None:
+        """Loads this rank's weights and begins to step; all ranks must. checkpoints: a path, or the URL of the run.
+        plan: where the routed experts lie; None: in equal runs."""
         import torch
 
         from shoal.workers.engine.engine import Engine
@@ -36,7 +38,7 @@ class EngineActor(RankActor):
 
         checked = Recipe.model_validate(recipe)
         mesh = make_mesh(Placement.of(checked), self.rank, device)
-        model = load_model(checked, checkpoints_here(checkpoints, step), step, mesh, torch.device(device))
+        model = load_model(checked, checkpoints_here(checkpoints, step), step, mesh, torch.device(device), plan)
         memory = int(free_memory(device) * checked.serve.memory / (1 if device == "cuda" else self.ranks))
         engine = Engine(model, limits_of(checked.serve), memory)
         engine.warm_up()

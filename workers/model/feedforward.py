@@ -7,15 +7,24 @@ from collections.abc import Generator, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from shoal.kernels.moe import balance_loss, hash_route, load_fractions, route, swiglu_ffn
+from shoal.kernels.moe import (
+    balance_loss,
+    hash_route,
+    load_fractions,
+    route,
+    sequence_counts,
+    sequence_loss,
+    swiglu_ffn,
+)
 from shoal.kernels.moe.backend import counts_stay, experts_backend
 from shoal.kernels.moe.gemms import Gemms, side_by_side
 from shoal.kernels.moe.router import Routing
 from shoal.workers.config import Recipe
 from shoal.workers.dispatch import Dispatcher
 from shoal.workers.errors import InvalidInput
+from shoal.workers.expert_plan import Homes, even_homes
 from shoal.workers.mesh import Mesh
-from shoal.workers.routed import Pass, RoutedFFN, Router, Weights
+from shoal.workers.routed import Found, Pass, RoutedFFN, Router, Weights
 
 Stages = Generator[None, None, Tensor]
 """A computation that pauses where it would wait for other ranks, so that another one can go on meanwhile."""
@@ -68,13 +77,20 @@ class MoELoad:
     tokens: T of the balance losses, over all ranks and micro-batches. fractions: f of each layer where it is known
     beforehand (accumulation), else it is taken from this micro-batch of all ranks. balance: False for no losses, and
     counts of this dispatch group only, which cost no exchange. live: ``[T]`` int64, 1 for tokens that count and 0 for
-    others, of one rank alone; None where all do.
+    others, of one rank alone; None where all do. sequences: of each token ``[T]`` int64 the number of its sequence, and
+    how many there are in the micro-batch, all ranks of the context group together; None for no loss of theirs.
     """
 
     def __init__(
-        self, tokens: int, fractions: list[Tensor] | None = None, balance: bool = True, live: Tensor | None = None
+        self,
+        tokens: int,
+        fractions: list[Tensor] | None = None,
+        balance: bool = True,
+        live: Tensor | None = None,
+        sequences: tuple[Tensor, int] | None = None,
     ) -> None:
         self.tokens, self.fractions, self.balance, self.live = tokens, fractions, balance, live
+        self.sequences = sequences
         self.counts: list[Tensor] = []
         self.chosen: list[Tensor] = []  # ``[T, K]`` a layer, instead of counts, where not all tokens count
         self.losses: list[Tensor] = []
@@ -83,7 +99,7 @@ class MoELoad:
         """The same for the next layer alone, which may be computed twice and is counted once."""
         here = len(self.counts)
         fractions = None if self.fractions is None else self.fractions[here : here + 1]
-        return MoELoad(self.tokens, fractions, self.balance)
+        return MoELoad(self.tokens, fractions, self.balance, sequences=self.sequences)
 
     def add_to(self, total: Tensor | None) -> None:
         """Adds the tokens that chose each routed expert to ``[MoE layers, experts]`` int64; None without MoE layers."""
@@ -103,17 +119,30 @@ class MoE(nn.Module):
     Router and local shared experts live with the attention shard; routed and dispatched shared experts on expert ranks.
     """
 
-    def __init__(self, recipe: Recipe, mesh: Mesh, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        mesh: Mesh,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        homes: Homes | None = None,
+    ) -> None:
+        """homes: where the routed experts lie; None: in equal runs."""
         super().__init__()
         moe, hidden = recipe.moe, recipe.model.hidden
-        self.table, self.balance, self.mesh = moe, recipe.balance, mesh
+        self.table, self.balance, self.most, self.mesh = moe, recipe.balance, recipe.route.max_devices, mesh
+        # No buffer of the module: those are cast to the model's dtype, and steps of 1e-3 would be lost.
+        self.bias: Tensor | None = None
+        if recipe.balance.bias_rate:
+            self.bias = torch.zeros(moe.experts, dtype=torch.float32, device=device)
         self.sent_shared = moe.shared_experts if moe.shared == "dispatched" else 0
         self.products, self.dtype = _backend(moe.backend, device, dtype), dtype
         # All of the layer on this rank: no rows are exchanged, and they need not exist for the backward pass.
         alone = mesh.dispatch.size == 1 and not self.sent_shared
         self.whole = alone and moe.router == "softmax" and self.products.triton
-        self._joined: tuple[Tensor, int] | None = None  # the weights as one, and the version they were made of
-        owners = mesh.placement.owners(moe.experts, self.sent_shared)
+        self._joined: tuple[Tensor, int | None] | None = None  # the weights as one, and the version they are of
+        self.homes = homes or even_homes(moe.experts, mesh.placement.set_size)
+        owners = mesh.placement.owners(self.homes, self.sent_shared)
         self.dispatcher = Dispatcher(mesh.dispatch, owners, device, self.products.triton)
         if mesh.hosts_attention:
             if moe.router == "softmax":
@@ -123,6 +152,15 @@ class MoE(nn.Module):
                 self.shared = ExpertStack(names, hidden, moe.expert_hidden)
         if mesh.hosts_experts:
             self.experts = ExpertStack([self._name(e) for e in self.dispatcher.local], hidden, moe.expert_hidden)
+
+    def assign(self, homes: Homes) -> None:
+        """Gives the routed experts to other ranks, as many to each as before, by name: the weights are for the caller
+        to move. All ranks call it alike, between two passes."""
+        self.homes = homes
+        self.dispatcher.assign(self.mesh.placement.owners(homes, self.sent_shared))
+        if self.mesh.hosts_experts:
+            assert len(self.dispatcher.local) == len(self.experts.names)
+            self.experts.names = [self._name(e) for e in self.dispatcher.local]
 
     @property
     def on_device(self) -> bool:
@@ -141,42 +179,70 @@ class MoE(nn.Module):
         """The same; without gradients with a pause while the results are on their way home."""
         if self.whole:
             return self._on_this_rank(x_TH, load)
-        own, shared, router = _weights(self, "experts"), _weights(self, "shared"), self._router()
-        passing = Pass(self.dispatcher, self.products, own, shared, self.sent_shared, router)
-        given = None if router else self._route(x_TH, tokens_T)
-        choice = (given.gates, given.experts) if given else (None, None)
-        sums = given.scores.sum(0) if given and given.scores is not None else None
+        own, shared, router = _weights(self, "experts"), _weights(self, "shared"), self._router(load)
+        inside = router if self.products.triton else None
+        passing = Pass(self.dispatcher, self.products, own, shared, self.sent_shared, inside)
+        given = None if inside else self._route(x_TH, tokens_T, router)
+        choice: tuple[Tensor | None, Tensor | None] = (None, None)
+        found = Found()
+        if given:
+            choice = given.gates, given.experts
+            found = Found(None if given.scores is None else given.scores.sum(0), given.squares, given.scores)
         if torch.is_grad_enabled():
-            inputs = (x_TH, router.centroids if router else None, *choice, *own, *shared)
-            out, chosen = RoutedFFN.apply(passing, *inputs)
-            sums = chosen if router else sums
+            inputs = (x_TH, inside.centroids if inside else None, *choice, *own, *shared)
+            out, *chosen = RoutedFFN.apply(passing, *inputs)
+            found = Found(*chosen) if inside else found
         else:
             passing.begin(x_TH, *choice)
             yield
             out = passing.end()
+            found = passing.found() if inside else found
         if load.live is None:
-            self._count(sums, passing.flight.expert_counts()[: self.table.experts], load)
+            self._count(found, passing.flight.expert_counts()[: self.table.experts], passing.chosen, load)
         else:
             load.chosen.append(passing.chosen)
         return out
 
-    def _router(self) -> Router | None:
-        """The router that is part of the pass, where Triton chooses."""
-        moe = self.table
-        if moe.router != "softmax" or not self.products.triton or not self.mesh.hosts_attention:
+    def _router(self, load: MoELoad) -> Router | None:
+        """Who chooses the experts of this rank's tokens; None for a hash of them, and without tokens."""
+        moe, b = self.table, self.balance
+        if moe.router != "softmax" or not self.mesh.hosts_attention:
             return None
-        return Router(self.centroids, moe.top_k, moe.normalize_gates)
+        return Router(
+            self.centroids,
+            moe.top_k,
+            moe.normalize_gates,
+            self.bias,
+            b.device_groups,
+            self.most,
+            squares=bool(b.z_loss) and load.balance,
+            scores=load.sequences is not None,
+        )
 
     def _on_this_rank(self, x: Tensor, load: MoELoad) -> Tensor:
         """The layer in one piece."""
         from shoal.kernels.moe.layer import moe_layer
 
+        r = self._router(load)
+        assert r is not None
         shared = self._shared_weights()
-        weights = (self.centroids, self.experts.gate_up, self.experts.down)
-        normalize = self.table.normalize_gates
-        result = moe_layer(x, *weights, shared, self.table.top_k, normalize=normalize, kind=self.products)
+        weights = (r.centroids, self.experts.gate_up, self.experts.down)
+        result = moe_layer(
+            x,
+            *weights,
+            shared,
+            r.top_k,
+            normalize=r.normalize,
+            bias=r.bias,
+            groups=r.groups,
+            most=r.most,
+            squares=r.squares,
+            scores=r.scores,
+            kind=self.products,
+        )
         if load.live is None:
-            self._count(result.sums, result.counts.long(), load)
+            found = Found(result.sums, result.squares, result.scores)
+            self._count(found, result.counts.long(), result.experts, load)
         else:
             load.chosen.append(result.experts)
         return result.out
@@ -206,16 +272,19 @@ class MoE(nn.Module):
             return gate_up, down
         return self._joined[0], down.flatten(0, 1)
 
-    def _route(self, x: Tensor, tokens: Tensor) -> Routing:
+    def _route(self, x: Tensor, tokens: Tensor, router: Router | None) -> Routing:
         moe = self.table
         if moe.router == "hash":
             return hash_route(tokens, moe.experts, x.dtype)
-        if self.mesh.hosts_attention:
-            return route(x, self.centroids, moe.top_k, moe.normalize_gates)
-        return Routing(None, x.new_zeros(0, moe.top_k), torch.zeros(0, moe.top_k, dtype=torch.int64, device=x.device))
+        if router is None:
+            none = torch.zeros(0, moe.top_k, dtype=torch.int64, device=x.device)
+            return Routing(None, x.new_zeros(0, moe.top_k), none)
+        r = router
+        limit = {"groups": r.groups, "most": r.most}
+        return route(x, r.centroids, r.top_k, r.normalize, bias=r.bias, **limit, squares=r.squares)
 
-    def _count(self, sums: Tensor | None, counts: Tensor, load: MoELoad) -> None:
-        """Adds this layer's load and its part of the balance losses. sums: of the scores, if there are any."""
+    def _count(self, found: Found, counts: Tensor, chosen: Tensor, load: MoELoad) -> None:
+        """Adds this layer's load and its part of the balance losses."""
         if not load.balance:
             load.counts.append(counts)
             return
@@ -223,11 +292,30 @@ class MoE(nn.Module):
             counts = self.mesh.world.all_reduce(counts.clone())
         layer = len(load.counts)
         load.counts.append(counts)
-        b = self.balance
-        if sums is None or not (b.expert or b.device):
-            return
-        fractions = load.fractions[layer] if load.fractions else load_fractions(counts)
-        load.losses.append(balance_loss(sums, fractions, load.tokens, b.expert, b.device, b.device_groups))
+        b, parts = self.balance, []
+        if found.sums is not None and (b.expert or b.device):
+            fractions = load.fractions[layer] if load.fractions else load_fractions(counts)
+            parts.append(balance_loss(found.sums, fractions, load.tokens, b.expert, b.device, b.device_groups))
+        if found.squares is not None:
+            parts.append(found.squares * (b.z_loss / load.tokens))
+        if found.scores is not None and load.sequences is not None:
+            parts.append(self._sequence_loss(found.scores, chosen, load.sequences, load.tokens))
+        if parts:
+            load.losses.append(sum(parts[1:], parts[0]))
+
+    def _sequence_loss(self, scores: Tensor, chosen: Tensor, sequences: tuple[Tensor, int], tokens: int) -> Tensor:
+        """Of this rank's tokens; f of a sequence that several ranks share is that of all its tokens."""
+        of_token, count = sequences
+        counts = sequence_counts(chosen, of_token, count, self.table.experts)
+        if self.mesh.context is not None:
+            counts = self.mesh.context.all_reduce(counts)
+        return sequence_loss(scores, load_fractions(counts), of_token, tokens, self.balance.sequence)
+
+    @torch.no_grad()
+    def nudge(self, counts: Tensor) -> None:
+        """Moves each expert's bias a step towards even load. counts: ``[N']`` int64, tokens of the global batch."""
+        if self.bias is not None:
+            self.bias += (counts.sum() - counts * len(counts)).sign() * self.balance.bias_rate
 
 
 def _weights(module: nn.Module, name: str) -> Weights:
@@ -263,3 +351,10 @@ def named_views(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, int | No
 def _version(weight: Tensor) -> int | None:
     """How often a tensor was changed in place; None for one made in inference mode, which does not count that."""
     return None if weight.is_inference() else weight._version
+
+
+def named_biases(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The experts' biases of a model, which are not its parameters: ``(layers.3.moe.bias, [N'] float32)``."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, MoE) and layer.bias is not None:
+            yield f"{name}.bias", layer.bias

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from shoal.workers.config import Recipe
 from shoal.workers.data.batch import IGNORE, PackedBatch
 from shoal.workers.errors import InvalidInput
+from shoal.workers.expert_plan import Homes, Plan
 from shoal.workers.mesh import Mesh, make_mesh
 from shoal.workers.model.attention import Attending, FullAttention, NativeSparseAttention
 from shoal.workers.model.contexts import attention_context, own_part
@@ -44,7 +45,9 @@ class StepContext:
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, each with its residual. A rank without attention keeps the experts only."""
 
-    def __init__(self, recipe: Recipe, layer: int, mesh: Mesh, device: torch.device) -> None:
+    def __init__(
+        self, recipe: Recipe, layer: int, mesh: Mesh, device: torch.device, homes: Homes | None = None
+    ) -> None:
         super().__init__()
         m = recipe.model
         self.hosts_attention = mesh.hosts_attention
@@ -57,7 +60,7 @@ class Block(nn.Module):
             self.ffn_norm = nn.RMSNorm(m.hidden, m.norm_eps)
             if dense:
                 self.ffn = DenseFFN(m.hidden, m.dense_hidden)
-        self.moe = None if dense else MoE(recipe, mesh, device, compute_dtype(recipe, device))
+        self.moe = None if dense else MoE(recipe, mesh, device, compute_dtype(recipe, device), homes)
 
     def forward(self, x_TH: Tensor, context: StepContext) -> Tensor:
         """``[T, hidden] -> [T, hidden]``."""
@@ -102,9 +105,15 @@ class Transformer(nn.Module):
     """
 
     def __init__(
-        self, recipe: Recipe, mesh: Mesh | None = None, device: torch.device | str = "cpu", draw: bool = True
+        self,
+        recipe: Recipe,
+        mesh: Mesh | None = None,
+        device: torch.device | str = "cpu",
+        draw: bool = True,
+        plan: Plan | None = None,
     ) -> None:
-        """draw: give the weights their initial values; False for those that are to be loaded."""
+        """draw: give the weights their initial values; False for those that are to be loaded. plan: where the routed
+        experts lie; None: in equal runs."""
         super().__init__()
         device = torch.device(device)
         mesh = mesh or make_mesh(Placement(1, (0,), (0,) if recipe.moe.experts else (), 1))
@@ -121,7 +130,9 @@ class Transformer(nn.Module):
                 self.norm = nn.RMSNorm(m.hidden, m.norm_eps)
                 if not m.tied_embeddings:
                     self.head = nn.Linear(m.hidden, m.vocab, bias=False)
-            self.layers = nn.ModuleList(Block(recipe, i, mesh, device) for i in range(m.layers))
+            first = m.layers - len(plan or ())
+            homes = [None] * first + list(plan or ())
+            self.layers = nn.ModuleList(Block(recipe, i, mesh, device, homes[i]) for i in range(m.layers))
         self.to(self.dtype)
         self.to_empty(device=device)
         if draw and device.type != "meta":  # sizes without values
@@ -172,9 +183,19 @@ class Transformer(nn.Module):
         device = batch.tokens.device
         return torch.zeros(0, self.recipe.model.hidden, dtype=self.dtype, device=device).requires_grad_()
 
+    @property
+    def moe_layers(self) -> list[MoE]:
+        """Those with experts, in order."""
+        return [block.moe for block in self.layers if isinstance(block.moe, MoE)]
+
+    def nudge(self, counts: list[Tensor]) -> None:
+        """:meth:`MoE.nudge` of every layer. counts: as :class:`MoELoad` has them."""
+        for layer, own in zip(self.moe_layers, counts, strict=True):
+            layer.nudge(own)
+
     def join_shared(self) -> int:
         """:meth:`MoE.join_shared` of every layer: the bytes that it allocated."""
-        return sum(block.moe.join_shared() for block in self.layers if isinstance(block.moe, MoE))
+        return sum(layer.join_shared() for layer in self.moe_layers)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[T, hidden] -> [T, vocab]`` in the model's dtype."""
