@@ -106,7 +106,7 @@ def _engine(trained: Trained, table: ServeTable) -> Engine:
     from shoal.workers.machine import free_memory
 
     device = next(trained.model.parameters()).device.type
-    return Engine(trained.model, limits_of(table), int(free_memory(device) * table.memory))
+    return Engine(trained.model, limits_of(table, device), int(free_memory(device) * table.memory))
 
 
 def check_files(source: Path | None, target: Path | None, prompt: str, spread: bool) -> None:

@@ -192,7 +192,11 @@ class ServeTable(Table):
     """What an engine takes on, a rank with an attention shard each."""
 
     sequences: int = Field(default=32, ge=1, description="requests computed together")
-    step_tokens: int = Field(default=512, ge=1, description="tokens of one step; longer prompts are cut into chunks")
+    step_tokens: int = Field(
+        default=0,
+        ge=0,
+        description="tokens of one step; longer prompts are cut into chunks; 0: 512 on a CPU, 2,048 on a GPU",
+    )
     waiting: int = Field(default=256, ge=1, description="requests in the queue; more are refused")
     pages: int = Field(
         default=0,

@@ -40,7 +40,7 @@ class EngineActor(RankActor):
         mesh = make_mesh(Placement.of(checked), self.rank, device)
         model = load_model(checked, checkpoints_here(checkpoints, step), step, mesh, torch.device(device), plan)
         memory = int(free_memory(device) * checked.serve.memory / (1 if device == "cuda" else self.ranks))
-        engine = Engine(model, limits_of(checked.serve), memory)
+        engine = Engine(model, limits_of(checked.serve, device), memory)
         engine.warm_up()
         self.loop = EngineLoop(engine, _agree(mesh))
 
@@ -76,9 +76,13 @@ class EngineActor(RankActor):
         return self.loop
 
 
-def limits_of(s: ServeTable) -> Limits:
-    """A recipe's ``[serve]`` table as an engine takes it."""
-    return Limits(s.sequences, s.step_tokens, s.waiting, s.pages, s.speculate, s.prefix_cache, s.cuda_graphs)
+def limits_of(s: ServeTable, device: str) -> Limits:
+    """A recipe's ``[serve]`` table as an engine on a device of this type takes it.
+
+    A layer costs a GPU's host some milliseconds whatever its tokens are, so that long chunks suit it.
+    """
+    step = s.step_tokens or (2048 if device == "cuda" else 512)
+    return Limits(s.sequences, step, s.waiting, s.pages, s.speculate, s.prefix_cache, s.cuda_graphs)
 
 
 def _agree(mesh: Mesh) -> Agree:
