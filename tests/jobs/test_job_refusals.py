@@ -31,6 +31,17 @@ RULES = "[{policy: DeleteSelf, condition: {jobStatus: FAILED}}]"
         (("train", *VOLUME, "--nodes", "0"), 3, "--nodes=0 cannot be used: it should be greater than or equal to 1"),
         (("train", *VOLUME, "--auth", "maybe"), 3, "--auth='maybe' cannot be used: it should be 'token' or 'off'"),
         (("train", *VOLUME, "--profile", "big"), 5, "there is no file of profiles"),
+        (("evaluate", "first", *VOLUME, "--tls-secret", "Not_One"), 3, "--tls-secret"),
+        (
+            ("evaluate", "first", *VOLUME, "--tls-secret", "ca", "--env", "RAY_USE_TLS=0"),
+            3,
+            "RAY_USE_TLS is set by --tls-secret: leave it out of --env and --secret",
+        ),
+        (
+            ("evaluate", "first", *VOLUME, "--volume", "secret/ca:/etc/ray/tls"),
+            3,
+            "something is mounted at /etc/ray/tls",
+        ),
         (("train", *VOLUME, "--volume", "x:relative"), 3, "is not a volume: write CLAIM:/path"),
         (("train", *VOLUME, "--volume", "other:/mnt/"), 3, "something is mounted at /mnt already"),
         (("train", *VOLUME, "--gpus-per-node", "0", "--patch", "none.yaml"), 5, "--patch none.yaml does not exist"),
