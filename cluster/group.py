@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from shoal.cluster.local import RaySession
@@ -11,6 +12,7 @@ from shoal.workers.config import Recipe
 from shoal.workers.errors import ClusterRefused, ShoalError, last_line
 
 PLACE_TIMEOUT = 120.0  # seconds to wait for the cluster to give the ranks a place
+LOOK = 1  # seconds between two looks at what whoever waits has to say
 LINGER = 10.0  # seconds the other ranks have to say why they stopped, once one has
 
 
@@ -21,10 +23,19 @@ class RankLost(Exception):
 class RankGroup:
     """The actors of one run, in rank order. Use as a context manager: leaving it ends every actor.
 
-    kind: their class. calls: how many calls an actor answers at a time.
+    kind: their class. calls: how many calls an actor answers at a time. seconds: how long the cluster may take to make
+    room for them. waiting: is called every second meanwhile, with the seconds waited; what it raises ends the waiting.
     """
 
-    def __init__(self, recipe: Recipe, session: RaySession, kind: type[RankActor] = RankActor, calls: int = 1) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        session: RaySession,
+        kind: type[RankActor] = RankActor,
+        calls: int = 1,
+        seconds: float = PLACE_TIMEOUT,
+        waiting: Callable[[float], object] = lambda waited: None,
+    ) -> None:
         import ray
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -35,12 +46,11 @@ class RankGroup:
         self._refuse_impossible(session)
         needs = {"CPU": 1.0, "GPU": 1.0} if self.device == "cuda" else {"CPU": 1.0}
         self.place = placement_group([needs] * ranks, strategy="PACK")
-        if not self.place.wait(PLACE_TIMEOUT):
+        try:
+            self._await_place(seconds, waiting, f"{ranks} ranks of {needs}")
+        except BaseException:
             ray.util.remove_placement_group(self.place)
-            raise ClusterRefused(
-                f"the cluster had no room for {ranks} ranks of {needs} within {PLACE_TIMEOUT:.0f} s: "
-                f"add nodes or lower parallel.ranks"
-            )
+            raise
         # ranks on each rank's machine, which share its cores
         nodes = ray.util.placement_group_table(self.place)["bundles_to_node_id"]
         self.nodes = [str(nodes[rank]) for rank in range(ranks)]
@@ -56,6 +66,16 @@ class RankGroup:
             ).remote(rank, ranks)
             for rank in range(ranks)
         ]
+
+    def _await_place(self, seconds: float, waiting: Callable[[float], object], what: str) -> None:
+        begun = time.monotonic()
+        while not self.place.wait(LOOK):
+            waited = time.monotonic() - begun
+            if waited > seconds:
+                raise ClusterRefused(
+                    f"the cluster had no room for {what} within {seconds:.0f} s: add nodes or lower parallel.ranks"
+                )
+            waiting(waited)
 
     def _refuse_impossible(self, session: RaySession) -> None:
         ranks = self.recipe.parallel.ranks
@@ -126,7 +146,8 @@ class RankGroup:
             return f"a rank could not start ({last_line(error)})"
         ids = [actor._actor_id.hex() for actor in self.actors]
         which = f"rank {ids.index(error.actor_id)}" if error.actor_id in ids else "a rank"
-        return f"the process of {which} died"
+        part = "node" if "its node has died" in str(error) else "process"
+        return f"the {part} of {which} died"
 
     def pids(self) -> list[int]:
         """Process ids of the ranks."""

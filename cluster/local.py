@@ -29,9 +29,13 @@ GCS_GONE_SECONDS = "10"
 FOLDER = "shoal-ray-"
 LONGEST = 20  # characters of the folder above it: 83 more follow in the paths of Ray's sockets, which end at 103 or 107
 
-# Ray prints a paragraph to standard output, which may be JSON, whenever a rank dies, and a traceback to standard error
-# for a failed call whose result nobody asked for; the supervisor says both in a line. Ray reads this when imported.
-os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^(A worker died or was killed|Task ServeController)")
+# Ray prints paragraphs to standard output, which may be JSON, whenever a rank or its node dies, and a traceback to
+# standard error for a failed call whose result nobody asked for; the supervisor says it in a line. Ray reads this when
+# imported.
+os.environ.setdefault(
+    "RAY_DEDUP_LOGS_SKIP_REGEX",
+    "^(A worker died or was killed|Raylet is terminated|The node with node id|Task ServeController)",
+)
 if not os.environ.get("SHOAL_TRACEBACK"):
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import signal
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from shoal.cluster.expert_placement import better_plan, busiest
-from shoal.cluster.group import RankGroup, RankLost
+from shoal.cluster.group import PLACE_TIMEOUT, RankGroup, RankLost
 from shoal.cluster.local import STOP_SIGNALS, RaySession
 from shoal.cluster.metrics import TrainMetrics
 from shoal.workers.checkpoint_files import last_good, wait_for_writers
@@ -19,6 +19,7 @@ from shoal.workers.config import Recipe
 from shoal.workers.errors import InvalidInput, ShoalError, TrainingFailed
 from shoal.workers.placement import Placement
 
+QUIET = 10.0  # seconds to wait for room for the ranks before that is said
 CALL_SECONDS = 1.0  # work in one call to the ranks; two calls are in flight, so that no rank waits for the driver
 Record = dict[str, Any]
 
@@ -110,7 +111,8 @@ class Supervisor:
                 self._tell("resumed", where, start or 0)
             while True:
                 try:
-                    with RankGroup(self.recipe, self.session) as group:
+                    seconds = self.recipe.parallel.replace_seconds if self.failures else PLACE_TIMEOUT
+                    with RankGroup(self.recipe, self.session, seconds=seconds, waiting=self._wait(seconds)) as group:
                         group.connect()
                         self.step = group.build(str(self.corpus.resolve()), str(self.checkpoints.resolve()), start)
                         if self.flops:
@@ -122,6 +124,21 @@ class Supervisor:
                     if self.stop.signal:
                         return self._gave_up(str(lost), start or 0)
                     self._count_failure(str(lost), reached, before or 0, start or 0)
+
+    def _wait(self, seconds: float) -> Callable[[float], None]:
+        """What to do while the cluster has no room for the ranks, for up to ``seconds``."""
+        told = False
+
+        def waiting(waited: float) -> None:
+            nonlocal told
+            if self.stop.signal:
+                raise RankLost("the cluster has no room for the ranks")
+            if waited > QUIET and not told:
+                told = True
+                text = f"waiting up to {seconds:.0f} s for nodes with room for {self.recipe.parallel.ranks} ranks"
+                self._tell("waiting", text, self.step)
+
+        return waiting
 
     def _starting_point(self) -> int | None:
         """The step of the newest whole checkpoint, None for a fresh start; what was reported after it is void.

@@ -18,7 +18,7 @@ HEAD = """# The chart `shoal`
 {description}. KubeRay's operator (1.4 or later; 1.5.1 for `rayTokenAuth`) is a prerequisite, and not part of it.
 
 ```
-helm install demo k8s/chart --set storage.claim=runs --set service.run=first
+helm install demo k8s/chart --set image.repository=registry.example/shoal,storage.claim=runs,service.run=first
 helm test demo
 ```
 

@@ -163,6 +163,12 @@ class ParallelTable(Table):
     max_failures: int = Field(
         default=3, ge=0, description="failures in a row, without a new checkpoint between them, that end a run"
     )
+    replace_seconds: float = Field(
+        default=1800.0,
+        ge=0,
+        le=1e6,
+        description="seconds a run waits for room for its ranks after one was lost: a node may have to be replaced",
+    )
 
     @property
     def split(self) -> tuple[int, int] | None:

@@ -26,7 +26,7 @@ Examples:
 
   shoal job render train --recipe tiny --gpus-per-node 0 --volume runs:/mnt/shoal
 
-  shoal job submit train --recipe deepseekmoe-16b --nodes 2 --gpus-per-node 8 --volume runs:/mnt/shoal --wait
+  shoal job submit train --recipe deepseekmoe-2b --nodes 2 --gpus-per-node 8 --volume runs:/mnt/shoal --wait
 
   shoal job submit serve first --volume runs:/mnt/shoal --secret SHOAL_API_TOKEN=tokens:api
 
@@ -34,7 +34,7 @@ Examples:
 
   shoal job resubmit NAME --from-checkpoint
 
-  shoal job submit train --ray-address http://head:8265 --runs-dir /mnt/runs --nodes 2 --gpus-per-node 8
+  shoal job submit train --recipe tiny --gpus-per-node 0 --ray-address http://head:8265 --runs-dir /mnt/runs
 
 `wait` and `submit --wait` exit with the job's own exit code.
 """

@@ -22,7 +22,7 @@ def train(
     options: JobOptions,
     recipe: RecipeOption = None,
     sets: SetOption = None,
-    data: Annotated[str | None, typer.Option(help="Corpus: stdlib, or a folder on a volume.")] = None,
+    data: Annotated[str | None, typer.Option(help="Corpus: stdlib, one in --data-dir, or a path on a volume.")] = None,
     placement: Annotated[str | None, typer.Option(help="colocated, or nA:mF, such as 2A:2F.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps (train.steps).")] = None,
     run: Annotated[str | None, typer.Option(help="Name of the run; default: the job's --name, else its own.")] = None,

@@ -5,7 +5,7 @@ breaks is asked for anew from the second of the last line that was shown, and wh
 before that time, and as many of that very time as were shown. This takes a container's clock not to go backwards.
 
 A submitter that takes the place of one that died prints the log of the same Ray job from its beginning: its lines are
-left out for as long as they are those that were shown.
+left out for as long as they are those that were printed before. So whoever follows a log from near its end reads all.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 import time
 from abc import ABC, abstractmethod
 from array import array
+from collections import deque
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -171,7 +172,7 @@ class _Log(ABC):
 
 @dataclass
 class Replay:
-    """Lines of one Ray job that were shown, told apart from those that the next submitter prints again."""
+    """Lines of one Ray job that were printed, told apart from those that the next submitter prints again."""
 
     job_id: str = ""
     _lines: array[int] = field(default_factory=lambda: array("q"))  # their hashes
@@ -185,7 +186,7 @@ class Replay:
         self.job_id, self._at = job_id, 0
 
     def repeats(self, line: bytes) -> bool:
-        """Whether a line was shown before."""
+        """Whether a line was printed before."""
         if not self.job_id or _CLIENT.match(line):
             return False
         mark = hash(line)
@@ -205,6 +206,9 @@ class PodLog(_Log):
     source: Source | None = None
     cursor: Cursor = field(default_factory=Cursor)
     replay: Replay = field(default_factory=Replay)
+
+    def __post_init__(self) -> None:
+        self.held: deque[bytes] = deque(maxlen=self.tail)  # the last lines, before they are the last ``tail``
 
     def round(self) -> bool:
         """Reads a container's log to its end, or says why there is none."""
@@ -243,20 +247,29 @@ class PodLog(_Log):
     def _read(self, source: Source) -> None:
         """Writes the log of one container, with ``follow`` to its end or until another one has taken its place."""
         while True:
+            near_end = self.follow and self.tail is not None
             try:
                 ended = not self.follow or _ended(self.cluster, source) or self._superseded(source)
-                for line in _stream(self.cluster, source, self.cursor, self.follow and not ended, self.tail):
+                follow, tail = not (ended or near_end), None if near_end else self.tail
+                for line in _stream(self.cluster, source, self.cursor, follow, tail, rest=ended):
                     self.patience.restore()
                     if not self.replay.repeats(line):
-                        self.write(line)
+                        (self.held.append if near_end else self.write)(line)
             except NotFound:
                 if _is_there(self.cluster, source):  # its log is not, with its node perhaps
                     raise
-                return  # the pod is gone, and its log with it
+                ended = True  # the pod is gone, and its log with it
+            self._release()
             if ended:  # what was asked for after its end holds all of it
                 return
             self.patience.restore()
             time.sleep(FIRST_PAUSE)  # the stream of a container that goes on may end too
+
+    def _release(self) -> None:
+        """Writes what was held back."""
+        while self.held:
+            self.write(self.held.popleft())
+        self.tail = None
 
 
 @dataclass
@@ -354,8 +367,10 @@ def _ended(cluster: Cluster, source: Source) -> bool:
     return (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed")
 
 
-def _stream(cluster: Cluster, source: Source, cursor: Cursor, follow: bool, tail: int | None) -> Iterator[bytes]:
-    """Lines of one answer that were not shown yet. The end of a log may lack its line end; a broken stream's may not.
+def _stream(
+    cluster: Cluster, source: Source, cursor: Cursor, follow: bool, tail: int | None, rest: bool
+) -> Iterator[bytes]:
+    """Lines of one answer that were not shown yet. rest: also what lacks its line end, as the end of a log may.
 
     Raises NotFound, Unreachable.
     """
@@ -372,7 +387,7 @@ def _stream(cluster: Cluster, source: Source, cursor: Cursor, follow: bool, tail
             for line in lines:
                 if (text := cursor.take(line)) is not None:
                     yield text + b"\n"
-        if buffer and not follow and (text := cursor.take(buffer)) is not None:
+        if buffer and rest and (text := cursor.take(buffer)) is not None:
             yield text + b"\n"
     except urllib3.exceptions.ReadTimeoutError:
         return  # a job may be silent for long: whether the server is there shows when it is asked anew

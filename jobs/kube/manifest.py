@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from shoal.jobs.kube import tls
 from shoal.jobs.kube.check import check_manifest
 from shoal.jobs.kube.code import is_url, zip_folder
 from shoal.jobs.kube.fit import OBJECT_STORE, Sizes, sizes
@@ -68,17 +69,20 @@ def render(work: Work, options: JobOptions, told: Told = lambda said: None) -> l
         manifest = {"apiVersion": API, "kind": "RayJob", "metadata": metadata, "spec": job}
     for file in options.patch:
         manifest = merge_patch(manifest, _read_patch(file))
-    _let_autoscale(manifest)
+    _let_autoscale(manifest, options)
     return [*objects, manifest]
 
 
-def _let_autoscale(manifest: Object) -> None:
-    """Gives the head its account's token where a patch turns the autoscaler on, which asks the API server for pods."""
+def _let_autoscale(manifest: Object, options: JobOptions) -> None:
+    """Where a patch turns the autoscaler on: the head's account's token, to ask the API server for pods, and TLS."""
     spec = manifest.get("spec")
     cluster = (spec.get("rayClusterSpec") or spec.get("rayClusterConfig")) if isinstance(spec, dict) else None
     if isinstance(cluster, dict) and cluster.get("enableInTreeAutoscaling") is True:
         with contextlib.suppress(KeyError, TypeError, AttributeError):  # a patch may have broken it: the checks say how
             cluster["headGroupSpec"]["template"]["spec"].pop("automountServiceAccountToken", None)
+            if options.tls_secret is not None:
+                secured = {"env": tls.variables(), "volumeMounts": [tls.mount()]}
+                cluster["autoscalerOptions"] = merge_patch(secured, cluster.get("autoscalerOptions", {}))
 
 
 def checked_objects(
@@ -269,6 +273,8 @@ def _template(
     metadata: Object = {"labels": _pod_labels(work, options)}
     metadata |= {"annotations": annotations} if annotations else {}
     pod = _pod(options) | {"terminationGracePeriodSeconds": STOPPING + 30, "containers": [box], "volumes": declared}
+    if options.tls_secret is not None:
+        tls.add_certificate(pod, options.tls_secret)
     return {"metadata": metadata, "spec": pod}
 
 

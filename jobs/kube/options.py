@@ -87,6 +87,9 @@ class JobOptions(BaseModel):
     auth_secret: str | None = option(
         None, "Secret with an entry auth_token; default: KubeRay makes one (named: KubeRay 1.6).", SAFETY
     )
+    tls_secret: str | None = option(
+        None, "Secret with tls.crt and tls.key of an authority: TLS between Ray's processes.", SAFETY
+    )
 
 
 def panel_of(field: str) -> str:

@@ -17,7 +17,7 @@ _EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
 _VOLUME = "write CLAIM:/path, CLAIM:/path:ro, secret/NAME:/path, configmap/NAME:/path or /host/path:/path"
 _PREFIXES = ("ray.io/", "shoal/")  # of labels that the operator and this program select by
 _QUEUE = {"kueue.x-k8s.io/queue-name": "--queue", "kueue.x-k8s.io/priority-class": "--priority"}
-_RESERVED = ("/dev/shm", "/etc/shoal", "/var/cache/shoal")
+_RESERVED = ("/dev/shm", "/etc/shoal", "/var/cache/shoal", "/etc/ray/tls", "/etc/ray/authority")
 
 
 @dataclass(frozen=True)

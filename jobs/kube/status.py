@@ -15,6 +15,7 @@ from shoal.workers.errors import ClusterRefused, NotFound, ShoalError, last_line
 CANCELLED = "shoal/cancelled"  # annotation of a job that was cancelled before it ran
 ENDED = ("succeeded", "failed", "stopped", "refused", "cancelled")
 _ENDS = {"SUCCEEDED": "succeeded", "FAILED": "failed", "STOPPED": "stopped"}  # Ray's word for it, and ours
+STARTING = "being started"
 _PULLING = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 
 
@@ -161,7 +162,11 @@ def _cluster_reasons(cluster: Cluster, each: Object, found: Status) -> Iterator[
     if found.kind != "serve":
         selectors.append(f"job-name={found.name}")
     pods = [pod for selector in selectors for pod in cluster.items(cluster.core("pods"), labelSelector=selector)]
-    counted = Counter(reason for pod in pods if (reason := pod_reason(pod)))
+    reasons = {pod["metadata"]["name"]: reason for pod in pods if (reason := pod_reason(pod))}
+    if STARTING in reasons.values():
+        missing = _unmounted(cluster)
+        reasons |= {name: missing[name] for name, reason in reasons.items() if reason == STARTING and name in missing}
+    counted = Counter(reasons.values())
     for reason, count in counted.most_common():
         yield f"{count} pod{'s' * (count > 1)}: {reason}"
     if not found.cluster:
@@ -198,7 +203,16 @@ def pod_reason(pod: Object) -> str | None:
     for condition in status.get("conditions") or []:
         if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
             return f"no node takes it ({condition.get('message') or condition.get('reason', 'no reason given')})"
-    return "being started" if status.get("phase", "Pending") == "Pending" else None
+    return STARTING if status.get("phase", "Pending") == "Pending" else None
+
+
+def _unmounted(cluster: Cluster) -> dict[str, str]:
+    """Which Secret or claim a pod waits for, by the pod's name; only an event says so."""
+    selector = "involvedObject.kind=Pod,reason=FailedMount"
+    events = cluster.items(cluster.core("events"), fieldSelector=selector)
+    return {
+        event["involvedObject"]["name"]: f"cannot start ({event.get('message', 'FailedMount')})" for event in events
+    }
 
 
 def _events(cluster: Cluster, name: str) -> Iterator[str]:

@@ -103,6 +103,19 @@ def _check_place(options: JobOptions, what: str, path: str, kind: str) -> None:
         raise InvalidInput(f"{what} {quote(path)} is on no volume: {remedy}")
 
 
+def _check_corpus(options: JobOptions, corpus: str, folder: str) -> None:
+    """Refuses a corpus on no volume, and one that is named from where a person is and not from the cluster's folder."""
+    own = posixpath.basename(folder.rstrip("/"))
+    first, _, rest = corpus.partition("/")
+    if corpus.startswith("/"):
+        _check_place(options, "data.corpus", corpus, "folder")
+    elif first in (".", "..", "~", own):
+        said = rest if first == own and rest else "its name there"
+        raise InvalidInput(
+            f"data.corpus={quote(corpus)} is looked for below {folder}: say {said}, or give the whole path on a volume"
+        )
+
+
 def _check_writable(options: JobOptions, what: str, path: str) -> None:
     """Refuses a path on a read-only volume; of volumes within each other the innermost decides."""
     above = [volume for volume in volumes(options.volume) if _within(path, volume.path)]
@@ -132,8 +145,7 @@ def train(
     if gpus and not {"parallel.ranks", "parallel.placement"} & set(told):
         overrides["parallel.ranks"] = gpus
     checked = load_recipe(recipe, sets, overrides)
-    if checked.data.corpus.startswith("/"):
-        _check_place(options, "data.corpus", checked.data.corpus, "folder")
+    _check_corpus(options, checked.data.corpus, where.data)
     name = options.name or fresh_name(checked.name)
     if run is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", run, re.ASCII):
         raise InvalidInput(f"--run {quote(run)} is not a plain name: use up to 200 letters, digits, '.', '_' and '-'")
@@ -149,7 +161,7 @@ def evaluate(options: JobOptions, run: str, runs: str | None = None, arguments: 
             "the corpus that the run is measured on is fetched from nowhere: add --volume CLAIM:/path, where it lies"
         )
     told = dict(pairwise(arguments))
-    if told.get("--data", "").startswith("/"):
+    if "--data" in told:
         _check_place(options, "--data", told["--data"], "folder")
     command = ("shoal", "evaluate", _run(options, run), *_runs_dir(options, run, runs), *arguments)
     return Work("evaluate", _name(options, "evaluate", run), command, run, 0)

@@ -13,7 +13,8 @@ from rich.text import Text
 
 from shoal.jobs.report.journal import Record
 
-STYLES = {"recovered": "yellow", "failed": "red", "stopping": "yellow", "stopped": "yellow", "checkpoint": "dim"}
+TROUBLE = ("recovered", "waiting", "stopping", "stopped")
+STYLES = {"failed": "red", "checkpoint": "dim", **dict.fromkeys(TROUBLE, "yellow")}
 
 
 class View(Protocol):

@@ -236,6 +236,28 @@ def test_too_many_failures_end_the_run(
     assert TrainingFailed.exit_code == 1
 
 
+def test_a_run_that_waits_for_room_is_stopped_by_a_signal(
+    corpus: Path, session: RaySession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four ranks where two find room: SIGTERM ends the waiting, which would last two minutes."""
+    monkeypatch.setattr(supervisor, "QUIET", 0.0)
+    said: list[str] = []
+
+    class Stopper:
+        def record(self, record: dict[str, Any]) -> None:
+            said.append(record["event"])
+            if record["event"] == "waiting":
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def rewind(self, step: int) -> None:
+            pass
+
+    recipe = Recipe.model_validate(small_recipe(parallel__ranks=4))
+    outcome = Supervisor(recipe, corpus, tmp_path / "run", Stopper(), session).run()
+    assert outcome.stopped and outcome.step == 0
+    assert said == ["waiting", "stopped"]
+
+
 def test_a_poisoned_weight_stops_the_run(
     corpus: Path, session: RaySession, undisturbed: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -72,6 +72,37 @@ def test_a_dry_run_makes_nothing(shoal: Shell, cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {
+            "working_dir": ".",
+            "volume": ["runs:/mnt/shoal", "secret/keys:/etc/keys"],
+            "env": ["A=b"],
+            "secret": ["K=a:b"],
+        },
+        {"tls_secret": "ray-ca", "pull_secret": ["regcred"], "toleration": ["a:NoSchedule"], "label": ["team=nlp"]},
+    ],
+    ids=["plain", "code", "tls"],
+)
+def test_kubernetes_takes_the_pods_of_a_job(options: dict[str, Any], cluster: Cluster, tmp_path: Path) -> None:
+    """It looks closer at a pod than at one within a RayJob: mounts without volumes, paths mounted twice, and so on."""
+    if "working_dir" in options:
+        (tmp_path / "a.py").touch()
+        options = {**options, "working_dir": str(tmp_path)}
+    spec = job_manifest(**options)["spec"]
+    ray = spec["rayClusterSpec"]
+    templates = [ray["headGroupSpec"]["template"], *(group["template"] for group in ray["workerGroupSpecs"])]
+    for name, template in zip(("head", "worker", "submitter"), [*templates, spec["submitterPodTemplate"]], strict=True):
+        pod = {"apiVersion": "v1", "kind": "Pod", **template}
+        pod["metadata"] = {**pod.get("metadata", {}), "name": name}
+        assert cluster.post(cluster.core("pods"), pod, dryRun="All")["metadata"]["name"] == name
+    pod["spec"] = {**templates[0]["spec"], "volumes": []}
+    with pytest.raises(ClusterRefused, match="volumeMounts"):
+        cluster.post(cluster.core("pods"), pod, dryRun="All")
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
         (("list", "--context", "stranger"), 4, "does not know you"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import yaml
 from job_fixtures import Shell, here_fixture  # noqa: F401  # fixtures are found by their names
 from job_request import job_manifest
 
+from shoal.jobs.cli.job import EXAMPLES
 from shoal.jobs.kube.api import Cluster
 from shoal.workers.errors import InvalidInput
 
@@ -27,16 +30,34 @@ RULES = "[{policy: DeleteSelf, condition: {jobStatus: FAILED}}]"
         (("evaluate", "/elsewhere/first", *VOLUME), 3, "RUN '/elsewhere/first' is on no volume"),
         (("serve", "/elsewhere/first", *VOLUME, "--insecure"), 3, "RUN '/elsewhere/first' is on no volume"),
         (("evaluate", "first", *VOLUME, "--data", "/elsewhere"), 3, "--data '/elsewhere' is on no volume"),
+        (("evaluate", "first", *VOLUME, "--data", "data/mine"), 3, "--data 'data/mine' is on no volume: name a folder"),
         (("train", *VOLUME), 3, "parallel.device='cpu', and the job asks for 1 GPUs"),
         (("train", *VOLUME, "--nodes", "0"), 3, "--nodes=0 cannot be used: it should be greater than or equal to 1"),
         (("train", *VOLUME, "--auth", "maybe"), 3, "--auth='maybe' cannot be used: it should be 'token' or 'off'"),
         (("train", *VOLUME, "--profile", "big"), 5, "there is no file of profiles"),
+        (("evaluate", "first", *VOLUME, "--tls-secret", "Not_One"), 3, "--tls-secret"),
+        (
+            ("evaluate", "first", *VOLUME, "--tls-secret", "ca", "--env", "RAY_USE_TLS=0"),
+            3,
+            "RAY_USE_TLS is set by --tls-secret: leave it out of --env and --secret",
+        ),
+        (
+            ("evaluate", "first", *VOLUME, "--volume", "secret/ca:/etc/ray/tls"),
+            3,
+            "something is mounted at /etc/ray/tls",
+        ),
         (("train", *VOLUME, "--volume", "x:relative"), 3, "is not a volume: write CLAIM:/path"),
         (("train", *VOLUME, "--volume", "other:/mnt/"), 3, "something is mounted at /mnt already"),
         (("train", *VOLUME, "--gpus-per-node", "0", "--patch", "none.yaml"), 5, "--patch none.yaml does not exist"),
         (("train", *VOLUME, "--gpus-per-node", "0", "--toleration", "a:Never"), 3, "has the effect 'Never'"),
         (("train", *VOLUME, "--gpus-per-node", "0", "--working-dir", "none"), 5, "is not a folder"),
         (("train", *VOLUME, "--runs-dir", "/elsewhere"), 3, "--runs-dir '/elsewhere' is on no volume"),
+        (
+            ("train", *VOLUME, "--data", "data/mine"),
+            3,
+            "data.corpus='data/mine' is looked for below /mnt/data: say mine",
+        ),
+        (("train", *VOLUME, "--set", "data.corpus='../mine'"), 3, "below /mnt/data: say its name there, or give the"),
         (("train", *VOLUME, "--recipe", "tinny"), 5, "did you mean tiny"),
         (("train", *VOLUME, "--set", "train.stepz=1"), 3, "did you mean train.steps"),
         (("evaluate", "s3://me:secret@bucket/run", *VOLUME), 3, "the URL of a run at bucket has a password in it"),
@@ -110,6 +131,18 @@ def test_a_command_line_is_refused_in_one_sentence(
     assert err.startswith("error: ") and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("text", ["README.md", "shoal job --help"])
+def test_what_a_newcomer_reads_first_is_not_refused(text: str, here: Shell) -> None:
+    """Each `shoal job render` and `submit` that is written there in one line, of a Ray's jobs their recipe."""
+    page = (Path(__file__).parents[2] / text).read_text() if text.endswith(".md") else EXAMPLES
+    page = page.replace("--ray-address http://head:8265 --runs-dir /mnt/runs", "--volume runs:/mnt")
+    commands = re.findall(r"^ *shoal job (?:render|submit) (.*)$", page.replace(" --wait", ""), re.M)
+    assert len(commands) >= 2
+    for command in commands:
+        code, _, err = here("job", "render", *shlex.split(command, comments=True))
+        assert code == 0, (command, err)
+
+
 SERVE = ("serve", "first", *VOLUME, "--insecure")
 
 
@@ -130,6 +163,13 @@ SERVE = ("serve", "first", *VOLUME, "--insecure")
 def test_an_option_that_would_do_nothing_is_refused(arguments: tuple[str, ...], says: str, here: Shell) -> None:
     code, out, err = here("job", "submit", *arguments, "--gpus-per-node", "0")
     assert (code, out) == (2, "") and says in err
+
+
+@pytest.mark.parametrize("corpus", ["stdlib", "mine", "team/mine", "/mnt/elsewhere/mine"])
+def test_a_corpus_is_named_by_its_place_in_the_cluster(corpus: str) -> None:
+    manifest = job_manifest(volume=["runs:/mnt"], sets=(f"data.corpus={corpus}",))
+    head = manifest["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
+    assert f'corpus = "{corpus}"' in head["metadata"]["annotations"]["shoal/recipe"]
 
 
 def test_a_profile_of_suspended_jobs_is_overruled(here: Shell) -> None:

@@ -112,16 +112,45 @@ def test_a_pod_has_no_token_of_an_account_unless_something_needs_it(tmp_path: Pa
 
 def test_pods_are_what_a_restricted_namespace_takes_and_may_write_to_a_new_claim() -> None:
     """The standard "restricted" of Kubernetes' pod security, and the group that a claim's files are given to."""
-    for manifest in (job_manifest(), service_manifest()):
+    for manifest in (job_manifest(), job_manifest(tls_secret="ray-ca"), service_manifest()):
         for pod in pods_of(manifest):
-            whole, (box,) = pod["securityContext"], pod["containers"]
+            whole = pod["securityContext"]
             assert whole["runAsNonRoot"] is True and whole["seccompProfile"] == {"type": "RuntimeDefault"}
             assert whole["runAsUser"] == whole["runAsGroup"] == whole["fsGroup"] == 1000, "the image's user"
-            assert box["securityContext"]["allowPrivilegeEscalation"] is False
-            assert box["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+            for box in [*pod["containers"], *pod.get("initContainers", [])]:
+                assert box["securityContext"]["allowPrivilegeEscalation"] is False
+                assert box["securityContext"]["capabilities"] == {"drop": ["ALL"]}
     for pod in pods_of(job_manifest(user=0)):
         assert pod["securityContext"] == {"seccompProfile": {"type": "RuntimeDefault"}}
         assert "capabilities" not in pod["containers"][0]["securityContext"]
+
+
+def test_with_tls_each_pod_of_ray_signs_itself_a_certificate_and_ray_never_sees_the_authority(tmp_path: Path) -> None:
+    """What the certificate is good for, tests/k8s/test_chart_tls.py says."""
+    patch = tmp_path / "patch.yaml"
+    patch.write_text("spec: {rayClusterSpec: {enableInTreeAutoscaling: true}}")
+    manifest = job_manifest(tls_secret="ray-ca", env=["A=b"], pull_policy="Always", patch=[patch])
+    head, worker, submitter = pods_of(manifest)
+    for pod in (head, worker):
+        (box,), (maker,) = pod["containers"], pod["initContainers"]
+        env = {each["name"]: each.get("value") for each in box["env"]}
+        assert env["RAY_USE_TLS"] == "1" and env["A"] == "b"
+        certificate = {m["mountPath"]: m["name"] for m in box["volumeMounts"] if m.get("readOnly")}["/etc/ray/tls"]
+        assert {env[f"RAY_TLS_{each}"].rpartition("/")[0] for each in ("SERVER_CERT", "SERVER_KEY", "CA_CERT")} == {
+            "/etc/ray/tls"
+        }
+        (authority,) = [v["name"] for v in pod["volumes"] if v.get("secret") == {"secretName": "ray-ca"}]
+        assert authority not in {m["name"] for m in box["volumeMounts"]}
+        assert {m["name"]: m.get("readOnly", False) for m in maker["volumeMounts"]} == {
+            authority: True,
+            certificate: False,
+        }
+        assert (maker["image"], maker["imagePullPolicy"]) == (box["image"], "Always")
+    assert "initContainers" not in submitter, "it speaks HTTP"
+    scaler = cluster_of(manifest)["autoscalerOptions"]
+    assert {"name": "RAY_USE_TLS", "value": "1"} in scaler["env"]
+    assert scaler["volumeMounts"] == [{"name": certificate, "mountPath": "/etc/ray/tls", "readOnly": True}]
+    assert all("initContainers" not in pod for pod in pods_of(job_manifest()))
 
 
 def test_a_queue_takes_the_priority_for_itself() -> None:

@@ -214,39 +214,50 @@ def told_by_ray(number: int, *text: str) -> list[str]:
     return [said, *text]
 
 
+@pytest.mark.parametrize("tail", [None, 5, 0])
 def test_a_submitter_that_takes_anothers_place_repeats_no_line(
-    server: ApiServer, kubelet: Kubelet, cluster: Cluster
+    server: ApiServer, kubelet: Kubelet, cluster: Cluster, tail: int | None
 ) -> None:
-    made(cluster, "first", retries=1)
+    """However near to its end the log of the first one was begun with."""
+    kind = "whole" if tail is None else str(tail)
+    job = f"first-{kind}"
+    made(cluster, job, retries=1)
 
-    def tell(identity: str, job: str = "RUNNING", deployment: str = "Running") -> None:
-        status = {"jobId": identity or None, "jobStatus": job or None, "jobDeploymentStatus": deployment}
-        server.patch_status("rayjobs", cluster.namespace, "first", status)
+    def tell(identity: str, state: str = "RUNNING", deployment: str = "Running") -> None:
+        status = {"jobId": identity or None, "jobStatus": state or None, "jobDeploymentStatus": deployment}
+        server.patch_status("rayjobs", cluster.namespace, job, status)
 
     def submitter(name: str, lines: list[str], ended: bool) -> None:
+        name = f"{name}-{kind}"
         log = kubelet.logs[name] = Log(ended=ended)
         for index, text in enumerate(lines):
             log.write(text, index)
         state = {"terminated": {"exitCode": 1}} if ended else {"running": {}}
-        make_pod(server, cluster.namespace, name, {"job-name": "first"}, state, phase="Failed" if ended else "Running")
+        make_pod(server, cluster.namespace, name, {"job-name": job}, state, phase="Failed" if ended else "Running")
+
+    def end(name: str) -> None:
+        kubelet.logs[f"{name}-{kind}"].ended = True
+        set_pod(server, cluster.namespace, f"{name}-{kind}", {"terminated": {"exitCode": 1}}, phase="Failed")
 
     steps = [f"step {index // 3}" for index in range(60)]
     broken = ["Traceback (most recent call last):", "ConnectionError: the node went away"]
     one, two = told_by_ray(1, *steps[:40], *broken), told_by_ray(2, *steps)
     tell("a")
-    submitter("one", one, ended=True)
-    thread, lines = followed(cluster, "first")
-    until(lambda: len(lines) == len(one))
+    submitter("one", one, ended=False)
+    thread, lines = followed(cluster, job, tail=tail)
+    shown = one if tail is None else one[len(one) - tail :]
+    first = kubelet.logs[f"one-{kind}"]
+    until(lambda: len(lines) == len(shown) and any(asked.get("follow") == "true" for asked in first.asked))
+    end("one")
     submitter("two", two, ended=False)
-    until(lambda: len(lines) == len(one) + 1 + 20)
-    kubelet.logs["two"].ended = True
-    set_pod(server, cluster.namespace, "two", {"terminated": {"exitCode": 1}}, phase="Failed")
+    until(lambda: len(lines) == len(shown) + 1 + 20)
+    end("two")
     tell("", "", "Retrying")
     tell("b")  # begun again, so that it says the same anew
     submitter("three", told_by_ray(3, *steps), ended=True)
     tell("b", "SUCCEEDED", "Complete")
     thread.join(30)
-    wanted = [*one, two[0], *steps[40:], *told_by_ray(3, *steps)]
+    wanted = [*shown, two[0], *steps[40:], *told_by_ray(3, *steps)]
     assert not thread.is_alive() and b"".join(lines).decode().splitlines() == wanted
 
 

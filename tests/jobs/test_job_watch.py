@@ -61,9 +61,17 @@ def test_status_says_why_a_job_waits(server: ApiServer, kubelet: Kubelet, cluste
         make_pod(server, cluster.namespace, f"waits-{index}", labels, phase="Pending", conditions=[unplaced])
     pull = {"waiting": {"reason": "ImagePullBackOff", "message": "Back-off pulling image"}}
     make_pod(server, cluster.namespace, "pulls", labels, pull, phase="Pending")
+    make_pod(server, cluster.namespace, "lacks", labels, {"waiting": {"reason": "PodInitializing"}}, phase="Pending")
+    lacks = {
+        "metadata": {"name": "lacks.1"}, "type": "Warning", "reason": "FailedMount",
+        "involvedObject": {"kind": "Pod", "name": "lacks", "namespace": cluster.namespace},
+        "message": 'MountVolume.SetUp failed for volume "ray-authority" : secret "ray-ca" not found',
+    }  # fmt: skip
+    cluster.post(cluster.core("events"), lacks)
     server.patch_status("rayclusters", cluster.namespace, "first-abcde", {"readyWorkerReplicas": 1})
     assert explain(cluster, find_job(cluster, "first")).reasons == [
         "2 pods: no node takes it (0/3 nodes are available: 3 Insufficient gpu.)",
+        '1 pod: cannot start (MountVolume.SetUp failed for volume "ray-authority" : secret "ray-ca" not found)',
         "1 pod: image shoal:0.1.0 cannot be pulled (Back-off pulling image)",
         "1 of 3 nodes are ready",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,12 @@ def helm(*arguments: str, config: Path | None = None) -> subprocess.CompletedPro
     """Runs helm, with a kubeconfig or none."""
     env = {**os.environ, "KUBECONFIG": str(config or "/dev/null")}
     return subprocess.run(["helm", *arguments], capture_output=True, text=True, timeout=120, env=env)
+
+
+def may_mount() -> bool:
+    """Whether a process here may have a root of its own."""
+    tools = all(map(shutil.which, ("unshare", "setpriv", "mount")))
+    return tools and subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode == 0
 
 
 def rendered(values: Path, *changes: str) -> Objects:

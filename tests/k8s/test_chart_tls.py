@@ -1,4 +1,4 @@
-"""The chart's TLS, as it runs: nginx with the rendered configuration, Ray with certificates of the rendered script."""
+"""TLS of the chart and of jobs, as it runs: nginx as it is configured, Ray with certificates that pods make."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ from typing import Any
 
 import grpc
 import pytest
-from charted import WATCHED, one, pods_of, rendered
+from charted import WATCHED, may_mount, one, pods_of, rendered
+from job_request import job_manifest
 from kube_server import address_of_this_machine, free_port
 
 pytestmark = pytest.mark.skipif(shutil.which("helm") is None, reason="needs helm")
 
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/sbin")
+both = pytest.mark.parametrize("kind", ["chart", "job"])
 needs_nginx = pytest.mark.skipif(NGINX is None, reason="needs nginx")
 
 
@@ -42,19 +44,28 @@ def authority(folder: Path) -> Path:
     return folder
 
 
-def certificate(authority: Path, out: Path, address: str) -> Path:
-    """Runs the container that makes a pod's certificate, as the chart renders it: tls.crt, tls.key and ca.crt."""
+def pod(kind: str) -> Any:
+    """The head's pod of the chart, or of a job that is submitted with --tls-secret."""
+    objects = rendered(WATCHED) if kind == "chart" else [job_manifest(tls_secret="ray-ca")]
+    if kind == "chart":
+        return pods_of(objects)[0]["spec"]
+    return objects[0]["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+
+
+def certificate(authority: Path, out: Path, address: str, kind: str = "chart") -> Path:
+    """Runs the container that makes a pod's certificate, as it is rendered: tls.crt, tls.key and ca.crt."""
     out.mkdir()
-    (init,) = pods_of(rendered(WATCHED))[0]["spec"]["initContainers"]
-    names = next(each["value"] for each in init["env"] if each["name"] == "NAMES")
+    (init,) = pod(kind)["initContainers"]
+    names = next(each["value"] for each in init["env"] if each["name"] == "NAMES").replace("$(NAMESPACE)", "team")
     env = {"PATH": os.environ["PATH"], "POD_IP": address, "NAMES": names, "AUTHORITY": str(authority), "OUT": str(out)}
     result = subprocess.run([*init["command"], *init["args"]], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return out
 
 
-def test_a_pod_makes_a_certificate_for_its_address_and_the_names_of_services(tmp_path: Path) -> None:
-    own = certificate(authority(tmp_path / "authority"), tmp_path / "own", "10.1.2.3")
+@both
+def test_a_pod_makes_a_certificate_for_its_address_and_the_names_of_services(kind: str, tmp_path: Path) -> None:
+    own = certificate(authority(tmp_path / "authority"), tmp_path / "own", "10.1.2.3", kind)
     text = subprocess.run(
         ["openssl", "x509", "-in", own / "tls.crt", "-noout", "-ext", "subjectAltName"], capture_output=True, text=True
     ).stdout
@@ -229,20 +240,28 @@ print(ray.get(where.remote(), timeout=120))
 """
 
 
+# the second node knows the head by the name of its Service, as in Kubernetes: in a file of hosts that it alone sees
+SERVICE = "first-7xk2p-head-svc.team.svc.cluster.local"
+KNOWING = ["unshare", "--mount", "sh", "-c", 'mount --make-rprivate / && mount --bind "$0" /etc/hosts && exec "$@"']
+
+
+@both
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_nodes_of_ray_meet_with_certificates_and_refuse_who_has_none(tmp_path: Path, ray_temp_dir: Path) -> None:
+@pytest.mark.skipif(not may_mount(), reason="needs the right to mount")
+def test_nodes_of_ray_meet_with_certificates_and_refuse_who_has_none(
+    kind: str, tmp_path: Path, ray_temp_dir: Path
+) -> None:
     """Two nodes with certificates of their own: the pods' script, their variables, a task from one to the other."""
     address, port = address_of_this_machine(), free_port()
-    shared = authority(tmp_path / "authority")
-    variables = pods_of(rendered(WATCHED))[0]["spec"]["containers"][0]["env"]
+    shared, hosts = authority(tmp_path / "authority"), tmp_path / "hosts"
+    hosts.write_text(f"127.0.0.1 localhost\n{address} {SERVICE}\n")
+    variables = pod(kind)["containers"][0]["env"]
     token = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-of-more-than-thirty-two-letters"}
 
     def environment(name: str) -> dict[str, str]:
-        own = certificate(shared, tmp_path / name, address)
-        told = {
-            v["name"]: v["value"].replace("/etc/ray/tls", str(own)) for v in variables if v["name"].startswith("RAY_")
-        }
+        own = certificate(shared, tmp_path / name, address, kind)
+        told = {v["name"]: v["value"].replace("/etc/ray/tls", str(own)) for v in variables if "TLS" in v["name"]}
         assert len(told) == 4
         return {**token, **told}
 
@@ -251,6 +270,8 @@ def test_nodes_of_ray_meet_with_certificates_and_refuse_who_has_none(tmp_path: P
         with (tmp_path / f"{name}.log").open("wb") as log:
             command = [ray, "start", "--block", f"--node-ip-address={address}", "--num-cpus=1", "--disable-usage-stats",
                        "--object-store-memory=100000000", *arguments]  # fmt: skip
+            if name == "second":
+                command = [*KNOWING, str(hosts), *command]
             return subprocess.Popen(command, env=environment(name), stdout=log, stderr=log, start_new_session=True)
 
     def ask(env: dict[str, str], seconds: float) -> str:
@@ -263,11 +284,11 @@ def test_nodes_of_ray_meet_with_certificates_and_refuse_who_has_none(tmp_path: P
 
     with contextlib.ExitStack() as closing:
         head = node(
-            "head", "--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={ray_temp_dir / 'tls'}"
+            "head", "--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={ray_temp_dir / kind}"
         )
         closing.callback(_end, head)
         _until(lambda: re.search(r"Ray runtime started", (tmp_path / "head.log").read_text()), tmp_path / "head.log")
-        second = node("second", f"--address={address}:{port}", '--resources={"second": 1}')
+        second = node("second", f"--address={SERVICE}:{port}", '--resources={"second": 1}')
         closing.callback(_end, second)
         assert ask(environment("driver"), 180) == "on the second node"
         short = {"RAY_gcs_rpc_server_connect_timeout_s": "2", "RAY_gcs_server_request_timeout_seconds": "5"}

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from charted import SERVICE, pods_of, rendered
+from charted import SERVICE, may_mount, pods_of, rendered
 from shell import SHOAL
 from small import small_corpus, small_recipe
 
@@ -30,11 +30,6 @@ exec setpriv --no-new-privs --bounding-set=-all --inh-caps=-all "$@"
 """
 
 
-def _may_mount() -> bool:
-    tools = all(map(shutil.which, ("unshare", "setpriv", "mount")))
-    return tools and subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode == 0
-
-
 @pytest.fixture
 def place() -> Iterator[Path]:
     """The only folder that may be written to. Short, since Ray's sockets lie in it."""
@@ -46,7 +41,7 @@ def place() -> Iterator[Path]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.skipif(not _may_mount(), reason="needs the right to mount")
+@pytest.mark.skipif(not may_mount(), reason="needs the right to mount")
 def test_a_run_writes_to_its_volumes_alone(place: Path) -> None:
     pod = pods_of(rendered(SERVICE))[1]["spec"]["containers"][0]
     assert pod["securityContext"]["readOnlyRootFilesystem"] is True
