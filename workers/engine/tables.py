@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shoal.kernels.nsa.layout import BlockSizes
 from shoal.kernels.nsa.paged import DecodeTables, decode_tables, row_index
+from shoal.kernels.nsa.paged_store import Compressed
 from shoal.workers.config import Recipe
 from shoal.workers.engine.sampling import spans
 from shoal.workers.model.attention import block_sizes, rotations
@@ -45,17 +46,6 @@ def sizes_of(recipe: Recipe) -> BlockSizes:
     """NSA's block sizes; full attention has pages only, of ``slc_block`` tokens."""
     page = recipe.attention.slc_block
     return block_sizes(recipe.attention) if recipe.attention.kind == "nsa" else BlockSizes(page, page, page, 1, 0, 1, 1)
-
-
-@dataclass(frozen=True)
-class Compressed:
-    """Compressed rows that end in a step. index: ``[R, KV]``, where they go, of ``row_index``. raw_page, raw_row:
-    ``[R, l]``, where the raw rows of each lie. rotation: of its first key."""
-
-    index: Tensor
-    raw_page: Tensor
-    raw_row: Tensor
-    rotation: tuple[Tensor, Tensor]
 
 
 class Tables:
