@@ -122,6 +122,7 @@ def test_few_variants_are_prepared(prepared: Variants) -> None:
         "triton_choose._top_kernel": 5,  # lists of up to 16, 32 … 256 blocks
         "triton_paged._choose_kernel": 5,
         "triton_paged._importance_kernel": 6,  # and parts that they were computed in
+        "triton_route._choose_kernel": 2,  # one tile of tokens, which sorts them as well, or more
         "triton_rows._swiglu_kernel": 2,  # routed and shared experts
         "triton_span._span_kernel": 3,  # compressed keys, the window, forced blocks in two spans
     }

@@ -140,6 +140,7 @@ def warm_parts(recipe: Recipe, step: int, back: int) -> list[list[Part]]:
     longest. back: how many tokens before its first one a part reads of the near pages.
 
     Kernels differ with the pages of a sequence, by powers of two, and beside a prompt others go on by single tokens.
+    Few tokens alone are routed in one launch.
     """
     page, context, found = sizes_of(recipe).slc_block, recipe.model.context, []
     whole = -(-context // page)
@@ -147,7 +148,7 @@ def warm_parts(recipe: Recipe, step: int, back: int) -> list[list[Part]]:
         stop = min(pages * page, context)
         counts = (1, min(stop, step if pages == whole else max(WARM, 2 * SINGLE)))
         found.append([over_page_0(stop - n, n, page, back, recipe.model.vocab) for n in counts if n == 1 or n > SINGLE])
-    return found
+    return [*found, [over_page_0(0, 1, page, back, recipe.model.vocab)]]
 
 
 def over_page_0(start: int, count: int, page: int, back: int, vocab: int) -> Part:
