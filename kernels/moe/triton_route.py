@@ -76,7 +76,11 @@ def choose(
     blocks = triton.cdiv(tokens, tile)
     scores = _floats(x, tokens, experts)
     gates, chosen = _floats(x, tokens, top_k), _ints(x, tokens, top_k)
-    block_counts, block_sums = _ints(x, blocks, experts), _floats(x, blocks, experts)
+    counts, sums = _ints(x, experts), _floats(x, experts)
+    rows, order, ends = _ints(x, tokens, top_k), _ints(x, tokens * top_k), _ints(x, experts)
+    alone = blocks == 1  # as in steps of a few tokens, which are short of time for launches: one does it all
+    block_counts = counts if alone else _ints(x, blocks, experts)
+    block_sums = sums if alone else _floats(x, blocks, experts)
     lses = _floats(x, tokens) if lse else None
     shape = {"N": experts, "NP": max(16, triton.next_power_of_2(experts)), "K": top_k, "TILE": tile}
     if tokens:
@@ -90,6 +94,9 @@ def choose(
             block_counts,
             block_sums,
             scores if lses is None else lses,
+            ends,
+            rows,
+            order,
             tokens,
             H=width,
             KP=triton.next_power_of_2(top_k),
@@ -101,15 +108,15 @@ def choose(
             GROUP=experts // groups,
             MOST=most if most < groups else 0,
             LSE=lse,
+            ALONE=alone,
             PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
             num_warps=4,
             num_stages=3,
             **shape,
         )
-    counts, sums = _ints(x, experts), _floats(x, experts)
-    _scan_kernel[(experts,)](block_counts, block_sums, counts, sums, blocks, N=experts, TILE=1024)
-    rows, order, ends = _ints(x, tokens, top_k), _ints(x, tokens * top_k), _ints(x, experts)
-    _place_kernel[(max(blocks, 1),)](chosen, block_counts, counts, ends, rows, order, tokens, **shape)
+    if not alone:
+        _scan_kernel[(experts,)](block_counts, block_sums, counts, sums, blocks, N=experts, TILE=1024)
+        _place_kernel[(max(blocks, 1),)](chosen, block_counts, counts, ends, rows, order, tokens, **shape)
     return Choice(scores, gates, chosen, counts, ends, sums, rows, order, lses)
 
 
@@ -192,6 +199,20 @@ def _of_best_groups(left, e, GROUP: tl.constexpr, MOST: tl.constexpr):
     return tl.where(allowed, left, tl.minimum(left, -2e38))
 
 
+@triton.jit
+def _sort(taken, b_experts, t, e, k, there, ends, rows, order, N: tl.constexpr, K: tl.constexpr):
+    """Of a tile that holds all tokens what ``_scan_kernel`` and ``_place_kernel`` make of many."""
+    b_counts = tl.sum(taken, 0)
+    b_ends = tl.cumsum(b_counts, 0)
+    tl.store(ends + e, b_ends, mask=e < N)
+    place = (b_ends - b_counts)[None, :] + tl.cumsum(taken, 0) - taken
+    for i in tl.static_range(K):
+        b_e = tl.sum(tl.where(k[None, :] == i, b_experts, 0), 1)
+        row = tl.sum(tl.where(e[None, :] == b_e[:, None], place, 0), 1)
+        tl.store(rows + t * K + i, row, mask=there)
+        tl.store(order + row, t * K + i, mask=there)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _choose_kernel(
     x,
@@ -203,6 +224,9 @@ def _choose_kernel(
     block_counts,
     block_sums,
     lse,
+    ends,
+    rows,
+    order,
     tokens,
     H: tl.constexpr,
     N: tl.constexpr,
@@ -218,9 +242,11 @@ def _choose_kernel(
     GROUP: tl.constexpr,
     MOST: tl.constexpr,
     LSE: tl.constexpr,
+    ALONE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A tile of tokens: its scores, its choices, how many chose each expert and the sums of the scores."""
+    """A tile of tokens: its scores, its choices, how many chose each expert and the sums of the scores. ALONE: there is
+    no other tile, and its choices are sorted too."""
     block = tl.program_id(0).to(tl.int64)
     t = block * TILE + tl.arange(0, TILE)
     e = tl.arange(0, NP)
@@ -264,8 +290,10 @@ def _choose_kernel(
     inside = there[:, None] & (k[None, :] < K)
     tl.store(gates + at, b_gates, mask=inside)
     tl.store(experts + at, b_experts, mask=inside)
-    taken = real & (left == float("-inf")) & there[:, None]
-    tl.store(block_counts + block * N + e, tl.sum(taken.to(tl.int32), 0), mask=e < N)
+    taken = (real & (left == float("-inf")) & there[:, None]).to(tl.int32)
+    tl.store(block_counts + block * N + e, tl.sum(taken, 0), mask=e < N)
+    if ALONE:
+        _sort(taken, b_experts, t, e, k, there, ends, rows, order, N, K)
 
 
 @triton.jit(do_not_specialize=["blocks"])

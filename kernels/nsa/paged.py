@@ -79,12 +79,6 @@ def store_rows(cache: Tensor, index: Tensor, values: Tensor) -> None:
     cache.flatten(0, 2)[index] = values.to(cache.dtype)
 
 
-def compress_blocks(blocks: Tensor, position: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    """φ (NSA eq. 7) of whole blocks: ``[KV, R, l, D] -> [R, KV, D]``; the weights as for ``compress``."""
-    hidden = torch.bmm((blocks + position[:, None]).flatten(2), w1)
-    return torch.bmm(torch.nn.functional.silu(hidden), w2).transpose(0, 1)
-
-
 @dataclass(frozen=True)
 class DecodeMasks:
     """What PyTorch's operations read of single queries besides their pages.

@@ -1,7 +1,9 @@
-"""Compiles the Gluon kernels for Hopper on a machine without a GPU, with the ptxas that Triton brings along.
+"""Compiles the Gluon kernels, and those that write to pages, for Hopper on a machine without a GPU, with the ptxas that
+Triton brings along.
 
 ``python hopper_compiler.py`` calls what the package calls, with tensors of the CPU; launches compile and go no further.
-Prints a line for each kernel: its name, bytes of shared memory, and whether ptxas had to serialize matrix products.
+Prints a line for each kernel: its name, bytes of shared memory, whether ptxas had to serialize matrix products, and
+whether a product and a sum became one operation.
 A program of its own, since Triton must not have been told to interpret.
 """
 
@@ -19,6 +21,7 @@ import triton
 from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
+from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.runtime.jit import JITFunction
 
@@ -29,11 +32,12 @@ PTXAS = str(Path(triton.__file__).parent / "backends/nvidia/bin/ptxas")
 
 
 def compile_for_hopper(kernel: JITFunction[Any], *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
-    """In the place of ``JITFunction.run``: compiles a Gluon kernel for these arguments."""
-    if not isinstance(kernel, GluonJITFunction):
+    """In the place of ``JITFunction.run``: compiles a kernel for these arguments."""
+    gluon = isinstance(kernel, GluonJITFunction)
+    if not gluon and not kernel.__module__.endswith("triton_store"):
         return
     given = dict(zip(kernel.arg_names, arguments, strict=False)) | named
-    options = {name: given.pop(name) for name in ("num_warps",) if name in given}
+    options = {name: given.pop(name) for name in ("num_warps", "enable_fp_fusion") if name in given}
     signature, constants, attributes = {}, {}, {}
     for index, param in enumerate(kernel.params):
         value = given[param.name]
@@ -46,7 +50,7 @@ def compile_for_hopper(kernel: JITFunction[Any], *arguments: Any, grid: Any, war
             constants[index,] = value
         elif isinstance(key, str) and "D" in key:
             attributes[index,] = CUDABackend.parse_attr(key)
-    source = GluonASTSource(kernel, signature, constants, attributes)
+    source = (GluonASTSource if gluon else ASTSource)(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=HOPPER, options=options)
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
         ptx.write(compiled.asm["ptx"])
@@ -55,7 +59,8 @@ def compile_for_hopper(kernel: JITFunction[Any], *arguments: Any, grid: Any, war
         told = subprocess.run(command, capture_output=True, text=True, check=True)
     words = told.stdout + told.stderr
     slow = any(code in words for code in ("C7510", "C7512", "C7514"))
-    print(kernel.__name__, compiled.metadata.shared, "serialized" if slow else "overlapped", flush=True)
+    fused = "fused" if "fma." in compiled.asm["ptx"] else "rounded"
+    print(kernel.__name__, compiled.metadata.shared, "serialized" if slow else "overlapped", fused, flush=True)
 
 
 def attention(kv: int, group: int, dim_v: int, dtype: torch.dtype) -> None:
@@ -98,6 +103,23 @@ def experts() -> None:
     products.rows_by_rows(x, hidden_rows)
 
 
+def pages(kv: int, group: int, dims: tuple[int, int], dtype: torch.dtype) -> None:
+    """What a step's tokens and compressed rows write to the paged cache."""
+    from shoal.kernels.nsa import BlockSizes
+    from shoal.kernels.nsa.paged import make_cache
+    from shoal.kernels.nsa.paged_store import Compressed, Heads, Phi
+    from shoal.kernels.nsa.triton_store import triton_store_compressed, triton_store_tokens
+
+    cache = make_cache(1, 1, kv, dims, BlockSizes(32, 16, 64, 16, 1, 2, 512), dtype, torch.device("cpu"))
+    x, angles = torch.zeros(3, dtype=dtype), torch.zeros(3, dims[0] // 2)
+    numbers = torch.zeros(3, 32, dtype=torch.int64)
+    heads = Heads(x.new_zeros(3, kv * group, dims[0]), *(x.new_zeros(3, 3, kv, dim) for dim in dims))
+    triton_store_tokens(heads, (angles, angles), cache, numbers[:, :kv].clone(), numbers[:, :kv].clone())
+    phi = [Phi(*(x.new_zeros(kv, *shape) for shape in ((32, dim), (32 * dim, 8), (8, dim)))) for dim in dims]
+    new = Compressed(numbers[:, :kv].clone(), numbers, numbers, (angles, angles))
+    triton_store_compressed(new, cache, (phi[0], phi[1]))
+
+
 def main() -> None:
     JITFunction.run = compile_for_hopper  # type: ignore[method-assign]
     hopper.on_hopper = lambda x: True
@@ -106,6 +128,8 @@ def main() -> None:
     attention(2, 16, 128, torch.bfloat16)
     attention(1, 4, 64, torch.float16)
     experts()
+    pages(4, 16, (192, 128), torch.bfloat16)
+    pages(3, 5, (24, 40), torch.float32)
 
 
 if __name__ == "__main__":

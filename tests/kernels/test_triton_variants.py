@@ -25,7 +25,9 @@ from shoal.kernels.moe.layer import moe_layer  # noqa: E402
 from shoal.kernels.moe.triton_gemms import TritonGemms  # noqa: E402
 from shoal.kernels.moe.triton_tiles import tiles_of  # noqa: E402
 from shoal.kernels.nsa.paged import make_cache  # noqa: E402
+from shoal.kernels.nsa.paged_store import Heads, Phi  # noqa: E402
 from shoal.kernels.nsa.triton_paged import triton_paged_decode, triton_paged_prefill  # noqa: E402
+from shoal.kernels.nsa.triton_store import triton_store_compressed, triton_store_tokens  # noqa: E402
 from shoal.workers.config import Recipe  # noqa: E402
 from shoal.workers.engine.cache import reach  # noqa: E402
 from shoal.workers.engine.tables import Part, StepTables, over_page_0, sizes_of, warm_parts  # noqa: E402
@@ -67,7 +69,7 @@ def variants() -> Iterator[Variants]:
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **constants: Any) -> None:
         signature = inspect.signature(kernel.fn)
-        options = {k: constants.pop(k) for k in ("num_warps", "num_stages") if k in constants}
+        options = {k: constants.pop(k) for k in ("num_warps", "num_stages", "enable_fp_fusion") if k in constants}
         plain = kernel.kwargs["do_not_specialize"] or ()
         params = [KernelParam(i, p, n in plain, False) for i, (n, p) in enumerate(signature.parameters.items())]
         _, key, _ = create_function_from_signature(signature, params, backend)(*args, **constants)
@@ -85,7 +87,15 @@ def launch(parts: list[Part]) -> None:
     cache = make_cache(1, 1, m.kv_heads, (m.head_dim, m.v_dim), sizes, dtype, torch.device("cpu"))
     t = StepTables(RECIPE, parts, dtype, torch.device("cpu"))
     count = len(t.tokens)
-    q, gates = torch.empty(count, m.heads, m.head_dim, dtype=dtype), torch.empty(count, m.heads, 3, dtype=dtype)
+    gates = torch.empty(count, m.heads, 3, dtype=dtype)
+    each = ((m.heads, m.head_dim), (3, m.kv_heads, m.head_dim), (3, m.kv_heads, m.v_dim))
+    heads = Heads(*(torch.empty(count, *shape, dtype=dtype) for shape in each))
+    q = triton_store_tokens(heads, t.rotation, cache, t.far, t.near)
+    if t.compressed:
+        kv, dim, block = m.kv_heads, m.head_dim, sizes.cmp_block
+        weights = (kv, block, dim), (kv, block * dim, 2 * dim), (kv, 2 * dim, dim)
+        phi = Phi(*(torch.empty(shape, dtype=dtype) for shape in weights))
+        triton_store_compressed(t.compressed, cache, (phi, phi))
     for rows, d in t.whole:
         triton_paged_decode(q[rows], gates[rows], cache, d, sizes, 1.0)
     for rows, p, far, near in t.prefill:
@@ -112,6 +122,7 @@ def test_few_variants_are_prepared(prepared: Variants) -> None:
         "triton_choose._top_kernel": 5,  # lists of up to 16, 32 … 256 blocks
         "triton_paged._choose_kernel": 5,
         "triton_paged._importance_kernel": 6,  # and parts that they were computed in
+        "triton_route._choose_kernel": 2,  # one tile of tokens, which sorts them as well, or more
         "triton_rows._swiglu_kernel": 2,  # routed and shared experts
         "triton_span._span_kernel": 3,  # compressed keys, the window, forced blocks in two spans
     }

@@ -9,18 +9,17 @@ from torch import Tensor, nn
 
 from shoal.kernels.nsa.paged import (
     PagedCache,
-    compress_blocks,
     make_cache,
     paged_decode,
     paged_prefill,
     reads_in_place,
     store_rows,
 )
+from shoal.kernels.nsa.paged_store import Phi, store_compressed, store_tokens
 from shoal.kernels.paged_full import paged_full_decode, paged_full_prefill
-from shoal.kernels.rope import rotate
 from shoal.workers.config import Recipe
 from shoal.workers.engine.tables import Tables, sizes_of
-from shoal.workers.model.attention import FullAttention, NativeSparseAttention, Projected
+from shoal.workers.model.attention import Compression, FullAttention, NativeSparseAttention
 
 
 def reach(recipe: Recipe) -> int:
@@ -68,36 +67,22 @@ class PagedAttention:
     def nsa(self, layer: NativeSparseAttention, x_TH: Tensor) -> Tensor:
         """``[T, hidden] -> [T, H, d_v]``."""
         t, cache = self.tables, self.caches[layer]
-        p = layer.project(x_TH, t.rotation)
-        self._store(layer, p, cache)
-        backend = t.recipe.attention.backend
-        pieces = t.whole if reads_in_place(p.q, cache, backend) else t.pieces
-        outs = [paged_decode(p.q[rows], p.gates[rows], cache, d, t.sizes, layer.scale, backend) for rows, d in pieces]
+        backend, heads, gates = t.recipe.attention.backend, layer.heads(x_TH), layer.gates(x_TH)
+        in_place = reads_in_place(heads.q, cache, backend)
+        q = store_tokens(heads, t.rotation, cache, t.far, t.near, in_place)
+        if t.compressed:
+            store_compressed(t.compressed, cache, (_weights(layer.compress_k), _weights(layer.compress_v)), in_place)
+        pieces = t.whole if in_place else t.pieces
+        outs = [paged_decode(q[rows], gates[rows], cache, d, t.sizes, layer.scale, backend) for rows, d in pieces]
         for rows, part, far, near in t.prefill:
             first = part.near_start * t.sizes.slc_block
-            read = (p.q[rows], p.gates[rows], cache, part.start, far, near, first, t.sizes, layer.scale)
+            read = (q[rows], gates[rows], cache, part.start, far, near, first, t.sizes, layer.scale)
             outs.append(paged_prefill(*read, backend=backend))
-        return _joined(outs, p.q.new_empty(0, p.q.shape[1], p.v_slc.shape[-1]))
+        return _joined(outs, q.new_empty(0, q.shape[1], heads.v.shape[-1]))
 
-    def _store(self, layer: NativeSparseAttention, p: Projected, cache: PagedCache) -> None:
-        t = self.tables
-        for index, kept, values in (
-            (t.far, cache.k_slc, p.k_slc),
-            (t.far, cache.v_slc, p.v_slc),
-            (t.near, cache.k_win, p.k_win),
-            (t.near, cache.v_win, p.v_win),
-            (t.near, cache.k_raw, p.k_cmp),
-            (t.near, cache.v_raw, p.v_cmp),
-        ):
-            store_rows(kept, index, values)
-        if new := t.compressed:
-            raw = (x[new.raw_page, :, new.raw_row].permute(2, 0, 1, 3) for x in (cache.k_raw, cache.v_raw))
-            k_cmp, v_cmp = (
-                compress_blocks(blocks, phi.position, phi.w1, phi.w2)
-                for blocks, phi in zip(raw, (layer.compress_k, layer.compress_v), strict=True)
-            )
-            store_rows(cache.k_cmp, new.index, rotate(k_cmp, *new.rotation))
-            store_rows(cache.v_cmp, new.index, v_cmp)
+
+def _weights(phi: Compression) -> Phi:
+    return Phi(phi.position, phi.w1, phi.w2)
 
 
 def _joined(outs: SequenceOf[Tensor], none: Tensor) -> Tensor:

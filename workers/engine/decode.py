@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from shoal.kernels.nsa.paged import PagedCache, decode_tables
+from shoal.kernels.nsa.paged_store import Compressed
 from shoal.workers.data.batch import PackedBatch
 from shoal.workers.engine.cache import PagedAttention, reach
-from shoal.workers.engine.tables import ALIGNED, SINGLE, Compressed, Part, Tables, sizes_of
+from shoal.workers.engine.tables import ALIGNED, SINGLE, Part, Tables, sizes_of
 from shoal.workers.model import Transformer
 from shoal.workers.model.feedforward import MoE, MoELoad, run
 

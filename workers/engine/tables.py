@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shoal.kernels.nsa.layout import BlockSizes
 from shoal.kernels.nsa.paged import DecodeTables, decode_tables, row_index
+from shoal.kernels.nsa.paged_store import Compressed
 from shoal.workers.config import Recipe
 from shoal.workers.engine.sampling import spans
 from shoal.workers.model.attention import block_sizes, rotations
@@ -45,17 +46,6 @@ def sizes_of(recipe: Recipe) -> BlockSizes:
     """NSA's block sizes; full attention has pages only, of ``slc_block`` tokens."""
     page = recipe.attention.slc_block
     return block_sizes(recipe.attention) if recipe.attention.kind == "nsa" else BlockSizes(page, page, page, 1, 0, 1, 1)
-
-
-@dataclass(frozen=True)
-class Compressed:
-    """Compressed rows that end in a step. index: ``[R, KV]``, where they go, of ``row_index``. raw_page, raw_row:
-    ``[R, l]``, where the raw rows of each lie. rotation: of its first key."""
-
-    index: Tensor
-    raw_page: Tensor
-    raw_row: Tensor
-    rotation: tuple[Tensor, Tensor]
 
 
 class Tables:
@@ -150,6 +140,7 @@ def warm_parts(recipe: Recipe, step: int, back: int) -> list[list[Part]]:
     longest. back: how many tokens before its first one a part reads of the near pages.
 
     Kernels differ with the pages of a sequence, by powers of two, and beside a prompt others go on by single tokens.
+    Few tokens alone are routed in one launch.
     """
     page, context, found = sizes_of(recipe).slc_block, recipe.model.context, []
     whole = -(-context // page)
@@ -157,7 +148,7 @@ def warm_parts(recipe: Recipe, step: int, back: int) -> list[list[Part]]:
         stop = min(pages * page, context)
         counts = (1, min(stop, step if pages == whole else max(WARM, 2 * SINGLE)))
         found.append([over_page_0(stop - n, n, page, back, recipe.model.vocab) for n in counts if n == 1 or n > SINGLE])
-    return found
+    return [*found, [over_page_0(0, 1, page, back, recipe.model.vocab)]]
 
 
 def over_page_0(start: int, count: int, page: int, back: int, vocab: int) -> Part:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from shoal.kernels.nsa import BlockSizes, Layout, compress
 from shoal.kernels.nsa.compress import OwnBlocks
+from shoal.kernels.nsa.paged_store import Heads
 from shoal.kernels.rope import Yarn, rope_tables, rotate
 from shoal.workers.config import AttentionTable, ModelTable
 
@@ -134,15 +135,25 @@ class NativeSparseAttention(nn.Module):
         """Factor on the scores."""
         return float(self.model.head_dim**-0.5)
 
+    def heads(self, x_TH: Tensor) -> Heads:
+        """Queries, keys and values of ``[T, hidden]``, not rotated."""
+        m, tokens = self.model, len(x_TH)
+        q = self.wq(x_TH).view(tokens, m.heads, m.head_dim)
+        k = self.wk(x_TH).view(tokens, BRANCHES, m.kv_heads, m.head_dim)
+        return Heads(q, k, self.wv(x_TH).view(tokens, BRANCHES, m.kv_heads, m.v_dim))
+
+    def gates(self, x_TH: Tensor) -> Tensor:
+        """``[T, hidden] -> [T, H, 3]``, after the sigmoid."""
+        return torch.sigmoid(self.gate_out(F.silu(self.gate_in(x_TH)))).view(len(x_TH), self.model.heads, BRANCHES)
+
     def project(self, x_TH: Tensor, rotation: tuple[Tensor, Tensor]) -> Projected:
         """What the branches read, of ``[T, hidden]``."""
-        m, tokens = self.model, len(x_TH)
-        q = rotate(self.wq(x_TH).view(tokens, m.heads, m.head_dim), *rotation)
-        k_cmp, others = self.wk(x_TH).view(tokens, BRANCHES, m.kv_heads, m.head_dim).split((1, BRANCHES - 1), dim=1)
-        k_slc, k_win = rotate(others.flatten(1, 2), *rotation).split(m.kv_heads, dim=1)
-        values = self.wv(x_TH).view(tokens, BRANCHES * m.kv_heads, m.v_dim).split(m.kv_heads, dim=1)
-        gates = torch.sigmoid(self.gate_out(F.silu(self.gate_in(x_TH)))).view(tokens, m.heads, BRANCHES)
-        return Projected(q, k_cmp[:, 0], values[0], k_slc, values[1], k_win, values[2], gates)
+        heads, kv = self.heads(x_TH), self.model.kv_heads
+        k_cmp, others = heads.k.split((1, BRANCHES - 1), dim=1)
+        k_slc, k_win = rotate(others.flatten(1, 2), *rotation).split(kv, dim=1)
+        v_cmp, v_slc, v_win = heads.v.flatten(1, 2).split(kv, dim=1)
+        q = rotate(heads.q, *rotation)
+        return Projected(q, k_cmp[:, 0], v_cmp, k_slc, v_slc, k_win, v_win, self.gates(x_TH))
 
     def forward(self, x_TH: Tensor, context: Attending) -> Tensor:
         """``[T, hidden] -> [T, hidden]``."""
