@@ -65,11 +65,11 @@ class TrainMetrics:
         )
         self._parts = self._gauge("shoal_train_part_seconds", "Time of a part of the last step, in seconds", "part")
         self._device = self._gauge(
-            "shoal_device_load", "Tokens of a place in the dispatch group, as a multiple of a fair share", "device"
+            "shoal_device_load", "Tokens of an expert rank, as a multiple of a fair share", "device"
         )
         self._layer_device = self._gauge(
             "shoal_layer_device_load",
-            "Tokens of a place in one layer, as a multiple of a fair share",
+            "Tokens of an expert rank in one layer, as a multiple of a fair share",
             "layer",
             "device",
         )

@@ -442,7 +442,8 @@ def _check_parallel(recipe: Recipe) -> None:
         raise ValueError(
             f"parallel.rebalance_every={p.rebalance_every} moves whole groups with route.max_devices, and "
             f"balance.device_groups={groups} do not divide over {p.expert_ranks} expert ranks: "
-            f"set balance.device_groups to a multiple of {p.expert_ranks}, or parallel.rebalance_every to 0"
+            f"set balance.device_groups to a multiple of {p.expert_ranks} (with {p.expert_ranks} itself none would "
+            f"move), or parallel.rebalance_every to 0"
         )
     if p.attention_ranks % p.context:
         raise ValueError(

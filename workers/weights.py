@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from shoal.workers.checkpoint import Checkpointer
 from shoal.workers.checkpoint_files import checkpoint_path, read_state
@@ -32,11 +32,14 @@ def load_model(
     saved = read_state(checkpoint_path(checkpoints, step))
     train = recipe.train.model_copy(update={"dtype": saved.get("dtype", recipe.train.dtype)})
     model = Transformer(recipe.model_copy(update={"train": train}), mesh, device, draw=False, plan=plan)
-    tensors: dict[str, Any] = {
-        f"model.{name}": parameter.data if index is None else parameter.data[index]
-        for name, parameter, index in named_views(model)
-    }
-    tensors |= {f"model.{name}": bias for name, bias in named_biases(model)}
     # Rank 1 of a world of 1: it reads by itself, and does not tidy up the folder as rank 0 would.
-    Checkpointer(checkpoints, 1, None, 1, 1).load(step, tensors)
+    Checkpointer(checkpoints, 1, None, 1, 1).load(step, weights_of(model))
     return model.eval()
+
+
+def weights_of(model: Transformer) -> dict[str, Tensor]:
+    """What a checkpoint holds of a model itself, by its names there: views of the parameters, and experts' biases."""
+    out = {f"model.{name}": bias for name, bias in named_biases(model)}
+    for name, parameter, index in named_views(model):
+        out[f"model.{name}"] = parameter.data if index is None else parameter.data[index]
+    return out

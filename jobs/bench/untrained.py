@@ -26,7 +26,7 @@ def make(name: str, recipe: str, sets: Sequence[str], runs: Path, data: Path = P
     from shoal.jobs.recipe import load_recipe
     from shoal.workers.checkpoint import Checkpointer
     from shoal.workers.model import Transformer
-    from shoal.workers.model.feedforward import named_views
+    from shoal.workers.weights import weights_of
 
     alone = {"parallel.ranks": 1, "parallel.placement": "colocated", "parallel.expert": 0, "parallel.context": 1}
     checked = load_recipe(recipe, sets, {**alone, "train.batch": 1, "train.accumulate": 1})
@@ -34,13 +34,9 @@ def make(name: str, recipe: str, sets: Sequence[str], runs: Path, data: Path = P
     folder = new_run(runs, name, checked)
     write_identity(folder, checked, corpus, "")
     model = Transformer(checked, device="cuda" if torch.cuda.is_available() else "cpu")
-    tensors = {
-        f"model.{name}": parameter.data if index is None else parameter.data[index]
-        for name, parameter, index in named_views(model)
-    }
     checkpointer = Checkpointer(folder.path / "checkpoints", 1, None, 0, 1)
     dtype = str(model.dtype).removeprefix("torch.")
-    checkpointer.save(STEP, tensors, {"step": STEP, "seed": checked.train.seed, "dtype": dtype})
+    checkpointer.save(STEP, weights_of(model), {"step": STEP, "seed": checked.train.seed, "dtype": dtype})
     checkpointer.wait()
     return folder
 

@@ -62,11 +62,10 @@ def assert_same_bits(run: Path, reference: Path, step: int) -> None:
 def write_weights(model: Transformer, folder: Path, **more: Any) -> None:
     """A checkpoint of step STEP, with a model's weights alone, as one rank writes it. more: of its state."""
     from shoal.workers.checkpoint import Checkpointer
-    from shoal.workers.model.feedforward import named_views
+    from shoal.workers.weights import weights_of
 
     writer = Checkpointer(folder, 1, None, 0, 1)
-    tensors = {f"model.{n}": (p.data if i is None else p.data[i]) for n, p, i in named_views(model)}
-    writer.save(STEP, tensors, {"step": STEP, "dtype": "float32", **more})
+    writer.save(STEP, weights_of(model), {"step": STEP, "dtype": "float32", **more})
     writer.wait()
 
 

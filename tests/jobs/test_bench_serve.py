@@ -210,7 +210,7 @@ def test_a_run_that_was_never_trained_is_a_whole_run(trained: Path, tmp_path: Pa
     from shoal.workers.model import Transformer
 
     recipe = trained / "recipe.toml"
-    folder = make("raw", str(recipe), ["model.layers=2", "parallel.device=cpu"], tmp_path)
+    folder = make("raw", str(recipe), ["model.layers=2", "balance.bias_rate=0.01", "parallel.device=cpu"], tmp_path)
     step, damaged = choose_step(folder, None)
     assert (step, damaged) == (STEP, [])
     loaded = load_trained(folder, step, folder.recipe())

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoal.jobs.load import serving_recipe
 from shoal.jobs.recipe import builtin_recipes, check_recipe, load_recipe, recipe_hash, recipe_to_toml
+from shoal.jobs.run_folder import RunFolder
 from shoal.workers.config import Recipe
 from shoal.workers.errors import InvalidInput, NotFound, ShoalError, UsageError
 
@@ -244,9 +246,18 @@ def test_what_a_hash_cannot_learn_and_too_few_devices_are_refused() -> None:
         load_recipe("tiny", ["balance.device_groups=4", "route.max_devices=1", "moe.top_k=5"])
     moving = ["balance.device_groups=1", "route.max_devices=1", "parallel.rebalance_every=5"]
     with pytest.raises(
-        InvalidInput, match=r"parallel\.rebalance_every=5 .*set balance\.device_groups to a multiple of 2"
+        InvalidInput,
+        match=r"parallel\.rebalance_every=5 .*set balance\.device_groups to a multiple of 2 \(with 2 itself none",
     ):
         load_recipe("tiny", moving)
+
+
+def test_a_run_whose_experts_moved_in_groups_is_served_by_any_ranks(tmp_path: Path) -> None:
+    """Two groups of experts lie on two ranks in training; four ranks that serve share them as any others."""
+    moving = ["balance.device_groups=2", "route.max_devices=1", "parallel.rebalance_every=5"]
+    run = RunFolder(tmp_path)
+    run.recipe_file.write_text(recipe_to_toml(load_recipe("tiny", moving)), encoding="utf-8")
+    assert serving_recipe(run, None, 4, None).parallel.rebalance_every == 0
 
 
 def test_a_context_beyond_the_scaled_one_is_refused() -> None:
