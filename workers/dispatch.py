@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from shoal.kernels.moe.plan import Ways
 from shoal.workers.flight import Flight, PackedFlight
 from shoal.workers.mesh import Group
 from shoal.workers.symmetric import Inbox, SymmetricFlight
@@ -28,8 +29,8 @@ class Dispatcher:
     """Routes rows between the ranks of ``group``; ``owners[e]`` is the place in it of the rank that hosts expert e, or
     the places of several ranks that hold copies of it, among which its tokens take turns.
 
-    A *slot* is an expert on a rank that hosts it, numbered by rank, then by expert. triton: who copies rows and adds
-    them up. inbox: where other ranks of this node put rows; without one, they are exchanged by ``all_to_all``.
+    A *slot* is an expert on a rank that hosts it, numbered by rank, then by expert. triton: who plans, copies rows and
+    adds them up. inbox: where other ranks of this node put rows; without one, they are exchanged by ``all_to_all``.
     """
 
     def __init__(
@@ -58,32 +59,27 @@ class Dispatcher:
             slots[expert].append(slot)
         most = max(map(len, slots))
         columns = [self.others.index(rank) if rank in self.others else 0 for rank in range(self.group.size)]
-        self.slots, self.hosts = self._ints([own[0] for own in slots]), self._ints([place for place, _ in hosted])
-        self.numbers, self.ranks = self._ints(list(range(len(hosted)))), self._ints(self.others)
-        self.columns = self._ints(columns).long()  # of ``others``, by rank
-        self.copies: tuple[Tensor, Tensor] | None = None
-        if most > 1:
-            table = [own + [own[0]] * (most - len(own)) for own in slots]
-            self.copies = self._ints([len(own) for own in slots]), self._ints([s for own in table for s in own])
-            self.of_slot = self._ints([expert for _, expert in hosted])
+        self.experts, self.counts_in_order = len(places), all(own == [e] for e, own in enumerate(slots))
+        table = [slot for own in slots for slot in own + own[:1] * (most - len(own))]
+        self.ways = Ways(
+            table=self._ints(table),
+            copies=self._ints([len(own) for own in slots]) if most > 1 else None,
+            hosts=self._ints([place for place, _ in hosted]),
+            numbers=self._ints(list(range(len(hosted)))),
+            ranks=self._ints(self.others),
+            columns=self._ints(columns),
+            own=self.group.index,
+        )
+        self.of_slot = self._ints([expert for _, expert in hosted])
 
     def _ints(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
-    def slots_of(self, experts: Tensor) -> Tensor:
-        """``[T, K]`` int -> int32: where each choice goes. Tokens take turns among the copies of an expert."""
-        experts = experts.long()
-        if self.copies is None:
-            return self.slots[experts]
-        counts, table = self.copies
-        turns = torch.arange(len(experts), dtype=torch.int32, device=self.device)[:, None] + self.group.index
-        return table[experts * (len(table) // len(counts)) + turns % counts[experts]]
-
     def by_expert(self, by_slot: Tensor) -> Tensor:
         """``[slots] -> [experts]`` int64: sums of the slots of each expert."""
-        if self.copies is None:
-            return by_slot[self.slots.long()].long()
-        empty = torch.zeros(len(self.slots), dtype=torch.int64, device=self.device)
+        if self.counts_in_order:
+            return by_slot.long()
+        empty = torch.zeros(self.experts, dtype=torch.int64, device=self.device)
         return empty.index_add_(0, self.of_slot, by_slot.long())
 
     def waiting(self) -> AbstractContextManager[None]:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from shoal.kernels.moe.fan import Fan, by_expert, by_rank, combine, expand
-from shoal.workers.transfer import Exchange, Letters, Moment, Table, numbers_of, words_of
+from shoal.kernels.moe.fan import Fan, combine, expand
+from shoal.kernels.moe.plan import gates_at_home, pack, plan, sort, words_of
+from shoal.workers.transfer import Exchange, Letters, Moment, Table
 
 if TYPE_CHECKING:
     from shoal.workers.dispatch import Dispatcher
@@ -32,17 +33,19 @@ class Arrived:
 class Flight:
     """Of a rank alone, from which nothing travels. Of others, each pair of methods stands before and after a transfer.
 
-    keep: whether there will be a backward pass. home: where what comes back for each token stands among all that does.
+    keep: whether there will be a backward pass. room: rows that each rank has room for, 0 where that does not matter.
+    home: where what comes back for each token stands among all that does. triton: who plans and sorts.
     """
 
-    def __init__(self, dispatcher: Dispatcher, x: Tensor, gates: Tensor, experts: Tensor, keep: bool) -> None:
+    def __init__(
+        self, dispatcher: Dispatcher, x: Tensor, gates: Tensor, experts: Tensor, keep: bool, room: int = 0
+    ) -> None:
         self.dispatcher, self.keep = dispatcher, keep
         self.tokens, self.choices = experts.shape
-        self.wide = gates.dtype
-        self.slots = dispatcher.slots_of(experts)
-        # bincount would wait for the GPU
-        self.counts = (self.slots.reshape(-1, 1) == dispatcher.numbers).sum(0, dtype=torch.int32)
-        self.home = self.slots.new_empty(self.tokens, 0)
+        self.triton = dispatcher.triton and gates.dtype == torch.float32
+        self._plan = plan(experts, gates, dispatcher.ways, self.triton, room)
+        self.slots, self.counts = self._plan.slots, self._plan.counts[: len(dispatcher.ways.hosts)]
+        self.home = self.slots.new_empty(self.tokens, 0) if self._plan.home is None else self._plan.home
 
     def expert_counts(self) -> Tensor:
         """``[experts]`` int64: tokens that chose each expert, over the whole dispatch group."""
@@ -56,14 +59,12 @@ class Flight:
 
     def arrive(self, x: Tensor, gates: Tensor) -> Arrived:
         """Waits for the rows that come; x, gates: this rank's own ones once more."""
-        return self._sorted((x,), gates, self.slots, self.tokens * self.choices)
+        return self._sorted((x,), gates, None, self.tokens * self.choices)
 
-    def _sorted(self, parts: tuple[Tensor, ...], gates: Tensor, slots: Tensor, places: int) -> Arrived:
-        """slots: ``[T + C, K]``, those of other ranks among them. places: not fewer than those of this rank."""
-        local = len(self.dispatcher.local)
-        mine = slots - self.dispatcher.first
-        mine = torch.where((mine >= 0) & (mine < local), mine, -1)
-        return Arrived(parts, gates, *by_expert(mine, local, places))
+    def _sorted(self, parts: tuple[Tensor, ...], gates: Tensor, words: Tensor | None, places: int) -> Arrived:
+        """words: gates and slots that came from other ranks. places: not fewer than copies for this rank's experts."""
+        d = self.dispatcher
+        return Arrived(parts, *sort(self.slots, gates, words, d.first, len(d.local), places, self.triton))
 
     def give_back(self, arrived: Arrived, results: Tensor) -> None:
         """Sends the results of others' tokens home, weighted and added up."""
@@ -96,16 +97,9 @@ class Flight:
     def _at_home(self, rows: Tensor, base: Tensor, product: tuple[Tensor, Tensor] | None = None) -> Tensor:
         return combine(rows, self.home, self.dispatcher.triton, base=base, product=product, out=base)
 
-    def _gates_at_home(self, own: Tensor, theirs: Tensor) -> Tensor:
-        """theirs: ``[R, K]``, what came home."""
-        if not len(theirs):
-            return own
-        d = self.dispatcher
-        hosts = d.hosts[self.slots.long()]
-        place = self.home.gather(1, d.columns[hosts.long()])
-        away = (hosts != d.group.index) & (place >= 0)
-        flat = place.clamp(min=0).long() * self.choices + torch.arange(self.choices, device=place.device)
-        return torch.where(away, theirs.flatten()[flat], own)
+    def _gates_at_home(self, own: Tensor, words: Tensor) -> Tensor:
+        """words: gradients that came home."""
+        return gates_at_home(own, words, self.home, self.slots, self.dispatcher.ways, self.triton)
 
 
 class PackedFlight(Flight):
@@ -114,22 +108,20 @@ class PackedFlight(Flight):
     def __init__(self, dispatcher: Dispatcher, x: Tensor, gates: Tensor, experts: Tensor, keep: bool) -> None:
         super().__init__(dispatcher, x, gates, experts, keep)
         d = dispatcher
-        fan, to_rank = by_rank(d.hosts[self.slots.long()], d.ranks)
+        self._table = Table(d.group, self._plan.counts, Moment(x.device))
+        most = self.tokens * min(self.choices, len(d.others))
+        self._letters = Letters.empty(most, x, self.choices * (1 + gates.element_size() // 4))
+        fan = pack(self._plan, x, gates, d.ways, self.triton, self._letters.rows, self._letters.behind)
         self.home, self._order = fan.rows, fan.order
-        each = to_rank.new_zeros(d.group.size).index_copy_(0, d.ranks.long(), to_rank)
-        self._table = Table(d.group, torch.cat([self.counts, each]), Moment(x.device))
-        behind = torch.cat([words_of(gates), self.slots], 1)
-        self._letters = Letters.empty(len(fan.order), x, behind.shape[1])
-        expand([x], fan, d.triton, self._letters.rows)
-        expand([behind], fan, d.triton, self._letters.behind)
         self._packed = Moment(x.device)
+        del self._plan
 
     def _slot_counts(self) -> Tensor:
-        return self._table.here()[:, : len(self.dispatcher.hosts)].sum(0)
+        return self._table.here()[:, : len(self.dispatcher.ways.hosts)].sum(0)
 
     def send(self) -> None:
         """Reads the sizes, and sends the rows on their way, behind what was launched before this flight's start."""
-        d, slots = self.dispatcher, len(self.dispatcher.hosts)
+        d, slots = self.dispatcher, len(self.dispatcher.ways.hosts)
         table = self._table.read(d.reads)
         self._places = sum(sum(row[d.first : d.first + len(d.local)]) for row in table)
         self.out, self.back = table[d.group.index][slots:], [row[slots + d.group.index] for row in table]
@@ -139,9 +131,7 @@ class PackedFlight(Flight):
         """As the base class has it."""
         letters = self._letters.of(self._landed())
         del self._letters
-        words = letters.behind.split([letters.words - self.choices, self.choices], 1)
-        gates = torch.cat([gates, numbers_of(words[0], self.wide)])
-        return self._sorted((x, letters.rows), gates, torch.cat([self.slots, words[1]]), self._places)
+        return self._sorted((x, letters.rows), gates, letters.behind, self._places)
 
     def _landed(self) -> Tensor:
         with self.dispatcher.waiting():
@@ -180,7 +170,7 @@ class PackedFlight(Flight):
     def returned_gates(self, own: Tensor) -> Tensor:
         """As the base class has it."""
         self._letters = self._letters.of(self._landed())
-        return self._gates_at_home(own, numbers_of(self._letters.behind, self.wide))
+        return self._gates_at_home(own, self._letters.behind)
 
     def returned_grads(self, base: Tensor, product: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """As the base class has it."""

@@ -8,15 +8,15 @@ Kept are the tokens, those that came, the outputs of first products, and the rou
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from shoal.kernels.moe import gemms as ffn
-from shoal.kernels.moe.fan import combine, expand, gates_of_rows
+from shoal.kernels.moe.fan import combine, expand
 from shoal.kernels.moe.gemms import Gemms, apart, side_by_side
+from shoal.kernels.moe.plan import gates_of_rows
 from shoal.workers.dispatch import Dispatcher
 
 if TYPE_CHECKING:
@@ -103,7 +103,15 @@ class Pass:
 
         r = self.router
         self.choice = choose(
-            x, r.centroids, r.top_k, normalize=r.normalize, bias=r.bias, groups=r.groups, most=r.most, lse=r.squares
+            x,
+            r.centroids,
+            r.top_k,
+            normalize=r.normalize,
+            bias=r.bias,
+            groups=r.groups,
+            most=r.most,
+            lse=r.squares,
+            sort=False,
         )
         return self.choice.gates, self.choice.experts
 
@@ -116,7 +124,7 @@ class Pass:
     def _with_always(self, gates: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
         if not self.always:
             return gates, experts
-        total, tokens = len(self.dispatcher.slots), len(experts)
+        total, tokens = self.dispatcher.experts, len(experts)
         last = torch.arange(total - self.always, total, device=experts.device, dtype=experts.dtype)
         ones = gates.new_ones(tokens, self.always)
         return torch.cat([gates, ones], 1), torch.cat([experts, last.expand(tokens, -1)], 1)
@@ -142,18 +150,18 @@ class Pass:
         base, d_shared_up, d_shared_down = self._shared_backward(x, grad)
         came = flight.arrive_grads(grad)
         up, down = self.own
-        d_gates = arrived.gates.new_zeros(arrived.gates.shape)
         d_up = d_down = None
         if up is None or down is None or self.hidden is None:
-            d_rows = grad.new_empty(0, grad.shape[1])
+            d_rows, d_gates = grad.new_empty(0, grad.shape[1]), torch.zeros_like(arrived.gates)
             flight.give_back_grads(arrived.fan, d_rows, d_gates)
             if up is not None and down is not None:
                 d_up, d_down = torch.zeros_like(up), torch.zeros_like(down)
         else:
 
             def on_rows(d_rows: Tensor, d_weights: Tensor | None) -> None:
+                nonlocal d_gates
                 assert d_weights is not None
-                d_gates.copy_(gates_of_rows(d_weights, arrived.fan.rows))
+                d_gates = gates_of_rows(d_weights, arrived.fan.rows, flight.triton)
                 flight.give_back_grads(arrived.fan, d_rows, d_gates)
                 self._beside(self.products)
 
@@ -185,11 +193,9 @@ class Pass:
             return None
         from shoal.kernels.moe.triton_route import choose_backward
 
-        numbers = torch.arange(d_gates.numel(), dtype=torch.int32, device=d_gates.device)
-        choice = replace(self.choice, rows=numbers)  # gradients stand in the order of the choices
         grads = d_gates.contiguous().flatten(), d_sums.contiguous()
         d_logits = choose_backward(
-            choice,
+            self.choice,
             *grads,
             dtype,
             score="softmax",

@@ -20,9 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shoal.kernels.moe.fan import Fan, combine
+from shoal.kernels.moe.plan import words_of
 from shoal.workers.flight import Arrived, Flight
 from shoal.workers.mesh import Group
-from shoal.workers.transfer import Moment, beside, numbers_of, on_host, used_here, words_of
+from shoal.workers.transfer import Moment, beside, on_host, used_here
 
 if TYPE_CHECKING:
     from shoal.workers.dispatch import Dispatcher
@@ -54,7 +55,6 @@ class Inbox:
         """choices: of a token, with float32 gates. Collective; raises RuntimeError where the memory cannot be had."""
         self.group, self.capacity = group, capacity
         self.others = [rank for rank in range(group.size) if rank != group.index]
-        self._dtype, self._hidden = dtype, hidden
         width, slots = hidden * dtype.itemsize // 4, len(self.others)
         shapes = {
             COUNTS: (slots, experts),
@@ -71,6 +71,9 @@ class Inbox:
             {part: memory[starts[part] :][: torch.Size(shape).numel()].view(shape) for part, shape in shapes.items()}
             for memory in self._share(total, device)
         ]
+        own = self._parts[group.index]
+        self._words = {part: own[part].flatten(0, 1) for part in (WORDS_OUT, WORDS_BACK)}
+        self._rows = {part: own[part].view(dtype).view(-1, hidden) for part in (OUT, BACK)}
 
     def _share(self, words: int, device: torch.device) -> list[Tensor]:
         """``[words]`` int32 of each rank of the group, which all of them can write."""
@@ -88,16 +91,17 @@ class Inbox:
 
     def words(self, part: int) -> Tensor:
         """``[others · capacity, words]`` int32 that came."""
-        return self._parts[self.group.index][part].flatten(0, 1)
+        return self._words[part]
 
     def rows(self, part: int) -> Tensor:
         """``[others · capacity, hidden]`` that came."""
-        return self._parts[self.group.index][part].view(self._dtype).view(-1, self._hidden)
+        return self._rows[part]
 
     def put(self, part: int, rank: int, values: Tensor) -> None:
         """Writes this rank's slot of another one, from its beginning; by a copy engine, on the current stream."""
         slot = self.group.index - (self.group.index > rank)
-        self._parts[rank][part][slot, : len(values)].copy_(values.view(torch.int32))
+        words = values if values.dtype == torch.int32 else values.view(torch.int32)
+        self._parts[rank][part][slot, : len(values)].copy_(words)
 
     def say(self, part: int, rank: int) -> None:
         """Tells another rank that a part of this rank's slot is there, and what was put before it."""
@@ -138,19 +142,17 @@ class SymmetricFlight(Flight):
     """Rows that are put where they are needed. Gates are float32."""
 
     def __init__(self, dispatcher: Dispatcher, x: Tensor, gates: Tensor, experts: Tensor, keep: bool) -> None:
-        super().__init__(dispatcher, x, gates, experts, keep)
-        assert dispatcher.inbox is not None and self.tokens <= dispatcher.inbox.capacity
+        assert dispatcher.inbox is not None and len(x) <= dispatcher.inbox.capacity
         self._inbox = box = dispatcher.inbox
-        behind = self.slots.new_full((box.capacity, 2 * self.choices), -1)
-        behind[: self.tokens, : self.choices] = words_of(gates)
-        behind[: self.tokens, self.choices :] = self.slots
-        first = torch.arange(len(box.others), dtype=torch.int32, device=x.device) * box.capacity
-        self.home = torch.arange(self.tokens, dtype=torch.int32, device=x.device)[:, None] + first
+        super().__init__(dispatcher, x, gates, experts, keep, box.capacity)
+        words = self._plan.words
+        assert words is not None
+        del self._plan
         self._places = (self.tokens + len(box.others) * box.capacity) * min(self.choices, len(dispatcher.local))
         self._host: Tensor | None = None
         with beside(x.device, Moment(x.device)):
             self._put({COUNTS: self.counts}, COUNTS)
-            self._put({WORDS_OUT: behind, OUT: x}, OUT)
+            self._put({WORDS_OUT: words, OUT: x}, OUT)
             box.hear(COUNTS)
             self._all = torch.cat([self.counts[None], box.counts()])  # copied: the slots are written again
             if self._places * x.shape[1] * x.element_size() > ROOM:
@@ -185,11 +187,8 @@ class SymmetricFlight(Flight):
         """As the base class has it; what came is copied where a backward pass will ask for it."""
         box = self._inbox
         self._hear(OUT)
-        rows, words = box.rows(OUT), box.words(WORDS_OUT)
-        rows = rows.clone() if self.keep else rows
-        gates = torch.cat([gates, numbers_of(words[:, : self.choices], torch.float32)])
-        slots = torch.cat([self.slots, words[:, self.choices :]])
-        return self._sorted((x, rows), gates, slots, self._places)
+        rows = box.rows(OUT).clone() if self.keep else box.rows(OUT)
+        return self._sorted((x, rows), gates, box.words(WORDS_OUT), self._places)
 
     def give_back(self, arrived: Arrived, results: Tensor) -> None:
         """As the base class has it."""
@@ -226,7 +225,7 @@ class SymmetricFlight(Flight):
     def returned_gates(self, own: Tensor) -> Tensor:
         """As the base class has it."""
         self._hear(BACK)
-        return self._gates_at_home(own, numbers_of(self._inbox.words(WORDS_BACK), torch.float32))
+        return self._gates_at_home(own, self._inbox.words(WORDS_BACK))
 
     def returned_grads(self, base: Tensor, product: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """As the base class has it."""

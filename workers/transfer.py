@@ -72,16 +72,6 @@ def _words(rows: Tensor) -> int:
     return -(-rows.shape[1] * rows.element_size() // 4)
 
 
-def words_of(numbers: Tensor) -> Tensor:
-    """``[T, K]`` of 4 or 8 bytes each -> ``[T, K or 2K]`` int32, the same bits."""
-    return numbers.contiguous().view(torch.int32)
-
-
-def numbers_of(words: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of :func:`words_of`."""
-    return words.clone(memory_format=torch.contiguous_format).view(dtype)
-
-
 class Moment:
     """All that this rank has launched on the current stream so far. Without a GPU it is over at once."""
 

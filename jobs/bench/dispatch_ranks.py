@@ -119,7 +119,7 @@ class Bench:
             routing = route(x, centroids, s.top_k)
         dispatcher = self._dispatcher("all_to_all", tokens)
         assert dispatcher is not None
-        hosts = dispatcher.hosts[dispatcher.slots[routing.experts].long()]
+        hosts = dispatcher.ways.hosts[dispatcher.ways.slots_of(routing.experts).long()]
         copies = torch.stack([(hosts == r).sum() for r in range(world)])
         copy_splits = self._splits(copies)
         everyone = torch.arange(world, device=self.device, dtype=torch.int32)

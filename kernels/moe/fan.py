@@ -60,18 +60,14 @@ def by_rank(hosts: Tensor, ranks: Tensor) -> tuple[Fan, Tensor]:
 def expand(parts: Sequence[Tensor], fan: Fan, triton: bool, out: Tensor | None = None) -> Tensor:
     """``[T, H] -> [R, H]``: each token's row at the places of its copies; what stands at other places is undefined.
 
-    parts: rows of the tokens, one after another; a part's rows are contiguous, but may lie apart. out: where to write.
+    parts: rows of the tokens, in one part or two; a part's rows are contiguous, but may lie apart. out: where to write.
     """
     if out is None:
         out = parts[0].new_empty(len(fan.order), parts[0].shape[1])
     if triton:
         from shoal.kernels.moe import triton_rows
 
-        first = 0
-        for part in parts:
-            triton_rows.expand(part, fan.rows[first : first + len(part)], out)
-            first += len(part)
-        return out
+        return triton_rows.expand(parts[0], fan.rows, out, parts[1] if len(parts) > 1 else None)
     if len(out):
         rows = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
         out.copy_(rows[fan.order[: len(out)].long() // fan.rows.shape[1]])
@@ -107,10 +103,3 @@ def combine(
     else:
         total = torch.bmm(gates.to(taken.dtype)[:, None], taken)[:, 0]
     return out.copy_(total if base is None else total + base)
-
-
-def gates_of_rows(values: Tensor, rows: Tensor) -> Tensor:
-    """``[R] -> [T, K]``: what belongs to each copy, 0 for none."""
-    if not len(values):
-        return values.new_zeros(rows.shape)
-    return values[rows.clamp(min=0).long()].masked_fill_(rows < 0, 0)

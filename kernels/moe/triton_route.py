@@ -55,6 +55,7 @@ def choose(
     groups: int = 1,
     most: int = 0,
     lse: bool = False,
+    sort: bool = True,
 ) -> Choice:
     """Scores of all experts for every token, the best ``top_k`` of them, and those sorted (DeepSeekMoE eq. 10-11).
 
@@ -63,6 +64,7 @@ def choose(
     normalize: divided by their sum. bias: ``[N]`` float32, added to the scores for the choice only. Of equals the lower
     expert is chosen; a score that is not a number counts as the least. groups, most: experts lie in so many equal runs,
     and a token's experts in the ``most`` of them that hold the best ones (0: in any). lse: compute it, for softmax.
+    sort: whether choices are to be sorted; otherwise rows stand in the order of the choices, and ends has no elements.
     """
     if score not in SCORES:
         raise ValueError(f"score={score!r}: one of {SCORES}")
@@ -116,6 +118,10 @@ def choose(
         )
     if not alone:
         _scan_kernel[(experts,)](block_counts, block_sums, counts, sums, blocks, N=experts, TILE=1024)
+    if not sort:
+        ends, order = ends[:0], torch.arange(tokens * top_k, dtype=torch.int32, device=x.device)
+        rows = order.view(tokens, top_k)
+    elif not alone:
         _place_kernel[(max(blocks, 1),)](chosen, block_counts, counts, ends, rows, order, tokens, **shape)
     return Choice(scores, gates, chosen, counts, ends, sums, rows, order, lses)
 

@@ -13,21 +13,28 @@ import triton.language as tl
 from torch import Tensor
 
 
-def expand(x: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
+def expand(x: Tensor, rows: Tensor, out: Tensor | None = None, more: Tensor | None = None) -> Tensor:
     """``[T, H] -> [T·K, H]``: row ``rows[t, k]`` is ``x[t]``. rows: ``[T, K]`` int32, every place once.
 
-    out: where the rows go, of any number; places below 0 are then left out. The rows of x and out are contiguous,
-    but may lie apart.
+    out: where the rows go, of any number; places below 0 are then left out. more: ``[·, H]``, rows of the tokens
+    behind those of x. The rows of x, more and out are contiguous, but may lie apart.
     """
     tokens, top_k = rows.shape
-    hidden = x.shape[1]
+    hidden, first = x.shape[1], len(x)
+    if more is not None and not first:
+        x, more = more, None
+    elif more is not None and not len(more):
+        more = None
     some = out is not None
     if out is None:
         out = x.new_empty(tokens * top_k, hidden)
     if tokens and top_k:
         grid, shape = _tiles(tokens, hidden, 4)
-        apart = {"X": x.stride(0), "Y": out.stride(0)}
-        _expand_kernel[grid](x, rows, out, tokens, H=hidden, K=top_k, SOME=some, num_warps=4, **apart, **shape)
+        apart = {"X": x.stride(0), "Y": out.stride(0), "Z": 0 if more is None else more.stride(0)}
+        second = x if more is None else more
+        _expand_kernel[grid](
+            x, second, rows, out, tokens, first, H=hidden, K=top_k, SOME=some, num_warps=4, **apart, **shape
+        )
     return out
 
 
@@ -129,16 +136,19 @@ def _tiles(tokens: int, hidden: int, tile: int, width: int = 1024) -> tuple[tupl
     return (triton.cdiv(tokens, tile), triton.cdiv(hidden, width)), {"TILE": tile, "BH": width}
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "first"])
 def _expand_kernel(
     x,
+    more,
     rows,
     out,
     tokens,
+    first,
     H: tl.constexpr,
     K: tl.constexpr,
     X: tl.constexpr,
     Y: tl.constexpr,
+    Z: tl.constexpr,
     SOME: tl.constexpr,
     TILE: tl.constexpr,
     BH: tl.constexpr,
@@ -147,7 +157,12 @@ def _expand_kernel(
     h = tl.program_id(1) * BH + tl.arange(0, BH)
     there = t < tokens
     inside = there[:, None] & (h[None, :] < H)
-    b_x = tl.load(x + t[:, None] * X + h[None, :], mask=inside, other=0.0)
+    if Z:  # of two parts
+        own, other = inside & (t < first)[:, None], inside & (t >= first)[:, None]
+        b_x = tl.load(x + t[:, None] * X + h[None, :], mask=own, other=0.0)
+        b_x = tl.where(own, b_x, tl.load(more + (t - first)[:, None] * Z + h[None, :], mask=other, other=0.0))
+    else:
+        b_x = tl.load(x + t[:, None] * X + h[None, :], mask=inside, other=0.0)
     for k in tl.static_range(K):
         row = tl.load(rows + t * K + k, mask=there, other=0).to(tl.int64)
         wanted = inside & (row >= 0)[:, None] if SOME else inside

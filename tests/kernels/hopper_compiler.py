@@ -1,5 +1,5 @@
-"""Compiles the Gluon kernels, and those that write to pages, for Hopper on a machine without a GPU, with the ptxas that
-Triton brings along.
+"""Compiles the Gluon kernels, those of dispatch, and those that write to pages, for Hopper on a machine without a GPU,
+with the ptxas that Triton brings along.
 
 ``python hopper_compiler.py`` calls what the package calls, with tensors of the CPU; launches compile and go no further.
 Prints a line for each kernel: its name, bytes of shared memory, whether ptxas had to serialize matrix products, and
@@ -28,13 +28,15 @@ from triton.runtime.jit import JITFunction
 from shoal.kernels import hopper
 
 HOPPER = GPUTarget("cuda", 90, 32)
+COMPILED = ("triton_fan", "triton_rows", "triton_store")
+"""Modules of Triton kernels that are compiled as well."""
 PTXAS = str(Path(triton.__file__).parent / "backends/nvidia/bin/ptxas")
 
 
 def compile_for_hopper(kernel: JITFunction[Any], *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
     """In the place of ``JITFunction.run``: compiles a kernel for these arguments."""
     gluon = isinstance(kernel, GluonJITFunction)
-    if not gluon and not kernel.__module__.endswith("triton_store"):
+    if not gluon and kernel.__module__.rpartition(".")[2] not in COMPILED:
         return
     given = dict(zip(kernel.arg_names, arguments, strict=False)) | named
     options = {name: given.pop(name) for name in ("num_warps", "enable_fp_fusion") if name in given}
@@ -120,6 +122,32 @@ def pages(kv: int, group: int, dims: tuple[int, int], dtype: torch.dtype) -> Non
     triton_store_compressed(new, cache, (phi[0], phi[1]))
 
 
+def dispatch(world: int, experts: int, copies: int, tokens: int) -> None:
+    """What plans and sorts rows that travel. copies: of each expert, on ranks that follow one another."""
+    from shoal.kernels.moe.fan import expand
+    from shoal.kernels.moe.plan import Ways, gates_at_home, gates_of_rows, pack, plan, sort
+
+    def ints(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int32)
+
+    slots, choices = experts * copies, 6
+    own = ints(experts) if copies > 1 else None
+    ways = Ways(ints(slots), own, ints(slots), ints(slots), ints(world - 1), ints(world), 0)
+    x, gates, chosen = (
+        torch.zeros(tokens, 256, dtype=torch.bfloat16),
+        torch.zeros(tokens, choices),
+        ints(tokens, choices),
+    )
+    words = ints(tokens, 128 + 2 * choices)[:, 128:]
+    planned = plan(chosen, gates, ways, True)
+    plan(chosen, gates, ways, True, tokens)
+    fan = pack(planned, x, gates, ways, True, x, words)
+    _, sorted_rows, _ = sort(chosen, gates, words, 0, slots // world, tokens, True)
+    expand([x, x], sorted_rows, True)
+    gates_of_rows(gates.flatten(), sorted_rows.rows, True)
+    gates_at_home(gates, words[:, choices:], fan.rows, chosen, ways, True)
+
+
 def main() -> None:
     JITFunction.run = compile_for_hopper  # type: ignore[method-assign]
     hopper.on_hopper = lambda x: True
@@ -130,6 +158,8 @@ def main() -> None:
     experts()
     pages(4, 16, (192, 128), torch.bfloat16)
     pages(3, 5, (24, 40), torch.float32)
+    dispatch(2, 64, 1, 16384)
+    dispatch(32, 256, 2, 512)
 
 
 if __name__ == "__main__":

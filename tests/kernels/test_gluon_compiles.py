@@ -1,5 +1,5 @@
-"""The Gluon kernels compile for Hopper, fit its shared memory, and ptxas lets their products overlap; those that write
-to pages compile too, and round each product as PyTorch does; without a GPU."""
+"""Kernels compile for Hopper and fit its shared memory, and ptxas lets the products of Gluon ones overlap; those that
+write to pages round each product as PyTorch does; without a GPU."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ import torch
 
 SHARED_MEMORY = 227 * 1024
 KERNELS = {"_span_kernel": 2, "_grad_kernel": 2, "_gather_grad_kernel": 1, "_gemm_kernel": 3, "_outer_kernel": 1}
+KERNELS |= {"_plan_kernel": 4, "_before_kernel": 6, "_pack_kernel": 2, "_count_kernel": 2, "_place_kernel": 2}
+KERNELS |= {"_gates_kernel": 2, "_home_kernel": 2, "_expand_kernel": 4}
+"""Of each kernel, how often it is launched."""
 ROUNDING = {"_tokens_kernel": 2, "_blocks_kernel": 2, "_compressed_kernel": 2}
 
 

@@ -244,6 +244,13 @@ def test_rows_put_into_shared_memory_equal_the_equations(name: str, room: int, t
     check(case, results, 1e-6)
 
 
+@pytest.mark.parametrize("name", ["a rank without experts", "experts on one rank only"])
+def test_rows_put_into_shared_memory_by_triton_equal_the_equations(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    results = run_ranks(len(case.tokens), in_room, 1 << 40, case, torch.float32, True, str(tmp_path), 2)
+    check(case, results, 1e-6)
+
+
 def in_room(rank: int, world: int, room: int, *rest: Any) -> dict[str, Any]:
     symmetric.ROOM = room
     return on_ranks(rank, world, *rest)

@@ -116,7 +116,8 @@ def test_the_host_reads_no_number(attention: dict[str, Any], router: str) -> Non
         for block in blocks:
             if block.moe is not None:
                 block.moe.products, dispatcher = Unread, block.moe.dispatcher
-                dispatcher.slots = dispatcher.numbers = torch.arange(experts, dtype=torch.int32)
+                dispatcher.device = torch.device("cpu")
+                dispatcher.assign((0,) * experts)
         caches = make_caches(model.recipe, 9, 9, model.dtype, torch.device("cpu"))
         of_layer = {block.attention: cache for block, cache in zip(blocks, caches, strict=True)}
         steps = DecodeSteps(model, of_layer, (8, 8), 5, torch.zeros(2, experts, dtype=torch.int64), capture=False)

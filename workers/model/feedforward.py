@@ -165,7 +165,7 @@ class MoE(nn.Module):
     @property
     def on_device(self) -> bool:
         """Whether the layer can be part of a CUDA graph: all of it here, and no count read by the host."""
-        return self.mesh.world.size == 1 and counts_stay(self.products, self.dispatcher.slots.device, self.dtype)
+        return self.mesh.world.size == 1 and counts_stay(self.products, self.dispatcher.device, self.dtype)
 
     def _name(self, expert: int) -> str:
         routed = self.table.experts
