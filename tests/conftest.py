@@ -56,19 +56,30 @@ def ray_temp_dir() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(scope="session")
-def api_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def _served(folder: Path) -> Iterator[Any]:
     """A real API server with KubeRay's CRDs, see ``tests/jobs/kube_server.py``; skips, with the reason, without one."""
     from kube_server import ApiServer, missing
 
     if why := missing():
         pytest.skip(why)
-    server = ApiServer(tmp_path_factory.mktemp("kube"))
+    server = ApiServer(folder)
     try:
         server.install_crds()
         yield server
     finally:
         server.close()
+
+
+@pytest.fixture(scope="session")
+def api_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The API server of all tests but those of the chart."""
+    yield from _served(tmp_path_factory.mktemp("kube"))
+
+
+@pytest.fixture(scope="session")
+def chart_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Another one: tests of the chart install kinds of other operators, which tests of jobs miss or have as newer."""
+    yield from _served(tmp_path_factory.mktemp("kube"))
 
 
 @pytest.fixture(autouse=True)

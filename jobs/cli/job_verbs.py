@@ -213,7 +213,9 @@ def dashboard(
             print(f"token      kubectl get secret {where} | base64 -d", flush=True)
         if browser:
             webbrowser.open(address)
-        threading.Event().wait()
+        # Awake now and then: a signal that another thread was given would not end a wait.
+        while not threading.Event().wait(1):
+            pass
 
 
 def _facts(found: Status) -> dict[str, Any]:

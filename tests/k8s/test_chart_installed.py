@@ -26,10 +26,10 @@ pytestmark = pytest.mark.skipif(shutil.which("helm") is None, reason="needs helm
 
 
 @pytest.fixture(scope="module", name="server")
-def server_fixture(api_server: ApiServer) -> ApiServer:
+def server_fixture(chart_server: ApiServer) -> ApiServer:
     """The API server with the kinds that the chart makes of other operators."""
-    install_others(api_server)
-    return api_server
+    install_others(chart_server)
+    return chart_server
 
 
 def helm_on(server: ApiServer, *arguments: str) -> str:

@@ -15,9 +15,9 @@ pytestmark = pytest.mark.skipif(not all(map(shutil.which, ("helm", "kubectl"))),
 
 
 @pytest.mark.slow
-def test_the_page_on_kubernetes_says_what_its_commands_print(api_server: ApiServer, tmp_path: Path) -> None:
+def test_the_page_on_kubernetes_says_what_its_commands_print(chart_server: ApiServer, tmp_path: Path) -> None:
     text = PAGE.read_text()
-    again = replayed(text, api_server, tmp_path)
+    again = replayed(text, chart_server, tmp_path)
     assert steady(again) == steady(text), "run python tests/k8s/documented.py, and read what has changed"
 
 

@@ -77,8 +77,7 @@ def test_choice_and_its_gradient(
     logits = (draw(tokens, count, dtype=torch.float32, seed=seed) * 2).round() / 2
     bias = draw(count, dtype=torch.float32, seed=seed + 1).round() / 4 if biased else None
     softmax = score == "softmax"
-    limit = {"groups": groups, "most": most}
-    choice = choose(logits, None, k, score=score, normalize=normalize, bias=bias, **limit, lse=softmax)
+    choice = choose(logits, None, k, score=score, normalize=normalize, bias=bias, groups=groups, most=most, lse=softmax)
     exact = logits.cpu().double().requires_grad_()
     wide = None if bias is None else bias.cpu()
     # The choice is compared with one made of the kernel's own scores, which may tie where exact ones do not.
