@@ -64,6 +64,8 @@ def started(*arguments: str, cwd: Path, before: Sequence[str] = (), **changes: s
     process = subprocess.Popen(
         [*before, *SHOAL, *arguments], cwd=cwd, env=environment(**changes), text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # Tests that run in a shell's background have SIGINT ignored, and what they start would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     try:
         yield process
