@@ -75,7 +75,7 @@ def selected_backward(
         inverse = invert(blocks, tables, chunk, tuning.item)
         pairs, first, chunks = inverse.item_pairs, inverse.first_items, inverse.chunks
         items, size = inverse.item_blocks, inverse.size
-        ends = ends_by_head(inverse, kv)
+        ends = None if hopper is None else ends_by_head(inverse, kv)
     group_p = padded(group, least=1)
     shape = {"N": n, "KV": kv, "G": group, "D": dim}
     for index, start in enumerate(range(0, tokens, chunk)):
