@@ -33,7 +33,7 @@ class GatherGradTuning:
     warps: int = 4
     stages: int = 2
     merge_warps: int = 4
-    hopper: bool = False
+    hopper: bool = True
 
 
 def selected_backward(
