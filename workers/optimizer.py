@@ -82,9 +82,9 @@ class MasterAdamW:
         self.adam.zero_grad(set_to_none=True)
         for i, parameter in enumerate(self.parameters):
             parameter.grad = self._sums[i] = None
-        for piece, master in zip(self.pieces, self.masters, strict=True):
-            if not _is_wide(weights := piece.of(self.parameters)):
-                weights.copy_(master)
+        pairs = [(piece.of(self.parameters), master) for piece, master in zip(self.pieces, self.masters, strict=True)]
+        if rounded := [(weights, master) for weights, master in pairs if not _is_wide(weights)]:
+            torch._foreach_copy_(*map(list, zip(*rounded, strict=True)))
 
     def set_steps(self, steps: int) -> None:
         """Tells Adam how many steps its moments have seen (its bias correction)."""

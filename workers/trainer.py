@@ -223,7 +223,9 @@ class Trainer:
 
     def _totals(self, losses: Tensor, gradients: list[Tensor]) -> tuple[float, float, float]:
         """Loss, balance loss and gradient norm over all ranks; each piece of a gradient counts where it was summed."""
-        square = sum((piece.of(gradients).double().square().sum() for piece in self.own), losses.new_zeros(()))
+        own = [piece.of(gradients) for piece in self.own]
+        norms = torch._foreach_norm(own, dtype=torch.float64) if own else ()  # one pass, and no copies in float64
+        square = torch.stack([losses.new_zeros(()), *norms]).square().sum()
         total = self.mesh.world.all_reduce(torch.cat([losses, square[None]]))
         loss, balance, squares = total.tolist()
         return loss, balance, math.sqrt(squares) if squares >= 0 else math.nan
