@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
 from shoal.kernels.nsa.rows import Rows, runs
@@ -20,8 +21,9 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...],
     q: ``[T, H, Dqk]``. k: ``[T, KV, Dqk]``. v: ``[T, KV, Dv]``, H a multiple of KV. cu_seqlens: N+1 offsets on the
     host, ``0 … T``; T may be 0. scale: factor on the scores. Returns ``[T, H, Dv]`` in q's dtype.
 
-    On a GPU in half precision one variable-length FlashAttention call does it; elsewhere SDPA, once for each length
-    that documents have. Both want equal d_qk and d_v: the smaller is padded with zeros, which changes no result.
+    On a GPU in half precision one variable-length FlashAttention call does it, or, where all documents are as long as
+    each other and gradients are wanted, cuDNN, which is faster; elsewhere SDPA, once for each length that documents
+    have. All want equal d_qk and d_v: the smaller is padded with zeros, which changes no result.
     """
     if not q.shape[0]:
         return q.new_zeros(0, q.shape[1], v.shape[2]) + 0 * (q.sum() + k.sum() + v.sum())
@@ -31,8 +33,15 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...],
     if fast:
         most = -(-most // 8) * 8
     q, k, v = (functional.pad(x, (0, most - x.shape[2])) if x.shape[2] < most else x for x in (q, k, v))
-    out = varlen(q, k, v, cu_seqlens, cu_seqlens, scale) if fast else _by_length(q, k, v, cu_seqlens, scale)
-    return out[..., :width]
+    if not fast:
+        return _by_length(q, k, v, cu_seqlens, scale)[..., :width]
+    # cuDNN plans anew for each shape, which is worth its time where shapes come again, as in training. Its gradients
+    # are not the same bits in every run.
+    lengths = {stop - start for start, stop in pairwise(cu_seqlens)} - {0}
+    if q.requires_grad and len(lengths) == 1 and not torch.are_deterministic_algorithms_enabled():
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+            return _by_length(q, k, v, cu_seqlens, scale)[..., :width]
+    return varlen(q, k, v, cu_seqlens, cu_seqlens, scale)[..., :width]
 
 
 def varlen_fits(q: Tensor, dim: int) -> bool:

@@ -53,8 +53,8 @@ def test_a_document_does_not_see_its_neighbours() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("dims", [(64, 64), (192, 128), (36, 60)])
-def test_on_a_gpu(dims: tuple[int, int], dtype: torch.dtype) -> None:
-    cu = (0, 1, 130, 300, 301, 430)
+@pytest.mark.parametrize("cu", [(0, 1, 130, 300, 301, 430), (0, 215, 215, 430)])
+def test_on_a_gpu(cu: tuple[int, ...], dims: tuple[int, int], dtype: torch.dtype) -> None:
     q, k, v = (x.detach().cuda().to(dtype).requires_grad_() for x in inputs(430, 4, 2, dims))
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
     out, want = full_attention(q, k, v, cu, 0.1), full_attention_oracle(exact[0], exact[1], exact[2], cu, 0.1)
