@@ -262,42 +262,53 @@ def _consumer(
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 16])
     # The hidden of a tile is asked for when what the tile before left in the slots has surely gone.
     ASK: gl.constexpr = 128 if K > 128 else 0
-    i = 0
+    STEPS: gl.constexpr = (K + 63) // 64
+    done = 0
     for lap in range(_laps(count, N, BN)):
         first, end, _, n = _tile(lap, table, count, most, N, BN, GROUP)
         row = first + C * 64
         column = n * BN
-        weight = gl.full([64], 1.0, gl.float32, gl.SliceLayout(1, ACC))
-        if GATES:
-            r = row + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC))
-            weight = gl.load(gates + gl.load(order + r, mask=r < end, other=0))
-        acc = gl.zeros([64, WIDE], gl.float32, ACC)
-        for k in range(0, K, 64):
-            if MODE == 2:  # noqa: SIM102
-                if k == ASK:  # known at run time only
-                    tma.store_wait(0)
-                    barrier()
-                    _fetch_hidden(hidden, slots, there, 0, row, column)
-                    _fetch_hidden(hidden, slots, there, 1, row, column + 64)
-            slot = i % STAGES
-            mbarrier.wait(full.index(slot), i // STAGES & 1)
-            b = b_ring.index(slot)
-            if BY_COLUMN:
-                b = b.permute((1, 0))
-            acc = warpgroup_mma(a_ring.index(2 * slot + C), b, acc, is_async=True)
-            acc = warpgroup_mma_wait(1, [acc])
-            mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), pred=k > 0)
-            i += 1
-        acc = warpgroup_mma_wait(0, [acc])
-        mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES))
-        if MODE == 0:
-            _epilogue_plain(acc, slots, SLOTS, out, out_ptr, row, end, column, N)
-        elif MODE == 1:
-            _epilogue_up(acc, slots, SLOTS, out, act, out_ptr, act_ptr, row, end, column, N)
+        i = lap * STEPS
+        if row < end:
+            weight = gl.full([64], 1.0, gl.float32, gl.SliceLayout(1, ACC))
+            if GATES:
+                r = row + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC))
+                weight = gl.load(gates + gl.load(order + r, mask=r < end, other=0))
+            acc = gl.zeros([64, WIDE], gl.float32, ACC)
+            for k in range(0, K, 64):
+                if MODE == 2:  # noqa: SIM102
+                    if k == ASK:  # known at run time only
+                        tma.store_wait(0)
+                        barrier()
+                        _fetch_hidden(hidden, slots, there, 0, row, column)
+                        _fetch_hidden(hidden, slots, there, 1, row, column + 64)
+                slot = i % STAGES
+                mbarrier.wait(full.index(slot), i // STAGES & 1)
+                b = b_ring.index(slot)
+                if BY_COLUMN:
+                    b = b.permute((1, 0))
+                acc = warpgroup_mma(a_ring.index(2 * slot + C), b, acc, is_async=True)
+                acc = warpgroup_mma_wait(1, [acc])
+                mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), pred=k > 0)
+                i += 1
+            acc = warpgroup_mma_wait(0, [acc])
+            mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES))
+            if MODE == 0:
+                _epilogue_plain(acc, slots, SLOTS, out, out_ptr, row, end, column, N)
+            elif MODE == 1:
+                _epilogue_up(acc, slots, SLOTS, out, act, out_ptr, act_ptr, row, end, column, N)
+            else:
+                _epilogue_act(
+                    acc, weight, slots, there, done & 1, out, act, out_ptr, act_ptr, parts, row, end, column, rows, N,
+                    GATES,
+                )  # fmt: skip
+            done += 1
         else:
-            _epilogue_act(
-                acc, weight, slots, there, lap & 1, out, act, out_ptr, act_ptr, parts, row, end, column, rows, N, GATES
-            )
+            # None of these rows is the expert's: the other consumer has the tensor cores to itself.
+            for k in range(0, K, 64):
+                mbarrier.wait(full.index(i % STAGES), i // STAGES & 1)
+                mbarrier.arrive(empty.index(i % STAGES))
+                i += 1
     tma.store_wait(0)
 
 

@@ -7,7 +7,9 @@ does. The second are shares in the next block, of the compressed keys that reach
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -44,53 +46,79 @@ def choose_blocks(
     one that does not exist, or stands further on.
     """
     tuning, sizes = tuning or ChooseTuning(), tables.sizes
-    tokens, heads, dim = q.shape
+    tokens, heads, _ = q.shape
     kv, n = k_cmp.shape[1], sizes.slc_count
     blocks = torch.empty(tokens, kv, n, dtype=torch.int32, device=q.device)
-    group_p = padded(heads // kv, least=1)
     # Only the first document of a tile is scored: in one that begins in a tile, the tile's queries take all blocks.
-    tile = min(max(1, tuning.rows // group_p), 1 << (n * sizes.slc_block).bit_length() - 1)
+    tile = min(max(1, tuning.rows // padded(heads // kv, least=1)), 1 << (n * sizes.slc_block).bit_length() - 1)
     longest = tables.longest_within(0, tokens)
     width = triton.cdiv(max(longest, 1), tuning.blocks) * tuning.blocks
     chunk = min(tuning.chunk, tokens, max(tile, SCORES // (kv * width)))
     scores = torch.empty(2, kv, chunk, width, dtype=torch.float32, device=q.device)
-    per_slc = sizes.slc_block // sizes.cmp_stride
-    shape = {"KV": kv, "COUNT": n, "INITIAL": sizes.slc_initial, "LOCAL": sizes.slc_local, "BLOCK": sizes.slc_block}
+    score = _for_hopper(q, k_cmp, tables) or partial(score_blocks, tile=tile, tuning=tuning)
     for start, stop in tables.chunks(tokens, chunk):
-        rows = stop - start
         seen = padded(tables.longest_within(start, stop))
         if longest > n > sizes.slc_initial + sizes.slc_local:
-            _importance_kernel[(triton.cdiv(rows, tile), kv)](
-                q,
-                k_cmp,
-                lse,
-                tables.starts,
-                tables.cmp.low,
-                tables.cmp.high,
-                scores,
-                scale * LOG2E,
-                start,
-                stop,
-                width,
-                chunk,
-                G=heads // kv,
-                GP=group_p,
-                TILE=tile,
-                BJ=tuning.blocks,
-                PER_CMP=sizes.cmp_block // sizes.cmp_stride,
-                PER_SLC=per_slc,
-                PER_P=padded(per_slc, least=1),
-                PRECISION=precision(q.dtype),
-                num_warps=tuning.warps,
-                num_stages=tuning.stages,
-                **halves(dim),
-                **shape,
-            )
+            score(q, k_cmp, lse, tables, scale, scores, start, stop)
         warps = max(tuning.top_warps, seen // 2048)  # with more of them, a warp has no registers for all scores
-        _top_kernel[(rows, kv)](
-            scores, tables.starts, blocks, start, width, chunk, WIDTH=seen, num_warps=warps, **shape
+        _top_kernel[(stop - start, kv)](
+            *(scores, tables.starts, blocks, start, width, chunk),
+            WIDTH=seen,
+            KV=kv,
+            COUNT=n,
+            INITIAL=sizes.slc_initial,
+            LOCAL=sizes.slc_local,
+            BLOCK=sizes.slc_block,
+            num_warps=warps,
         )
     return blocks
+
+
+def _for_hopper(q: Tensor, k_cmp: Tensor, tables: Tables) -> Callable[..., None] | None:
+    """The twin of :func:`score_blocks` in Gluon, where it takes these."""
+    if not q.is_cuda:
+        return None
+    from shoal.kernels.nsa.gluon_importance import block_scores, supported
+
+    return block_scores if supported(q, k_cmp, tables.sizes) else None
+
+
+def score_blocks(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    tables: Tables,
+    scale: float,
+    scores: Tensor,
+    start: int,
+    stop: int,
+    tile: int,
+    tuning: ChooseTuning,
+) -> None:
+    """Scores of the queries from ``start`` to ``stop``, ``tile`` of them at a time: ``scores[0, h, t - start]`` of each
+    block, ``scores[1]`` what the block after it gets. scores: ``[2, KV, chunk, width]`` float32. Written are those of
+    blocks before the local ones, of queries that have to choose."""
+    kv, group, sizes = k_cmp.shape[1], q.shape[1] // k_cmp.shape[1], tables.sizes
+    per_slc = sizes.slc_block // sizes.cmp_stride
+    _importance_kernel[(triton.cdiv(stop - start, tile), kv)](
+        *(q, k_cmp, lse, tables.starts, tables.cmp.low, tables.cmp.high, scores, scale * LOG2E),
+        *(start, stop, scores.shape[3], scores.shape[2]),
+        G=group,
+        GP=padded(group, least=1),
+        TILE=tile,
+        BJ=tuning.blocks,
+        PER_CMP=sizes.cmp_block // sizes.cmp_stride,
+        PER_SLC=per_slc,
+        PER_P=padded(per_slc, least=1),
+        PRECISION=precision(q.dtype),
+        KV=kv,
+        COUNT=sizes.slc_count,
+        LOCAL=sizes.slc_local,
+        BLOCK=sizes.slc_block,
+        num_warps=tuning.warps,
+        num_stages=tuning.stages,
+        **halves(q.shape[2]),
+    )
 
 
 @triton.jit
@@ -177,7 +205,6 @@ def _importance_kernel(
     PRECISION: tl.constexpr,
     KV: tl.constexpr,
     COUNT: tl.constexpr,
-    INITIAL: tl.constexpr,
     LOCAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):

@@ -69,6 +69,7 @@ def attention(kv: int, group: int, dim_v: int, dtype: torch.dtype) -> None:
     """Forward and backward, all branches, of two documents."""
     from shoal.kernels.nsa import BlockSizes, make_layout
     from shoal.kernels.nsa.gluon_gather_grad import block_parts
+    from shoal.kernels.nsa.gluon_importance import block_scores
     from shoal.kernels.nsa.gluon_span import gluon_span_attention
     from shoal.kernels.nsa.gluon_span_grad import gluon_span_backward
     from shoal.kernels.nsa.triton_inverse import Inverse
@@ -85,6 +86,7 @@ def attention(kv: int, group: int, dim_v: int, dtype: torch.dtype) -> None:
     gluon_span_attention(q, k, v, tables.window, 0.1)
     gluon_span_backward(q, k, v, d_out, base, base, tables.window, tables.window_seen, 0.1, grads)
     if group >= 16:
+        block_scores(q, k, base, tables, 0.1, torch.zeros(2, kv, tokens, 4), 0, tokens)
         numbers = torch.zeros(kv + 1, dtype=torch.int32)
         inverse = Inverse(tokens, 1, 64, numbers, numbers.new_zeros(1, 64), numbers)
         part = q.new_zeros(tokens, choices, heads, 128)

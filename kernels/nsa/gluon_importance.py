@@ -1,0 +1,258 @@
+"""Importance of blocks for Hopper, in Gluon: the twin of ``triton_choose``'s kernel of scores.
+
+Compressed keys are the rows of the product and queries times heads its columns, in such an order that a thread holds
+all heads of a query: the sum over a group runs along its own registers. A producer warp copies queries and keys with
+TMA; four warpgroups of consumers, for each half of the queries and of the keys one, share them: it takes as many to
+keep both the tensor cores and the exponentials busy.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from shoal.kernels.hopper import descriptor, multiprocessors, on_hopper
+from shoal.kernels.nsa.layout import BlockSizes
+from shoal.kernels.nsa.triton_select import LOG2E
+from shoal.kernels.nsa.triton_tables import Tables
+
+KEYS, COLUMNS, STAGES = 128, 128, 3
+"""Compressed keys of a step, half for each consumer; queries times heads of half a tile; depth of the ring of keys."""
+
+
+def supported(q: Tensor, k_cmp: Tensor, sizes: BlockSizes) -> bool:
+    """Whether :func:`block_scores` takes these: Hopper, 16 bits, dimensions 64 or 128, groups of 8 to 64 heads, blocks
+    of 1, 2, 4 … 64 strides."""
+    group, per = q.shape[1] // k_cmp.shape[1], sizes.slc_block // sizes.cmp_stride
+    return (
+        on_hopper(q)
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[2] in (64, 128)
+        and group in (8, 16, 32, 64)
+        and per in (1, 2, 4, 8, 16, 32, 64)
+    )
+
+
+def block_scores(
+    q: Tensor, k_cmp: Tensor, lse: Tensor, tables: Tables, scale: float, scores: Tensor, start: int, stop: int
+) -> None:
+    """Scores of the queries from ``start`` to ``stop``: ``scores[0, h, t - start]`` of each block, ``scores[1]`` what
+    the block after it gets. scores: ``[2, KV, chunk, width]`` float32."""
+    _, heads, dim = q.shape
+    keys, kv = k_cmp.shape[:2]
+    sizes, group = tables.sizes, heads // kv
+    tile = COLUMNS // group
+    tiles = triton.cdiv(stop - start, 2 * tile)
+    pairs = q.view(len(q), heads // 2, 2, dim).transpose(0, 1)
+    _importance_kernel[(min(tiles * kv, multiprocessors(q.device)),)](
+        descriptor(pairs, group // 2, tile, 2, 64),
+        descriptor(k_cmp.view(keys, kv * dim), KEYS // 2, dim),
+        lse,
+        tables.starts,
+        tables.cmp.low,
+        tables.cmp.high,
+        scores,
+        scale * LOG2E,
+        start,
+        stop,
+        tiles,
+        scores.shape[3],
+        scores.shape[2],
+        KV=kv,
+        G=group,
+        D=dim,
+        TILE=tile,
+        STAGES=STAGES,
+        COUNT=sizes.slc_count,
+        LOCAL=sizes.slc_local,
+        BLOCK=sizes.slc_block,
+        PER_CMP=sizes.cmp_block // sizes.cmp_stride,
+        PER_SLC=sizes.slc_block // sizes.cmp_stride,
+        num_warps=4,
+    )
+
+
+@gluon.jit
+def _laps(tiles, KV: gl.constexpr):
+    """How many tiles this program takes: its own number's, and every one a grid further on."""
+    return gl.cdiv(tiles * KV - gl.program_id(0), gl.num_programs(0))
+
+
+@gluon.jit
+def _tile(
+    lap, starts, low, high, start, stop, tiles, KV: gl.constexpr, TILE: gl.constexpr, COUNT: gl.constexpr,
+    LOCAL: gl.constexpr, BLOCK: gl.constexpr, PER_SLC: gl.constexpr,
+):  # fmt: skip
+    """Of a tile: its first query, head, document, first key, steps, and the keys that all of its queries see."""
+    idx = gl.program_id(0) + lap * gl.num_programs(0)
+    # The last queries score the most blocks: they begin first.
+    first, h = start + (tiles - 1 - idx // KV) * 2 * TILE, idx % KV
+    t = first + gl.arange(0, 2 * TILE, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    origin = gl.load(starts + first)
+    mine = gl.load(starts + t, mask=t < stop, other=-1) == origin
+    own = (gl.max(gl.where(mine, t, 0), 0) - origin) // BLOCK
+    fewest = gl.min(gl.where(mine, gl.load(high + t, mask=t < stop, other=0), 2147483647), 0)
+    # Where no query has to choose, nothing is scored.
+    steps = gl.where(own < COUNT, 0, gl.cdiv((own - LOCAL + 1) * PER_SLC, 128))
+    return first, h, origin, gl.load(low + first), steps.to(gl.int32), fewest
+
+
+@gluon.jit
+def _producer(
+    q, k, rings, starts, low, high, start, stop, tiles, KV: gl.constexpr, G: gl.constexpr, TILE: gl.constexpr,
+    STAGES: gl.constexpr, COUNT: gl.constexpr, LOCAL: gl.constexpr, BLOCK: gl.constexpr, PER_SLC: gl.constexpr,
+):  # fmt: skip
+    """Copy each tile's queries, and its keys step by step, two halves of them."""
+    q_tma, _ring, k_ring, q_full, q_empty, k_full, k_empty = rings
+    D: gl.constexpr = k.block_type.shape[1]
+    i = 0
+    for lap in range(_laps(tiles, KV)):
+        first, h, _origin, base, steps, _fewest = _tile(
+            lap, starts, low, high, start, stop, tiles, KV, TILE, COUNT, LOCAL, BLOCK, PER_SLC
+        )
+        slot = lap & 1
+        mbarrier.wait(q_empty.index(slot), (lap >> 1 & 1) ^ 1)
+        mbarrier.expect(q_full.index(slot), 2 * q.block_type.nbytes * (D // 64))
+        for half in gl.static_range(2):
+            for c in gl.static_range(D // 64):
+                b_q = q_tma.index((2 * slot + half) * (D // 64) + c)
+                at = [h * (G // 2), first + half * TILE, 0, c * 64]
+                tma.async_copy_global_to_shared(q, at, q_full.index(slot), b_q)
+        for n in range(steps):
+            bar = k_full.index(i % STAGES)
+            mbarrier.wait(k_empty.index(i % STAGES), (i // STAGES & 1) ^ 1)
+            mbarrier.expect(bar, 2 * k.block_type.nbytes)
+            for c in gl.static_range(2):
+                b_k = k_ring.index(2 * (i % STAGES) + c)
+                tma.async_copy_global_to_shared(k, [base + n * 128 + c * 64, h * D], bar, b_k)
+            i += 1
+
+
+@gluon.jit
+def _consumer(
+    C, rings, lse_smem, lse, starts, low, high, scores, scale, start, stop, tiles, width, chunk, KV: gl.constexpr,
+    G: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr, COUNT: gl.constexpr, LOCAL: gl.constexpr,
+    BLOCK: gl.constexpr, PER_CMP: gl.constexpr, PER_SLC: gl.constexpr,
+):  # fmt: skip
+    """Scores of half of each tile's queries, from 64 of the 128 keys of each step."""
+    _tma, q_ring, k_ring, q_full, q_empty, k_full, k_empty = rings
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    COLUMN: gl.constexpr = gl.SliceLayout(0, S)
+    BLOCKS: gl.constexpr = 64 // PER_SLC
+    KEYS: gl.constexpr = C % 2
+    HALF: gl.constexpr = C // 2
+    zeros = gl.zeros([64, 128], gl.float32, S)
+    i = 0
+    for lap in range(_laps(tiles, KV)):
+        first, h, origin, base, steps, fewest = _tile(
+            lap, starts, low, high, start, stop, tiles, KV, TILE, COUNT, LOCAL, BLOCK, PER_SLC
+        )
+        first += HALF * TILE
+        column = gl.arange(0, 128, layout=COLUMN)
+        t, head = first + column // 2 % TILE, column // (2 * TILE) * 2 + column % 2
+        there = gl.load(starts + t, mask=t < stop, other=-1) == origin
+        # Columns that do not count weigh nothing: their log-sum-exp is infinite. Registers are short: they wait here.
+        b_lse = gl.load(lse + (t.to(gl.int64) * KV + h) * G + head, mask=there, other=float("inf"))
+        lse_smem.index(C).store(b_lse * 1.4426950408889634)
+        mbarrier.wait(q_full.index(lap & 1), lap >> 1 & 1)
+        b_q = q_ring.index(2 * (lap & 1) + HALF).permute((1, 0))
+        p_rows = scores + (h * chunk + first - start).to(gl.int64) * width
+        for n in range(steps):
+            mbarrier.wait(k_full.index(i % STAGES), i // STAGES & 1)
+            b_k = k_ring.index(2 * (i % STAGES) + KEYS)
+            s = warpgroup_mma(b_k, b_q, zeros, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(0, [s])
+            mbarrier.arrive(k_empty.index(i % STAGES))
+            p = gl.exp2(s * scale - lse_smem.index(C).load(COLUMN)[None, :])
+            key = base + n * 128 + KEYS * 64
+            if key + 64 > fewest:
+                t = first + gl.arange(0, 128, layout=COLUMN) // 2 % TILE
+                b_high = gl.load(high + t, mask=t < stop, other=0)
+                keys = key + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
+                p = gl.where(keys[:, None] < b_high[None, :], p, 0.0)
+            total = gl.sum(gl.sum(p.reshape([64, G // 2, TILE, 2]), 3), 1)
+            # A compressed key counts once for each piece of d keys that it shares with a block (NSA eq. 9).
+            offset = gl.arange(0, 64, layout=gl.SliceLayout(1, total.type.layout)) % PER_SLC
+            shared = gl.minimum(PER_CMP, PER_SLC - offset).to(gl.float32)
+            above = gl.maximum(PER_CMP - (PER_SLC - offset), 0).to(gl.float32)
+            here = gl.sum((total * shared[:, None]).reshape([BLOCKS, PER_SLC, TILE]), 1)
+            after = gl.sum((total * above[:, None]).reshape([BLOCKS, PER_SLC, TILE]), 1)
+            L: gl.constexpr = here.type.layout
+            block = (2 * n + KEYS) * BLOCKS + gl.arange(0, BLOCKS, layout=gl.SliceLayout(1, L))
+            mate = gl.arange(0, TILE, layout=gl.SliceLayout(0, L))
+            p_scores = p_rows + (mate * width)[None, :] + block[:, None]
+            inside = (first + mate < stop)[None, :] & (block < width)[:, None]
+            gl.store(p_scores, here, mask=inside)
+            gl.store(p_scores + KV * chunk.to(gl.int64) * width, after, mask=inside)
+            i += 1
+        mbarrier.arrive(q_empty.index(lap & 1))
+
+
+@gluon.jit(do_not_specialize=["start", "stop", "tiles", "width", "chunk"])
+def _importance_kernel(
+    q, k, lse, starts, low, high, scores, scale, start, stop, tiles, width, chunk, KV: gl.constexpr, G: gl.constexpr,
+    D: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr, COUNT: gl.constexpr, LOCAL: gl.constexpr,
+    BLOCK: gl.constexpr, PER_CMP: gl.constexpr, PER_SLC: gl.constexpr,
+):  # fmt: skip
+    """Programs take tiles of queries and a key head in turn, until there is none left."""
+    FIRST: gl.constexpr = 0
+    SECOND: gl.constexpr = 1
+    THIRD: gl.constexpr = 2
+    FOURTH: gl.constexpr = 3
+    q_tma = gl.allocate_shared_memory(q.dtype, [4 * (D // 64), G // 2, TILE, 2, 64], q.layout)
+    q_ring = q_tma._reinterpret(q.dtype, [4, 128, D], k.layout)
+    k_ring = gl.allocate_shared_memory(k.dtype, [2 * STAGES, 64, D], k.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(2):
+        mbarrier.init(q_full.index(s), count=1)
+        mbarrier.init(q_empty.index(s), count=4)
+    for s in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(s), count=1)
+        mbarrier.init(k_empty.index(s), count=4)
+    lse_smem = gl.allocate_shared_memory(gl.float32, [4, 128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    fence_async_shared()
+    rings = (q_tma, q_ring, k_ring, q_full, q_empty, k_full, k_empty)
+    gl.warp_specialize(
+        [
+            (
+                _consumer,
+                (FIRST, rings, lse_smem, lse, starts, low, high, scores, scale, start, stop, tiles, width, chunk, KV,
+                 G, TILE, STAGES, COUNT, LOCAL, BLOCK, PER_CMP, PER_SLC),
+            ),
+            (
+                _consumer,
+                (SECOND, rings, lse_smem, lse, starts, low, high, scores, scale, start, stop, tiles, width, chunk, KV,
+                 G, TILE, STAGES, COUNT, LOCAL, BLOCK, PER_CMP, PER_SLC),
+            ),
+            (
+                _consumer,
+                (THIRD, rings, lse_smem, lse, starts, low, high, scores, scale, start, stop, tiles, width, chunk, KV,
+                 G, TILE, STAGES, COUNT, LOCAL, BLOCK, PER_CMP, PER_SLC),
+            ),
+            (
+                _consumer,
+                (FOURTH, rings, lse_smem, lse, starts, low, high, scores, scale, start, stop, tiles, width, chunk, KV,
+                 G, TILE, STAGES, COUNT, LOCAL, BLOCK, PER_CMP, PER_SLC),
+            ),
+            (
+                _producer,
+                (q, k, rings, starts, low, high, start, stop, tiles, KV, G, TILE, STAGES, COUNT, LOCAL, BLOCK, PER_SLC),
+            ),
+        ],
+        [4, 4, 4, 1],
+        [112, 112, 112, 24],
+    )  # fmt: skip
