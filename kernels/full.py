@@ -125,13 +125,13 @@ def _by_length(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], sca
             [(torch.tensor(starts)[:, None] + torch.arange(n)).flatten() for n, starts in groups.items()]
         ).to(q.device)
         q, k, v = q[order], k[order], v[order]
-    outs, at, gqa = [], 0, q.shape[1] != k.shape[1]
-    for length, starts in groups.items():
-        part = slice(at, at + len(starts) * length)
-        bq, bk, bv = (x[part].unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
+    outs, gqa = [], q.shape[1] != k.shape[1]
+    sizes = [len(starts) * length for length, starts in groups.items()]
+    parts = zip(*(x.split(sizes) if len(sizes) > 1 else (x,) for x in (q, k, v)), strict=True)
+    for length, part in zip(groups, parts, strict=True):
+        bq, bk, bv = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in part)
         out = functional.scaled_dot_product_attention(bq, bk, bv, is_causal=True, scale=scale, enable_gqa=gqa)
         outs.append(out.transpose(1, 2).flatten(0, 1))
-        at = part.stop
     joined = outs[0] if len(outs) == 1 else torch.cat(outs)
     return joined if order is None else joined[order.argsort()]
 

@@ -51,8 +51,8 @@ class MasterAdamW:
             if _is_wide(parameter):
                 continue
             if parameter.grad is not None:
-                grad, before = parameter.grad.to(torch.float32), self._sums[i]
-                self._sums[i] = grad if before is None else before.add_(grad)
+                before = self._sums[i]
+                self._sums[i] = parameter.grad.to(torch.float32) if before is None else before.add_(parameter.grad)
             parameter.grad = None
 
     def gradients(self) -> list[Tensor]:

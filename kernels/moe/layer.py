@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from shoal.kernels.moe import gemms as ffn
@@ -155,4 +156,7 @@ class _MoELayer(torch.autograd.Function):
             d_shared_up = d_up if shared_up.dim() == 2 else apart(d_up, len(shared_up))
             d_shared_down = d_wide_down.view_as(shared_down)
         d_x = combine(d_rows, choice.rows, None, base, d_logits, centroids)
-        return d_x, d_logits.T @ x, d_gate_up, d_down, d_shared_up, d_shared_down, None, None
+        # cuBLAS takes three times as long where rows do not begin at multiples of 16 bytes.
+        rest = -len(centroids) % 8
+        d_centroids = ((F.pad(d_logits, (0, rest)) if rest else d_logits).T @ x)[: len(centroids)]
+        return d_x, d_centroids, d_gate_up, d_down, d_shared_up, d_shared_down, None, None

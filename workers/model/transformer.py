@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shoal.workers.config import Recipe
-from shoal.workers.data.batch import IGNORE, PackedBatch
+from shoal.workers.data.batch import PackedBatch
 from shoal.workers.errors import InvalidInput
 from shoal.workers.expert_plan import Homes, Plan
 from shoal.workers.mesh import Mesh, make_mesh
 from shoal.workers.model.attention import Attending, FullAttention, NativeSparseAttention
 from shoal.workers.model.contexts import attention_context, own_part
 from shoal.workers.model.feedforward import DenseFFN, MoE, MoELoad, Stages, named_views, run
+from shoal.workers.model.loss import cross_entropy_sum
 from shoal.workers.placement import Placement
 
 LOSS_CHUNK = 4096  # tokens whose logits exist at one time
@@ -197,25 +198,20 @@ class Transformer(nn.Module):
         """:meth:`MoE.join_shared` of every layer: the bytes that it allocated."""
         return sum(layer.join_shared() for layer in self.moe_layers)
 
+    @property
+    def vocabulary(self) -> Tensor:
+        """``[vocab, hidden]``: what hidden states are multiplied with."""
+        return self.embedding.weight if self.recipe.model.tied_embeddings else self.head.weight
+
     def logits(self, hidden: Tensor) -> Tensor:
         """``[T, hidden] -> [T, vocab]`` in the model's dtype."""
-        weight = self.embedding.weight if self.recipe.model.tied_embeddings else self.head.weight
-        return F.linear(hidden, weight)
+        return F.linear(hidden, self.vocabulary)
 
     def loss_sum(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Cross entropy summed over the targets, nats, at least float32. Without attention: 0, tied to the graph."""
-        wide = torch.promote_types(self.dtype, torch.float32)
         if not self.hosts_attention:
-            return hidden.sum().to(wide)
-
-        def part(h: Tensor, t: Tensor) -> Tensor:
-            return F.cross_entropy(self.logits(h).to(wide), t, ignore_index=IGNORE, reduction="sum")
-
-        if len(hidden) <= LOSS_CHUNK:
-            return part(hidden, targets)
-        # logits are recomputed chunk by chunk in the backward pass: 64k tokens of a 100k vocabulary take 26 GB
-        chunks = zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
-        return torch.stack([checkpoint(part, h, t, use_reentrant=False) for h, t in chunks]).sum()
+            return hidden.sum().to(torch.promote_types(self.dtype, torch.float32))
+        return cross_entropy_sum(hidden, self.vocabulary, targets, LOSS_CHUNK)
 
 
 def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
