@@ -63,7 +63,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each head of ``x`` by its row's angles.
 
     x: ``[T, heads, dim]``; cos, sin: ``[T, dim/2]`` of :func:`rope_tables`. Computes in the tables' dtype and returns
-    x's shape and dtype. In 16 bits on a GPU by Triton, whose results are the same bits; the tables then get no gradient.
+    x's shape and dtype. In 16 bits on a GPU by Triton, with the same bits; the tables get no gradient then.
     """
     if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
         from shoal.kernels.triton_rope import triton_rotate

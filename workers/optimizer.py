@@ -84,7 +84,7 @@ class MasterAdamW:
             parameter.grad = self._sums[i] = None
         pairs = [(piece.of(self.parameters), master) for piece, master in zip(self.pieces, self.masters, strict=True)]
         if rounded := [(weights, master) for weights, master in pairs if not _is_wide(weights)]:
-            torch._foreach_copy_(*map(list, zip(*rounded, strict=True)))
+            torch._foreach_copy_([weights for weights, _ in rounded], [master for _, master in rounded])
 
     def set_steps(self, steps: int) -> None:
         """Tells Adam how many steps its moments have seen (its bias correction)."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shoal.kernels.moe import gemms as ffn
 from shoal.kernels.moe.fan import combine, expand
-from shoal.kernels.moe.gemms import Gemms, apart, side_by_side
+from shoal.kernels.moe.gemms import Gemms, apart
 from shoal.kernels.moe.plan import gates_of_rows
 from shoal.workers.dispatch import Dispatcher
 
@@ -83,7 +83,7 @@ class Pass:
         shared_up, _ = self.shared
         self.shared_hidden = self.shared_act = self.hidden = None
         if shared_up is not None:
-            self.shared_hidden, self.shared_act = self._beside(self.kind(None)).up(x, side_by_side(shared_up))
+            self.shared_hidden, self.shared_act = self._beside(self.kind(None)).up(x, shared_up)
         self.flight.send()
         self.arrived = self.flight.arrive(x, gates)
         rows = expand(self.arrived.parts, self.arrived.fan, self.triton)
@@ -214,8 +214,9 @@ class Pass:
         up, down = self.shared
         if up is None or down is None or self.shared_hidden is None:
             return None, None, None
-        wide = side_by_side(up), down.flatten(0, 1)
-        d_x, d_up, d_down, _ = ffn.backward(self._beside(self.kind(None)), grad, lambda: x, self.shared_hidden, *wide)
+        weights = up, down.flatten(0, 1)
+        products = self._beside(self.kind(None))
+        d_x, d_up, d_down, _ = ffn.backward(products, grad, lambda: x, self.shared_hidden, *weights)
         return d_x, apart(d_up, len(up)), d_down.view_as(down)
 
 

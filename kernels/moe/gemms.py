@@ -63,9 +63,18 @@ class Gemms:
         return out
 
     def up(self, rows: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-        """``[R, H], [E, H, 2F]`` -> hidden ``[R, 2F]`` and its SwiGLU ``[R, F]``."""
-        hidden = self.rows_by_weight(rows, gate_up)
+        """``[R, H], [E, H, 2F]`` -> hidden ``[R, 2F]`` and its SwiGLU ``[R, F]``. Without groups also ``[S, H, 2F]``:
+        experts that all rows use are one, side by side (:func:`side_by_side`)."""
+        hidden = self.rows_by_weight(rows, self.joined(gate_up))
         return hidden, swiglu(hidden)
+
+    def up_backward(self, grad: Tensor, gate_up: Tensor) -> Tensor:
+        """The gradient of the rows that :meth:`up` had, of the one of hidden."""
+        return self.rows_by_weight(grad, self.joined(gate_up).transpose(-1, -2))
+
+    def joined(self, gate_up: Tensor) -> Tensor:
+        """gate_up as products take it."""
+        return side_by_side(gate_up) if self.ends is None and gate_up.dim() == 3 else gate_up
 
     def act_backward(
         self, grad: Tensor, down: Tensor, hidden: Tensor, gates: Tensor | None, order: Tensor | None
@@ -100,7 +109,7 @@ def backward(
     d_hidden, act, d_gates = gemms.act_backward(grad, down, hidden, gates, order)
     d_down = gemms.rows_by_rows(act, grad)
     del act, grad
-    d_rows = gemms.rows_by_weight(d_hidden, gate_up.transpose(-1, -2))
+    d_rows = gemms.up_backward(d_hidden, gate_up)
     if on_rows is not None:
         on_rows(d_rows, d_gates)
     return d_rows, gemms.rows_by_rows(rows(), d_hidden), d_down, d_gates
@@ -129,11 +138,6 @@ def swiglu_backward(
         d_gates = (act * d_act).sum(-1, dtype=weights.dtype)
         act, d_act = (act * weights[:, None]).to(act.dtype), (d_act * weights[:, None]).to(act.dtype)
     return torch.cat([d_act * up * (sigmoid + silu * (1 - sigmoid)), d_act * silu], dim=-1), act, d_gates
-
-
-def as_one(gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """``[S, H, 2F], [S, F, H] -> [H, 2·S·F], [S·F, H]``: only gate_up is copied. Unchanged if they are one already."""
-    return (gate_up, down) if gate_up.dim() == 2 else (side_by_side(gate_up), down.flatten(0, 1))
 
 
 def side_by_side(gate_up: Tensor) -> Tensor:

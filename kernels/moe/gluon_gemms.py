@@ -40,13 +40,29 @@ class GluonGemms(TritonGemms):
         return out
 
     def up(self, rows: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-        """``[R, H], [E, H, 2F]`` -> hidden ``[R, 2F]`` and its SwiGLU ``[R, F]``."""
-        double = gate_up.shape[-1]
+        """As :meth:`Gemms.up`; weights of experts side by side are read where they are."""
+        side = self._side(gate_up)
+        gate_up = gate_up if side > 1 else self.joined(gate_up)
+        double = side * gate_up.shape[-1]
         if not len(rows) or not supported(rows, rows.shape[1], double // 2):
             return super().up(rows, gate_up)
         hidden, act = rows.new_empty(len(rows), double), rows.new_empty(len(rows), double // 2)
-        product(UP, rows, gate_up, self.tiles(rows), hidden, act, spare=self.spare)
+        product(UP, rows, gate_up, self.tiles(rows), hidden, act, spare=self.spare, side=side)
         return hidden, act
+
+    def up_backward(self, grad: Tensor, gate_up: Tensor) -> Tensor:
+        """As :meth:`Gemms.up_backward`."""
+        side = self._side(gate_up)
+        if side == 1 or not self.plain or not len(grad) or not supported(grad, gate_up.shape[1]):
+            return super().up_backward(grad, gate_up)
+        out = grad.new_empty(len(grad), gate_up.shape[1])
+        product(PLAIN, grad, gate_up.transpose(-1, -2), self.tiles(grad), out, spare=self.spare, side=side)
+        return out
+
+    def _side(self, gate_up: Tensor) -> int:
+        """How many experts stand side by side for the kernels: no tile may reach from one into another."""
+        fits = self.ends is None and gate_up.dim() == 3 and gate_up.shape[-1] // 2 % COLUMNS[UP] == 0
+        return len(gate_up) if fits else 1
 
     def act_backward(
         self, grad: Tensor, down: Tensor, hidden: Tensor, gates: Tensor | None, order: Tensor | None

@@ -54,11 +54,14 @@ def product(
     order: Tensor | None = None,
     parts: Tensor | None = None,
     spare: int = 0,
+    side: int = 1,
 ) -> None:
     """weight: ``[E, K, N]`` or ``[K, N]``, either of its last dimensions contiguous. spare: multiprocessors that are
-    left to others."""
+    left to others. side: so many of ``weight`` are one expert, side by side along their columns for UP, along their
+    rows for PLAIN."""
     depth, width = weight.shape[-2:]
-    inner = width // 2 if mode == UP else width
+    inner = side * width // 2 if mode == UP else width
+    depth_of_all = depth if mode == UP else side * depth
     by_column = weight.stride(-1) != 1  # each column's elements are neighbours
     flat = (weight.transpose(-1, -2) if by_column else weight).reshape(-1, depth if by_column else width)
     columns = COLUMNS[mode]
@@ -87,7 +90,7 @@ def product(
         _gemm_kernel,
         arguments,
         spare,
-        K=depth,
+        K=depth_of_all,
         N=inner,
         MODE=mode,
         BY_COLUMN=by_column,
@@ -95,6 +98,7 @@ def product(
         STAGES=stages,
         SLOTS=slots,
         GROUP=GROUPS[mode],
+        SIDE=side,
     )
 
 
@@ -124,7 +128,7 @@ def _tile(lap, table, count, most, N: gl.constexpr, BN: gl.constexpr, GROUP: gl.
 
 
 @gluon.jit
-def _producer(a, b, a_ring, b_ring, full, empty, table, count, most, K, N, MODE, BY_COLUMN, STAGES, GROUP):
+def _producer(a, b, a_ring, b_ring, full, empty, table, count, most, K, N, MODE, BY_COLUMN, STAGES, GROUP, SIDE):
     """Fill the rings with rows ``[128, 64]`` and weights ``[64, 256]``."""
     BN: gl.constexpr = 256 if MODE == 0 else 128
     DEPTH: gl.constexpr = 64
@@ -138,10 +142,19 @@ def _producer(a, b, a_ring, b_ring, full, empty, table, count, most, K, N, MODE,
             mbarrier.expect(bar, a.block_type.nbytes + b.block_type.nbytes * (2 if MODE == 1 else 1))
             tma.async_copy_global_to_shared(a, [row, k], bar, a_ring.index(slot))
             if MODE == 1:
-                tma.async_copy_global_to_shared(b, [expert * K + k, n * BN], bar, b_ring.index(2 * slot))
-                tma.async_copy_global_to_shared(b, [expert * K + k, N + n * BN], bar, b_ring.index(2 * slot + 1))
+                # Of experts side by side: which one these columns are of, and where its gates and ups begin.
+                OWN: gl.constexpr = N // SIDE
+                mate = n * BN // OWN
+                at = (expert * SIDE + mate) * K + k
+                column = n * BN - mate * OWN
+                tma.async_copy_global_to_shared(b, [at, column], bar, b_ring.index(2 * slot))
+                tma.async_copy_global_to_shared(b, [at, OWN + column], bar, b_ring.index(2 * slot + 1))
             elif BY_COLUMN:
-                tma.async_copy_global_to_shared(b, [expert * N + n * BN, k], bar, b_ring.index(slot))
+                PART: gl.constexpr = K // (2 * SIDE)
+                mate = k // PART % SIDE if SIDE > 1 else 0
+                column = k // (K // 2) * PART + k % PART if SIDE > 1 else k
+                at = (expert * SIDE + mate) * N + n * BN
+                tma.async_copy_global_to_shared(b, [at, column], bar, b_ring.index(slot))
             else:
                 tma.async_copy_global_to_shared(b, [expert * K + k, n * BN], bar, b_ring.index(slot))
             i += 1
@@ -305,7 +318,7 @@ def _consumer(
             done += 1
         else:
             # None of these rows is the expert's: the other consumer has the tensor cores to itself.
-            for k in range(0, K, 64):
+            for _k in range(0, K, 64):
                 mbarrier.wait(full.index(i % STAGES), i // STAGES & 1)
                 mbarrier.arrive(empty.index(i % STAGES))
                 i += 1
@@ -336,6 +349,7 @@ def _gemm_kernel(
     STAGES: gl.constexpr,
     SLOTS: gl.constexpr,
     GROUP: gl.constexpr,
+    SIDE: gl.constexpr,
 ):
     """``[R, K]`` by ``[E, K, N]``, or by ``[E, K, 2N]`` where SwiGLU follows."""
     FIRST: gl.constexpr = 0
@@ -375,7 +389,7 @@ def _gemm_kernel(
             ),
             (
                 _producer,
-                (a, b, a_tma, b_tma, full, empty, table, count, most, K, N, MODE, BY_COLUMN, STAGES, GROUP),
+                (a, b, a_tma, b_tma, full, empty, table, count, most, K, N, MODE, BY_COLUMN, STAGES, GROUP, SIDE),
             ),
         ],
         [4, 1],

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shoal.kernels.moe import gemms as ffn
-from shoal.kernels.moe.gemms import Gemms, apart, as_one
+from shoal.kernels.moe.gemms import Gemms, apart
 from shoal.kernels.moe.triton_gemms import TritonGemms
 from shoal.kernels.moe.triton_route import Choice, choose, choose_backward
 from shoal.kernels.moe.triton_rows import combine, expand
@@ -53,9 +53,9 @@ def moe_layer(
 
     x: ``[T, H]``, centroids: ``[N, H]``. gate_up: ``[N, H, 2F]`` (gate first), down: ``[N, F, H]``; shared: the same
     of the shared experts, ``[S, H, 2F']`` and ``[S, F', H]``, or of all of them as one, ``[H, 2·S·F']`` and
-    ``[S·F', H]`` (:func:`shoal.kernels.moe.gemms.as_one`), which saves a copy. score, normalize, bias, groups, most: as
-    in :func:`shoal.kernels.moe.triton_route.choose`. All of one dtype; bias float32. squares, scores: ask for them.
-    kind: who computes the experts' products.
+    ``[S·F', H]`` (:func:`shoal.kernels.moe.gemms.side_by_side`), which may save a copy. score, normalize, bias, groups,
+    most: as in :func:`shoal.kernels.moe.triton_route.choose`. All of one dtype; bias float32. squares, scores: ask for
+    them. kind: who computes the experts' products.
     """
     shared_up, shared_down = shared or (None, None)
     options = _Options(top_k, score, normalize, groups, most, squares, scores, kind)
@@ -102,7 +102,7 @@ class _MoELayer(torch.autograd.Function):
         hidden, results = ffn.forward(ctx.products, expand(x, choice.rows), gate_up, down)
         shared_hidden = base = None
         if shared_up is not None and shared_down is not None:
-            shared_hidden, base = ffn.forward(kind(None), x, *as_one(shared_up, shared_down))
+            shared_hidden, base = ffn.forward(kind(None), x, shared_up, _flat(shared_down))
         out = combine(results, choice.rows, choice.gates, base)
         ctx.save_for_backward(
             x, centroids, gate_up, down, shared_up, shared_down, hidden, shared_hidden, *vars(choice).values()
@@ -151,8 +151,8 @@ class _MoELayer(torch.autograd.Function):
         d_shared_down: Tensor | None = None
         if shared_up is not None:
             products = kind(None)
-            up, wide_down = as_one(shared_up, shared_down)
-            base, d_up, d_wide_down, _ = ffn.backward(products, grad, lambda: x, shared_hidden, up, wide_down)
+            down = _flat(shared_down)
+            base, d_up, d_wide_down, _ = ffn.backward(products, grad, lambda: x, shared_hidden, shared_up, down)
             d_shared_up = d_up if shared_up.dim() == 2 else apart(d_up, len(shared_up))
             d_shared_down = d_wide_down.view_as(shared_down)
         d_x = combine(d_rows, choice.rows, None, base, d_logits, centroids)
@@ -160,3 +160,8 @@ class _MoELayer(torch.autograd.Function):
         rest = -len(centroids) % 8
         d_centroids = ((F.pad(d_logits, (0, rest)) if rest else d_logits).T @ x)[: len(centroids)]
         return d_x, d_centroids, d_gate_up, d_down, d_shared_up, d_shared_down, None, None
+
+
+def _flat(shared_down: Tensor) -> Tensor:
+    """``[S, F, H] -> [S·F, H]``, where it is not that already."""
+    return shared_down.flatten(0, -2)

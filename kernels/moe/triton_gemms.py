@@ -14,8 +14,8 @@ class TritonGemms(Gemms):
     triton = True
 
     def up(self, rows: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-        """``[R, H], [E, H, 2F]`` -> hidden ``[R, 2F]`` and its SwiGLU ``[R, F]``."""
-        hidden = self.rows_by_weight(rows, gate_up)
+        """As :meth:`Gemms.up`."""
+        hidden = self.rows_by_weight(rows, self.joined(gate_up))
         return hidden, triton_rows.swiglu(hidden)
 
     def act_backward(

@@ -105,6 +105,9 @@ def experts() -> None:
     products.rows_by_weight(act, down)
     products.act_backward(x, down, hidden_rows, torch.ones(rows), torch.arange(rows, dtype=torch.int32))
     products.rows_by_rows(x, hidden_rows)
+    together = x.new_zeros(2, hidden, 256)
+    hidden_rows, _ = GluonGemms(None).up(x, together)
+    GluonGemms(None).up_backward(hidden_rows, together)
 
 
 def pages(kv: int, group: int, dims: tuple[int, int], dtype: torch.dtype) -> None:

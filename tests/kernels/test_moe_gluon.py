@@ -96,3 +96,18 @@ def test_the_same_bits_again_and_the_layer_of_the_other_kind() -> None:
     for first, again, torchs in zip(*results, strict=True):
         assert torch.equal(first, again)
         near(first, torchs.cpu().double(), 2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("count", "inner"), [(2, 1408), (3, 128), (2, 200)])
+def test_experts_side_by_side(count: int, inner: int) -> None:
+    """Read where they are, or joined where a tile would reach from one into another."""
+    ours, exact = GluonGemms(None), Gemms(None)
+    rows = draw(333, 256, dtype=torch.bfloat16, seed=1)
+    weight = draw(count, 256, 2 * inner, dtype=torch.bfloat16, seed=2) / 16
+    wide = [x.cpu().double() for x in (rows, weight)]
+    hidden, act = ours.up(rows, weight)
+    want_hidden, want_act = exact.up(wide[0], wide[1])
+    near(hidden, want_hidden)
+    near(act, want_act, 6e-3)
+    near(ours.up_backward(hidden, weight), exact.up_backward(hidden.cpu().double(), wide[1]))

@@ -24,7 +24,12 @@ SCALE = 0.2
 @pytest.mark.parametrize("sizes", [BlockSizes(32, 16, 64, 6, 1, 2, 100), BlockSizes(16, 16, 16, 5, 1, 1, 64)])
 @pytest.mark.parametrize(
     ("kv", "group", "dim", "dtype"),
-    [(2, 16, 128, torch.bfloat16), (1, 64, 64, torch.float16), (4, 8, 128, torch.bfloat16), (3, 32, 64, torch.bfloat16)],
+    [
+        (2, 16, 128, torch.bfloat16),
+        (1, 64, 64, torch.float16),
+        (4, 8, 128, torch.bfloat16),
+        (3, 32, 64, torch.bfloat16),
+    ],
 )
 @pytest.mark.parametrize("lengths", [[5000], [700, 1, 63, 64, 1900, 320], [6, 401]])
 def test_scores_are_tritons(

@@ -15,8 +15,8 @@ from shoal.workers.data.batch import IGNORE
 def cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
     """``-Σ log softmax(hidden weightᵀ)[target]``, nats, at least float32.
 
-    hidden: ``[T, H]``, weight: ``[V, H]``, targets: ``[T]`` int64, ``IGNORE`` for none. chunk: tokens whose logits exist
-    at a time. Where gradients are wanted they are computed along with the loss, and kept in place of logits.
+    hidden: ``[T, H]``, weight: ``[V, H]``, targets: ``[T]`` int64, ``IGNORE`` for none. chunk: tokens whose logits
+    exist at a time. Where gradients are wanted they are computed along with the loss, and kept in place of logits.
     """
     total = _CrossEntropy.apply(hidden, weight, targets, chunk)
     assert isinstance(total, Tensor)
