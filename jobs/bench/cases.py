@@ -72,17 +72,21 @@ def _run(
         begun = read = 0
         failed, over = "", False
         processes = mp.spawn(main, (ranks, str(Path(folder) / "store"), cases, str(results)), ranks, join=False)
-        while True:
-            try:
-                over = over or processes.join(POLL)
-            except Exception as error:  # whatever a rank raised, or what killed it
-                failed, over = str(error).strip().splitlines()[-1], True
-            lines = [line for line in results.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            for line in map(json.loads, lines[read:]):
-                begun = max(begun, line.get("begins", 0))
-                if "rows" in line:
-                    found[cases[line["case"]]] = line["rows"]
-                    after(cases[line["case"]], line["rows"])
-            read = len(lines)
-            if over:
-                return begun, failed
+        try:
+            while True:
+                try:
+                    over = over or processes.join(POLL)
+                except Exception as error:  # whatever a rank raised, or what killed it
+                    failed, over = str(error).strip().splitlines()[-1], True
+                lines = [line for line in results.read_text().splitlines(keepends=True) if line.endswith("\n")]
+                for line in map(json.loads, lines[read:]):
+                    begun = max(begun, line.get("begins", 0))
+                    if "rows" in line:
+                        found[cases[line["case"]]] = line["rows"]
+                        after(cases[line["case"]], line["rows"])
+                read = len(lines)
+                if over:
+                    return begun, failed
+        finally:
+            for process in processes.processes:  # those of a caller that gives up
+                process.terminate()

@@ -197,9 +197,9 @@ def measure(case: Case, group: Group, device: torch.device) -> list[dict[str, An
         return seconds, [middle - before, received() - middle]
 
     once()
-    base = _memory(device, reset=True)
+    base = memory(device, reset=True)
     first, arrived = once()
-    peak = _memory(device) - base
+    peak = memory(device) - base
     count = case.repeats or int(group.all_reduce(torch.tensor([SECONDS / sum(first)], device=device)) / group.size)
     times = [first, *(once()[0] for _ in range(max(1, min(count, 20)) - 1))]
     times = [[f, b, f + b] for f, b in times]
@@ -234,7 +234,7 @@ def _coverage(case: Case, group: Group, device: torch.device, leaves: list[Tenso
     return float(group.all_reduce(torch.tensor(found, device=device))) / group.size
 
 
-def _memory(device: torch.device, reset: bool = False) -> int:
+def memory(device: torch.device, reset: bool = False) -> int:
     """Bytes allocated now, with ``reset``, or at most since then; 0 on a CPU."""
     if device.type != "cuda":
         return 0
