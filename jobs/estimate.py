@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from shoal.workers.config import AttentionTable, ModelTable, Recipe
+if TYPE_CHECKING:
+    from shoal.kernels.nsa import BlockSizes
+    from shoal.workers.config import AttentionTable, ModelTable, Recipe
 
 GATE_HIDDEN = 64  # hidden size of NSA's gate MLP: hidden -> 64 -> 3 * heads
 BRANCHES = 3  # compression, selection, window: each with K and V projections of its own
@@ -127,7 +130,7 @@ def _compression(m: ModelTable, a: AttentionTable) -> int:
     return sum(m.kv_heads * (a.cmp_block * dim + _mlp(a, dim)) for dim in (m.head_dim, m.v_dim))
 
 
-def _mlp(a: AttentionTable, dim: int) -> int:
+def _mlp(a: AttentionTable | BlockSizes, dim: int) -> int:
     return (a.cmp_block * dim) * (2 * dim) + (2 * dim) * dim
 
 
@@ -137,23 +140,36 @@ def count_flops(recipe: Recipe, parameters: Parameters) -> Flops:
     table = m.vocab * m.hidden  # looked up, not multiplied; tied, the same table is the output layer
     multiplied = parameters.active - parameters.norms - parameters.compression
     multiplied -= 0 if m.tied_embeddings else table
-    keys = sum(keys_read(a, length).values()) / length
-    blocks = _compressed_blocks(a, length) / length
-    phi = m.kv_heads * (_mlp(a, m.head_dim) + _mlp(a, m.v_dim))
+    each = attention_flops(a, length, m.heads, m.kv_heads, (m.head_dim, m.v_dim))
+    compression = each.pop("phi", 0.0)
     return Flops(
         projections=2.0 * multiplied,
-        attention=2.0 * m.layers * m.heads * (m.head_dim + m.v_dim) * keys,
-        compression=2.0 * m.layers * phi * blocks,
+        attention=m.layers * sum(each.values()),
+        compression=m.layers * compression,
     )
 
 
-def keys_read(a: AttentionTable, length: int) -> dict[str, int]:
+def attention_flops(
+    a: AttentionTable | BlockSizes, length: int, heads: int, kv_heads: int, dims: tuple[int, int]
+) -> dict[str, float]:
+    """FLOPs of a token in one layer's attention, forward, in the mean over a document of ``length`` tokens.
+
+    Of each branch, as :func:`keys_read` names them, and of NSA's φ (``phi``). dims: d_qk and d_v.
+    """
+    flops = {branch: 2.0 * heads * sum(dims) * keys / length for branch, keys in keys_read(a, length).items()}
+    if "full" not in flops:
+        phi = kv_heads * sum(_mlp(a, dim) for dim in dims)
+        flops["phi"] = 2.0 * phi * _compressed_blocks(a, length) / length
+    return flops
+
+
+def keys_read(a: AttentionTable | BlockSizes, length: int) -> dict[str, int]:
     """Keys that all queries of a document of ``length`` tokens read, per branch (a compressed block counts as one).
 
     cmp: blocks that end at or before the query (NSA eq. 7). slc: n blocks of l' keys, the query's own one up to the
     query (NSA eq. 11-12). win: the last w keys, the query's own included.
     """
-    if a.kind == "full":
+    if getattr(a, "kind", "nsa") == "full":  # block sizes alone are of NSA
         return {"full": _up_to(length, length)}
     blocks, rest = divmod(length, a.slc_block)
     ends = blocks * _up_to(a.slc_block, a.slc_block) + _up_to(rest, rest)  # the query's own block, up to the query
@@ -172,12 +188,12 @@ def _clipped(blocks: int, limit: int) -> int:
     return _up_to(blocks - 1, limit) if blocks else 0
 
 
-def _compressed_blocks(a: AttentionTable, length: int) -> int:
+def _compressed_blocks(a: AttentionTable | BlockSizes, length: int) -> int:
     """How many blocks of l keys, one every d, lie in a document."""
-    return (length - a.cmp_block) // a.cmp_stride + 1 if a.kind == "nsa" and length >= a.cmp_block else 0
+    return (length - a.cmp_block) // a.cmp_stride + 1 if length >= a.cmp_block else 0
 
 
-def _visible_blocks(a: AttentionTable, length: int) -> int:
+def _visible_blocks(a: AttentionTable | BlockSizes, length: int) -> int:
     """Sum over all queries of the blocks that have ended: block i is seen by length - (i*d + l) + 1 queries."""
     count = _compressed_blocks(a, length)
     return count * (length - a.cmp_block + 1) - a.cmp_stride * (count * (count - 1) // 2)

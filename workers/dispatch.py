@@ -22,7 +22,7 @@ from shoal.workers.symmetric import Inbox, SymmetricFlight
 from shoal.workers.transfer import HostReads
 
 if TYPE_CHECKING:
-    from shoal.workers.watch import Clock
+    from shoal.workers.clock import Clock
 
 
 class Dispatcher:

@@ -110,16 +110,17 @@ def measure(
     return found
 
 
-def long_document(data_dir: Path) -> Path:
-    """A corpus of one document, of all that Python's standard library holds: its rows are whole pieces of it."""
+def long_document(data_dir: Path, characters: int | None = None) -> Path:
+    """A corpus of one document, of all that Python's standard library holds, or of its first ``characters``: its rows
+    are whole pieces of it."""
     from shoal.jobs.data.corpus import built_in
     from shoal.jobs.data.prepare import PrepareOptions, prepare
     from shoal.jobs.data.readers import TextSource
     from shoal.workers.data.manifest import is_corpus
 
-    folder = data_dir / f"one-document-{VOCABULARY}"
+    folder = data_dir / "-".join(["one-document", str(VOCABULARY), *([str(characters)] if characters else [])])
     if not is_corpus(folder):
-        text = "\n".join(d.text for source in built_in("stdlib") for d in source.documents(Counter()))
+        text = "\n".join(d.text for source in built_in("stdlib") for d in source.documents(Counter()))[:characters]
         options = PrepareOptions(vocabulary=VOCABULARY, val_fraction=0.0)
         prepare([TextSource("stdlib", [text])], folder, options)
     return folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -43,29 +44,38 @@ def rank_main(
     if ranks > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, f"file://{store}", timedelta(minutes=3), ranks, rank)
-    mesh = make_mesh(Placement.of(recipe), rank, device)
-    trainer = Trainer(recipe, Path(corpus), None, mesh, device)
-    began = time.monotonic()
     with Path(folder, f"records-{index}" if rank == 0 else "unused").open("a", buffering=1) as file:
-        for step in range(1, recipe.train.steps + 1):
-            start = time.perf_counter()
-            record = trainer.train_step()
-            del record["load"], record["gates"]
-            # the host's clocks differ: whether there is time for another step is decided together
-            facts = torch.tensor([time.monotonic() - began, _peak(device)], dtype=torch.float64, device=device)
-            passed, peak = mesh.world.all_gather(facts).amax(0).tolist()
+        for record in train(recipe, Path(corpus), rank, device, seconds, least):
             if rank == 0:
-                record["wall_seconds"] = time.perf_counter() - start  # the GPU is done with it: its facts were read
-                file.write(json.dumps({**record, **_settings(recipe), "peak_bytes": int(peak)}) + "\n")
-            if step >= least and passed > seconds:
-                break
+                file.write(json.dumps(record) + "\n")
     if ranks > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
-def _settings(recipe: Recipe) -> dict[str, Any]:
-    return {"context": recipe.train.sequence, "recompute": recipe.train.recompute}
+def train(
+    recipe: Recipe, corpus: Path, rank: int, device: torch.device, seconds: float, least: int
+) -> Iterator[dict[str, Any]]:
+    """Trains up to ``train.steps``, or for so many seconds once there are ``least`` steps; collective over all ranks.
+
+    Yields the record of each step, with its time on the wall (the GPU is done with it: its facts were read), the
+    context, recomputed layers, and ``peak_bytes``, the most that a rank has allocated since the start.
+    """
+    mesh = make_mesh(Placement.of(recipe), rank, device)
+    trainer = Trainer(recipe, corpus, None, mesh, device)
+    settings = {"context": recipe.train.sequence, "recompute": recipe.train.recompute}
+    began = time.monotonic()
+    for step in range(1, recipe.train.steps + 1):
+        start = time.perf_counter()
+        record = trainer.train_step()
+        del record["load"], record["gates"]
+        # the host's clocks differ: whether there is time for another step is decided together
+        facts = torch.tensor([time.monotonic() - began, _peak(device)], dtype=torch.float64, device=device)
+        passed, peak = mesh.world.all_gather(facts).amax(0).tolist()
+        wall = time.perf_counter() - start
+        yield {**record, "wall_seconds": wall, **settings, "peak_bytes": int(peak)}
+        if step >= least and passed > seconds:
+            break
 
 
 def _peak(device: torch.device) -> int:

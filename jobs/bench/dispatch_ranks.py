@@ -23,7 +23,6 @@ from shoal.workers.dispatch import Dispatcher
 from shoal.workers.mesh import Group
 from shoal.workers.routed import Pass, RoutedFFN, Router
 from shoal.workers.symmetric import BACK, OUT, Inbox, inbox
-from shoal.workers.transfer import HostReads
 
 
 @dataclass(frozen=True)
@@ -78,20 +77,17 @@ class Bench:
 
     def of(self, tokens: int) -> Figures:
         """All figures for so many tokens a rank, medians over rounds in which all take turns."""
-        sides = {**self._exchanges(tokens), **self._layers(tokens)}
+        sides = {**self.exchanges(tokens), **self.layers(tokens)}
         times: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(self.sizes.repeats):
             for name, (_, call) in sides.items():
-                times[name].append(self._ms(call))
+                times[name].append(self.ms(call))
         figures = [
             {"name": name, "tokens": tokens, "ms": statistics.median(times[name]), **_told(facts)}
             for name, (facts, _) in sides.items()
         ]
         del sides
-        inbox.cache_clear()
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release(self.device)
         return figures
 
     def _draw(self, *shape: int, std: float = 1.0) -> Tensor:
@@ -111,7 +107,7 @@ class Bench:
         dispatcher.spare = s.spare if box is None else 0
         return dispatcher
 
-    def _exchanges(self, tokens: int) -> Sides:
+    def exchanges(self, tokens: int) -> Sides:
         """One direction, from tokens at home to rows where their experts are."""
         s, world, row = self.sizes, self.group.size, self.sizes.hidden * self.dtype.itemsize
         x, centroids = self._draw(tokens, s.hidden), self._draw(s.experts, s.hidden, std=s.hidden**-0.5)
@@ -145,7 +141,7 @@ class Bench:
                 sides["exchange, put"] = facts, partial(self._put, dispatcher.inbox, x)
                 away = tokens * (world - 1)
             facts = {"path": path, "phase": "dispatch with choices, packing and sorting", "bytes": away * row}
-            facts["reads"] = dispatcher.reads
+            facts["dispatcher"] = dispatcher
             sides[f"dispatch, {path}"] = facts, partial(self._there_and_back, dispatcher, x, gates, routing.experts)
         return sides
 
@@ -180,7 +176,7 @@ class Bench:
 
     # -- a layer ------------------------------------------------------------------------------------------------------
 
-    def _layers(self, tokens: int) -> Sides:
+    def layers(self, tokens: int) -> Sides:
         """Forward and backward, with all experts on every rank for itself, and with them spread over the ranks."""
         s, world, rank = self.sizes, self.group.size, self.group.index
         x, upstream = self._draw(tokens, s.hidden).requires_grad_(), self._draw(tokens, s.hidden)
@@ -192,7 +188,7 @@ class Bench:
             self._draw(s.shared, s.inner, s.hidden, std=s.inner**-0.5),
         ]
         for tensor in drawn:
-            dist.broadcast(tensor, 0, group=self.group.handle)
+            self.group.broadcast(tensor, 0)
         whole = [t.requires_grad_() for t in drawn]
         size = s.experts // world
         mine = [
@@ -210,7 +206,7 @@ class Bench:
         for path in s.paths:
             if (dispatcher := self._dispatcher(path, tokens)) is None:
                 continue
-            facts: dict[str, Any] = {"path": path, "phase": both, "reads": dispatcher.reads, "spare": dispatcher.spare}
+            facts: dict[str, Any] = {"path": path, "phase": both, "dispatcher": dispatcher, "spare": dispatcher.spare}
             sides[f"layer, {path}"] = facts, partial(self._both, dispatcher, x, mine, upstream)
         return sides
 
@@ -232,7 +228,7 @@ class Bench:
 
     # -- time ---------------------------------------------------------------------------------------------------------
 
-    def _ms(self, call: Callable[[], object]) -> float:
+    def ms(self, call: Callable[[], object]) -> float:
         """Of one call when many follow one another, of the slowest rank."""
         once = self._loop(call, 2)
         return self._loop(call, max(2, min(200, int(self.sizes.window / max(once, 1e-3)))))
@@ -245,8 +241,7 @@ class Bench:
             call()
         self._settle(barrier=False)
         slowest = torch.tensor([(time.perf_counter() - began) * 1e3 / times], dtype=torch.float64, device=self.device)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX, group=self.group.handle)
-        return float(slowest)
+        return float(self.group.all_gather(slowest).max())
 
     def _settle(self, barrier: bool = True) -> None:
         if self.device.type == "cuda":
@@ -255,9 +250,18 @@ class Bench:
             self.group.all_reduce(torch.zeros(1, device=self.device)).item()
 
 
+def release(device: torch.device) -> None:
+    """Lets go of the memory of what was measured."""
+    inbox.cache_clear()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def _told(facts: dict[str, Any]) -> dict[str, Any]:
     """Facts as JSON has them: of the sizes that the host read, how long it waited for those of a pass."""
-    reads: HostReads | None = facts.pop("reads", None)
-    if reads is None or not reads.count:
+    dispatcher: Dispatcher | None = facts.pop("dispatcher", None)
+    if dispatcher is None or not dispatcher.reads.count:
         return facts
+    reads = dispatcher.reads
     return facts | {"host_wait_ms": reads.seconds * 1e3 / reads.count}

@@ -21,6 +21,7 @@ BENCHMARKS = {
     "context": ("shoal.jobs.bench.context", "Training at 64k over two GPUs, NSA beside ring attention; 512k."),
     "moe": ("shoal.jobs.bench.moe", "A DeepSeekMoE layer on a GPU, beside cuBLAS products with the same FLOPs."),
     "dispatch": ("shoal.jobs.bench.dispatch", "Token rows between two GPUs, and a DeepSeekMoE layer over both."),
+    "scale": ("shoal.jobs.bench.scale", "Weak and strong scaling over 1 to 8 GPUs, measured and predicted."),
     "cli": ("shoal.jobs.bench.cli", "Time that shoal --help takes."),
 }
 
@@ -41,10 +42,13 @@ class Settings:
 def measure(name: str, settings: Settings) -> Document:
     """Runs a benchmark and returns its result. Raises ShoalError for what it cannot do.
 
-    One that needs GPUs is named after them as well: ``nsa-h100``, ``dispatch-2xh100``.
+    One that needs GPUs is named after them as well: ``nsa-h100``, ``dispatch-2xh100``; or by its own ``result_name()``.
     """
     before = os.getloadavg()[0]
-    rows: list[Row] = import_module(BENCHMARKS[name][0]).run(settings)
+    module = import_module(BENCHMARKS[name][0])
+    rows: list[Row] = module.run(settings)
+    if named := getattr(module, "result_name", None):
+        return document(named(), rows, (before, os.getloadavg()[0]))
     kind = gpu_kind() if name in ON_GPUS else ""
     return document(f"{name}-{ON_GPUS[name]}{kind}" if kind else name, rows, (before, os.getloadavg()[0]))
 

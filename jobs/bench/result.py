@@ -125,6 +125,8 @@ def _figure(value: float | None, unit: str) -> str:
 def _verdict(row: Row) -> str:
     if "target" not in row:
         return ""
+    if "ratio" not in row:
+        return f"{row['target']:g}: not measured"
     return f"{row['target']:g}: {'met' if row['ratio'] >= row['target'] else 'MISSED'}"
 
 

@@ -12,13 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.multiprocessing as mp
 
+from shoal.jobs.bench.cases import of, run_cases
 from shoal.jobs.bench.result import Document, Row, document, gpu_kind, time_row, value_row
 from shoal.jobs.bench.sequence_rank import SIZES, Case, rank_main
 from shoal.workers.volume import Shape, nsa_volume, ring_volume
@@ -53,7 +52,7 @@ def measure(
         mine = [case for case in cases if case.ranks == count]
         if count > 1:
             mine.insert(0, Case("check", contexts[0], count, **options))
-        found |= _run_cases(count, mine, say)
+        found |= run_cases(rank_main, count, mine, say)
     rows: list[Row] = []
     for case, measured in found.items():
         rows += _checks(case, measured) if case.kind == "check" else _times(case, measured, found)
@@ -71,18 +70,14 @@ def _times(case: Case, measured: list[Row], found: dict[Case, list[Row]]) -> lis
         baseline = found[one][i]["ms"] if case.ranks > 1 and one in found else None
         target = TARGETS.get(case.context) if case.kind == "nsa" and case.ranks == 2 and i == 2 else None
         name = "one rank" if baseline is not None else ""
-        rows.append(time_row(f"{case.kind}, {_of(case.ranks)}", ms, name, baseline, target, **more))
+        rows.append(time_row(f"{case.kind}, {of(case.ranks)}", ms, name, baseline, target, **more))
     return rows
-
-
-def _of(ranks: int) -> str:
-    return "1 rank" if ranks == 1 else f"{ranks} ranks"
 
 
 def _checks(case: Case, measured: list[Row]) -> list[Row]:
     return [
         value_row(
-            f"{facts['check']}, {_of(case.ranks)} beside one: relative error of {what}",
+            f"{facts['check']}, {of(case.ranks)} beside one: relative error of {what}",
             facts[what],
             "",
             attention=facts["check"],
@@ -110,37 +105,6 @@ def _by_formula() -> list[Row]:
     return rows
 
 
-def _run_cases(ranks: int, cases: list[Case], say: Any) -> dict[Case, list[Row]]:
-    """Rows by case. One that ends the ranks (for want of memory, say) is left out; the others go on in new ones."""
-    found: dict[Case, list[Row]] = {}
-    left = list(cases)
-    while left:
-        say(f"{_of(ranks)}: {', '.join(f'{case.kind} {case.context}' for case in left)}")
-        with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-            results = Path(folder) / "results"
-            results.touch()
-            failed = ""
-            if torch.cuda.device_count() < ranks:
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-            try:
-                mp.spawn(rank_main, (ranks, str(Path(folder) / "store"), left, str(results)), ranks)
-            except Exception as error:  # whatever a rank raised, or what killed it
-                failed = str(error).strip().splitlines()[-1]
-            lines = [json.loads(line) for line in results.read_text().splitlines()]
-        begun = 0
-        for line in lines:
-            begun = max(begun, line.get("begins", 0))
-            if "rows" in line:
-                found[left[line["case"]]] = line["rows"]
-        if failed:
-            case = left[begun]
-            say(f"left out, {_of(ranks)}, {case.kind} {case.context}: {failed}")
-            left = [case for case in left[begun + 1 :] if case not in found]
-        else:
-            left = []
-    return found
-
-
 def draw(result: Document, path: Path) -> None:
     """Writes a PNG: time, bytes received and peak memory against the context, and bytes by formula against ranks."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -158,7 +122,7 @@ def draw(result: Document, path: Path) -> None:
             if not rows:  # no memory is measured on a CPU
                 continue
             style = "o-" if ranks > 1 else "o--"
-            label = f"{kind}, {_of(ranks)}"
+            label = f"{kind}, {of(ranks)}"
             panel.plot([r["context"] for r in rows], [r[key] for r in rows], style, color=colours[kind], label=label)
             if key == "bytes":
                 model = [row["bytes_by_formula"] for row in rows]

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shoal.jobs.bench.cases import tell
 from shoal.kernels.nsa import BlockSizes, Layout, compress, make_layout, nsa_attention
 from shoal.kernels.nsa.compress import OwnBlocks
 from shoal.workers.mesh import Group
@@ -40,6 +39,9 @@ class Case:
     kv_heads: int = 4
     dim: int = 128
     repeats: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.context}"
 
     @property
     def shape(self) -> Shape:
@@ -73,20 +75,14 @@ def rank_main(rank: int, ranks: int, store: str, cases: list[Case], results: str
         group = Group(tuple(range(ranks)), rank, dist.group.WORLD)
         group.all_reduce(torch.zeros(1, device=device))  # all ranks make their connections now
     for index, case in enumerate(cases):
-        _say(rank, results, {"begins": index})
-        rows = _check(case, group, device) if case.kind == "check" else _measure(case, group, device)
-        _say(rank, results, {"case": index, "rows": rows})
+        tell(rank, results, {"begins": index})
+        rows = _check(case, group, device) if case.kind == "check" else measure(case, group, device)
+        tell(rank, results, {"case": index, "rows": rows})
         if cuda:
             torch.cuda.empty_cache()
     if ranks > 1:
         dist.barrier()
         dist.destroy_process_group()
-
-
-def _say(rank: int, results: str, line: dict[str, Any]) -> None:
-    if rank == 0:
-        with Path(results).open("a") as file:
-            file.write(json.dumps(line) + "\n")
 
 
 def _draw(case: Case, rows: Tensor | None, device: torch.device) -> list[Tensor]:
@@ -181,7 +177,7 @@ def _clock(device: torch.device, group: Group, marks: list[Any]) -> Iterator[Cal
         marks += [b - a for a, b in itertools.pairwise(found)]
 
 
-def _measure(case: Case, group: Group, device: torch.device) -> list[dict[str, Any]]:
+def measure(case: Case, group: Group, device: torch.device) -> list[dict[str, Any]]:
     """A row for each phase: the slowest rank's median, the most bytes received, and the highest peak."""
     rows = zigzag(case.context, group.size, SIZES.slc_block)[group.index].indices()
     *leaves, d_out = _draw(case, rows, device)
@@ -201,9 +197,9 @@ def _measure(case: Case, group: Group, device: torch.device) -> list[dict[str, A
         return seconds, [middle - before, received() - middle]
 
     once()
-    base = _memory(device, reset=True)
+    base = memory(device, reset=True)
     first, arrived = once()
-    peak = _memory(device) - base
+    peak = memory(device) - base
     count = case.repeats or int(group.all_reduce(torch.tensor([SECONDS / sum(first)], device=device)) / group.size)
     times = [first, *(once()[0] for _ in range(max(1, min(count, 20)) - 1))]
     times = [[f, b, f + b] for f, b in times]
@@ -238,7 +234,7 @@ def _coverage(case: Case, group: Group, device: torch.device, leaves: list[Tenso
     return float(group.all_reduce(torch.tensor(found, device=device))) / group.size
 
 
-def _memory(device: torch.device, reset: bool = False) -> int:
+def memory(device: torch.device, reset: bool = False) -> int:
     """Bytes allocated now, with ``reset``, or at most since then; 0 on a CPU."""
     if device.type != "cuda":
         return 0

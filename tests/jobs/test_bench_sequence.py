@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from shoal.jobs.bench.cases import run_cases
 from shoal.jobs.bench.command import environment
-from shoal.jobs.bench.sequence import SMALL, _run_cases, draw
-from shoal.jobs.bench.sequence_rank import Case
+from shoal.jobs.bench.sequence import SMALL, draw
+from shoal.jobs.bench.sequence_rank import Case, rank_main
 
 ALONE = """
 import runpy, sys
@@ -65,6 +66,6 @@ def test_a_case_that_fails_is_left_out_and_the_others_are_measured() -> None:
     said: list[str] = []
     good = Case("nsa", 64, 1, **SMALL)
     bad = Case("full", 64, 1, heads=3, kv_heads=2, dim=16)
-    found = _run_cases(1, [bad, good], said.append)
+    found = run_cases(rank_main, 1, [bad, good], said.append)
     assert list(found) == [good]
     assert any(line.startswith("left out, 1 rank, full 64: ") for line in said)

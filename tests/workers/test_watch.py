@@ -10,13 +10,13 @@ import torch
 from ranks import run_ranks
 from small import small_corpus, small_recipe
 
+from shoal.workers.clock import Clock
 from shoal.workers.config import Recipe
 from shoal.workers.mesh import make_mesh
 from shoal.workers.model.attention import NativeSparseAttention, Projected
 from shoal.workers.placement import Placement
 from shoal.workers.records import PARTS
 from shoal.workers.trainer import Trainer
-from shoal.workers.watch import Clock
 
 
 @pytest.fixture(scope="module")

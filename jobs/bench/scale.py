@@ -1,0 +1,302 @@
+"""Weak and strong scaling over ranks: a MoE layer, NSA over a shared sequence, training, and what is predicted of them.
+
+Weak: each rank has as much to do, whatever their number. Strong: all of them together have. Efficiency is the time of
+a rank's share of the work, as fast as one rank alone did it in the same run, over the time it took. A shared sequence
+gets longer with the ranks, and each of its tokens costs more: its share is that of one rank with the whole sequence, by
+the curve through shorter ones where that was not measured. ``peak_bytes`` is a rank's most, of an attention layer
+beyond its inputs. Beside each row stands what ``scale_model`` predicts, also for ranks that there are not
+(``"measured": false``); ``fitted`` rows are those that its constants were fitted to.
+
+``python -m shoal.jobs.bench.scale --out FOLDER`` needs no Ray but for ``--parts serve``; the parts ``moe`` and
+``sequence`` need torch and Triton alone. ``--device cpu`` runs all of it in small, over gloo. The JSON is written anew
+after each case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shoal.jobs.bench.cases import run_cases
+from shoal.jobs.bench.registry import Settings
+from shoal.jobs.bench.result import Document, Row, document, time_row, value_row, write
+from shoal.jobs.bench.scale_model import NVLINK, Curve, Link, fit
+from shoal.workers.errors import InvalidInput, ShoalError, UsageError
+
+if TYPE_CHECKING:
+    from shoal.jobs.bench.scale_cases import Case, Facts, Line, Series
+
+RANKS = (1, 2, 4, 8)
+PARTS = ("moe", "sequence", "train", "serve")
+USUAL = PARTS[:3]
+SHARE = "a rank's share, as one rank alone does it"
+KEPT = (
+    "bytes", "bytes_of_rows", "activation_bytes", "steps", "forward_ms", "backward_ms", "reduce_ms", "update_ms",
+    "losses", "ttft_ms", "tpot_ms", "failed",
+)  # fmt: skip
+"""Facts of a case that stand in its row as they are."""
+NEEDS = ("pydantic", "pyarrow", "tokenizers")  # of training: recipes and corpora
+CHARACTERS = 400_000  # of the small corpus
+
+
+class Scale:
+    """What is to be measured, and what was measured by now. ranks: how many there may be, smallest first."""
+
+    def __init__(
+        self,
+        series: Sequence[Series],
+        ranks: Sequence[int],
+        say: Callable[[str], None] = print,
+        data_dir: Path = Path("data"),
+    ) -> None:
+        self.series, self.ranks, self._say, self.data_dir = list(series), sorted(set(ranks)), say, data_dir
+        self.found: dict[Case, Facts] = {}
+        self.notes: list[str] = []
+
+    def say(self, text: str) -> None:
+        """Says it; what was left out is remembered."""
+        if text.startswith("left out"):
+            self.notes.append(text)
+        self._say(text)
+
+    def measure(self, after: Callable[[], object] = lambda: None) -> None:
+        """All cases: of one rank, which all others are compared with, then of the most ranks, then of those between."""
+        from shoal.jobs.bench.scale_rank import rank_main
+
+        def told(case: Case, rows: list[Row]) -> None:
+            if not rows:
+                self.say(f"left out, {case} on {case.ranks}: it cannot be had here (memory, or the way rows travel)")
+                return
+            self.found[case] = rows[0]
+            self._say(f"{case} on {case.ranks}: {rows[0]['ms']:.2f} ms")
+            after()
+
+        order = [*self.ranks[:1], *reversed(self.ranks[1:])]
+        for ranks in order:
+            if cases := [case for case in self.cases(ranks) if not _served(case)]:
+                run_cases(rank_main, ranks, cases, self.say, told)
+        if served := [case for ranks in order for case in self.cases(ranks) if _served(case)]:
+            from shoal.jobs.bench.scale_serve import serve_cases
+
+            serve_cases(served, self.data_dir, self.say, told)
+
+    def cases(self, ranks: int) -> list[Case]:
+        """In the order in which they are measured."""
+        found: dict[Case, None] = {}
+        for late in (False, True):
+            for series in self.series:
+                for line in series.lines():
+                    if line.late == late and line.tried(ranks) and (case := _possible(series, line, ranks)):
+                        found[case] = None
+                if ranks == 1 and not late:
+                    found |= dict.fromkeys(series.extra())
+        return list(found)
+
+    def rows(self) -> list[Row]:
+        """Of every line, number of ranks and fitted constant."""
+        return [row for series in self.series for row in self._rows_of(series)]
+
+    def _rows_of(self, series: Series) -> list[Row]:
+        ones = [*(line.case(1) for line in series.lines()), *series.extra()]
+        alone = {case: self.found[case] for case in ones if case in self.found}
+        if not alone:
+            return []
+        one = next(iter(alone.values()))
+        curve = Curve.through({c.tokens: series.on_curve(f) for c, f in alone.items()}, series.powers)
+        fitted, link, source = self._link(series, curve, one)
+        rows: list[Row] = []
+        for line in series.lines():
+            for ranks in line.ranks or sorted({*RANKS, *self.ranks}):
+                if (case := _possible(series, line, ranks)) is None:
+                    continue
+                about = {"part": series.part, "mode": line.mode, "ranks": ranks, "fitted": case in fitted}
+                rows.append(_row(series, line, case, self.found.get(case), curve, one, link, about))
+        if fitted and rows:
+            constants = (
+                ("bytes a second between ranks", link.bandwidth, "bytes/s", source),
+                ("a byte that travels, beyond that", link.per_byte, "s", "fitted"),
+                ("an exchange, whatever its size", link.per_travel, "s", "fitted"),
+            )
+            of = series.lines()[0].what
+            rows += [value_row(w, v, unit, source=by, part=series.part, of=of) for w, v, unit, by in constants]
+        return rows
+
+    def _link(self, series: Series, curve: Curve, one: Facts) -> tuple[set[Case], Link, str]:
+        """The cases that constants were fitted to, those on the fewest ranks above one; the link; whose bandwidth."""
+        several = [case for case in self.found if case.ranks > 1]
+        speeds = [float(self.found[case]["bandwidth"]) for case in several if "bandwidth" in self.found[case]]
+        bandwidth, source = (max(speeds), "measured") if speeds else (NVLINK, "given")
+        mine = {line.case(n) for line in series.lines() for n in {case.ranks for case in several}} & set(several)
+        least = min((case.ranks for case in mine), default=0)
+        used = [case for case in mine if case.ranks == least]
+        plans = [series.plan(case, curve, one) for case in used]
+        return set(used), fit(plans, [self.found[case]["ms"] / 1e3 for case in used], bandwidth), source
+
+
+def _served(case: Case) -> bool:
+    from shoal.jobs.bench.scale_cases import Serving
+
+    return isinstance(case.sizes, Serving)
+
+
+def _possible(series: Series, line: Line, ranks: int) -> Case | None:
+    """A line's case on so many ranks, where its recipe allows that."""
+    try:
+        case = line.case(ranks)
+        series.flops(case)
+    except InvalidInput:
+        return None
+    return case
+
+
+def _row(
+    series: Series, line: Line, case: Case, facts: Facts | None, curve: Curve, one: Facts, link: Link, about: Row
+) -> Row:
+    """A row of one case, measured or not."""
+    plan, ideal = series.plan(case, curve, one), series.ideal(case, line.mode, curve, one)
+    seconds = plan.seconds(link)
+    target = line.target if case.ranks == RANKS[-1] else None
+    alone = case.tokens in curve.measured or (line.mode == "weak" and series.flat)
+    more: Row = {
+        **about,
+        "measured": facts is not None,
+        "tokens": case.tokens,
+        "one_rank": "measured" if alone else "by its curve",
+        "predicted_ms": 1e3 * seconds,
+        "predicted_tokens_per_second": case.tokens / seconds,
+        "predicted_efficiency": ideal / seconds,
+        "predicted_bytes": plan.bytes,
+    }
+    if facts is None:
+        return {"what": line.what, **({"target": target} if target else {}), **more}
+    ms = float(facts["ms"])
+    more |= {
+        "tokens_per_second": case.tokens / ms * 1e3,
+        "efficiency": 1e3 * ideal / ms,
+        "mfu": series.flops(case) / (ms / 1e3 * case.ranks * facts["peak_flops"]) if facts["peak_flops"] else None,
+        "dispatch_share": facts["dispatch_ms"] / ms if "dispatch_ms" in facts else None,
+        "peak_bytes": int(facts["peak_bytes"]) or None,  # none is measured on a CPU
+    }
+    more |= {key: facts[key] for key in KEPT if key in facts}
+    return time_row(line.what, ms, SHARE, 1e3 * ideal, target, **more)
+
+
+def run(settings: Settings) -> list[Row]:
+    """Rows of the usual parts, on the GPUs at hand; without one in small, over gloo on two ranks."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    scale = prepared(USUAL, [n for n in RANKS if n <= (gpus or 2)], not gpus, settings)
+    scale.measure()
+    return scale.rows()
+
+
+def result_name() -> str:
+    """What the result is called: what a CPU measures in small does not replace what GPUs did."""
+    import torch
+
+    return "scale" if torch.cuda.is_available() else "scale-cpu"
+
+
+def prepared(parts: Sequence[str], ranks: Sequence[int], small: bool, settings: Settings) -> Scale:
+    """Everything that is to be measured, the corpus for training made. Raises UsageError for an unknown part."""
+    if unknown := sorted(set(parts) - set(PARTS)):
+        raise UsageError(f"--parts {unknown[0]} is none of {', '.join(PARTS)}: name some of these, with commas between")
+    missing = [name for name in NEEDS if not find_spec(name)] if "train" in parts else []
+    notes = []
+    if missing:
+        notes.append(f"left out, training: {', '.join(missing)} cannot be imported")
+        parts = [part for part in parts if part != "train"]
+    from shoal.jobs.bench import scale_cases
+
+    series = [each for each in scale_cases.all_series(small, settings.steps) if each.part in parts]
+    if "serve" in parts:
+        from shoal.jobs.bench.scale_serve import serve_series
+
+        series += serve_series(small)
+    training = [each for each in series if isinstance(each, scale_cases.TrainSeries)]
+    if training:
+        from shoal.jobs.bench.context import long_document
+
+        corpus = long_document(settings.data_dir, CHARACTERS if small else None).resolve()
+        for each in training:
+            each.corpus = str(corpus)
+    scale = Scale(series, ranks, settings.say, settings.data_dir)
+    for note in notes:
+        scale.say(note)
+    return scale
+
+
+def draw(result: Document, path: Path) -> None:
+    """Writes a PNG: efficiency and tokens/s over ranks, measured and predicted."""
+    from shoal.jobs.bench.scale_plot import draw as draw_lines
+
+    draw_lines(result, path)
+
+
+def main() -> None:
+    """Measures, and writes JSON and picture as it goes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the JSON")
+    parser.add_argument("--plots", type=Path, default=None, help="folder for the picture; default: that of the JSON")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--parts", default=",".join(USUAL), help=f"of {', '.join(PARTS)}, with commas between")
+    parser.add_argument(
+        "--ranks", default="", help="with commas between; default: 1, 2, 4, 8, as far as there are GPUs"
+    )
+    parser.add_argument("--steps", type=int, default=None, help="of each training")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where prepared corpora lie")
+    try:
+        measure(parser.parse_args())
+    except ShoalError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def measure(chosen: argparse.Namespace) -> None:
+    """What the options say."""
+    import torch
+
+    small = chosen.device == "cpu"
+    gpus = 2 if small else torch.cuda.device_count()
+    ranks = _numbers(chosen.ranks) or [n for n in RANKS if n <= gpus]
+    if not small and (not gpus or ranks[-1] > gpus):
+        raise UsageError(
+            f"--ranks {ranks[-1] if ranks else 1} needs as many CUDA GPUs, and torch sees {gpus} here: ask for fewer, "
+            "or for --device cpu"
+        )
+    if small:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of the ranks
+    before = os.getloadavg()[0]
+    scale = prepared(chosen.parts.split(","), ranks, small, Settings(chosen.data_dir, steps=chosen.steps))
+    name = "scale-cpu" if small else "scale"
+
+    def after() -> Path:
+        result = document(name, scale.rows(), (before, os.getloadavg()[0])) | {"notes": scale.notes}
+        return write(result, chosen.out)
+
+    scale.measure(after)
+    path = after()
+    picture = (chosen.plots or chosen.out) / f"{name}.png"
+    draw(json.loads(path.read_text()), picture)
+    print(f"written to {path} and {picture}")
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        found = sorted({int(part) for part in text.split(",") if part})
+    except ValueError:
+        found = [0]
+    if found and found[0] < 1:
+        raise UsageError(f"--ranks {text} are no numbers of ranks: write them like 1,2,4")
+    return found
+
+
+if __name__ == "__main__":
+    main()

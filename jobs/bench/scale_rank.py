@@ -1,0 +1,141 @@
+"""One rank of ``shoal bench scale``: measures layers and steps of training, each by what its own benchmark has."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from shoal.jobs.bench import sequence_rank
+from shoal.jobs.bench.cases import tell
+from shoal.jobs.bench.dispatch_ranks import Bench, Sizes, release
+from shoal.jobs.bench.scale_cases import Case, Training
+from shoal.workers.clock import Clock
+from shoal.workers.dispatch import Dispatcher
+from shoal.workers.machine import peak_flops
+from shoal.workers.mesh import Group
+
+SECONDS = 20.0
+"""A training ends after so many, once it has ``WARM_UP`` + 2 steps."""
+WARM_UP = 2
+ROUNDS = 8  # passes of a layer whose waits for rows are measured
+ATTENTION_BYTES = 24
+"""What an attention layer takes with its inputs, bytes a token, head and dimension: 188 kB of 64 heads of 128, in bf16
+(benchmarks/results/sequence-2xh100.json, 256k on one rank, and the inputs)."""
+
+
+def rank_main(rank: int, ranks: int, store: str, cases: list[Case], results: str) -> None:
+    """Measures cases in turn; the first rank appends a line of JSON to ``results`` as each begins and ends."""
+    cuda = torch.cuda.is_available() and torch.cuda.device_count() >= ranks
+    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast wants rights that containers lack
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
+    group = Group((0,), 0)
+    if ranks > 1:
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, f"file://{store}", timedelta(minutes=3), ranks, rank)
+        group = Group(tuple(range(ranks)), rank, dist.group.WORLD)
+        group.all_reduce(torch.zeros(1, device=device))  # all ranks make their connections now
+    dtype = torch.bfloat16 if cuda else torch.float32
+    peak = peak_flops(device.type, str(dtype).removeprefix("torch."))
+    for index, case in enumerate(cases):
+        tell(rank, results, {"begins": index})
+        facts = _measure(case, group, device)
+        if facts:
+            facts |= {"peak_flops": peak, "itemsize": dtype.itemsize}
+        tell(rank, results, {"case": index, "rows": [facts] if facts else []})
+        release(device)
+    if ranks > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _measure(case: Case, group: Group, device: torch.device) -> dict[str, Any]:
+    """Facts of a case; nothing where it cannot be measured here. The same on every rank."""
+    if isinstance(case.sizes, Sizes):
+        return _moe(case.sizes, group, device)
+    if isinstance(case.sizes, Training):
+        return _train(case.sizes, group, device)
+    layer = case.sizes
+    assert isinstance(layer, sequence_rank.Case)
+    need = ATTENTION_BYTES * layer.heads * layer.dim * layer.context // layer.ranks
+    if device.type == "cuda" and need > torch.cuda.get_device_properties(device).total_memory:
+        return {}
+    whole = sequence_rank.measure(layer, group, device)[-1]
+    return {key: whole[key] for key in ("ms", "bytes", "bytes_by_formula", "peak_bytes", "repeats")}
+
+
+def _moe(sizes: Sizes, group: Group, device: torch.device) -> dict[str, Any]:
+    """A layer's forward and backward pass. ``rows_received``: by the rank that gets most. ``bandwidth``: bytes a second
+    that a rank receives when rows alone are exchanged. ``peak_bytes``: with inputs and weights."""
+    tokens, path = sizes.tokens[0], next(iter(sizes.paths), "")
+    bench = Bench(group, device, sizes)
+    name = f"layer, {path}" if path else "layer, one rank"
+    sides = bench.layers(tokens)
+    if name not in sides:
+        return {}
+    about, call = sides.pop(name)
+    sides.clear()  # so that nothing of the other one is in memory
+    held = sequence_rank.memory(device, reset=True)
+    call()
+    facts: dict[str, Any] = {"peak_bytes": _most(group, device, sequence_rank.memory(device))}
+    facts["activation_bytes"] = facts["peak_bytes"] - held
+    facts["ms"] = statistics.median(bench.ms(call) for _ in range(sizes.repeats))
+    dispatcher: Dispatcher | None = about.get("dispatcher")
+    if dispatcher is None or group.size == 1:
+        return facts
+    facts["dispatch_ms"] = _waits(dispatcher, call, group, device)
+    if path == "all_to_all":
+        exchange, rows = bench.exchanges(tokens)["exchange, row per rank"]
+        facts["bytes_of_rows"] = exchange["bytes"]
+        facts["bandwidth"] = _most(group, device, exchange["bytes"]) / bench.ms(rows) * 1e3
+    return facts
+
+
+def _waits(dispatcher: Dispatcher, call: Any, group: Group, device: torch.device) -> float:
+    """Milliseconds of a pass for which the stream of the rank that waits longest waited for rows."""
+    dispatcher.clock = clock = Clock(device)
+    clock.on = True
+    for _ in range(ROUNDS):
+        call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = clock.read().get("dispatch", 0.0)
+    dispatcher.clock = None
+    return _most(group, device, seconds / ROUNDS * 1e3)
+
+
+def _train(training: Training, group: Group, device: torch.device) -> dict[str, Any]:
+    """Medians over the steps after the first ones; ``losses`` of all of them."""
+    from shoal.jobs.bench.context_rank import train
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    steps = train(training.load(), Path(training.corpus), group.index, device, SECONDS, WARM_UP + 2)
+    records = list(steps)
+    later = records[min(WARM_UP, len(records) - 1) :]
+
+    def of(key: str) -> float:
+        return 1e3 * statistics.median(r[key] for r in later)
+
+    parts = ("forward", "backward", "reduce", "update", "dispatch")
+    return {
+        "ms": _most(group, device, of("wall_seconds")),
+        **{f"{part}_ms": of(f"{part}_seconds") for part in parts},
+        "peak_bytes": max(r["peak_bytes"] for r in records),
+        "steps": len(records),
+        "losses": [r["loss"] for r in records],
+    }
+
+
+def _most(group: Group, device: torch.device, value: float) -> float:
+    """The largest of all ranks."""
+    return float(group.all_gather(torch.tensor([value], dtype=torch.float64, device=device)).max())

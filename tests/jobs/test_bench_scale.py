@@ -1,0 +1,134 @@
+"""``shoal bench scale`` on a CPU: layers and training over two gloo ranks and on one, and what is written of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal.jobs.bench.command import environment
+from shoal.jobs.bench.registry import Settings, draw
+from shoal.jobs.bench.result import table
+from shoal.jobs.bench.scale import Scale, prepared
+from shoal.jobs.bench.scale_cases import Case, SequenceSeries, all_series
+from shoal.jobs.bench.sequence_rank import Case as Layer
+from shoal.workers.errors import UsageError
+
+ALONE = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("ray", "pydantic", "typer", "rich", "pyarrow", "tokenizers"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Missing())
+import shoal.jobs.bench.scale_rank
+from shoal.jobs.bench.registry import Settings
+from shoal.jobs.bench.scale import prepared
+scale = prepared(("moe", "sequence"), [1, 2], False, Settings())
+for case in scale.cases(1):
+    scale.found[case] = {"ms": 1.0, "peak_bytes": 1, "peak_flops": 1.0, "itemsize": 2}
+print(len(scale.rows()))
+"""
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("bench")
+    command = [sys.executable, "-m", "shoal.jobs.bench.scale", "--device", "cpu", "--steps", "3", "--out", str(folder)]
+    subprocess.run([*command, "--data-dir", str(folder)], check=True, env=environment(), timeout=280)
+    assert (folder / "scale-cpu.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads((folder / "scale-cpu.json").read_text())
+
+
+def test_every_row_has_a_prediction_and_measured_ones_have_figures(result: Any) -> None:
+    rows = [row for row in result["rows"] if "mode" in row]
+    assert {(r["part"], r["mode"], r["ranks"], r["measured"]) for r in rows} == {
+        (part, mode, ranks, ranks < 4)
+        for part in ("moe", "sequence", "train")
+        for mode in ("weak", "strong")
+        for ranks in (1, 2, 4, 8)
+    }
+    for row in rows:
+        assert row["predicted_ms"] > 0 and row["predicted_tokens_per_second"] > 0
+        assert row["fitted"] == (row["ranks"] == 2)
+        assert ("ms" in row) == ("efficiency" in row) == row["measured"]
+        if row["measured"]:
+            assert row["efficiency"] == row["ratio"] == pytest.approx(row["baseline_ms"] / row["ms"], rel=1e-4)
+            assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["ms"] * 1e3, rel=1e-4)
+            assert 0 < row["mfu"] < 1
+        if row["ranks"] == 1:
+            assert row["predicted_ms"] == pytest.approx(row["ms"]) and row["predicted_bytes"] == 0
+        if row["measured"] and row["ranks"] > 1 and row["part"] != "sequence":
+            assert 0 <= row["dispatch_share"] < 1
+    assert {(r["part"], r["target"]) for r in rows if "target" in r} == {("moe", 0.92), ("train", 0.9)}
+    assert result["notes"] == []
+
+
+def test_bytes_predicted_of_a_sequence_are_those_that_were_counted(result: Any) -> None:
+    (row,) = [r for r in result["rows"] if r.get("what") == "NSA at 2k" and r.get("ranks") == 2]
+    assert row["predicted_bytes"] == pytest.approx(row["bytes"], rel=1e-5) and row["bytes"] > 0
+
+
+def test_two_ranks_lose_what_one_loses(result: Any) -> None:
+    """Strong scaling trains on the same tokens."""
+    losses = {(r["what"], r["ranks"]): r["losses"] for r in result["rows"] if "losses" in r and r["mode"] == "strong"}
+    assert len(losses) == 6
+    for what, ranks in losses:
+        assert losses[what, ranks] == pytest.approx(losses[what, 1], rel=1e-4)
+
+
+def test_constants_say_whether_they_are_fitted(result: Any) -> None:
+    sources = {(r["what"], r["source"]) for r in result["rows"] if "source" in r}
+    assert sources == {
+        ("bytes a second between ranks", "measured"),
+        ("a byte that travels, beyond that", "fitted"),
+        ("an exchange, whatever its size", "fitted"),
+    }
+
+
+def test_the_result_is_shown(result: Any, tmp_path: Path) -> None:
+    assert table(result).row_count == len(result["rows"])
+    assert draw("scale", result, tmp_path) == tmp_path / "scale-cpu.png"
+
+
+def test_layers_need_neither_pydantic_nor_ray() -> None:
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 0
+
+
+def test_a_case_that_fails_is_left_out_with_a_sentence() -> None:
+    good, bad = (SequenceSeries(Layer("nsa", 0, 1, heads=h, kv_heads=2, dim=16, repeats=1), 64, ()) for h in (4, 3))
+    said: list[str] = []
+    scale = Scale([bad, good], [1], said.append)
+    seen: list[int] = []
+    scale.measure(lambda: seen.append(len(scale.rows())))
+    assert [row["measured"] for row in scale.rows()] == [True, False, False, False]
+    assert seen == [4] and len(scale.notes) == 1
+    assert scale.notes[0].startswith("left out, 1 rank, NSA, 64 tokens: ")
+
+
+def test_unknown_parts_are_refused() -> None:
+    with pytest.raises(UsageError, match="--parts dance is none of moe, sequence, train, serve"):
+        prepared(("moe", "dance"), [1], True, Settings())
+
+
+def test_full_sizes_are_possible_on_8_ranks_and_fit_80_gb() -> None:
+    """Each training's recipe is allowed, with at most 70 GB by the estimate."""
+    from shoal.jobs.bench.scale_cases import Training
+    from shoal.jobs.estimate import estimate
+
+    scale = Scale(all_series(False, None), (1, 2, 4, 8))
+    for ranks in scale.ranks:
+        cases: list[Case] = [case for case in scale.cases(ranks) if isinstance(case.sizes, Training)]
+        assert len({case.name for case in cases}) == 4
+        for case in cases:
+            assert isinstance(case.sizes, Training)
+            recipe = case.sizes.load()
+            assert recipe.parallel.ranks == ranks
+            assert estimate(recipe).memory["colocated"].total < 70e9
+    assert max(case.tokens for case in scale.cases(8) if case.name.startswith("4 layers")) == 1 << 20
