@@ -353,8 +353,7 @@ def all_series(small: bool, steps: int | None) -> list[Series]:
 
 def _large(steps: int) -> list[Series]:
     cuda = ("parallel.device=cuda",)
-    micro = lambda mode, n: min(4, 16 if mode == "weak" else 16 // n) * n  # noqa: E731  of 4k: 16k tokens a rank
-    of_2b = lambda mode, n: (16 * n if mode == "weak" else 16, min(micro(mode, n), 16 * n), 4096)  # noqa: E731
+    of_2b = lambda mode, n: (16 * n, 16 * n, 4096) if mode == "weak" else (16, 16, 4096)  # noqa: E731
     of_64k = lambda mode, n: (n if mode == "weak" else 1, 1, 65536)  # noqa: E731
     few = min(steps, 4)
     return [
@@ -362,7 +361,22 @@ def _large(steps: int) -> list[Series]:
         SequenceSeries(Layer("nsa", 0, 1), 131072, (65536, 262144), (1 << 20,)),
         TrainSeries("deepseekmoe-2b at 4k", "deepseekmoe-2b", cuda, of_2b, steps),
         TrainSeries("nsa-64k-small at 64k", "nsa-64k-small", ("train.recompute=8", *cuda), of_64k, steps, shared=True),
-        TrainSeries("deepseekmoe-2b with 64 experts at 4k", "deepseekmoe-2b", ("moe.experts=64", *cuda), of_2b, steps),
+        TrainSeries(
+            "deepseekmoe-2b with 64 experts at 4k",
+            "deepseekmoe-2b",
+            ("moe.experts=64", *cuda),
+            of_2b,
+            steps,
+            modes=("weak",),
+        ),
+        TrainSeries(
+            "deepseekmoe-2b with 64 experts at 2k, 12 micro-batches",  # as many tokens as fit 80 GB, 12 times
+            "deepseekmoe-2b",
+            ("moe.experts=64", "balance.over=micro_batch", *cuda),
+            lambda mode, n: (432 * n, 36 * n, 2048),
+            few,
+            modes=("weak",),
+        ),
         TrainSeries(
             "4 layers of 2048, 128k a rank",
             "nsa-64k-small",
