@@ -36,3 +36,15 @@ def test_ranks_compute_what_one_rank_computes(world: int, lengths: list[int], ri
             torch.testing.assert_close(got, all_of_it[rows.indices()], rtol=1e-9, atol=1e-11)
         if ring and world > 1:
             assert results[rank][1] == ring_volume(p.cu[-1], world, Shape(p.kv, p.dims, 8, 8))
+
+
+def test_a_ring_in_bfloat16() -> None:
+    """On a CPU as well; scores and sums are in float32."""
+    p = Problem((0, 256), group=3, dims=(32, 16), dtype=torch.bfloat16)
+    want = full_alone(p, [x.double() for x in full_drawn(p)])
+    results = run_ranks(2, _on_rank, p, True)
+    for rank, rows in enumerate(zigzag(p.cu[-1], 2, 8)):
+        for got, all_of_it in zip(results[rank][0], want, strict=True):
+            assert got.dtype == torch.bfloat16
+            own = all_of_it[rows.indices()]
+            assert (got.double() - own).norm() <= 5e-3 * own.norm()
