@@ -103,17 +103,24 @@ def nsa_shared(
 ) -> Shared:
     """This rank's results, of what one rank would be given."""
     *leaves, upstream = rank_part(p, args, group, TOKENS)
-    q, k_raw, v_raw, k_slc, v_slc, k_win, v_win, gates, *phi = leaves
-    made = make_sequence(p.cu, p.sizes, group, q.device, tile, dense)
+    made = make_sequence(p.cu, p.sizes, group, torch.device(p.device), tile, dense)
     made.received.clear()
     sequence = replace(made, coverage=[])
-    compressing = (partial(_phi, phi[:3], sequence.own), partial(_phi, phi[3:], sequence.own))
-    pairs = ((k_raw, v_raw), (k_slc, v_slc), (k_win, v_win))
-    out = sequence_attention(q, *pairs, gates, compressing, sequence, p.scale, wide=wide, chosen=chosen)
+    out = nsa_of(p, leaves, sequence, chosen, wide)
     forward = dict(sequence.received)
     results = [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
     assert sequence.coverage is not None
     return Shared(results, forward, dict(sequence.received), _buffers(sequence), sequence.coverage)
+
+
+def nsa_of(
+    p: Problem, leaves: list[Tensor], sequence: Sequence, chosen: Chosen = "never", wide: bool = False
+) -> Tensor:
+    """The output of this rank, from its leaves."""
+    q, k_raw, v_raw, k_slc, v_slc, k_win, v_win, gates, *phi = leaves
+    compressing = (partial(_phi, phi[:3], sequence.own), partial(_phi, phi[3:], sequence.own))
+    pairs = ((k_raw, v_raw), (k_slc, v_slc), (k_win, v_win))
+    return sequence_attention(q, *pairs, gates, compressing, sequence, p.scale, wide=wide, chosen=chosen)
 
 
 def _buffers(sequence: Sequence) -> dict[str, int]:

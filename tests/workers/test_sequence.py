@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
 
@@ -10,10 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
-from sequences import SIZES, TOKENS, Problem, drawn, nsa_alone, nsa_shared
+from sequences import SIZES, TOKENS, Problem, drawn, nsa_alone, nsa_of, nsa_shared, rank_part
+from torch.profiler import ProfilerActivity, profile
 
+from shoal.kernels.nsa import BlockSizes
 from shoal.workers.mesh import Group
-from shoal.workers.sequence import Chosen, zigzag
+from shoal.workers.sequence import Chosen, make_sequence, zigzag
 from shoal.workers.volume import Shape, nsa_volume
 
 
@@ -111,3 +115,40 @@ def test_only_chosen_pages_are_fetched_where_that_is_less(dense: int) -> None:
         }
         assert rows["less"] == min(rows["all"], rows["few"])
     assert 0 < sum(always[rank][0].coverage[0] for rank in range(4)) < 4
+
+
+def _memory(rank: int, world: int, p: Problem) -> tuple[int, int]:
+    """Bytes that a layer keeps for its backward pass, and its peak, both beyond its inputs."""
+    import torch.distributed as dist
+
+    group = Group(tuple(range(world)), rank, dist.group.WORLD if world > 1 else None)
+    *leaves, upstream = rank_part(p, drawn(p), group, TOKENS)
+    sequence = make_sequence(p.cu, p.sizes, group, torch.device("cpu"), 16, 512)
+    nsa_of(p, leaves, sequence)  # makes what layers share
+    with allocated() as forward:
+        out = nsa_of(p, leaves, sequence)
+    with allocated() as backward:
+        torch.autograd.grad(out, leaves, upstream)
+    kept = sum(forward)
+    return kept, max(*accumulate(forward), kept + max(accumulate(backward)))
+
+
+@contextmanager
+def allocated() -> Iterator[list[int]]:
+    """Afterwards the list has the bytes of each allocation of memory by torch, negative where it was freed."""
+    sizes: list[int] = []
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        yield sizes
+    assert found.profiler is not None
+    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes += [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+def test_memory_of_a_rank_falls_with_the_number_of_ranks() -> None:
+    """What is kept is this rank's tokens and the short compressed keys; at the peak there are the selected branch's
+    keys of all tokens too, and their gradients, few beside the queries of 16 heads each."""
+    p = Problem((0, 4096), BlockSizes(32, 16, 64, 4, 1, 2, 64), group=16, dims=(16, 16), dtype=torch.float32)
+    kept, peak = zip(*(map(max, zip(*run_ranks(n, _memory, p), strict=True)) for n in (1, 2, 4, 8)), strict=True)
+    for i in range(1, 4):
+        assert kept[i] < 0.55 * kept[i - 1]
+        assert peak[i] < 0.7 * peak[i - 1]
