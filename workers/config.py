@@ -154,6 +154,14 @@ class ParallelTable(Table):
         description="steps after which experts move to even out what was measured of ranks' load; 0: never",
     )
     context: int = Field(default=1, ge=1, description="attention ranks that share a packed batch")
+    context_fetch: Literal["all", "chosen", "less"] = Field(
+        default="all",
+        description="keys of NSA's selected branch that these ranks fetch of one another: all that may be chosen, "
+        "hidden behind other work; blocks that were chosen; or the fewer of the two, decided in each layer",
+    )
+    context_gradients: Literal["short", "float32"] = Field(
+        default="short", description="dtype in which gradients of those keys return: train.dtype, or float32 at least"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(
         default=0,

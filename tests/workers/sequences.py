@@ -98,7 +98,7 @@ def nsa_shared(
     group: Group,
     tile: int | None = None,
     dense: int | None = None,
-    chosen: Chosen = "never",
+    chosen: Chosen = "all",
     wide: bool = False,
 ) -> Shared:
     """This rank's results, of what one rank would be given."""
@@ -113,9 +113,7 @@ def nsa_shared(
     return Shared(results, forward, dict(sequence.received), _buffers(sequence), sequence.coverage)
 
 
-def nsa_of(
-    p: Problem, leaves: list[Tensor], sequence: Sequence, chosen: Chosen = "never", wide: bool = False
-) -> Tensor:
+def nsa_of(p: Problem, leaves: list[Tensor], sequence: Sequence, chosen: Chosen = "all", wide: bool = False) -> Tensor:
     """The output of this rank, from its leaves."""
     q, k_raw, v_raw, k_slc, v_slc, k_win, v_win, gates, *phi = leaves
     compressing = (partial(_phi, phi[:3], sequence.own), partial(_phi, phi[3:], sequence.own))
