@@ -29,8 +29,9 @@ class Yarn:
         return 0.1 * math.log(self.factor) + 1
 
     def rates(self, rates: Tensor, base: float) -> Tensor:
-        """Angles a token ``[dim/2]`` (YaRN eq. 20), of the unscaled ones. The ramp's ends are whole pairs, as in the
-        authors' code, which widens them outwards."""
+        """Angles a token ``[dim/2]`` (YaRN eq. 20), of the unscaled ones. The ramp is the authors' code's, which other
+        models have: it rises with the number of the pair, between whole pairs that are rounded outwards. The paper's
+        (eq. 18) rises with the turns within L, from the same ends."""
         pairs = len(rates)
 
         def pair(turns: float) -> float:

@@ -154,6 +154,14 @@ class ParallelTable(Table):
         description="steps after which experts move to even out what was measured of ranks' load; 0: never",
     )
     context: int = Field(default=1, ge=1, description="attention ranks that share a packed batch")
+    context_fetch: Literal["all", "chosen", "less"] = Field(
+        default="all",
+        description="keys of NSA's selected branch that these ranks fetch of one another: all that may be chosen, "
+        "hidden behind other work; blocks that were chosen; or the fewer of the two, decided in each layer",
+    )
+    context_gradients: Literal["short", "float32"] = Field(
+        default="short", description="dtype in which gradients of those keys return: train.dtype, or float32 at least"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(
         default=0,
@@ -462,18 +470,23 @@ def _check_parallel(recipe: Recipe) -> None:
             f"train.batch / train.accumulate = {micro} sequences do not divide over {over}: "
             f"set train.batch to a multiple of {t.accumulate * shards}"
         )
-    _check_segments(recipe, micro // shards * t.sequence)
+    _check_segments(recipe, micro // shards, shards)
 
 
-def _check_segments(recipe: Recipe, tokens: int) -> None:
-    """Of a packed batch of so many tokens each rank of a context group holds two segments."""
-    p, a = recipe.parallel, recipe.attention
+def _check_segments(recipe: Recipe, rows: int, groups: int) -> None:
+    """Each of ``groups`` context groups has so many rows of a micro-batch; a rank of it holds two segments of them."""
+    p, a, t = recipe.parallel, recipe.attention, recipe.train
     name = "window" if a.window > a.slc_block else "slc_block"
     least = getattr(a, name) if a.kind == "nsa" else 1
-    if p.context > 1 and tokens // (2 * p.context) < least:
-        shorter = f"shorter than attention.{name}={least}" if a.kind == "nsa" else "which hold nothing"
-        raise ValueError(
-            f"parallel.context={p.context} cuts packed batches of {tokens} tokens into segments of "
-            f"{tokens // (2 * p.context)}, {shorter}: set parallel.context to {max(1, tokens // (2 * least))} or "
-            f"less, or lengthen train.sequence"
-        )
+    needed, tokens = 2 * p.context * least, rows * t.sequence
+    if p.context == 1 or tokens >= needed:
+        return
+    shorter = f"shorter than attention.{name}={least}" if a.kind == "nsa" else "which hold nothing"
+    # Fewer ranks in a group would not do: there would be more groups, with fewer rows each.
+    longer = -(-needed // rows)
+    or_longer = f", or train.sequence to {longer} or more" if longer <= recipe.model.context else ""
+    raise ValueError(
+        f"parallel.context={p.context} cuts packed batches of {tokens} tokens into segments of "
+        f"{tokens // (2 * p.context)}, {shorter}: set train.batch to "
+        f"{-(-needed // t.sequence) * groups * t.accumulate}{or_longer}"
+    )

@@ -92,6 +92,10 @@ def make_mesh(placement: Placement, rank: int = 0, device: torch.device | str = 
     everyone = tuple(range(placement.ranks))
     world, dispatch = join([everyone]), join(placement.dispatch_groups())
     assert world is not None and dispatch is not None
+    context = join(placement.context_groups())
+    if context is not None and backend == "nccl":
+        # The first call of a group must be one of all its ranks, and who exchanges rows depends on the documents.
+        context.all_reduce(torch.zeros(1, device=device))
     return Mesh(
         placement=placement,
         rank=rank,
@@ -99,6 +103,6 @@ def make_mesh(placement: Placement, rank: int = 0, device: torch.device | str = 
         dispatch=dispatch,
         attention=join([placement.attention]),
         replicas=join(placement.replica_groups()),
-        context=join(placement.context_groups()),
+        context=context,
         checkpoint=dist.new_group(list(everyone), backend="gloo") if placement.ranks > 1 else None,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,23 +47,27 @@ class Pages:
             self.plan,
             [(i, self._rows(everyone[i], me, i, self.owned[me]).to(read.device)) for i in others],
             [(i, self._rows(everyone[me], i, me, self.far[me]).to(read.device)) for i in others],
-            sum(len(self._rows(everyone[i], j, i, self.far[i])) for i in range(group.size) for j in range(group.size)),
+            int((everyone * self._foreign[:, None]).sum()),
         )
 
     def fetched_rows(self, heads: int) -> int:
         """Rows of a head that all ranks fetch from one another when none asks."""
-        mine = (
-            self.far[i].count - sum(a.stop - a.start for a, _ in self.owned[i].shared(self.far[i]))
-            for i in range(len(self.far))
-        )
-        return heads * sum(mine)
+        return heads * int(self._foreign.sum())
+
+    @cached_property
+    def _foreign(self) -> Tensor:
+        """``[ranks, pages]`` int64: of each rank how many of a page's tokens it may read and does not own."""
+        counts = torch.zeros(len(self.far), -(-self.tokens // self.size), dtype=torch.int64)
+        for count, far, owned in zip(counts, self.far, self.owned, strict=True):
+            tokens = far.indices()
+            count.index_add_(0, tokens // self.size, (~owned.holds(tokens)).long())
+        return counts
 
     def _rows(self, pages: Tensor, owner: int, reader: int, among: Rows) -> Tensor:
         """Rows, ``place · KV + head``, among some tokens, of an owner's ``pages [KV, pages]`` that a reader may see."""
-        tokens = torch.arange(self.tokens)
-        usable = self.owned[owner].holds(tokens) & self.far[reader].holds(tokens)
-        heads, chosen = (pages[:, tokens // self.size] & usable).nonzero(as_tuple=True)
-        return among.places(chosen) * pages.shape[0] + heads
+        tokens = self.owned[owner].indices()
+        heads, chosen = (pages[:, tokens // self.size] & self.far[reader].holds(tokens)).nonzero(as_tuple=True)
+        return among.places(tokens[chosen]) * pages.shape[0] + heads
 
 
 @dataclass(frozen=True)

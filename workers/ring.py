@@ -64,9 +64,10 @@ class Dense(Protocol):
 
 
 class PlainDense:
-    """In PyTorch operations, for CPUs and for tests: scores of one piece exist at a time."""
+    """In PyTorch operations, for CPUs and for tests: scores of one piece exist at a time, in float32 at least."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        q, k, v = _wide(q, k, v)
         scores = self._scores(q, k, causal, scale)
         lse = scores.logsumexp(-1)
         return (scores - lse[..., None]).exp() @ v, lse
@@ -74,6 +75,7 @@ class PlainDense:
     def backward(
         self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
+        d_out, q, k, v, out = _wide(d_out, q, k, v, out)
         p = (self._scores(q, k, causal, scale) - lse[..., None]).exp()
         d_s = p * (d_out @ v.transpose(1, 2) - (d_out * out).sum(-1, keepdim=True)) * scale
         return d_s @ k, d_s.transpose(1, 2) @ q, p.transpose(1, 2) @ d_out
@@ -84,6 +86,10 @@ class PlainDense:
             later = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
             scores = scores.masked_fill(later, -torch.inf)
         return scores
+
+
+def _wide(*xs: Tensor) -> list[Tensor]:
+    return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in xs]
 
 
 class CudnnDense:

@@ -34,8 +34,9 @@ from shoal.workers.exchange import Fetch, Give, Plan, fetch_rows
 from shoal.workers.mesh import Group
 from shoal.workers.pull import Pages, Pull, PullGive
 
-Chosen = Literal["never", "always", "less"]
-"""Whether only chosen pages are fetched; ``less``: where the ranks together fetch fewer rows that way."""
+Chosen = Literal["all", "chosen", "less"]
+"""Which pages are fetched, as ``parallel.context_fetch`` says; ``less``: the chosen ones where the ranks together fetch
+fewer rows that way."""
 Pair = tuple[Tensor, Tensor]
 Compress = Callable[[Tensor], Tensor]
 
@@ -122,7 +123,7 @@ def sequence_attention(
     scale: float,
     backend: Backend = "auto",
     wide: bool = False,
-    chosen: Chosen = "never",
+    chosen: Chosen = "all",
 ) -> Tensor:
     """``nsa_attention`` for this rank's queries, from this rank's tokens. Every rank of the group calls it.
 
@@ -162,7 +163,7 @@ class _Arrival:
         self.flight, self.kept = flight, (k, v)
         self.source: Plan | Pull = flight.sequence.far
         self.fetch: Fetch | None = None
-        if flight.chosen == "never":
+        if flight.chosen == "all":
             self.fetch = flight.sequence.far.fetch(k, v)
             self.buffers = self.fetch.buffers
         else:
@@ -176,7 +177,7 @@ class _Arrival:
             self.fetch.wait()
             return
         pull = sequence.pages.ask(read())
-        if self.flight.chosen == "always" or pull.moved < sequence.pages.fetched_rows(self.kept[0].shape[1]):
+        if self.flight.chosen == "chosen" or pull.moved < sequence.pages.fetched_rows(self.kept[0].shape[1]):
             self.source = pull
         for buffer, x in zip(self.buffers, self.source.fetch(*self.kept).wait(), strict=True):
             buffer.copy_(x)

@@ -230,8 +230,18 @@ def test_segments_shorter_than_the_window_are_refused() -> None:
     """Four sequences of 512 tokens in 16 segments are 128 each: enough for a window of 64, not of 192."""
     shared = ["parallel.ranks=8", "parallel.context=8"]
     assert load_recipe("tiny", shared).parallel.context == 8
-    with pytest.raises(InvalidInput, match=r"parallel\.context=8 .*segments of 128.*attention\.window=192.* to 5 or"):
-        load_recipe("tiny", [*shared, "attention.window=192"])
+    wide = [*shared, "attention.window=192"]
+    refusal = r"parallel\.context=8 .*segments of 128.*attention\.window=192: set train\.batch to 6$"
+    with pytest.raises(InvalidInput, match=refusal):
+        load_recipe("tiny", wide)
+    assert load_recipe("tiny", [*wide, "train.batch=6"]).train.batch == 6
+    with pytest.raises(InvalidInput, match=r"set train\.batch to 6, or train\.sequence to 768 or more$"):
+        load_recipe("tiny", [*wide, "model.context=1024"])
+    assert load_recipe("tiny", [*wide, "model.context=1024", "train.sequence=768"]).train.sequence == 768
+    halves = ["parallel.ranks=4", "parallel.context=2", "attention.window=600", "train.accumulate=2"]
+    with pytest.raises(InvalidInput, match=r"set train\.batch to 20$"):
+        load_recipe("tiny", halves)
+    assert load_recipe("tiny", [*halves, "train.batch=20"]).train.batch == 20
     with pytest.raises(InvalidInput, match=r"parallel\.context=3 does not divide 2 attention ranks"):
         load_recipe("tiny", ["parallel.placement=2A:4F", "parallel.context=3"])
     with pytest.raises(InvalidInput, match=r"5 sequences do not divide over 2 groups of 2 ranks"):

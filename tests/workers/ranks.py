@@ -1,4 +1,4 @@
-"""Real ranks for tests: processes with a gloo process group between them.
+"""Real ranks for tests: processes with a gloo process group between them, or one of NCCL on GPUs.
 
 Put the functions that run on the ranks at the top level of the test's module (a new process imports them by name)::
 
@@ -35,20 +35,21 @@ multiprocessing.set_forkserver_preload(
 TIMEOUT = timedelta(seconds=120)
 
 
-def run_ranks(world: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
-    """``[fn(rank, world, *args) for each rank]``, each in a process of its own with the default gloo group up.
+def run_ranks(world: int, fn: Callable[..., Any], *args: Any, device: str = "cpu") -> list[Any]:
+    """``[fn(rank, world, *args) for each rank]``, each in a process of its own with the default process group up.
 
     Args:
         world: number of ranks, 1 or more.
         fn: a function at the top level of a module. It, ``args`` and its result are pickled.
         args: the same on all ranks.
+        device: ``cpu``, with gloo between ranks, or ``cuda``: a GPU for each, and NCCL.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: a rank raised; the message holds its traceback. The other ranks
             are ended.
         torch.multiprocessing.ProcessExitedException: a rank died of a signal or left without a result.
     """
-    with start_ranks(world, fn, *args) as (context, folder):
+    with start_ranks(world, fn, *args, device=device) as (context, folder):
         try:
             while not context.join():
                 pass
@@ -61,7 +62,9 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def start_ranks(world: int, fn: Callable[..., Any], *args: Any) -> Iterator[tuple[mp.ProcessContext, Path]]:
+def start_ranks(
+    world: int, fn: Callable[..., Any], *args: Any, device: str = "cpu"
+) -> Iterator[tuple[mp.ProcessContext, Path]]:
     """As ``run_ranks``, without waiting, for tests that kill ranks.
 
     Yields:
@@ -71,9 +74,10 @@ def start_ranks(world: int, fn: Callable[..., Any], *args: Any) -> Iterator[tupl
     # The store lives here, on a port that the system picks: no two tests can meet, and any rank may die.
     store = dist.TCPStore("127.0.0.1", 0, None, True, TIMEOUT, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        context = mp.start_processes(
-            _rank, (world, store.port, folder, fn, args), nprocs=world, join=False, start_method="forkserver"
-        )
+        # what a fork server has imported may have looked at GPUs, which no fork may use afterwards
+        method = "forkserver" if device == "cpu" else "spawn"
+        arguments = (world, store.port, folder, fn, args, device)
+        context = mp.start_processes(_rank, arguments, nprocs=world, join=False, start_method=method)
         try:
             yield context, Path(folder)
         finally:
@@ -82,12 +86,18 @@ def start_ranks(world: int, fn: Callable[..., Any], *args: Any) -> Iterator[tupl
                 process.join()
 
 
-def _rank(rank: int, world: int, port: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int, world: int, port: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...], device: str
+) -> None:
     torch.set_num_threads(1)
+    if device == "cuda":
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast wants rights that containers lack
+        torch.cuda.set_device(rank)
     if sys.platform == "linux":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # a machine whose name does not resolve runs the tests too
     store = dist.TCPStore("127.0.0.1", port, None, False, TIMEOUT)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    backend = "gloo" if device == "cpu" else "nccl"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     try:
         result = fn(rank, world, *args)
         (Path(folder) / str(rank)).write_bytes(pickle.dumps(result))
@@ -95,6 +105,7 @@ def _rank(rank: int, world: int, port: int, folder: str, fn: Callable[..., Any],
     except Exception:
         with contextlib.suppress(FileExistsError), (Path(folder) / "error").open("x") as first:
             first.write(f"rank {rank}:\n{traceback.format_exc()}")
+        if device == "cpu":  # NCCL would wait for what this rank's peers never send
+            dist.destroy_process_group()
         raise
-    finally:
-        dist.destroy_process_group()
+    dist.destroy_process_group()

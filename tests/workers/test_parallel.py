@@ -33,6 +33,12 @@ SHARED: dict[str, Any] = {"model__context": 96, "train__sequence": 96, "train__b
 CONTEXTS: dict[str, dict[str, Any]] = {
     "2 ranks share all": {"parallel__ranks": 2, "parallel__context": 2},
     "4 ranks share all": {"parallel__ranks": 4, "parallel__context": 4},
+    "2 ranks share all, chosen blocks": {
+        "parallel__ranks": 2,
+        "parallel__context": 2,
+        "parallel__context_fetch": "less",
+        "parallel__context_gradients": "float32",
+    },
     "2 groups of 2, experts over 4": {"parallel__ranks": 4, "parallel__context": 2},
     "2 groups of 2, 2 sets of experts": {"parallel__ranks": 4, "parallel__context": 2, "parallel__expert": 2},
     "2A:2F, 2 share all": {"parallel__placement": "2A:2F", "parallel__context": 2},

@@ -62,6 +62,7 @@ class SharedContext:
         assert batch.rows is not None
         self.cu_seqlens, self.rows, self.group = batch.cu_seqlens, batch.rows, group
         self.backend = recipe.attention.backend
+        self.chosen, self.wide = recipe.parallel.context_fetch, recipe.parallel.context_gradients == "float32"
         self.rotation = rotations(recipe.model, batch.positions, dtype)
         if recipe.attention.kind == "nsa":
             device = batch.tokens.device
@@ -84,4 +85,6 @@ class SharedContext:
             lambda values: layer.compress_v(values, own),
         )
         branches = ((p.k_cmp, p.v_cmp), (p.k_slc, p.v_slc), (p.k_win, p.v_win))
-        return sequence_attention(p.q, *branches, p.gates, compress, self.sequence, layer.scale, self.backend)
+        keys = (p.q, *branches, p.gates, compress)
+        settings = (self.sequence, layer.scale, self.backend)
+        return sequence_attention(*keys, *settings, wide=self.wide, chosen=self.chosen)
