@@ -88,7 +88,8 @@ else
     failed=$?
     wait $!
     failed=$((failed + $?))
-    part ranks 240 "$PYTHON" -m pytest -q -p no:cacheprovider tests/workers/test_gpu_graphs_ranks.py
+    part ranks 300 "$PYTHON" -m pytest -q -p no:cacheprovider tests/workers/test_gpu_graphs_ranks.py \
+        tests/cluster/test_gpu_engines.py
     part decode 300 "$PYTHON" -m shoal.jobs.bench.decode --out "$OUT"
     serve colocated --workers "$GPUS" --against "$WORK/full"
     serve apart --workers "$GPUS" --placement "1A:$((GPUS - 1))F"
