@@ -17,6 +17,7 @@ from torch import Tensor
 
 from shoal.kernels.moe.plan import Ways
 from shoal.workers.flight import Flight, PackedFlight
+from shoal.workers.gathered import GatheredFlight
 from shoal.workers.mesh import Group
 from shoal.workers.symmetric import Inbox, SymmetricFlight
 from shoal.workers.transfer import HostReads
@@ -71,6 +72,8 @@ class Dispatcher:
             own=self.group.index,
         )
         self.of_slot = self._ints([expert for _, expert in hosted])
+        self._of_any_slot = self._ints([*(expert for _, expert in hosted), -1])  # -1 has its last element
+        self._everywhere: dict[int, Tensor] = {}
 
     def _ints(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
@@ -82,18 +85,35 @@ class Dispatcher:
         empty = torch.zeros(self.experts, dtype=torch.int64, device=self.device)
         return empty.index_add_(0, self.of_slot, by_slot.long())
 
+    def experts_of(self, slots: Tensor) -> Tensor:
+        """The experts of any slots, int; -1 of none."""
+        return slots if self.counts_in_order else self._of_any_slot[slots.long()]
+
+    def everywhere(self, tokens: int) -> Tensor:
+        """``[tokens, others]`` int32: where each token stands among so many of every rank, once for each other rank
+        that hosts experts. Kept, for CUDA graphs that read it."""
+        if tokens not in self._everywhere:
+            places = [[rank * tokens + t for rank in self.others] for t in range(tokens)]
+            self._everywhere[tokens] = torch.tensor(places, dtype=torch.int32, device=self.device).view(tokens, -1)
+        return self._everywhere[tokens]
+
     def waiting(self) -> AbstractContextManager[None]:
         """Measures a wait for rows, where somebody watches."""
         return self.clock.part("dispatch") if self.clock else nullcontext()
 
-    def start(self, x: Tensor, gates: Tensor, experts: Tensor, keep: bool = False) -> Flight:
+    def start(
+        self, x: Tensor, gates: Tensor, experts: Tensor, keep: bool = False, live: Tensor | None = None
+    ) -> Flight:
         """Says to all ranks what will come; ``x [T, H]``, ``gates [T, K]`` float32 or float64, ``experts [T, K]`` int.
 
-        keep: whether there will be a backward pass.
+        keep: whether there will be a backward pass. live: ``[T]`` int64, in a step where all ranks have as many tokens:
+        0 for those that need no expert of another rank.
         Every rank of the group calls it, and every method of the flight, in the same order.
         """
         if self.group.size == 1:
             return Flight(self, x, gates, experts, keep)
+        if live is not None:
+            return GatheredFlight(self, x, gates, experts, live)
         if self.inbox is None:
             return PackedFlight(self, x, gates, experts, keep)
         return SymmetricFlight(self, x, gates, experts, keep)

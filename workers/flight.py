@@ -34,7 +34,8 @@ class Flight:
     """Of a rank alone, from which nothing travels. Of others, each pair of methods stands before and after a transfer.
 
     keep: whether there will be a backward pass. room: rows that each rank has room for, 0 where that does not matter.
-    home: where what comes back for each token stands among all that does. triton: who plans and sorts.
+    home: where what comes back for each token stands among all that does. triton: who plans and sorts. own: this rank's
+    tokens among all that its experts work on.
     """
 
     def __init__(
@@ -42,10 +43,14 @@ class Flight:
     ) -> None:
         self.dispatcher, self.keep = dispatcher, keep
         self.tokens, self.choices = experts.shape
-        self.triton = dispatcher.triton and gates.dtype == torch.float32
+        self.own = slice(0, self.tokens)
+        self.triton = self._by_triton(gates)
         self._plan = plan(experts, gates, dispatcher.ways, self.triton, room)
         self.slots, self.counts = self._plan.slots, self._plan.counts[: len(dispatcher.ways.hosts)]
         self.home = self.slots.new_empty(self.tokens, 0) if self._plan.home is None else self._plan.home
+
+    def _by_triton(self, gates: Tensor) -> bool:
+        return self.dispatcher.triton and gates.dtype == torch.float32
 
     def expert_counts(self) -> Tensor:
         """``[experts]`` int64: tokens that chose each expert, over the whole dispatch group."""

@@ -36,6 +36,11 @@ class Placement:
         everyone = tuple(range(p.ranks))
         return cls(p.ranks, everyone, everyone if recipe.moe.experts else (), p.expert_ranks, p.context)
 
+    @property
+    def apart(self) -> bool:
+        """Whether attention and experts have ranks of their own."""
+        return bool(self.experts) and set(self.attention) != set(self.experts)
+
     def dispatch_groups(self) -> list[tuple[int, ...]]:
         """Ranks that exchange tokens with one another; every rank is in one group."""
         if set(self.attention) != set(self.experts):

@@ -55,7 +55,8 @@ class Pass:
 
     own: the weights of the routed (and dispatched shared) experts that this rank hosts; shared: those of the local
     shared ones, which every token uses. kind: who computes products. always: how many of the last experts every token
-    is sent to, with gate 1. router: who chooses, by Triton; without one gates and experts are given.
+    is sent to, with gate 1. router: who chooses, by Triton; without one gates and experts are given. live: as
+    :meth:`Dispatcher.start` has it, for a pass without gradients.
 
     Once it has begun, ``chosen [T, K]`` says which experts the tokens go to, those of ``always`` aside.
     """
@@ -68,7 +69,9 @@ class Pass:
         shared: Weights,
         always: int = 0,
         router: Router | None = None,
+        live: Tensor | None = None,
     ) -> None:
+        self.live = live
         self.dispatcher, self.kind, self.own, self.shared = dispatcher, kind, own, shared
         self.always, self.router, self.triton = always, router, dispatcher.triton
         self.keep = False
@@ -79,11 +82,12 @@ class Pass:
         x = x.contiguous()
         gates, self.chosen = self._choose(x, gates, experts)
         gates, experts = self._with_always(gates, self.chosen)
-        self.flight = self.dispatcher.start(x, gates, experts, self.keep)
-        shared_up, _ = self.shared
+        self.flight = self.dispatcher.start(x, gates, experts, self.keep, self.live)
         self.shared_hidden = self.shared_act = self.hidden = None
+        shared_up, _ = self.shared
         if shared_up is not None:
-            self.shared_hidden, self.shared_act = self._beside(self.kind(None)).up(x, shared_up)
+            self.shared_products = self._beside(self.kind(None))
+            self.shared_hidden, self.shared_act = self.shared_products.up(x, shared_up)
         self.flight.send()
         self.arrived = self.flight.arrive(x, gates)
         rows = expand(self.arrived.parts, self.arrived.fan, self.triton)
@@ -131,11 +135,11 @@ class Pass:
 
     def end(self) -> Tensor:
         """``[T, H]``: waits for the results, and adds all up."""
-        arrived, tokens, base = self.arrived, self.flight.tokens, None
+        arrived, own, base = self.arrived, self.flight.own, None
         _, shared_down = self.shared
         if shared_down is not None and self.shared_act is not None:
-            base = self._beside(self.kind(None)).rows_by_weight(self.shared_act, shared_down.flatten(0, 1))
-        out = combine(self.results, arrived.fan.rows[:tokens], self.triton, arrived.gates[:tokens], base, out=base)
+            base = self.shared_products.rows_by_weight(self.shared_act, shared_down.flatten(0, 1))
+        out = combine(self.results, arrived.fan.rows[own], self.triton, arrived.gates[own], base, out=base)
         del self.results, self.shared_act
         return self.flight.returned(out)
 

@@ -139,6 +139,28 @@ class Table:
         return reads.of(self._host, self._there)
 
 
+class EvenExchange:
+    """As many rows to and from each rank of a group, in flight: a CUDA graph can hold it, since no size depends on
+    numbers. Beside what is launched meanwhile; the sent buffer is kept alive until it is over."""
+
+    def __init__(self, group: Group, rows: Tensor, everywhere: bool) -> None:
+        """everywhere: all rows ``[R, …]`` go to every rank; otherwise an equal part of them to each, in order."""
+        assert group.handle is not None
+        self._sending = rows.contiguous()
+        shape = (group.size * len(rows), *rows.shape[1:]) if everywhere else rows.shape
+        self._receiving = rows.new_empty(shape)
+        exchange = dist.all_gather_into_tensor if everywhere else dist.all_to_all_single
+        self._work: dist.Work | None = exchange(self._receiving, self._sending, group=group.handle, async_op=True)
+
+    def wait(self) -> Tensor:
+        """What came, by rank; what is launched on the current stream from now on comes after it."""
+        assert self._work is not None
+        self._work.wait()
+        self._work = None
+        del self._sending
+        return self._receiving
+
+
 class Exchange:
     """One all-to-all in flight. It keeps the sent buffer alive until the transfer is over."""
 

@@ -22,10 +22,11 @@ BENCHMARKS = {
     "moe": ("shoal.jobs.bench.moe", "A DeepSeekMoE layer on a GPU, beside cuBLAS products with the same FLOPs."),
     "dispatch": ("shoal.jobs.bench.dispatch", "Token rows between two GPUs, and a DeepSeekMoE layer over both."),
     "scale": ("shoal.jobs.bench.scale", "Weak and strong scaling over 1 to 8 GPUs, measured and predicted."),
+    "decode": ("shoal.jobs.bench.decode", "A decode step over two GPUs, in CUDA graphs, without, and on one GPU."),
     "cli": ("shoal.jobs.bench.cli", "Time that shoal --help takes."),
 }
 
-ON_GPUS = {"nsa": "", "moe": "", "sequence": "2x", "context": "2x", "dispatch": "2x"}
+ON_GPUS = {"nsa": "", "moe": "", "sequence": "2x", "context": "2x", "dispatch": "2x", "decode": "2x"}
 """Those that need GPUs, and how many, as the name of a result says it."""
 
 

@@ -115,6 +115,23 @@ def pack(plan: Plan, x: Tensor, gates: Tensor, ways: Ways, triton: bool, rows: T
     return plan.fan
 
 
+def address(
+    x: Tensor, gates: Tensor, experts: Tensor, live: Tensor, ways: Ways, triton: bool, rows: Tensor, words: Tensor
+) -> None:
+    """Each token's row, with its gates and slots behind it: of what goes to all ranks alike, whatever tokens choose.
+
+    x: ``[T, H]``, contiguous; gates, experts: ``[T, K]``. live: ``[T]`` int64, 0 for tokens that go to no expert: their
+    slots are -1. rows: ``[T, H]`` and words: ``[T, 2K or 3K]`` int32, where to write: as :func:`pack` has them.
+    """
+    if triton:
+        from shoal.kernels.moe import triton_address
+
+        triton_address.address(x, gates, experts, live, ways, rows, words)
+        return
+    rows.copy_(x)
+    words.copy_(torch.cat([words_of(gates), torch.where(live[:, None] > 0, ways.slots_of(experts), -1)], 1))
+
+
 def sort(
     slots: Tensor, gates: Tensor, words: Tensor | None, first: int, experts: int, places: int, triton: bool
 ) -> tuple[Tensor, Fan, Tensor]:

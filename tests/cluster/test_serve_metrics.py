@@ -28,7 +28,7 @@ from shoal.jobs.serve.engines import InProcess
 from shoal.jobs.serve.measured import Measured
 from shoal.workers.config import Recipe
 from shoal.workers.engine.engine import Engine
-from shoal.workers.engine.request import Busy, Finish, Limits, Load, Output, Request, Sampling, Token
+from shoal.workers.engine.request import Busy, Finish, Limits, Load, Output, Request, Sampling, Token, Turn
 from shoal.workers.errors import ClusterRefused, InvalidInput
 from shoal.workers.model import Transformer
 
@@ -201,10 +201,10 @@ class Stepwise(Engine):
         self.steps = threading.Semaphore(0)
         self.free = False
 
-    def step(self, requests: int = 1) -> list[Output]:
+    def step(self, turn: Turn | None = None) -> list[Output]:
         if not self.free:
             self.steps.acquire()
-        return super().step(requests)
+        return super().step(turn)
 
     def let_go(self) -> None:
         """Lets all further steps happen."""
@@ -289,11 +289,11 @@ async def test_an_engine_that_dies_shows_as_errors_and_no_capacity(
     class Doomed(Engine):
         left = 3
 
-        def step(self, requests: int = 1) -> list[Output]:
+        def step(self, turn: Turn | None = None) -> list[Output]:
             if not self.left:
                 raise ArithmeticError("the numbers are not finite")
             self.left -= 1
-            return super().step(requests)
+            return super().step(turn)
 
     monkeypatch.setattr("shoal.jobs.serve.measured.EVERY", 0.1)
     process = InProcess(Doomed(transformer, Limits(sequences=2)))

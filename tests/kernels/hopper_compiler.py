@@ -28,7 +28,7 @@ from triton.runtime.jit import JITFunction
 from shoal.kernels import hopper
 
 HOPPER = GPUTarget("cuda", 90, 32)
-COMPILED = ("triton_fan", "triton_rows", "triton_store", "triton_rope")
+COMPILED = ("triton_address", "triton_fan", "triton_rows", "triton_store", "triton_rope")
 """Modules of Triton kernels that are compiled as well."""
 PTXAS = str(Path(triton.__file__).parent / "backends/nvidia/bin/ptxas")
 
@@ -132,7 +132,7 @@ def pages(kv: int, group: int, dims: tuple[int, int], dtype: torch.dtype) -> Non
 def dispatch(world: int, experts: int, copies: int, tokens: int) -> None:
     """What plans and sorts rows that travel. copies: of each expert, on ranks that follow one another."""
     from shoal.kernels.moe.fan import expand
-    from shoal.kernels.moe.plan import Ways, gates_at_home, gates_of_rows, pack, plan, sort
+    from shoal.kernels.moe.plan import Ways, address, gates_at_home, gates_of_rows, pack, plan, sort
 
     def ints(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.int32)
@@ -148,6 +148,7 @@ def dispatch(world: int, experts: int, copies: int, tokens: int) -> None:
     words = ints(tokens, 128 + 2 * choices)[:, 128:]
     planned = plan(chosen, gates, ways, True)
     plan(chosen, gates, ways, True, tokens)
+    address(x, gates, chosen, torch.zeros(tokens, dtype=torch.int64), ways, True, x, words)
     fan = pack(planned, x, gates, ways, True, x, words)
     _, sorted_rows, _ = sort(chosen, gates, words, 0, slots // world, tokens, True)
     expand([x, x], sorted_rows, True)

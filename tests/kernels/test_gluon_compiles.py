@@ -15,7 +15,7 @@ SHARED_MEMORY = 227 * 1024
 KERNELS = {"_span_kernel": 2, "_grad_kernel": 2, "_gather_grad_kernel": 1, "_gemm_kernel": 5, "_outer_kernel": 1}
 KERNELS |= {"_importance_kernel": 1}
 KERNELS |= {"_plan_kernel": 4, "_before_kernel": 6, "_pack_kernel": 2, "_count_kernel": 2, "_place_kernel": 2}
-KERNELS |= {"_gates_kernel": 2, "_home_kernel": 2, "_expand_kernel": 4}
+KERNELS |= {"_gates_kernel": 2, "_home_kernel": 2, "_expand_kernel": 4, "_address_kernel": 2}
 """Of each kernel, how often it is launched."""
 ROUNDING = {"_tokens_kernel": 2, "_blocks_kernel": 2, "_compressed_kernel": 2, "_rotate_kernel": 4}
 

@@ -16,6 +16,7 @@ triton_on_cpu.prepare()
 
 from shoal.kernels.moe.plan import (  # noqa: E402
     Ways,
+    address,
     gates_at_home,
     gates_of_rows,
     pack,
@@ -115,6 +116,23 @@ def test_what_goes_with_all_rows_is_planned_as_operators_plan_it(case: Case) -> 
         first = others.index(rank) * (case.tokens + 3)
         assert got.home is not None
         assert got.home[:, d].tolist() == list(range(first, first + case.tokens))
+
+
+@settings(max_examples=15)
+@given(case=cases(), hidden=st.sampled_from([1, 12, 1030]))
+def test_rows_for_all_ranks_are_addressed_as_operators_address_them(case: Case, hidden: int) -> None:
+    (gates, experts), ways = case.choices(), case.ways()
+    x = draw(case.tokens, hidden, dtype=torch.float32, seed=case.seed + 1)
+    live = (draw(case.tokens, 1, dtype=torch.float32, seed=4)[:, 0] > 0).long()
+    found = []
+    for triton in (False, True):
+        buffer = torch.full((case.tokens, hidden + 2 * case.top_k + 3), -7, dtype=torch.int32, device=DEVICE)
+        rows, words = buffer.view(torch.float32)[:, :hidden], buffer[:, -2 * case.top_k :]
+        address(x, gates, experts, live, ways, triton, rows, words)
+        found.append(buffer)
+    assert torch.equal(*found)
+    slots = found[1][:, -case.top_k :]
+    assert torch.equal(slots, torch.where(live[:, None] == 1, ways.slots_of(experts), -1))
 
 
 @settings(max_examples=25)

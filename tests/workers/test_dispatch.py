@@ -18,6 +18,7 @@ from shoal.kernels.moe.oracle import ffn
 from shoal.workers import symmetric
 from shoal.workers.dispatch import Dispatcher
 from shoal.workers.flight import PackedFlight
+from shoal.workers.gathered import GatheredFlight
 from shoal.workers.mesh import Group
 from shoal.workers.routed import Pass, RoutedFFN, Router
 from shoal.workers.symmetric import Inbox
@@ -70,6 +71,8 @@ CASES = {
     "dispatched shared experts": Case((7, 4, 6), (0, 0, 1, 1, 2, 2, 0, 1), 2, always=2),
     "no tokens at all": Case((0, 0), (0, 1), 1),
 }
+BY_TRITON = ("uneven tokens, and none", "a rank without experts", "dispatched shared experts")
+"""The interpreter takes long."""
 
 
 class SharedInbox(Inbox):
@@ -225,7 +228,7 @@ def test_float32_agrees_to_rounding_and_repeats_its_bits(name: str) -> None:
         assert all(torch.equal(g, h) for e in a["own"] for g, h in zip(a["own"][e], b["own"][e], strict=True))
 
 
-@pytest.mark.parametrize("name", ["uneven tokens, and none", "a rank without experts", "dispatched shared experts"])
+@pytest.mark.parametrize("name", BY_TRITON)
 def test_triton_equals_the_equations(name: str) -> None:
     """In the interpreter, with the kernels that copy rows and add them up."""
     case = CASES[name]
@@ -297,6 +300,47 @@ def test_a_router_in_the_pass_is_that_of_the_layer_in_one_piece(normalize: bool)
         assert (got - want).norm() <= 2e-6 * want.norm(), i
     assert torch.equal(first[-1], one[-1])
     assert torch.equal(second[-1], one[-1])
+
+
+def _of_one_shape(rank: int, world: int, case: Case, triton: bool) -> tuple[Tensor, Tensor]:
+    """Output and chosen experts of a pass in which each rank has as many rows as the one with most tokens."""
+    kind: type[Gemms] = Gemms
+    if triton:
+        triton_on_cpu.prepare()
+        from shoal.kernels.moe.triton_gemms import TritonGemms
+
+        kind = TritonGemms
+    experts, gates = case.experts_gates()
+    mine, most = slice(sum(case.tokens[:rank]), sum(case.tokens[: rank + 1])), max(case.tokens)
+    x, up, down, shared_up, shared_down, _ = (t.float() if triton else t for t in case.tensors())
+    x, experts, gates = (
+        torch.cat([t[mine], t.new_full((most - case.tokens[rank], t.shape[1]), 1)]) for t in (x, experts, gates)
+    )
+    dispatcher = Dispatcher(Group(tuple(range(world)), rank, dist.group.WORLD), case.owners, x.device, triton)
+    own, live = list(dispatcher.local), (torch.arange(most) < case.tokens[rank]).long()
+    weights = (up[own], down[own]) if own else (None, None)
+    passing = Pass(dispatcher, kind, weights, (shared_up, shared_down), case.always, live=live)
+    routed = slice(0, case.top_k)
+    with torch.no_grad():
+        passing.begin(x, gates[:, routed].to(x.dtype), experts[:, routed].contiguous())
+        out = passing.end()
+    assert isinstance(passing.flight, GatheredFlight)
+    return out[: case.tokens[rank]], passing.flight.chosen()
+
+
+@pytest.mark.parametrize(
+    ("name", "triton"), [(n, False) for n in CASES if any(CASES[n].tokens)] + [(n, True) for n in BY_TRITON]
+)
+def test_rows_of_one_shape_equal_the_equations(name: str, triton: bool) -> None:
+    """Those of each rank's own tokens; other rows, whatever stands in them, choose no expert."""
+    case = CASES[name]
+    found = run_ranks(len(case.tokens), _of_one_shape, case, triton)
+    got, want = torch.cat([out for out, _ in found]).double(), oracle(case)["out"]
+    assert (got - want).norm() <= (1e-6 if triton else 2e-15) * want.norm()
+    rows = torch.arange(max(case.tokens))[None] < torch.tensor(case.tokens)[:, None]
+    for _, chosen in found:
+        assert (chosen[~rows.flatten()] == -1).all()
+        assert torch.equal(chosen[rows.flatten()].long(), case.experts_gates()[0])
 
 
 def _copied(rank: int, world: int, case: Case, homes: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,10 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from shoal.kernels.moe.gemms import Gemms
 from shoal.workers.config import Recipe
 from shoal.workers.engine.cache import make_caches
-from shoal.workers.engine.decode import DecodeSteps, Shape, capturable
+from shoal.workers.engine.decode import DecodeSteps, capturable
 from shoal.workers.engine.engine import Engine
-from shoal.workers.engine.request import Limits, Request, Sampling
+from shoal.workers.engine.request import Limits, Request, Sampling, Shape
+from shoal.workers.mesh import Group, Mesh
 from shoal.workers.model import Transformer
+from shoal.workers.placement import Placement
 
 ATTENTIONS: list[dict[str, Any]] = [
     {"cmp_block": 8, "cmp_stride": 4, "slc_block": 8, "slc_count": 4, "window": 12},
@@ -100,12 +102,29 @@ class Unread(Gemms):
         return rows @ (weight if self.ends is None else weight[0])
 
 
+class Unsent:
+    """An exchange of the right sizes that sends nothing."""
+
+    def __init__(self, group: Group, rows: Tensor, everywhere: bool) -> None:
+        self.came = rows.new_empty(group.size * len(rows), *rows.shape[1:]) if everywhere else rows
+
+    def wait(self) -> Tensor:
+        return self.came
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("router", ["softmax", "hash"])
 @pytest.mark.parametrize("attention", [ATTENTIONS[0], ATTENTIONS[3]])
-def test_the_host_reads_no_number(attention: dict[str, Any], router: str) -> None:
+def test_the_host_reads_no_number(
+    attention: dict[str, Any], router: str, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Computed with tensors that have shapes and no numbers, which raise when one of theirs is asked for."""
+    monkeypatch.setattr("shoal.workers.gathered.EvenExchange", Unsent)
     top_k = {"softmax": 3, "hash": 1}[router]
-    model = Transformer(_recipe(attention, moe__router=router, moe__top_k=top_k), device="meta", draw=False).eval()
+    recipe = _recipe(attention, moe__router=router, moe__top_k=top_k, parallel__ranks=ranks)
+    everyone = Group(tuple(range(ranks)), 0)
+    mesh = Mesh(Placement.of(recipe), 0, everyone, everyone, everyone, everyone, None, None)
+    model = Transformer(recipe, mesh, device="meta", draw=False).eval()
     with FakeTensorMode():
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
@@ -117,7 +136,7 @@ def test_the_host_reads_no_number(attention: dict[str, Any], router: str) -> Non
             if block.moe is not None:
                 block.moe.products, dispatcher = Unread, block.moe.dispatcher
                 dispatcher.device = torch.device("cpu")
-                dispatcher.assign((0,) * experts)
+                dispatcher.assign([e * ranks // experts for e in range(experts)])
         caches = make_caches(model.recipe, 9, 9, model.dtype, torch.device("cpu"))
         of_layer = {block.attention: cache for block, cache in zip(blocks, caches, strict=True)}
         steps = DecodeSteps(model, of_layer, (8, 8), 5, torch.zeros(2, experts, dtype=torch.int64), capture=False)

@@ -11,8 +11,7 @@ from shoal.workers.expert_plan import Plan
 from shoal.workers.placement import Placement
 
 if TYPE_CHECKING:
-    from shoal.workers.engine.loop import Agree, EngineLoop
-    from shoal.workers.mesh import Mesh
+    from shoal.workers.engine.loop import EngineLoop
 
 THREADS = 32  # calls that an actor answers at once: two wait for news and for the end, the others take an instant
 
@@ -42,7 +41,7 @@ class EngineActor(RankActor):
         memory = int(free_memory(device) * checked.serve.memory / (1 if device == "cuda" else self.ranks))
         engine = Engine(model, limits_of(checked.serve, device), memory)
         engine.warm_up()
-        self.loop = EngineLoop(engine, _agree(mesh))
+        self.loop = EngineLoop(engine)
 
     def submit(self, request: Request, again: bool = False) -> None:
         """Queues a request. again: it was accepted before, by an engine that is gone: a full queue takes it too.
@@ -83,19 +82,3 @@ def limits_of(s: ServeTable, device: str) -> Limits:
     """
     step = s.step_tokens or (2048 if device == "cuda" else 512)
     return Limits(s.sequences, step, s.waiting, s.pages, s.speculate, s.prefix_cache, s.cuda_graphs)
-
-
-def _agree(mesh: Mesh) -> Agree:
-    """Asks all ranks at the beginning of a step."""
-    import torch
-    import torch.distributed as dist
-
-    if mesh.checkpoint is None:
-        return lambda requests, stop: (requests, stop)
-
-    def agree(requests: int, stop: bool) -> tuple[int, bool]:
-        sums = torch.tensor([requests, stop], dtype=torch.int64)
-        dist.all_reduce(sums, group=mesh.checkpoint)  # gloo: on the host, whatever the device
-        return int(sums[0]), bool(sums[1])
-
-    return agree

@@ -2,12 +2,14 @@
 
 A step has 1, 2, 4, 8 … rows, each a token with pages of its own. What a row is lies in one array of numbers, copied to
 the device before the step; everything else is worked out there. Rows that nobody needs write to a page that nobody
-reads, and count for nothing.
+reads, go to no other rank's experts, and count for nothing. Ranks that share experts compute the same shape at the same
+time, so that what they exchange has sizes that no host has to read.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,22 +21,14 @@ from shoal.kernels.nsa.paged import PagedCache, decode_tables
 from shoal.kernels.nsa.paged_store import Compressed
 from shoal.workers.data.batch import PackedBatch
 from shoal.workers.engine.cache import PagedAttention, reach
+from shoal.workers.engine.request import UNSHAPED, Shape
 from shoal.workers.engine.tables import ALIGNED, SINGLE, Part, Tables, sizes_of
 from shoal.workers.model import Transformer
-from shoal.workers.model.feedforward import MoE, MoELoad, run
+from shoal.workers.model.feedforward import MoELoad, run
 
 MOST_ROWS = 256
 FEWEST_PAGES = 64  # that a graph has room for: below, a step costs the same
 BOTH = 8  # rows up to which a step without compressed rows has a graph of its own: of more, some row mostly ends one
-
-
-@dataclass(frozen=True)
-class Shape:
-    """rows: of a step. pages: far pages that a row may have. compress: whether compressed rows may end."""
-
-    rows: int
-    pages: int
-    compress: bool
 
 
 @dataclass(frozen=True)
@@ -84,7 +78,7 @@ class RowTables(Tables):
 
 class DecodeSteps:
     """Steps of short parts over a model's caches. With ``capture`` each shape is a CUDA graph, made when it is first
-    needed or by :meth:`warm_up`; without, the same operations run one by one.
+    needed or by :meth:`warm_up`; without, the same operations run one by one. Collective over the ranks of the model.
 
     scratch: a far and a near page of the caches that no sequence has. experts: ``[MoE layers, experts]`` int64, to
     which the choices of live rows are added; None without MoE layers.
@@ -113,17 +107,26 @@ class DecodeSteps:
             self.graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
             self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
 
-    def fits(self, parts: Sequence[Part]) -> bool:
-        """Whether these parts can be one step: at least one token, and no part too long."""
-        tokens = sum(len(p.tokens) for p in parts)
-        return 0 < tokens <= self.rows[-1] and all(len(p.tokens) <= SINGLE for p in parts)
+    def need(self, parts: Sequence[Part]) -> Shape:
+        """What one step of these parts needs: ``UNSHAPED`` where a part is too long, nothing without parts."""
+        if any(len(p.tokens) > SINGLE for p in parts):
+            return UNSHAPED
+        stride = self.sizes.cmp_stride
+        ends = any(p.stop // stride > p.start // stride for p in parts)
+        return Shape(sum(len(p.tokens) for p in parts), max((len(p.far) for p in parts), default=0), ends)
 
-    def logits(self, parts: Sequence[Part]) -> Tensor:
-        """``[T, vocab]`` of the tokens of all parts, to be read before the next step."""
-        count = sum(len(p.tokens) for p in parts)
-        shape = self._shape(parts, count)
+    def fits(self, need: Shape) -> bool:
+        """Whether there is a shape that has what is needed; of nothing there is none."""
+        return 0 < need.rows <= self.rows[-1]
+
+    def logits(self, parts: Sequence[Part], need: Shape | None = None) -> Tensor:
+        """``[T, vocab]`` of the tokens of all parts, to be read before the next step.
+
+        need: what all ranks together need; None: what these parts need.
+        """
+        shape = self._shape(need or self.need(parts))
         self._put(parts, shape)
-        return self._run(shape)[:count]
+        return self._run(shape)[: sum(len(p.tokens) for p in parts)]
 
     def shapes(self) -> Iterator[Shape]:
         """All there are, the largest first, whose memory the others can use."""
@@ -132,24 +135,34 @@ class DecodeSteps:
                 yield from (Shape(rows, pages, c) for c in self._ways(rows))
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
-        """Makes the graphs of all shapes."""
+    def warm_up(self) -> bool:
+        """Makes the graphs of all shapes, on all ranks in one order.
+
+        False, with a warning that says why, where a rank could not make one: steps are then to be computed without.
+        """
         for shape in self.shapes():
             self._put((), shape)
-            self._run(shape)
+            self._rehearse(shape)
+            try:
+                self.graphs[shape] = self._graph(shape)
+            except RuntimeError as error:
+                warnings.warn(f"no CUDA graph can hold a decode step here ({error}): steps take longer", stacklevel=2)
+            if not all(made for (made,) in self.model.mesh.tell([shape in self.graphs])):
+                self.graphs.clear()
+                return False
+            self.graphs[shape].replay()
+        return True
 
     def _ways(self, rows: int) -> tuple[bool, ...]:
         if not self.nsa:
             return (False,)
         return (True, False) if rows <= BOTH else (True,)
 
-    def _shape(self, parts: Sequence[Part], count: int) -> Shape:
-        rows = next(n for n in self.rows if n >= count)
-        longest = max(len(p.far) for p in parts)
-        stride = self.sizes.cmp_stride
-        ends = any(p.stop // stride > p.start // stride for p in parts)
-        compress = self.nsa and (ends or rows > BOTH)
-        return Shape(rows, next(n for n in self.pages if n >= longest), compress)
+    def _shape(self, need: Shape) -> Shape:
+        """The smallest that has what is needed."""
+        rows = next(n for n in self.rows if n >= need.rows)
+        pages = next(n for n in self.pages if n >= need.pages)
+        return Shape(rows, pages, self.nsa and (need.compress or rows > BOTH))
 
     def _places(self, shape: Shape) -> list[tuple[slice, tuple[int, ...]]]:
         """Where the arrays of ``Rows`` lie in one flat array, and their shapes."""
@@ -184,19 +197,24 @@ class DecodeSteps:
         if not self.capture:
             return self._compute(shape)
         if shape not in self.graphs:
+            self._rehearse(shape)
             self.graphs[shape] = self._graph(shape)
         self.graphs[shape].replay()
         return self.out[: shape.rows]
 
-    def _graph(self, shape: Shape) -> torch.cuda.CUDAGraph:
-        """Captures a step. It is computed once before, which compiles and loads what is not to be loaded during it."""
-        graph, counted = torch.cuda.CUDAGraph(), None if self.experts is None else self.experts.clone()
+    def _rehearse(self, shape: Shape) -> None:
+        """Computes a step once, which compiles, connects and loads what is not to be while it is captured."""
+        counted = None if self.experts is None else self.experts.clone()
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             self._compute(shape)
             if self.experts is not None and counted is not None:
                 self.experts.copy_(counted)
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
+    def _graph(self, shape: Shape) -> torch.cuda.CUDAGraph:
+        """Captures a step that was computed before."""
+        graph = torch.cuda.CUDAGraph()
         # Only this thread may not allocate meanwhile; others have nothing to do with the capture.
         with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
             self.out[: shape.rows].copy_(self._compute(shape))
@@ -214,10 +232,11 @@ class DecodeSteps:
 
 
 def capturable(model: Transformer) -> bool:
-    """Whether a CUDA graph can hold a step: on one GPU, with experts whose counts stay there."""
-    layers = (block.moe for block in model.layers if isinstance(block.moe, MoE))
-    alone = model.mesh.world.size == 1 and next(model.parameters()).device.type == "cuda"
-    return alone and all(layer.on_device for layer in layers)
+    """Whether CUDA graphs can hold the steps of all ranks: on GPUs that host attention and experts alike, whose counts
+    stay there. Collective."""
+    on_gpu = next(model.parameters()).device.type == "cuda" and not model.mesh.placement.apart
+    here = on_gpu and all(layer.on_device for layer in model.moe_layers)
+    return all(there for (there,) in model.mesh.tell([here]))
 
 
 def _doubled(most: int) -> list[int]:

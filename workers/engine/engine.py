@@ -14,7 +14,7 @@ from shoal.kernels.nsa.paged import PagedCache
 from shoal.workers.data.batch import IGNORE, PackedBatch
 from shoal.workers.engine.cache import PagedAttention, make_caches, page_bytes, reach
 from shoal.workers.engine.decode import DecodeSteps, capturable
-from shoal.workers.engine.request import Busy, Finish, Limits, Load, Output, Request, Sampling, Token
+from shoal.workers.engine.request import UNSHAPED, Busy, Finish, Limits, Load, Output, Request, Sampling, Token, Turn
 from shoal.workers.engine.sampling import NO_TOKEN, accepted, choose, spans, to_device
 from shoal.workers.engine.scheduler import Chunk, Scheduler
 from shoal.workers.engine.sequence import Pools, Sequence
@@ -36,7 +36,7 @@ class Engine:
         self, model: Transformer, limits: Limits, memory: int | None = None, fixed: bool | None = None
     ) -> None:
         """memory: bytes that the caches may take; None for no limit. fixed: whether decode steps have fixed shapes, in
-        CUDA graphs on a GPU; None: where a graph can hold them and ``limits`` want graphs.
+        CUDA graphs on a GPU; None: where graphs can hold them and ``limits`` want graphs. All ranks call it alike.
 
         Raises ClusterRefused when the pages of one sequence at full context do not fit.
         """
@@ -53,8 +53,8 @@ class Engine:
         counts = torch.zeros(layers, recipe.moe.experts, dtype=torch.int64, device=self.device)
         self._experts: Tensor | None = counts if layers else None
         self._accepted = 0
-        placement = model.mesh.placement
-        self._apart = bool(placement.experts) and set(placement.attention) != set(placement.experts)
+        self._apart = model.mesh.placement.apart
+        self._planned: tuple[list[Chunk], list[Part]] = [], []
         if model.hosts_attention:
             attentions: list[Any] = [block.attention for block in model.layers]
             scratch = self.pools.far.size, self.pools.near.size
@@ -122,19 +122,32 @@ class Engine:
         """Whether there is anything to compute."""
         return bool(self.sequences)
 
-    @torch.inference_mode()
-    def step(self, requests: int = 1) -> list[Output]:
-        """Computes one step and returns the news, in no particular order. Collective over the ranks of the model.
+    def turn(self, stop: bool = False) -> Turn:
+        """Plans the next step, and says what all ranks of the model do in it together; collective over them.
 
-        requests: how many there are over all ranks. From two on, and where attention and experts have ranks of their
-        own, the step is computed as two halves by turns, so that neither side waits for the other.
+        stop: whether this one wants to end instead. Requests are added and cancelled before it, not before the step.
         """
-        began = time.perf_counter()
-        self.model.join_shared()  # of weights that were loaded anew
         chunks = self.scheduler.plan() if self.model.hosts_attention else []
         chunks.sort(key=lambda c: c.size > SINGLE)  # short ones first, as StepTables wants them
+        parts = [_part(c) for c in chunks]
+        self._planned = chunks, parts
+        own = Turn(len(self.sequences), stop, self.decode.need(parts) if self.decode else UNSHAPED)
+        return Turn.together(self.model.mesh.tell(own.numbers()))
+
+    @torch.inference_mode()
+    def step(self, turn: Turn | None = None) -> list[Output]:
+        """Computes one step and returns the news, in no particular order. Collective over the ranks of the model.
+
+        turn: what :meth:`turn` said of it; None: it is planned now. From two requests on over all ranks, and where
+        attention and experts have ranks of their own, it is computed as two halves by turns, so that neither side waits
+        for the other.
+        """
+        began = time.perf_counter()
+        turn = turn or self.turn()
+        chunks, _ = self._planned
+        self.model.join_shared()  # of weights that were loaded anew
         prompt = sum(min(c.count, max(0, len(c.sequence.request.prompt) - c.sequence.computed)) for c in chunks)
-        tokens = self._compute(chunks, 2 if requests > 1 and self._apart else 1)
+        tokens = self._compute(turn)
         outputs = [self._take(chunk, new) for chunk, new in zip(chunks, tokens, strict=True)]
         self._count(chunks, outputs, prompt, time.perf_counter() - began)
         return [o for o in outputs if o.tokens or o.finish]
@@ -145,8 +158,8 @@ class Engine:
         if self.device.type != "cuda":
             return
         self._warm_prompts()
-        if self.decode:
-            self.decode.warm_up()
+        if self.decode and not self.decode.warm_up():
+            self.decode = None
 
     @torch.inference_mode()
     def _warm_prompts(self) -> None:
@@ -175,9 +188,11 @@ class Engine:
             expert_tokens=() if self._experts is None else tuple(map(tuple, self._experts.tolist())),
         )
 
-    def _compute(self, chunks: list[Chunk], parts: int) -> list[list[Token]]:
+    def _compute(self, turn: Turn) -> list[list[Token]]:
         """Of each chunk the tokens chosen after its last token and after each guess; none if it ends before."""
-        order = [chunk for part in range(parts) for chunk in chunks[part::parts]]
+        chunks, _ = self._planned
+        halves = 2 if turn.requests > 1 and self._apart else 1
+        order = [chunk for half in range(halves) for chunk in chunks[half::halves]]
         rows: list[int] = []
         places: list[int] = []
         samplings: list[Sampling] = []
@@ -186,7 +201,7 @@ class Engine:
                 rows += range(span.start + chunk.count - 1, span.stop)
                 samplings += [chunk.sequence.request.sampling] * (1 + len(chunk.guesses))
                 places += range(chunk.sequence.generated, chunk.sequence.generated + 1 + len(chunk.guesses))
-        logits = self._logits(chunks, parts, rows)
+        logits = self._logits(turn, halves, rows)
         if not rows:
             return [[] for _ in chunks]
         chosen = choose(logits, samplings, places)
@@ -194,12 +209,12 @@ class Engine:
         found = {id(chunk): chosen[span] for chunk, span in zip(order, counts, strict=True)}
         return [found[id(chunk)] for chunk in chunks]
 
-    def _logits(self, chunks: list[Chunk], parts: int, rows: list[int]) -> Tensor:
-        """``[len(rows), vocab]`` of rows of the chunks, computed in ``parts`` halves."""
-        if self.decode and self.decode.fits(one_step := [_part(c) for c in chunks]):
-            return _rows(self.decode.logits(one_step), rows)
-        halves = ([_part(c) for c in chunks[part::parts]] for part in range(parts))
-        hidden = torch.cat(interleave([self._forward(half) for half in halves]))
+    def _logits(self, turn: Turn, halves: int, rows: list[int]) -> Tensor:
+        """``[len(rows), vocab]`` of rows of the parts, computed in ``halves`` halves."""
+        _, parts = self._planned
+        if self.decode and self.decode.fits(turn.shape):
+            return _rows(self.decode.logits(parts, turn.shape), rows)
+        hidden = torch.cat(interleave([self._forward(parts[half::halves]) for half in range(halves)]))
         return self.model.logits(_rows(hidden, rows)) if rows else hidden
 
     def _forward(self, parts: list[Part]) -> Stages:

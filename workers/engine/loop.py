@@ -15,18 +15,15 @@ if TYPE_CHECKING:
 
 IDLE_SECONDS = (0.001, 0.01)  # between two looks for work, the shortest and the longest
 
-Agree = Callable[[int, bool], tuple[int, bool]]
-"""Over the ranks of a model: the sum of their requests, and whether any of them wants to stop."""
-
 
 class EngineLoop:
     """Steps as long as there is work, on all ranks of the model together.
 
-    A step needs every rank; each begins with ``agree``, so that ranks without requests step along with the others.
+    A step needs every rank; each begins with a turn that all agree on, so that ranks without requests step along.
     """
 
-    def __init__(self, engine: Engine, agree: Agree = lambda requests, stop: (requests, stop)) -> None:
-        self.engine, self.agree = engine, agree
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
         self._calls: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
         self._news: list[Output] = []
         self._changed = threading.Condition()
@@ -90,11 +87,11 @@ class EngineLoop:
             while True:
                 self._wake.clear()
                 self._answer()
-                requests, stop = self.agree(len(self.engine.sequences), self._stopping)
-                if stop:
+                turn = self.engine.turn(self._stopping)
+                if turn.stop:
                     return
-                if requests:
-                    self._tell(self.engine.step(requests))
+                if turn.requests:
+                    self._tell(self.engine.step(turn))
                     idle = IDLE_SECONDS[0]
                 else:
                     self._wake.wait(idle)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from shoal.workers.errors import ClusterRefused, InvalidInput
 
@@ -118,6 +120,41 @@ class Load:
     proposed_tokens_total: int = 0
     accepted_tokens_total: int = 0
     expert_tokens: tuple[tuple[int, ...], ...] = field(default=())
+
+
+class Shape(NamedTuple):
+    """Of a decode step, or what one needs at least. rows: tokens, 0 for none. pages: far pages that a row may have.
+    compress: whether compressed rows may end."""
+
+    rows: int = 0
+    pages: int = 0
+    compress: bool = False
+
+
+UNSHAPED = Shape(1 << 30)
+"""What a step needs that fits into no shape."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a rank brings to the next step; or what all ranks do together.
+
+    requests: under way. stop: whether to end instead. shape: what a step of fixed shape needs.
+    """
+
+    requests: int = 0
+    stop: bool = False
+    shape: Shape = Shape()  # noqa: RUF009
+
+    @classmethod
+    def together(cls, turns: Sequence[Sequence[int]]) -> Turn:
+        """Of all ranks, each as :meth:`numbers` has it: all requests, and what the largest shape needs."""
+        requests, stops, rows, pages, compress = zip(*turns, strict=True)
+        return cls(sum(requests), any(stops), Shape(max(rows), max(pages), any(compress)))
+
+    def numbers(self) -> tuple[int, ...]:
+        """To be told to other ranks."""
+        return (self.requests, self.stop, *self.shape)
 
 
 @dataclass(frozen=True)

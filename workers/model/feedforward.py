@@ -23,6 +23,7 @@ from shoal.workers.config import Recipe
 from shoal.workers.dispatch import Dispatcher
 from shoal.workers.errors import InvalidInput
 from shoal.workers.expert_plan import Homes, even_homes
+from shoal.workers.gathered import GatheredFlight
 from shoal.workers.mesh import Mesh
 from shoal.workers.routed import Found, Pass, RoutedFFN, Router, Weights
 
@@ -77,8 +78,9 @@ class MoELoad:
     tokens: T of the balance losses, over all ranks and micro-batches. fractions: f of each layer where it is known
     beforehand (accumulation), else it is taken from this micro-batch of all ranks. balance: False for no losses, and
     counts of this dispatch group only, which cost no exchange. live: ``[T]`` int64, 1 for tokens that count and 0 for
-    others, of one rank alone; None where all do. sequences: of each token ``[T]`` int64 the number of its sequence, and
-    how many there are in the micro-batch, all ranks of the context group together; None for no loss of theirs.
+    others, where all ranks of the dispatch group have as many; None where all count. sequences: of each token ``[T]``
+    int64 the number of its sequence, and how many there are in the micro-batch, all ranks of the context group
+    together; None for no loss of theirs.
     """
 
     def __init__(
@@ -92,7 +94,8 @@ class MoELoad:
         self.tokens, self.fractions, self.balance, self.live = tokens, fractions, balance, live
         self.sequences = sequences
         self.counts: list[Tensor] = []
-        self.chosen: list[Tensor] = []  # ``[T, K]`` a layer, instead of counts, where not all tokens count
+        # ``[T, K]`` a layer instead of counts, where not all tokens count; of several ranks together, -1 for those
+        self.chosen: list[Tensor] = []
         self.losses: list[Tensor] = []
 
     def apart(self) -> MoELoad:
@@ -108,7 +111,12 @@ class MoELoad:
         if self.live is None:
             total += torch.stack(self.counts)
             return
-        chosen = torch.stack(self.chosen).long().flatten(1)
+        chosen = torch.stack(self.chosen)
+        of_all = chosen.shape[1] > len(self.live)
+        chosen = chosen.long().flatten(1)
+        if of_all:
+            total.scatter_add_(1, chosen.clamp(min=0), (chosen >= 0).long())
+            return
         each = self.live[:, None].expand(-1, chosen.shape[1] // len(self.live)).reshape(-1)
         total.scatter_add_(1, chosen, each.expand(len(chosen), -1))
 
@@ -164,8 +172,8 @@ class MoE(nn.Module):
 
     @property
     def on_device(self) -> bool:
-        """Whether the layer can be part of a CUDA graph: all of it here, and no count read by the host."""
-        return self.mesh.world.size == 1 and counts_stay(self.products, self.dispatcher.device, self.dtype)
+        """Whether the layer can be part of a CUDA graph, with as many tokens on all ranks: the host reads no count."""
+        return counts_stay(self.products, self.dispatcher.device, self.dtype)
 
     def _name(self, expert: int) -> str:
         routed = self.table.experts
@@ -181,7 +189,7 @@ class MoE(nn.Module):
             return self._on_this_rank(x_TH, load)
         own, shared, router = _weights(self, "experts"), _weights(self, "shared"), self._router(load)
         inside = router if self.products.triton else None
-        passing = Pass(self.dispatcher, self.products, own, shared, self.sent_shared, inside)
+        passing = Pass(self.dispatcher, self.products, own, shared, self.sent_shared, inside, load.live)
         given = None if inside else self._route(x_TH, tokens_T, router)
         choice: tuple[Tensor | None, Tensor | None] = (None, None)
         found = Found()
@@ -199,6 +207,8 @@ class MoE(nn.Module):
             found = passing.found() if inside else found
         if load.live is None:
             self._count(found, passing.flight.expert_counts()[: self.table.experts], passing.chosen, load)
+        elif isinstance(passing.flight, GatheredFlight):
+            load.chosen.append(passing.flight.chosen()[:, : self.table.top_k])
         else:
             load.chosen.append(passing.chosen)
         return out

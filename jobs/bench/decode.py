@@ -1,0 +1,177 @@
+"""Decode steps of one model over two GPUs: in CUDA graphs, beside the same without, and beside one GPU alone.
+
+Random weights, and pages filled with random numbers, as ``shoal bench engine`` has them. Of a step the slowest rank's
+time counts, from the agreement of all ranks to tokens on the host. ``python -m shoal.jobs.bench.decode --out FOLDER``
+runs it without Ray; ``--device cpu`` runs it in small, over gloo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shoal.jobs.bench.registry import Settings
+from shoal.jobs.bench.result import Row, time_row
+from shoal.workers.errors import InvalidInput
+
+WORLD = 2
+GRAPHS, PLAIN, ALONE = "CUDA graphs", "no graphs", "one GPU"
+Figures = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured. at_once: requests over all ranks, shared out evenly. memory: of what is free, for an engine."""
+
+    recipe: str = "deepseekmoe-2b"
+    sets: tuple[str, ...] = ("model.heads=32", "model.kv_heads=2", "moe.experts=64")
+    contexts: tuple[int, ...] = (4096, 16384)
+    at_once: tuple[int, ...] = (1, 8, 32)
+    kind: str = "nsa"
+    steps: int | None = None
+    memory: float = 0.4
+
+
+def small() -> Sizes:
+    """What a CPU computes in a moment."""
+    return Sizes("tiny", ("attention.slc_count=4", "attention.window=64"), (256,), (1, 3), steps=2)
+
+
+def run(settings: Settings, sizes: Sizes | None = None, device: str = "cuda", world: int = WORLD) -> list[Row]:
+    """Medians over steps. Raises InvalidInput where there are too few GPUs, or other ones."""
+    import torch
+    import torch.distributed as dist
+    import torch.multiprocessing as mp
+
+    if device == "cuda" and torch.cuda.device_count() < world:
+        raise InvalidInput(
+            f"shoal bench decode needs {world} CUDA GPUs, and torch sees {torch.cuda.device_count()} here: run it on a "
+            "machine with more, or `python -m shoal.jobs.bench.decode --device cpu` in small"
+        )
+    sizes = sizes or Sizes(steps=settings.steps)
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "figures"
+        mp.start_processes(on_rank, (world, store.port, device, sizes, str(out)), nprocs=world, start_method="spawn")
+        figures: Figures = json.loads(out.read_text())
+    if not figures:
+        raise InvalidInput("shoal bench decode needs CUDA graphs of experts, and this is no Hopper GPU: run it on one")
+    for f in figures:
+        settings.say(f"{f['context']} tokens, {f['at_once']} at once, {f['way']}: {f['ms']:.2f} ms a step")
+    return tell(figures, sizes, world)
+
+
+def tell(figures: Figures, sizes: Sizes, world: int) -> list[Row]:
+    """Of each load two rows: beside steps without graphs, and beside one GPU."""
+    ms = {(f["context"], f["at_once"], f["way"]): f["ms"] for f in figures}
+    rows = []
+    for context, at_once in dict.fromkeys((f["context"], f["at_once"]) for f in figures):
+        own = ms[context, at_once, GRAPHS]
+        facts = {"recipe": sizes.recipe, "attention": sizes.kind, "context": context, "at_once": at_once}
+        facts |= {"ranks": world, "tokens_per_second": 1000 * at_once / own}
+        for baseline in (PLAIN, ALONE):
+            rows.append(
+                time_row("a decode step over all ranks", own, baseline, ms[context, at_once, baseline], **facts)
+            )
+    return rows
+
+
+def on_rank(rank: int, world: int, port: int, device: str, sizes: Sizes, out: str) -> None:
+    """Entry of a process. The first rank writes the figures to ``out``."""
+    import gc
+
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast wants rights that containers lack
+    store = dist.TCPStore("127.0.0.1", port, None, False)
+    place = torch.device(device, rank) if device == "cuda" else torch.device(device)
+    if device == "cuda":
+        torch.cuda.set_device(place)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    figures = _figures(rank, world, place, sizes)
+    gc.collect()  # graphs go before what they exchange with
+    if rank == 0:
+        Path(out).write_text(json.dumps(figures))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _figures(rank: int, world: int, device: Any, sizes: Sizes) -> Figures:
+    """Of each load and way the milliseconds of a step; nothing where graphs cannot be had."""
+    from shoal.jobs.bench.engine import _decode_ms
+
+    spread, alone = _engine(rank, world, device, sizes), _engine(0, 1, device, sizes)
+    mesh, graphs, figures = spread.model.mesh, spread.decode, []
+    if graphs is None:
+        return []
+    for context in sizes.contexts:
+        for at_once in sizes.at_once:
+            mine = at_once // world + (rank < at_once % world)
+            for way in (GRAPHS, PLAIN, ALONE):
+                spread.decode = graphs if way == GRAPHS else None
+                one = way == ALONE
+                ms = 0.0
+                if not one or rank == 0:  # the others wait where all tell their time
+                    ms = _decode_ms(alone if one else spread, at_once if one else mine, context, sizes.steps)
+                slowest = max(microseconds for (microseconds,) in mesh.tell([round(1000 * ms)])) / 1000
+                figures.append({"context": context, "at_once": at_once, "way": way, "ms": slowest})
+    return figures
+
+
+def _engine(rank: int, world: int, device: Any, sizes: Sizes) -> Any:
+    from shoal.jobs.bench.engine import _fill
+    from shoal.jobs.recipe import load_recipe
+    from shoal.workers.engine.engine import Engine
+    from shoal.workers.engine.request import Limits
+    from shoal.workers.machine import free_memory
+    from shoal.workers.mesh import make_mesh
+    from shoal.workers.model import Transformer
+    from shoal.workers.placement import Placement
+
+    gpu = device.type == "cuda"
+    spread = [f"parallel.ranks={world}", "parallel.expert=0", "parallel.context=1", f"parallel.device={device.type}"]
+    plain = [f"train.batch={world}", "train.accumulate=1", "train.sequence=64"]
+    chosen = [f"model.context={max(sizes.contexts)}", f"attention.kind={sizes.kind}"]
+    recipe = load_recipe(sizes.recipe, [*sizes.sets, *chosen, *spread, *plain])
+    model = Transformer(recipe, make_mesh(Placement.of(recipe), rank, device), device).eval()
+    limits = Limits(sequences=max(sizes.at_once), step=2048 if gpu else 512, prefix_cache=False)
+    engine = Engine(
+        model, limits, int(sizes.memory * free_memory("cuda")) if gpu else None, fixed=None if gpu else True
+    )
+    _fill(engine)
+    return engine
+
+
+def main() -> None:
+    """Runs the benchmark where Shoal's command line cannot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the JSON")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--ranks", type=int, default=WORLD)
+    parser.add_argument("--attention", choices=("nsa", "full"), default="nsa")
+    parser.add_argument("--steps", type=int, help="that are timed")
+    chosen = parser.parse_args()
+    from dataclasses import replace
+
+    from shoal.jobs.bench.result import document, gpu_kind, write
+
+    sizes = replace(small() if chosen.device == "cpu" else Sizes(), kind=chosen.attention)
+    if chosen.steps:
+        sizes = replace(sizes, steps=chosen.steps)
+    before = os.getloadavg()[0]
+    rows = run(Settings(), sizes, chosen.device, chosen.ranks)
+    name = f"decode-{chosen.ranks}x{gpu_kind()}" if chosen.device == "cuda" else "decode-cpu"
+    path = write(document(name, rows, (before, os.getloadavg()[0])), chosen.out)
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

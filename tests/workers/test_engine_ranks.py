@@ -1,0 +1,203 @@
+"""Decode steps of fixed shapes over several ranks: whatever each of them has to do, the tokens of one rank alone.
+
+Without a GPU the operations of a CUDA graph run one by one, and gloo carries the rows."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks, start_ranks
+from small import small_recipe
+from test_engine_decode import ATTENTIONS
+
+from shoal.workers.config import Recipe
+from shoal.workers.dispatch import Dispatcher
+from shoal.workers.engine.engine import Engine
+from shoal.workers.engine.request import UNSHAPED, Limits, Request, Sampling, Shape, Turn
+from shoal.workers.expert_plan import Plan
+from shoal.workers.flight import Flight
+from shoal.workers.gathered import GatheredFlight
+from shoal.workers.mesh import make_mesh
+from shoal.workers.model import Transformer
+from shoal.workers.placement import Placement
+
+News = dict[str, list[tuple[int, float]]]
+"""Of each request its tokens, with their logarithms of probability."""
+
+
+def requests_of(shares: list[int], seed: int) -> list[list[tuple[int, Request]]]:
+    """Of each rank so many requests, each with the step before which it comes."""
+    rng, found = random.Random(seed), []
+    for rank, count in enumerate(shares):
+        mine = []
+        for i in range(count):
+            prompt = tuple(rng.randrange(4) for _ in range(rng.choice([1, 5, 30])))
+            how: dict[str, Any] = {"temperature": [0.0, 1.0][i % 2], "top_p": [1.0, 0.9][i % 2], "logprobs": 1}
+            mine.append(
+                (rng.randrange(12), Request(f"{rank}.{i}", prompt, Sampling(rng.randint(1, 25), seed=i, **how)))
+            )
+        found.append(mine)
+    return found
+
+
+def tokens_of(engine: Engine, mine: list[tuple[int, Request]], cancel: str = "") -> News:
+    """Steps until no rank has anything to do. cancel: a request that is ended when it has had four tokens."""
+    found: News = {}
+    step, late = 0, sorted(mine, key=lambda each: each[0])
+    while True:
+        while late and late[0][0] <= step:
+            engine.add(late.pop(0)[1])
+        turn = engine.turn()
+        if not turn.requests and all(ended for (ended,) in engine.model.mesh.tell([not late])):
+            return found
+        for output in engine.step(turn) if turn.requests else ():
+            found.setdefault(output.request, []).extend((token.id, token.logprob) for token in output.tokens)
+            if output.request == cancel and len(found[cancel]) >= 4:
+                engine.cancel(cancel)
+        step += 1
+
+
+def engine_of(rank: int, tables: dict[str, Any], limits: Limits, fixed: bool, plan: Plan | None = None) -> Engine:
+    recipe = Recipe.model_validate(tables)
+    mesh = make_mesh(Placement.of(recipe), rank)
+    return Engine(Transformer(recipe, mesh, plan=plan).eval(), limits, fixed=fixed)
+
+
+class Watched(Dispatcher):
+    """Notes what kind of flights there were."""
+
+    kinds: set[type[Flight]]
+
+    def start(self, *arguments: Any, **named: Any) -> Flight:
+        flight = super().start(*arguments, **named)
+        self.kinds.add(type(flight))
+        return flight
+
+
+def _serve(
+    rank: int, world: int, tables: dict[str, Any], shares: list[int], limits: Limits, cancel: str, plan: Plan | None
+) -> tuple[News, tuple[tuple[int, ...], ...], set[str]]:
+    engine = engine_of(rank, tables, limits, True, plan)
+    kinds: set[type[Flight]] = set()
+    for layer in engine.model.moe_layers:
+        layer.dispatcher.__class__, layer.dispatcher.kinds = Watched, kinds  # type: ignore[assignment, attr-defined]
+    news = tokens_of(engine, requests_of(shares, 5)[rank], cancel)
+    assert not engine.busy
+    return news, engine.load().expert_tokens, {kind.__name__ for kind in kinds}
+
+
+NINE = {"moe__experts": 9, "balance__device_groups": 3, "train__batch": 9}
+CASES: dict[str, tuple[dict[str, Any], list[int], dict[str, Any], str, Plan | None]] = {
+    "uneven load": ({}, [7, 2], {}, "", None),
+    "a rank without requests, guesses": ({}, [0, 5], {"speculate": 3}, "", None),
+    "one request that ends early": (NINE, [1, 0, 0], {}, "0.0", None),
+    "three ranks, one cancelled": (NINE, [3, 0, 4], {}, "2.1", None),
+    "dispatched shared experts": ({"moe__shared": "dispatched"}, [2, 3], {}, "", None),
+    "a hash of tokens": ({"moe__router": "hash", "moe__top_k": 1}, [1, 3], {}, "", None),
+    "experts on every rank": ({"parallel__expert": 1}, [3, 1], {}, "", None),
+    "sets of experts": ({"parallel__expert": 2}, [3, 0, 1, 2], {}, "", None),
+    "full attention": ({}, [4, 3], {}, "", None),
+    # slots of two busy experts on both ranks, and others not in order
+    "copies": (
+        {},
+        [5, 3],
+        {},
+        "",
+        (((0, 1), (1,), (0,), (1,), (0,), (1,), (0,), (0, 1)), ((1,), (0,), (0, 1), (1,), (0,), (1,), (0,), (0, 1))),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_draw_the_tokens_of_one(name: str) -> None:
+    """In float64, to the probability of each token, while requests come and end; and all experts are counted."""
+    changes, shares, limits, cancel, plan = CASES[name]
+    attention = ATTENTIONS[3 if name == "full attention" else 0]
+    ranks = len(shares)
+    tables = {**small_recipe(**({"parallel__ranks": ranks} | changes)), "attention": attention}
+    bounds = Limits(sequences=4, step=24, prefix_cache=False, **limits)
+    found = run_ranks(ranks, _serve, tables, shares, bounds, cancel, plan)
+    alone = {**small_recipe(**{k: v for k, v in changes.items() if k != "parallel__expert"}), "attention": attention}
+    whole = Limits(sequences=99, step=99, prefix_cache=False)
+    want = tokens_of(engine_of(0, alone, whole, False), [*itertools.chain(*requests_of(shares, 5))])
+    for news, _, kinds in found:
+        for request, tokens in news.items():
+            expected = want.pop(request)[: len(tokens)]
+            assert [i for i, _ in tokens] == [i for i, _ in expected], request
+            assert [p for _, p in tokens] == pytest.approx([p for _, p in expected], rel=1e-9)
+            assert request == cancel or len(tokens) >= len(expected)
+        assert kinds == ({"Flight"} if changes.get("parallel__expert") == 1 else {"PackedFlight", "GatheredFlight"})
+    assert not want
+    _experts_are_counted(found, Recipe.model_validate(tables))
+
+
+def _experts_are_counted(found: list[Any], recipe: Recipe) -> None:
+    """Alike on the ranks of a dispatch group; each layer has as many choices as another."""
+    for group in Placement.of(recipe).dispatch_groups():
+        counts = {found[rank][1] for rank in group}
+        assert len(counts) == 1
+        assert len({sum(layer) for layer in counts.pop()}) == 1
+
+
+def _counts(rank: int, world: int, tables: dict[str, Any], fixed: bool) -> tuple[tuple[int, ...], ...]:
+    engine = engine_of(rank, tables, Limits(sequences=4, step=24, prefix_cache=False), fixed)
+    tokens_of(engine, requests_of([5, 2], 9)[rank])
+    return engine.load().expert_tokens
+
+
+def test_experts_are_counted_as_without_fixed_shapes() -> None:
+    tables = small_recipe(parallel__ranks=2)
+    assert run_ranks(2, _counts, tables, True) == run_ranks(2, _counts, tables, False)
+
+
+def _exchange(rank: int, world: int) -> bool:
+    """A step of fixed shape exchanges the same whatever it computes: the flight of rows that nobody needs."""
+    recipe = Recipe.model_validate(small_recipe(parallel__ranks=world))
+    model = Transformer(recipe, make_mesh(Placement.of(recipe), rank)).eval()
+    d = model.moe_layers[0].dispatcher
+    x, gates = torch.ones(3, 32, dtype=torch.float64), torch.ones(3, 2, dtype=torch.float64)
+    experts = torch.tensor([[0, 7], [3, 4], [1, 2]])
+    flight = d.start(x, gates, experts, live=torch.zeros(3, dtype=torch.int64))
+    arrived = flight.arrive(x, gates)
+    flight.give_back(arrived, arrived.parts[0].new_full((len(arrived.fan.order), 32), torch.nan))
+    assert isinstance(flight, GatheredFlight)
+    assert not arrived.ends.any() and (flight.chosen() == -1).all()
+    return bool((flight.returned(x) == 1).all())
+
+
+def test_rows_that_nobody_needs_reach_no_expert() -> None:
+    assert run_ranks(2, _exchange) == [True, True]
+
+
+def _generate(rank: int, world: int, folder: Path) -> None:
+    engine = engine_of(rank, small_recipe(parallel__ranks=world), Limits(sequences=4, step=24), True)
+    for i in itertools.count():
+        if not engine.busy:
+            engine.add(Request(str(i), (7, 8, 9), Sampling(50, seed=i)))
+        engine.step()
+        if i == 20:
+            (folder / f"generates-{rank}").touch()
+
+
+def test_a_rank_that_dies_ends_the_steps_of_others(tmp_path: Path) -> None:
+    with start_ranks(2, _generate, tmp_path) as (context, folder):
+        processes = context.processes
+        while len(list(tmp_path.iterdir())) < 2:
+            assert all(process.is_alive() for process in processes), (folder / "error").read_text()
+            processes[0].join(0.05)
+        processes[1].kill()
+        processes[0].join(60)
+        assert processes[0].exitcode == 1
+        assert "rank 0" in (folder / "error").read_text()
+
+
+def test_what_ranks_need_together() -> None:
+    turns = [Turn(3, False, Shape(5, 2, False)), Turn(0, False, Shape()), Turn(1, True, Shape(1, 9, True))]
+    assert Turn.together([turn.numbers() for turn in turns]) == Turn(4, True, Shape(5, 9, True))
+    long = Turn.together([Turn(1, False, UNSHAPED).numbers(), turns[0].numbers()])
+    assert long.shape.rows == UNSHAPED.rows
