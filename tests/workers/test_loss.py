@@ -1,0 +1,52 @@
+"""Cross entropy that computes its gradient with the loss, against PyTorch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from shoal.workers.data.batch import IGNORE
+from shoal.workers.model.loss import cross_entropy_sum
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(0, 9),
+    hidden=st.integers(1, 5),
+    vocab=st.integers(1, 7),
+    chunk=st.integers(1, 10),
+    wanted=st.sampled_from([(True, True), (True, False), (False, True), (False, False)]),
+    ignored=st.sampled_from([0.0, 0.4, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_loss_and_gradients(
+    tokens: int, hidden: int, vocab: int, chunk: int, wanted: tuple[bool, bool], ignored: float, seed: int
+) -> None:
+    """Also of one input alone, of no tokens, and where there is nothing to predict."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, hidden, dtype=torch.float64, generator=generator).requires_grad_(wanted[0])
+    weight = torch.randn(vocab, hidden, dtype=torch.float64, generator=generator).requires_grad_(wanted[1])
+    targets = torch.randint(vocab, (tokens,), generator=generator)
+    targets[torch.rand(tokens, generator=generator) < ignored] = IGNORE
+    mine = cross_entropy_sum(x, weight, targets, chunk)
+    theirs = F.cross_entropy(F.linear(x, weight), targets, ignore_index=IGNORE, reduction="sum")
+    torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+    inputs = [leaf for leaf in (x, weight) if leaf.requires_grad]
+    assert mine.requires_grad == bool(inputs)
+    if inputs:
+        grads = zip(torch.autograd.grad(0.3 * mine, inputs), torch.autograd.grad(0.3 * theirs, inputs), strict=True)
+        for a, b in grads:
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_only_logits_are_computed(mode: type[torch.no_grad]) -> None:
+    """Although weights are such as gradients could be wanted of: validation is like that."""
+    x, weight = torch.randn(10, 8), torch.randn(6, 8, requires_grad=True)
+    with mode(), FlopCounterMode(display=False) as counter:
+        cross_entropy_sum(x, weight, torch.arange(10) % 6, 4)
+    assert counter.get_total_flops() == 2 * 10 * 8 * 6
