@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from shoal.workers.data.batch import IGNORE
@@ -50,3 +55,31 @@ def test_without_gradients_only_logits_are_computed(mode: type[torch.no_grad]) -
     with mode(), FlopCounterMode(display=False) as counter:
         cross_entropy_sum(x, weight, torch.arange(10) % 6, 4)
     assert counter.get_total_flops() == 2 * 10 * 8 * 6
+
+
+class Wide(TorchDispatchMode):
+    """Counts bytes of the tensors with ``vocab`` columns that exist at a time."""
+
+    def __init__(self, vocab: int) -> None:
+        super().__init__()
+        self.vocab, self.most = vocab, 0
+        self.made: list[weakref.ref[Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.dim() == 2 and out.shape[1] == self.vocab:
+            self.made.append(weakref.ref(out))
+        alive = {x.data_ptr(): x.nbytes for ref in self.made if (x := ref()) is not None}
+        self.most = max(self.most, sum(alive.values()))
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_memory_is_what_the_estimate_says(dtype: torch.dtype, wanted: bool) -> None:
+    """Two float32 copies of a part's logits, however many parts there are."""
+    vocab, chunk = 50, 8
+    x, weight = torch.randn(5 * chunk, 4, dtype=dtype), torch.randn(vocab, 4, dtype=dtype, requires_grad=wanted)
+    with Wide(vocab) as wide:
+        cross_entropy_sum(x, weight, torch.arange(len(x)), chunk)
+    assert 4 * chunk * vocab < wide.most <= 8 * chunk * vocab

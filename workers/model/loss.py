@@ -62,7 +62,8 @@ def _add_part(
     """The loss of some tokens; writes their gradient, and adds that of the weight. What is as wide as the vocabulary is
     gone afterwards."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    log_p = torch.log_softmax(F.linear(hidden, weight), -1, dtype=wide)
+    # Not log_softmax(…, dtype=wide): that makes the same copy of bfloat16 logits, and keeps those meanwhile.
+    log_p = torch.log_softmax(F.linear(hidden, weight).to(wide), -1)
     loss = F.nll_loss(log_p, targets, ignore_index=IGNORE, reduction="sum")
     if d_hidden is None and d_weight is None:
         return loss
