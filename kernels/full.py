@@ -15,14 +15,17 @@ from torch.nn.attention.varlen import varlen_attn
 from shoal.kernels.nsa.rows import Rows, runs
 
 
-def full_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], scale: float) -> Tensor:
+def full_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], scale: float, trained: bool = False
+) -> Tensor:
     """``softmax(scale · q kᵀ) v``, causal, within each document of the pack.
 
     q: ``[T, H, Dqk]``. k: ``[T, KV, Dqk]``. v: ``[T, KV, Dv]``, H a multiple of KV. cu_seqlens: N+1 offsets on the
-    host, ``0 … T``; T may be 0. scale: factor on the scores. Returns ``[T, H, Dv]`` in q's dtype.
+    host, ``0 … T``; T may be 0. scale: factor on the scores. trained: whether this is part of a training step, also
+    where gradients are off for now, as when a layer will be computed again. Returns ``[T, H, Dv]`` in q's dtype.
 
     On a GPU in half precision one variable-length FlashAttention call does it, or, where all documents are as long as
-    each other and gradients are wanted, cuDNN, which is faster; elsewhere SDPA, once for each length that documents
+    each other and ``trained``, cuDNN, which is faster then; elsewhere SDPA, once for each length that documents
     have. All want equal d_qk and d_v: the smaller is padded with zeros, which changes no result.
     """
     if not q.shape[0]:
@@ -38,7 +41,7 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...],
     # cuDNN plans anew for each shape, which is worth its time where shapes come again, as in training. Its gradients
     # are not the same bits in every run.
     lengths = {stop - start for start, stop in pairwise(cu_seqlens)} - {0}
-    if q.requires_grad and len(lengths) == 1 and not torch.are_deterministic_algorithms_enabled():
+    if trained and len(lengths) == 1 and not torch.are_deterministic_algorithms_enabled():
         with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
             return _by_length(q, k, v, cu_seqlens, scale)[..., :width]
     return varlen(q, k, v, cu_seqlens, cu_seqlens, scale)[..., :width]

@@ -33,7 +33,8 @@ KEYS, COLUMNS, STAGES = 128, 128, 3
 
 def supported(q: Tensor, k_cmp: Tensor, sizes: BlockSizes) -> bool:
     """Whether :func:`block_scores` takes these: Hopper, 16 bits, dimensions 64 or 128, groups of 8 to 64 heads, blocks
-    of 1, 2, 4 … 64 strides."""
+    of 1, 2, 4 … 64 strides, and as many keys chosen as a tile has queries: of a document that begins in a tile none is
+    scored there."""
     group, per = q.shape[1] // k_cmp.shape[1], sizes.slc_block // sizes.cmp_stride
     return (
         on_hopper(q)
@@ -41,6 +42,7 @@ def supported(q: Tensor, k_cmp: Tensor, sizes: BlockSizes) -> bool:
         and q.shape[2] in (64, 128)
         and group in (8, 16, 32, 64)
         and per in (1, 2, 4, 8, 16, 32, 64)
+        and sizes.slc_count * sizes.slc_block >= 2 * COLUMNS // group
     )
 
 
@@ -100,7 +102,7 @@ def _tile(
     first, h = start + (tiles - 1 - idx // KV) * 2 * TILE, idx % KV
     t = first + gl.arange(0, 2 * TILE, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     origin = gl.load(starts + first)
-    mine = gl.load(starts + t, mask=t < stop, other=-1) == origin
+    mine = (t < stop) & (gl.load(starts + t, mask=t < stop, other=0) == origin)
     own = (gl.max(gl.where(mine, t, 0), 0) - origin) // BLOCK
     fewest = gl.min(gl.where(mine, gl.load(high + t, mask=t < stop, other=0), 2147483647), 0)
     # Where no query has to choose, nothing is scored.
@@ -161,7 +163,7 @@ def _consumer(
         first += HALF * TILE
         column = gl.arange(0, 128, layout=COLUMN)
         t, head = first + column // 2 % TILE, column // (2 * TILE) * 2 + column % 2
-        there = gl.load(starts + t, mask=t < stop, other=-1) == origin
+        there = (t < stop) & (gl.load(starts + t, mask=t < stop, other=0) == origin)
         # Columns that do not count weigh nothing: their log-sum-exp is infinite. Registers are short: they wait here.
         b_lse = gl.load(lse + (t.to(gl.int64) * KV + h) * G + head, mask=there, other=float("inf"))
         lse_smem.index(C).store(b_lse * 1.4426950408889634)

@@ -57,7 +57,8 @@ def test_a_document_does_not_see_its_neighbours() -> None:
 def test_on_a_gpu(cu: tuple[int, ...], dims: tuple[int, int], dtype: torch.dtype) -> None:
     q, k, v = (x.detach().cuda().to(dtype).requires_grad_() for x in inputs(430, 4, 2, dims))
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    out, want = full_attention(q, k, v, cu, 0.1), full_attention_oracle(exact[0], exact[1], exact[2], cu, 0.1)
+    out = full_attention(q, k, v, cu, 0.1, trained=True)
+    want = full_attention_oracle(exact[0], exact[1], exact[2], cu, 0.1)
     upstream = torch.randn_like(out)
     got = [out, *torch.autograd.grad(out, (q, k, v), upstream)]
     ref = [want, *torch.autograd.grad(want, exact, upstream.double())]

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from shoal.kernels.nsa import BlockSizes
+
 SHARED_MEMORY = 227 * 1024
 KERNELS = {"_span_kernel": 2, "_grad_kernel": 2, "_gather_grad_kernel": 1, "_gemm_kernel": 5, "_outer_kernel": 1}
 KERNELS |= {"_importance_kernel": 1}
@@ -32,3 +34,14 @@ def test_every_kernel(tmp_path: Path) -> None:
         assert len(mine) == count, (name, told)
         assert all(shared <= SHARED_MEMORY and products == "overlapped" for shared, products in mine), (name, mine)
     assert all(fused == "rounded" for kernel, _, _, fused in told if kernel in ROUNDING), told
+
+
+@pytest.mark.parametrize(("group", "count", "taken"), [(8, 3, False), (8, 4, True), (16, 2, True), (64, 1, True)])
+def test_importance_wants_a_choice_as_long_as_its_tiles(
+    monkeypatch: pytest.MonkeyPatch, group: int, count: int, taken: bool
+) -> None:
+    """A tile of 256 rows scores one document; queries of the next one must not have to choose yet."""
+    gluon_importance = pytest.importorskip("shoal.kernels.nsa.gluon_importance")
+    monkeypatch.setattr(gluon_importance, "on_hopper", lambda x: True)
+    q, k = (torch.zeros(64, heads, 64, dtype=torch.bfloat16) for heads in (group, 1))
+    assert gluon_importance.supported(q, k, BlockSizes(8, 8, 8, count, 0, 1, 16)) == taken

@@ -15,7 +15,7 @@ from shoal.kernels.nsa import BlockSizes, make_layout
 from shoal.kernels.nsa.gluon_importance import block_scores, supported
 from shoal.kernels.nsa.triton_choose import ChooseTuning, score_blocks
 from shoal.kernels.nsa.triton_span import span_attention
-from shoal.kernels.nsa.triton_tables import make_tables
+from shoal.kernels.nsa.triton_tables import Tables, chunk_tables, make_tables
 
 SCALE = 0.2
 
@@ -37,9 +37,23 @@ def test_scores_are_tritons(
 ) -> None:
     """Also where a tile ends beyond the pack, or has queries of several documents; of a part of the queries."""
     layout = make_layout(tuple(accumulate(lengths, initial=0)), sizes, DEVICE)
-    tables, tokens = make_tables(layout), layout.tokens
+    compare(make_tables(layout), layout.tokens, layout.cmp_starts.numel(), kv, group, dim, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("position", [1, 640])
+def test_scores_of_a_sequence_that_goes_on(position: int) -> None:
+    """Where a sequence begins before the queries, at whatever distance."""
+    sizes, tokens = BlockSizes(32, 16, 64, 6, 1, 2, 100), 1100
+    tables = chunk_tables(position, tokens, 0, sizes, torch.device(DEVICE))
+    compare(tables, tokens, sizes.cmp_blocks(position + tokens), 2, 16, 128, torch.bfloat16)
+
+
+def compare(tables: Tables, tokens: int, keys: int, kv: int, group: int, dim: int, dtype: torch.dtype) -> None:
+    """Scores of most of the queries, those that are read."""
+    sizes = tables.sizes
     q = draw(tokens, kv * group, dim, dtype=dtype, seed=1)
-    k, v = (draw(layout.cmp_starts.numel(), kv, dim, dtype=dtype, seed=seed) for seed in (2, 3))
+    k, v = (draw(keys, kv, dim, dtype=dtype, seed=seed) for seed in (2, 3))
     assert supported(q, k, sizes)
     _, lse = span_attention(q, k, v, tables.cmp, SCALE)
     start, stop = tokens // 5, tokens - 3

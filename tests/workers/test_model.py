@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import VOCAB, small_recipe
+from torch import Tensor
 
 from shoal.jobs.estimate import estimate
 from shoal.jobs.recipe import builtin_recipes, load_recipe
+from shoal.kernels.full import full_attention
 from shoal.workers.config import Recipe
 from shoal.workers.data.batch import IGNORE, PackedBatch
 from shoal.workers.errors import InvalidInput
@@ -147,6 +151,23 @@ def test_chunked_loss_has_the_same_gradients(monkeypatch: pytest.MonkeyPatch) ->
     chunked = [p.grad for p in model.parameters() if p.grad is not None]
     for a, b in zip(whole, chunked, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_a_layer_computed_again_asks_for_the_same_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """First without gradients, then with them: rounding as another kernel does would choose other experts."""
+    asked = []
+
+    def full(*arguments: Any) -> Tensor:
+        asked.append((torch.is_grad_enabled(), arguments[-1]))
+        return full_attention(*arguments)
+
+    monkeypatch.setattr("shoal.workers.model.contexts.full_attention", full)
+    model, batch = small_model(attention__kind="full", train__recompute=1), packed([64])
+    model.loss_sum(model(batch), batch.targets).backward()
+    assert asked == [(False, True), (True, True), (True, True), (True, True)]
+    with torch.no_grad():
+        model(batch)
+    assert asked[4:] == [(False, False)] * 3
 
 
 def test_dtypes_and_placements_start_from_the_same_numbers() -> None:

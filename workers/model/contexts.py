@@ -38,6 +38,8 @@ class AttentionContext:
 
     def __init__(self, recipe: Recipe, batch: PackedBatch, dtype: torch.dtype) -> None:
         self.cu_seqlens, self.backend = batch.cu_seqlens, recipe.attention.backend
+        # A layer that is computed again runs without gradients first: both times it must be the same kernel.
+        self.trained = torch.is_grad_enabled()
         self.rotation = rotations(recipe.model, batch.positions, dtype)
         if recipe.attention.kind == "nsa":
             self.layout = make_layout(batch.cu_seqlens, block_sizes(recipe.attention), batch.tokens.device)
@@ -45,7 +47,7 @@ class AttentionContext:
 
     def full(self, layer: FullAttention, x_TH: Tensor) -> Tensor:
         q, k, v = layer.project(x_TH, self.rotation)
-        return full_attention(q, k, v, self.cu_seqlens, layer.scale)
+        return full_attention(q, k, v, self.cu_seqlens, layer.scale, self.trained)
 
     def nsa(self, layer: NativeSparseAttention, x_TH: Tensor) -> Tensor:
         p = layer.project(x_TH, self.rotation)
