@@ -204,7 +204,8 @@ def count_memory(recipe: Recipe, parameters: Parameters) -> dict[str, RankMemory
 
     Weights and gradients have ``train.dtype``; AdamW keeps two moments of at least float32. Where the weights are
     shorter than that, there is a float32 master copy of them, and float32 gradients beside the short ones. Moments and
-    masters are shared out among the ranks that hold the same weights, tensor by tensor.
+    masters are shared out among the ranks that hold the same weights, tensor by tensor. With ``parallel.shard_dense``
+    attention ranks keep parts of their weights and gradients, and whole ones of what is computed (:func:`_gathered`).
     """
     p, moe = recipe.parallel, recipe.moe
     shared = parameters.shared_experts
@@ -215,25 +216,39 @@ def count_memory(recipe: Recipe, parameters: Parameters) -> dict[str, RankMemory
     tokens = recipe.train.batch // recipe.train.accumulate * recipe.train.sequence
     kept = _attention_activations(recipe, tokens // p.attention_ranks)
     rows = _expert_activations(recipe, tokens)
-    updated = max(-(-attention // p.attention_ranks), recipe.model.vocab * recipe.model.hidden)
+    part, parts = -(-attention // p.attention_ranks), 0
+    updated = max(part, recipe.model.vocab * recipe.model.hidden)
+    if p.shard_dense and p.attention_ranks > 1:
+        attention, updated, parts = min(attention, _gathered(recipe, parameters)), part, part
     if p.split:
         return {
-            "attention": _memory(recipe, p.split[0], attention, updated, kept),
+            "attention": _memory(recipe, p.split[0], attention, updated, kept, parts),
             "expert": _memory(recipe, p.split[1], experts, experts, rows // p.split[1]),
         }
     updated += -(-experts // (p.ranks // p.expert_ranks))
-    return {"colocated": _memory(recipe, p.ranks, attention + experts, updated, kept + rows // p.ranks)}
+    return {"colocated": _memory(recipe, p.ranks, attention + experts, updated, kept + rows // p.ranks, parts)}
 
 
-def _memory(recipe: Recipe, ranks: int, parameters: int, updated: int, activations: int) -> RankMemory:
-    """updated: how many of the parameters have their masters and moments on the rank."""
+def _gathered(recipe: Recipe, parameters: Parameters) -> int:
+    """Sharded parameters that are whole at one time: those outside blocks, a block, and one fetched ahead."""
+    m, moe = recipe.model, recipe.moe
+    dense, sparse = (m.dense_layers, m.layers - m.dense_layers) if moe.experts else (m.layers, 0)
+    local = parameters.router + (parameters.shared_experts if moe.shared == "local" else 0)
+    ffn = max(parameters.dense_ffn // max(1, dense), local // max(1, sparse))
+    block = (parameters.attention + parameters.compression) // m.layers + 2 * m.hidden + ffn
+    return parameters.embedding + m.hidden + 2 * block
+
+
+def _memory(recipe: Recipe, ranks: int, parameters: int, updated: int, activations: int, parts: int = 0) -> RankMemory:
+    """parameters: those that are whole on the rank. updated: how many have their masters and moments there. parts: how
+    many it keeps beside them of sharded ones, as masters, with gradients as long."""
     width = _bytes_of(recipe)
     state = max(width, 4)
     master = state if width < state else 0
     return RankMemory(
         ranks=ranks,
-        weights=parameters * width,
-        gradients=parameters * (width + master),
+        weights=parameters * width + (0 if master else parts * width),
+        gradients=parameters * (width + master) + parts * state,
         optimizer=updated * (2 * state + master),
         activations=activations,
     )

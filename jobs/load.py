@@ -85,8 +85,9 @@ def serving_recipe(folder: RunFolder, sets: Sequence[str] | None, workers: int |
         "parallel.placement": placement or "colocated",
         "parallel.expert": 0,
         "parallel.context": 1,
-        # nothing is trained: no experts move, and a batch divides over any attention ranks
+        # nothing is trained: no experts move, weights are whole, and a batch divides over any attention ranks
         "parallel.rebalance_every": 0,
+        "parallel.shard_dense": False,
         "train.accumulate": 1,
         "train.batch": int(split[1]) if split else workers or 1,
     }

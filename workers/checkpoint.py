@@ -13,7 +13,7 @@ import json
 import logging
 import platform
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
 import shoal
 from shoal.workers import checkpoint_files as files
@@ -95,7 +96,8 @@ class Checkpointer:
 
         Args:
             step: steps trained so far.
-            tensors: what this rank hosts, by placement-independent name; may be empty. Copied before this returns.
+            tensors: what this rank hosts, by placement-independent name; may be empty. Copied before this returns. A
+                DTensor is written as one tensor, by one of the ranks that hold parts of it, which name it alike.
             state: what else to keep, as JSON knows it (keys of dicts are str); the same on all ranks.
 
         Raises:
@@ -122,7 +124,8 @@ class Checkpointer:
         return self._pending is None or self._pending.done()
 
     def load(self, step: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """Fills ``tensors`` in place with what was saved under their names, and returns the saved state.
+        """Fills ``tensors`` in place with what was saved under their names, or with their parts of it where they are
+        DTensors, and returns the saved state.
 
         Ranks load on their own: no collective, any subset of names. Sizes of files are compared with the manifest,
         their hashes are not: ``checkpoint_files.last_good`` chooses a checkpoint whose hashes hold, for all ranks.
@@ -267,11 +270,27 @@ def _copy_to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         name: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda).copy_(
             tensor.detach(), non_blocking=True
         )
-        for name, tensor in tensors.items()
+        for name, tensor in _whole(tensors)
     }
     if any(tensor.is_cuda for tensor in tensors.values()):
         torch.cuda.current_stream().synchronize()
     return copies
+
+
+def _whole(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Plain tensors as they are; those in parts are gathered, one at a time, and each goes to one of their ranks: to
+    the one that has least by then. Collective over these."""
+    shares: list[int] = []
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, DTensor):
+            yield name, tensor
+            continue
+        mesh, whole = tensor.device_mesh, tensor.full_tensor()
+        shares = shares or [0] * mesh.size()
+        place = shares.index(min(shares))
+        shares[place] += whole.nbytes
+        if place == mesh.get_local_rank():
+            yield name, whole
 
 
 def _check_against(metadata: Metadata, tensors: dict[str, Tensor], path: Path) -> None:

@@ -162,6 +162,10 @@ class ParallelTable(Table):
     context_gradients: Literal["short", "float32"] = Field(
         default="short", description="dtype in which gradients of those keys return: train.dtype, or float32 at least"
     )
+    shard_dense: bool = Field(
+        default=False,
+        description="weights outside experts, and their gradients, in parts over the attention ranks (FSDP2)",
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(
         default=0,
@@ -459,6 +463,11 @@ def _check_parallel(recipe: Recipe) -> None:
         raise ValueError(
             f"parallel.context={p.context} does not divide {p.attention_ranks} attention ranks: "
             f"set parallel.context to a divisor of {p.attention_ranks}"
+        )
+    if p.shard_dense and recipe.model.hidden % p.attention_ranks:
+        raise ValueError(
+            f"model.hidden={recipe.model.hidden} does not divide over {p.attention_ranks} attention ranks, as "
+            f"parallel.shard_dense=true cuts it: set parallel.ranks so that it does, or parallel.shard_dense to false"
         )
     if recipe.moe.experts and recipe.moe.experts % p.expert_ranks:
         raise ValueError(

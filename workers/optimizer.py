@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from shoal.workers.config import TrainTable
 from shoal.workers.replicas import Piece
+from shoal.workers.shards import local
 
 
 class MasterAdamW:
@@ -18,12 +19,19 @@ class MasterAdamW:
     """
 
     def __init__(
-        self, parameters: list[nn.Parameter], table: TrainTable, pieces: Sequence[Piece] | None = None
+        self,
+        parameters: list[nn.Parameter],
+        table: TrainTable,
+        pieces: Sequence[Piece] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        """pieces: what has its masters and moments here, and is updated here; None: all of the parameters."""
+        """pieces: what has its masters and moments here, and is updated here; None: all of the parameters. dtype: what
+        the model computes in, where some parameters (shards) are longer; None: that of each."""
         self.parameters = parameters
+        self.rounded = [not _is_wide(dtype or p.dtype) for p in parameters]
         self.pieces = [Piece(i, 0, len(p)) for i, p in enumerate(parameters)] if pieces is None else list(pieces)
-        self.masters = [_master(piece.of(parameters)) for piece in self.pieces]
+        here = [local(p) for p in parameters]
+        self.masters = [_master(piece.of(here)) for piece in self.pieces]
         self._sums: list[Tensor | None] = [None] * len(parameters)
         self._of: dict[int, list[int]] = {}
         for i, piece in enumerate(self.pieces):
@@ -48,7 +56,7 @@ class MasterAdamW:
     def collect(self) -> None:
         """Takes the gradients of a backward pass, where they are shorter than masters, and adds them up as long."""
         for i, parameter in enumerate(self.parameters):
-            if _is_wide(parameter):
+            if _is_wide(parameter.dtype):
                 continue
             if parameter.grad is not None:
                 before = self._sums[i]
@@ -56,13 +64,13 @@ class MasterAdamW:
             parameter.grad = None
 
     def gradients(self) -> list[Tensor]:
-        """One gradient per parameter, in order; zeros for one that nothing reached."""
+        """One gradient per parameter, in order, of what of it is here; zeros for one that nothing reached."""
         out = []
         for i, parameter in enumerate(self.parameters):
-            if _is_wide(parameter):
+            if _is_wide(parameter.dtype):
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                out.append(parameter.grad)
+                out.append(local(parameter.grad))
                 continue
             found = self._sums[i]
             if found is None:
@@ -82,9 +90,11 @@ class MasterAdamW:
         self.adam.zero_grad(set_to_none=True)
         for i, parameter in enumerate(self.parameters):
             parameter.grad = self._sums[i] = None
-        pairs = [(piece.of(self.parameters), master) for piece, master in zip(self.pieces, self.masters, strict=True)]
-        if rounded := [(weights, master) for weights, master in pairs if not _is_wide(weights)]:
-            torch._foreach_copy_([weights for weights, _ in rounded], [master for _, master in rounded])
+        held = zip(self.pieces, self.masters, strict=True)
+        short = [(piece, master) for piece, master in held if not _is_wide(self.parameters[piece.index].dtype)]
+        if short:
+            weights = [piece.of(self.parameters) for piece, _ in short]
+            torch._foreach_copy_(weights, [master for _, master in short])
 
     def set_steps(self, steps: int) -> None:
         """Tells Adam how many steps its moments have seen (its bias correction)."""
@@ -93,7 +103,7 @@ class MasterAdamW:
 
     def state_of(self, index: int, member: int | None = None) -> Iterator[tuple[str, Tensor]]:
         """``(kind, tensor)`` of parameter ``index``, or of one of the experts stacked in it: both moments, and the
-        master where it is not the weight itself. Nothing of what is not updated here."""
+        master where the model computes with a rounded copy of it. Nothing of what is not updated here."""
         for i in self._of.get(index, ()):
             piece, master = self.pieces[i], self.masters[i]
             if member is not None and not piece.start <= member < piece.stop:
@@ -101,15 +111,15 @@ class MasterAdamW:
             at = slice(None) if member is None else member - piece.start
             for kind in ("exp_avg", "exp_avg_sq"):
                 yield kind, self.adam.state[master][kind][at]
-            if not _is_wide(self.parameters[index]):
+            if self.rounded[index]:
                 yield "master", master.data[at]
 
 
-def _is_wide(weights: Tensor) -> bool:
-    """Whether weights are their own masters."""
-    return weights.dtype in (torch.float32, torch.float64)
+def _is_wide(dtype: torch.dtype) -> bool:
+    """Whether weights of a dtype are their own masters."""
+    return dtype in (torch.float32, torch.float64)
 
 
 def _master(weights: Tensor) -> nn.Parameter:
     weights = weights.detach()
-    return nn.Parameter(weights if _is_wide(weights) else weights.to(torch.float32))
+    return nn.Parameter(weights if _is_wide(weights.dtype) else weights.to(torch.float32))

@@ -2,7 +2,8 @@
 
 Each tensor, and each of stacked experts, belongs to one rank of its group: gradients are summed there, it updates the
 weights, and all others get those. So replicas have the same bits, and a rank's masters and moments come to a share of
-what one rank alone would keep, up to the size of the largest tensor.
+what one rank alone would keep, up to the size of the largest tensor. Of weights in shards (``shoal.workers.shards``)
+each rank keeps the state of its own part.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from shoal.workers.mesh import Group, Mesh
 from shoal.workers.model import Transformer
 from shoal.workers.model.feedforward import named_views
+from shoal.workers.shards import local
 
 BUCKET = 64 << 20  # bytes that travel at a time
 
@@ -77,14 +80,32 @@ class Replicas:
                 yield place, bucket
 
 
-def replicas_of(model: Transformer, mesh: Mesh) -> list[Replicas]:
+class Shards:
+    """Parameters of which each rank holds a part. The backward pass has summed their gradients, and whole weights are
+    made of the parts in the next forward pass: nothing is left to do. own: this rank's parts."""
+
+    def __init__(self, own: Sequence[Piece]) -> None:
+        self.own = own
+
+    def reduce(self, gradients: Sequence[Tensor]) -> None:
+        """Nothing."""
+
+    def spread(self, weights: Sequence[Tensor]) -> None:
+        """Nothing."""
+
+
+def replicas_of(model: Transformer, mesh: Mesh) -> list[Replicas | Shards]:
     """Of a model's parameters: those of attention shards, which all attention ranks hold, and experts of one place."""
     stacked = {id(parameter) for _, parameter, part in named_views(model) if part is not None}
     kinds: dict[bool, list[tuple[int, Tensor, bool]]] = {False: [], True: []}
+    parts: list[Piece] = []
     for i, (name, parameter) in enumerate(model.named_parameters()):
-        kinds[".moe.experts." in name].append((i, parameter, id(parameter) in stacked))
+        if isinstance(parameter, DTensor):
+            parts.append(Piece(i, 0, len(local(parameter))))
+        else:
+            kinds[".moe.experts." in name].append((i, parameter, id(parameter) in stacked))
     groups = ((mesh.attention, kinds[False]), (mesh.replicas, kinds[True]))
-    return [Replicas(group, share_out(held, group.size)) for group, held in groups if group is not None]
+    return [Shards(parts), *(Replicas(group, share_out(held, group.size)) for group, held in groups if group)]
 
 
 def share_out(held: Sequence[tuple[int, Tensor, bool]], ranks: int) -> list[list[Piece]]:

@@ -27,6 +27,7 @@ from shoal.workers.records import spread
 from shoal.workers.rehome import rehome
 from shoal.workers.replicas import replicas_of
 from shoal.workers.schedule import learning_rate
+from shoal.workers.shards import as_part, local, shard_dense
 from shoal.workers.validate import validate
 from shoal.workers.watch import StepWatch
 
@@ -55,10 +56,12 @@ class Trainer:
         torch.use_deterministic_algorithms(recipe.train.deterministic and device.type == "cuda")
         self.recipe, self.corpus, self.mesh, self.device = recipe, corpus, mesh, device
         self.model = Transformer(recipe, mesh, device)
+        if recipe.parallel.shard_dense:
+            shard_dense(self.model, mesh)
         self.parameters = dict(self.model.named_parameters())
         self.replicas = replicas_of(self.model, mesh)
         self.own = [piece for replicas in self.replicas for piece in replicas.own]
-        self.optimizer = MasterAdamW(list(self.parameters.values()), recipe.train, self.own)
+        self.optimizer = MasterAdamW(list(self.parameters.values()), recipe.train, self.own, self.model.dtype)
         self.reads = [m.dispatcher.reads for m in self.model.modules() if isinstance(m, MoE)]
         # Begins at nothing, so it counts as shares only: the mean of the steps so far, the last ones for more.
         self.measured = torch.zeros(len(self.model.moe_layers), recipe.moe.experts, dtype=torch.float64)
@@ -241,13 +244,15 @@ class Trainer:
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything a checkpoint holds of this rank, by placement-independent names."""
+        """Everything a checkpoint holds of this rank, by placement-independent names. Parts of tensors are DTensors."""
         index_of = {id(p): i for i, p in enumerate(self.parameters.values())}
         out = {f"model.{name}": bias for name, bias in named_biases(self.model)}
-        for name, parameter, part in named_views(self.model):
-            out[f"model.{name}"] = parameter.data if part is None else parameter.data[part]
-            for kind, tensor in self.optimizer.state_of(index_of[id(parameter)], part):
-                out[f"optim.{kind}.{name}"] = tensor
+        for name, parameter, part in named_views(self.model, self.parameters):
+            weights = local(parameter).detach()
+            # no copy, unless the weights are masters, which are in a checkpoint beside what they are rounded to
+            held = [("model", (weights if part is None else weights[part]).to(self.model.dtype))]
+            held += [(f"optim.{kind}", x) for kind, x in self.optimizer.state_of(index_of[id(parameter)], part)]
+            out |= {f"{kind}.{name}": as_part(tensor, parameter, part) for kind, tensor in held}
         return out
 
     @property
@@ -291,7 +296,7 @@ class Trainer:
         flags = torch.zeros(layers + 1, device=self.device)
         for name, parameter in self.parameters.items():
             layer = int(name.split(".")[1]) if name.startswith("layers.") else layers
-            flags[layer] += (~torch.isfinite(parameter).all()).float()
+            flags[layer] += (~torch.isfinite(local(parameter)).all()).float()
         bad = [i for i, flag in enumerate(self.mesh.world.all_reduce(flags).tolist()) if flag]
         if not bad:
             return ""

@@ -30,6 +30,7 @@ STEPS = 12
 PLACEMENTS: dict[str, dict[str, Any]] = {
     "colocated": {"parallel__ranks": 2},
     "1A:1F": {"parallel__placement": "1A:1F"},
+    "shards": {"parallel__ranks": 2, "parallel__shard_dense": True},
 }
 
 
@@ -116,6 +117,7 @@ class Killer:
         pytest.param("1A:1F", [("run", 4, 0)], id="1A:1F"),
         pytest.param("colocated", [("join", 0, 1), ("save", 0, 0)], id="ends of a run", marks=pytest.mark.slow),
         pytest.param("1A:1F", [("build", 0, 1), ("sample", 0, 1)], id="1A:1F ends", marks=pytest.mark.slow),
+        pytest.param("shards", [("run", 3, 1), ("save", 0, 0)], id="dense weights in shards", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_outlives_its_ranks(

@@ -135,6 +135,22 @@ def test_memory_follows_ranks_and_placement() -> None:
     assert apart["attention"].weights == 4 * (tiny.parameters.total - tiny.parameters.routed_experts)
 
 
+def test_sharded_dense_weights_are_whole_only_where_they_are_computed() -> None:
+    """Of 24 layers, over 8 ranks that keep all experts each: what is outside blocks and two blocks, and an eighth."""
+    sets = ["model.layers=24", "moe.experts=0", "model.dense_layers=24", "train.batch=8", "parallel.ranks=8"]
+    whole, parts = (load_recipe("tiny", [*sets, f"parallel.shard_dense={on}"]) for on in ("false", "true"))
+    p, held = estimate(parts).parameters, estimate(parts).memory["colocated"]
+    block = (p.total - p.embedding - 128) // 24
+    assert held.weights == 4 * (p.embedding + 128 + 2 * block + -(-p.total // 8))
+    assert held.optimizer == 8 * -(-p.total // 8)
+    before = estimate(whole).memory["colocated"]
+    assert held.total - held.activations < 0.5 * (before.total - before.activations)
+    alone = [f"parallel.shard_dense={on}" for on in ("false", "true")]
+    assert len({estimate(load_recipe("tiny", ["parallel.ranks=1", on])).memory["colocated"] for on in alone}) == 1
+    short = estimate(load_recipe("tiny", [*sets, "parallel.shard_dense=true", "train.dtype=bfloat16"])).memory
+    assert short["colocated"].weights == 2 * (p.embedding + 128 + 2 * block)  # the parts are float32 masters
+
+
 def test_layers_computed_again_keep_their_input_and_one_of_them_the_rest() -> None:
     """Of `tiny`'s layers, the first of them dense, the last three are alike."""
     kept = [estimate(load_recipe("tiny", [f"train.recompute={n}"])).memory["colocated"].activations for n in range(5)]

@@ -248,6 +248,20 @@ def test_segments_shorter_than_the_window_are_refused() -> None:
         load_recipe("tiny", ["parallel.ranks=4", "parallel.context=2", "train.batch=5"])
 
 
+def test_shards_of_dense_weights_are_cut_from_the_hidden_size(tmp_path: Path) -> None:
+    """Three ranks may serve what two have trained: they do not cut weights."""
+    three = ["parallel.ranks=3", "parallel.expert=1", "train.batch=3", "parallel.shard_dense=true"]
+    with pytest.raises(
+        InvalidInput, match=r"model\.hidden=128 does not .* 3 attention ranks.*shard_dense=true.*: set parallel\.ranks"
+    ):
+        load_recipe("tiny", three)
+    assert load_recipe("tiny", ["parallel.placement=2A:4F", "parallel.shard_dense=true"]).parallel.shard_dense
+    run = RunFolder(tmp_path)
+    made = load_recipe("tiny", ["parallel.shard_dense=true", "moe.experts=18"])
+    run.recipe_file.write_text(recipe_to_toml(made), encoding="utf-8")
+    assert not serving_recipe(run, None, 3, None).parallel.shard_dense
+
+
 def test_what_a_hash_cannot_learn_and_too_few_devices_are_refused() -> None:
     for key in ("balance.sequence", "balance.z_loss", "balance.bias_rate", "route.max_devices"):
         with pytest.raises(InvalidInput, match=rf"{key}=1.* with moe\.router='hash'.*: set {key} to 0"):

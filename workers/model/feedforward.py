@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -341,14 +341,16 @@ def _backend(name: str, device: torch.device, dtype: torch.dtype) -> type[Gemms]
         raise InvalidInput(str(error)) from None
 
 
-def named_views(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, int | None]]:
+def named_views(
+    module: nn.Module, parameters: Mapping[str, nn.Parameter] | None = None
+) -> Iterator[tuple[str, nn.Parameter, int | None]]:
     """Every tensor of a model under its placement-independent name: ``(name, parameter, index into it or None)``.
 
     Experts are named one by one (``layers.3.moe.experts.17.down``), so that a checkpoint does not know how they were
-    stacked.
+    stacked. parameters: by their names in the module, where those it has at the moment are not meant.
     """
     stacks = {name: m for name, m in module.named_modules() if isinstance(m, ExpertStack)}
-    for full, parameter in module.named_parameters():
+    for full, parameter in dict(module.named_parameters() if parameters is None else parameters).items():
         prefix, _, leaf = full.rpartition(".")
         if prefix not in stacks:
             yield full, parameter, None

@@ -63,9 +63,9 @@ class Block(nn.Module):
                 self.ffn = DenseFFN(m.hidden, m.dense_hidden)
         self.moe = None if dense else MoE(recipe, mesh, device, compute_dtype(recipe, device), homes)
 
-    def forward(self, x_TH: Tensor, context: StepContext) -> Tensor:
-        """``[T, hidden] -> [T, hidden]``."""
-        return run(self.stages(x_TH, context))
+    def forward(self, x_TH: Tensor, context: StepContext, again: bool = False) -> Tensor:
+        """``[T, hidden] -> [T, hidden]``. again: keep the input only, and compute the layer again backwards."""
+        return recomputed(self, x_TH, context) if again else run(self.stages(x_TH, context))
 
     def stages(self, x_TH: Tensor, context: StepContext) -> Stages:
         """The same, with a pause while experts' results are on their way."""
@@ -80,8 +80,9 @@ class Block(nn.Module):
         return x_TH + (yield from self.moe.stages(normed, context.batch.tokens, context.load))
 
 
-def recomputed(layer: nn.Module, x_TH: Tensor, context: StepContext) -> Tensor:
+def recomputed(layer: Block, x_TH: Tensor, context: StepContext) -> Tensor:
     """A layer that keeps its input only, and is computed again in the backward pass. Collective, as the layer is.
+    Within a call of the layer: weights that are gathered for its backward pass then serve for both.
 
     Reentrant: the layer is one node of autograd, so that all ranks compute it again at the same place among their
     collectives, whatever tensors they would have saved. It counts its load both times, of which one is kept.
@@ -90,7 +91,7 @@ def recomputed(layer: nn.Module, x_TH: Tensor, context: StepContext) -> Tensor:
 
     def part(x: Tensor) -> tuple[Tensor, ...]:
         load = empty.apart()
-        out = layer(x, context.counting_into(load))
+        out = run(layer.stages(x, context.counting_into(load)))
         return (out, *load.counts, *load.losses)
 
     out, *counted = checkpoint(part, x_TH, use_reentrant=True, preserve_rng_state=False)
@@ -162,7 +163,7 @@ class Transformer(nn.Module):
         x = self._embed(batch)
         again = self.recipe.train.recompute if torch.is_grad_enabled() else 0
         for i, layer in enumerate(self.layers):
-            x = recomputed(layer, x, context) if i < again else layer(x, context)
+            x = layer(x, context, again=i < again)
         return self.norm(x) if self.hosts_attention else x
 
     def stages(self, batch: PackedBatch, load: MoELoad, attention: Attending | None) -> Stages:
