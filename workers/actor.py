@@ -24,6 +24,9 @@ Record = dict[str, Any]
 class RankActor:
     """One rank: a process, a device, its shards. Data moves between ranks by torch.distributed, never through Ray."""
 
+    # Experts get another number of rows in each layer and step, for which no block of memory of another one fits.
+    allocator = "expandable_segments:True"
+
     def __init__(self, rank: int, ranks: int) -> None:
         self.rank, self.ranks = rank, ranks
         self.trainer: Trainer | None = None
@@ -52,6 +55,8 @@ class RankActor:
         """
         # cuBLAS keeps to one result only with a workspace of its own; it reads this when CUDA starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        if self.allocator:
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", self.allocator)
         import torch
         import torch.distributed as dist
 

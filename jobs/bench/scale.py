@@ -273,6 +273,7 @@ def measure(chosen: argparse.Namespace) -> None:
         )
     if small:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of the ranks
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as ranks of training have it
     before = os.getloadavg()[0]
     scale = prepared(chosen.parts.split(","), ranks, small, Settings(chosen.data_dir, steps=chosen.steps))
     name = "scale-cpu" if small else "scale"

@@ -19,6 +19,8 @@ THREADS = 32  # calls that an actor answers at once: two wait for news and for t
 class EngineActor(RankActor):
     """One rank that serves. Requests and tokens come and go by Ray calls, activations by torch.distributed."""
 
+    allocator = ""  # PyTorch's default: what a replica allocates is allocated once, for the most part by CUDA graphs
+
     def __init__(self, rank: int, ranks: int) -> None:
         super().__init__(rank, ranks)
         self.loop: EngineLoop | None = None
