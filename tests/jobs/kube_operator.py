@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from kube_kubelet import Kubelet, Log, make_pod, set_pod
-from kube_server import ApiServer, address_of_this_machine, free_port
+from kube_server import ApiServer, address_of_this_machine
+from ports import free_port
 
 TOKEN = "a-token-of-forty-characters-for-the-tests"
 API_TOKEN = "a-token-that-clients-of-a-service-send"

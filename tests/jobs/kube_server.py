@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from ports import free_port
 
 CHECKOUT = Path(__file__).parents[2]
 KUBE = Path(os.environ.get("SHOAL_KUBE") or CHECKOUT.parent / "shared" / "kube")
@@ -39,13 +40,6 @@ def missing() -> str | None:
     if not (KUBE / "crds").is_dir():
         return "there are no CRDs of KubeRay: set SHOAL_KUBE to a folder whose crds/ holds them"
     return None
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def address_of_this_machine() -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,19 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from ports import free_ports
 from serve_parrot import make_run
 from shell import PATIENCE, environment
 
 HERE = Path(__file__).parent
 COMMAND = [sys.executable, "-m", "serve_parrot"]
-
-
-def free_ports() -> tuple[int, int]:
-    """Two ports that nobody listens on."""
-    with socket.socket() as one, socket.socket() as other:
-        one.bind(("127.0.0.1", 0))
-        other.bind(("127.0.0.1", 0))
-        return one.getsockname()[1], other.getsockname()[1]
 
 
 def patiently(true: Callable[[], object], process: subprocess.Popen[str] | None = None) -> None:

@@ -19,7 +19,8 @@ import pytest
 import yaml
 from kube_kubelet import Kubelet
 from kube_operator import API_TOKEN, Operator, RayHead
-from kube_server import ApiServer, free_port
+from kube_server import ApiServer
+from ports import free_port
 from shell import shoal, started, steps_done, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -14,7 +14,8 @@ import pytest
 from certificate import make_certificate
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from serve_channel import PROMPT, answered, free_port, in_a_loop, refused, rest, service
+from ports import free_port
+from serve_channel import PROMPT, answered, in_a_loop, refused, rest, service
 from serve_parrot import Parrot, noted
 from serve_source import PATIENCE, Source, small_tokenizer
 

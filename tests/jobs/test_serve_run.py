@@ -22,7 +22,8 @@ import grpc
 import httpx
 import psutil
 import pytest
-from serve_process import free_ports, patiently
+from ports import free_ports
+from serve_process import patiently
 from shell import environment
 from small import small_corpus, small_recipe
 

@@ -27,7 +27,7 @@ from charted import (
     templates_of,
 )
 from job_request import job_manifest
-from kube_server import free_port
+from ports import free_port
 from shell import shoal
 
 from shoal.jobs.kube.check import check_manifest

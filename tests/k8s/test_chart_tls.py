@@ -24,7 +24,8 @@ import grpc
 import pytest
 from charted import WATCHED, may_mount, one, pods_of, rendered
 from job_request import job_manifest
-from kube_server import address_of_this_machine, free_port
+from kube_server import address_of_this_machine
+from ports import free_port
 
 pytestmark = pytest.mark.skipif(shutil.which("helm") is None, reason="needs helm")
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from kube_operator import TOKEN, RayHead
-from kube_server import free_port
+from ports import free_port
 from shell import steps_done
 from small import small_corpus, small_recipe
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 from charted import CHART
-from serve_process import free_ports
+from ports import free_ports
 from shell import started
 from small import small_corpus, small_recipe
 from watched import RULES, alerts, panels, prometheus, unanswered

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 from charted import CHART
-from kube_server import free_port
+from ports import free_port
 
 RULES = CHART / "rules" / "shoal.yaml"
 WINDOW = "30s"  # for Grafana's $__rate_interval, where Prometheus looks every second
