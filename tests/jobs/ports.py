@@ -7,10 +7,10 @@ import socket
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on, below those that the kernel hands out: a connection of whatever
-    else runs here would take one of those before the server does."""
+    """A port of this machine that nobody listens on, below those that kernels (from 16000 on) and Ray (from 10002 on)
+    hand out: a connection of whatever else runs here would take one of those before the server does."""
     while True:
-        port = random.SystemRandom().randrange(20000, 32768)
+        port = random.SystemRandom().randrange(2000, 10000)
         with socket.socket() as probe:
             try:
                 probe.bind(("", port))
