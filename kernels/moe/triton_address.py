@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shoal.kernels.moe.plan import Ways
+from shoal.kernels.moe.triton_fan import slot_of
 
 
 def address(x: Tensor, gates: Tensor, experts: Tensor, live: Tensor, ways: Ways, rows: Tensor, words: Tensor) -> None:
@@ -68,11 +69,7 @@ def _address_kernel(
         counts = tl.load(live + t, mask=there, other=0) > 0
         for i in tl.static_range(K):
             expert = tl.load(experts + t * K + i, mask=there, other=0).to(tl.int32)
-            if MOST > 1:
-                turn = (t + OWN) % tl.load(copies + expert, mask=there, other=1)
-                slot = tl.load(table + expert * MOST + turn, mask=there, other=0)
-            else:
-                slot = tl.load(table + expert, mask=there, other=0)
+            slot = slot_of(table, copies, expert, t, there, MOST, OWN)
             gate = tl.load(gates + t * K + i, mask=there, other=0.0).to(tl.int32, bitcast=True)
             tl.store(words + t * B + i, gate, mask=there)
             tl.store(words + t * B + K + i, tl.where(counts, slot, -1), mask=there)

@@ -177,6 +177,17 @@ def _needed(slots, hosts, t, there, r, K: tl.constexpr, OWN: tl.constexpr):
     return needed
 
 
+@triton.jit
+def slot_of(table, copies, expert, t, there, MOST: tl.constexpr, OWN: tl.constexpr):
+    """The slots of experts that tokens t chose: of copies one after another takes its turn."""
+    if MOST > 1:
+        turn = (t + OWN) % tl.load(copies + expert, mask=there, other=1)
+        slot = tl.load(table + expert * MOST + turn, mask=there, other=0)
+    else:
+        slot = tl.load(table + expert, mask=there, other=0)
+    return slot
+
+
 @triton.jit(do_not_specialize=["tokens", "capacity"])
 def _plan_kernel(
     experts,
@@ -211,11 +222,7 @@ def _plan_kernel(
     needed = tl.zeros([TILE, WP], tl.int32)
     for i in tl.static_range(K):
         expert = tl.load(experts + t * K + i, mask=there, other=0).to(tl.int32)
-        if MOST > 1:
-            turn = (t + OWN) % tl.load(copies + expert, mask=there, other=1)
-            slot = tl.load(table + expert * MOST + turn, mask=there, other=0)
-        else:
-            slot = tl.load(table + expert, mask=there, other=0)
+        slot = slot_of(table, copies, expert, t, there, MOST, OWN)
         host = tl.load(hosts + slot, mask=there, other=OWN)
         tl.store(slots + t * K + i, slot, mask=there)
         chose += ((s[None, :] == slot[:, None]) & there[:, None]).to(tl.int32)

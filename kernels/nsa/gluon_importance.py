@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from shoal.kernels.hopper import descriptor, multiprocessors, on_hopper
+from shoal.kernels.nsa.gluon_span import laps
 from shoal.kernels.nsa.layout import BlockSizes
 from shoal.kernels.nsa.triton_select import LOG2E
 from shoal.kernels.nsa.triton_tables import Tables
@@ -86,12 +87,6 @@ def block_scores(
 
 
 @gluon.jit
-def _laps(tiles, KV: gl.constexpr):
-    """How many tiles this program takes: its own number's, and every one a grid further on."""
-    return gl.cdiv(tiles * KV - gl.program_id(0), gl.num_programs(0))
-
-
-@gluon.jit
 def _tile(
     lap, starts, low, high, start, stop, tiles, KV: gl.constexpr, TILE: gl.constexpr, COUNT: gl.constexpr,
     LOCAL: gl.constexpr, BLOCK: gl.constexpr, PER_SLC: gl.constexpr,
@@ -119,7 +114,7 @@ def _producer(
     q_tma, _ring, k_ring, q_full, q_empty, k_full, k_empty = rings
     D: gl.constexpr = k.block_type.shape[1]
     i = 0
-    for lap in range(_laps(tiles, KV)):
+    for lap in range(laps(tiles, KV)):
         first, h, _origin, base, steps, _fewest = _tile(
             lap, starts, low, high, start, stop, tiles, KV, TILE, COUNT, LOCAL, BLOCK, PER_SLC
         )
@@ -156,7 +151,7 @@ def _consumer(
     HALF: gl.constexpr = C // 2
     zeros = gl.zeros([64, 128], gl.float32, S)
     i = 0
-    for lap in range(_laps(tiles, KV)):
+    for lap in range(laps(tiles, KV)):
         first, h, origin, base, steps, fewest = _tile(
             lap, starts, low, high, start, stop, tiles, KV, TILE, COUNT, LOCAL, BLOCK, PER_SLC
         )

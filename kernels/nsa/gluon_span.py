@@ -103,7 +103,7 @@ def _fetch(tensor, at, ring, slot, lap):
 
 
 @gluon.jit
-def _laps(tiles, KV: gl.constexpr):
+def laps(tiles, KV: gl.constexpr):
     """How many tiles this program takes: its own number's, and every one a grid further on."""
     return gl.cdiv(tiles * KV - gl.program_id(0), gl.num_programs(0))
 
@@ -130,7 +130,7 @@ def _producer(q, k, v, q_ring, k_ring, v_ring, low, high, tokens, tiles, KV, G, 
     D: gl.constexpr = k.block_type.shape[1]
     E: gl.constexpr = v.block_type.shape[1]
     i = 0
-    for lap in range(_laps(tiles, KV)):
+    for lap in range(laps(tiles, KV)):
         idx = gl.program_id(0) + lap * gl.num_programs(0)
         t, h, key, count, _, _ = _tile(low, high, idx, tokens, tiles, KV, 2 * TILE, BN)
         for c in gl.static_range(2):
@@ -183,7 +183,7 @@ def _consumer(
     i = 0
     idx = gl.program_id(0)
     first, h, key, count, full_low, full_high = _tile(low, high, idx, tokens, tiles, KV, 2 * TILE, BN)
-    for lap in range(_laps(tiles, KV)):
+    for lap in range(laps(tiles, KV)):
         t = first + C * TILE + r // G
         rows = (t.to(gl.int64) * KV + h) * G + r % G
         mbarrier.wait(q_ring[1].index(C), lap & 1)
