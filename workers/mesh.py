@@ -31,17 +31,16 @@ class Group:
             dist.all_reduce(tensor, group=self.handle)
         return tensor
 
-    def reduce(self, tensor: Tensor, place: int) -> Tensor:
-        """Sum over the group at the rank of that place, in place; elsewhere the tensor is of no use afterwards."""
-        if self.handle is not None:
-            dist.reduce(tensor, self.ranks[place], group=self.handle)
-        return tensor
+    def reduce(self, tensor: Tensor, place: int) -> dist.Work:
+        """Begins a sum over a group of several, in place at the rank of that place; elsewhere the tensor is of no use
+        afterwards. What is launched after ``wait()`` of the work comes after it."""
+        work: dist.Work = dist.reduce(tensor, self.ranks[place], group=self.handle, async_op=True)
+        return work
 
-    def broadcast(self, tensor: Tensor, place: int) -> Tensor:
-        """What the rank of that place has, in place."""
-        if self.handle is not None:
-            dist.broadcast(tensor, self.ranks[place], group=self.handle)
-        return tensor
+    def broadcast(self, tensor: Tensor, place: int) -> dist.Work:
+        """Begins to give every rank of a group of several, in place, what the rank of that place has."""
+        work: dist.Work = dist.broadcast(tensor, self.ranks[place], group=self.handle, async_op=True)
+        return work
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """``[…] -> [size, …]``."""

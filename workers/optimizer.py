@@ -53,15 +53,18 @@ class MasterAdamW:
                 "exp_avg_sq": torch.zeros_like(master),
             }
 
-    def collect(self) -> None:
-        """Takes the gradients of a backward pass, where they are shorter than masters, and adds them up as long."""
-        for i, parameter in enumerate(self.parameters):
-            if _is_wide(parameter.dtype):
-                continue
-            if parameter.grad is not None:
-                before = self._sums[i]
-                self._sums[i] = parameter.grad.to(torch.float32) if before is None else before.add_(parameter.grad)
-            parameter.grad = None
+    def take(self, index: int) -> Tensor:
+        """Takes the gradient that a backward pass has just made of a parameter, and adds it up with those before, in
+        the masters' dtype; the sum."""
+        parameter = self.parameters[index]
+        grad = parameter.grad
+        assert grad is not None
+        if _is_wide(parameter.dtype):
+            return local(grad)
+        before = self._sums[index]
+        total = self._sums[index] = grad.to(torch.float32) if before is None else before.add_(grad)
+        parameter.grad = None
+        return total
 
     def gradients(self) -> list[Tensor]:
         """One gradient per parameter, in order, of what of it is here; zeros for one that nothing reached."""

@@ -8,11 +8,12 @@ each rank keeps the state of its own part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -22,6 +23,8 @@ from shoal.workers.model.feedforward import named_views
 from shoal.workers.shards import local
 
 BUCKET = 64 << 20  # bytes that travel at a time
+Tensors = Sequence[Tensor] | Mapping[int, Tensor]
+"""One for each parameter, by its number."""
 
 
 @dataclass(frozen=True, order=True)
@@ -32,9 +35,57 @@ class Piece:
     start: int
     stop: int
 
-    def of(self, tensors: Sequence[Tensor]) -> Tensor:
+    def of(self, tensors: Tensors) -> Tensor:
         """A view of this piece; tensors: one for each parameter."""
         return tensors[self.index][self.start : self.stop]
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Pieces that travel together. place: of the rank, in the group, whose they are."""
+
+    group: Group
+    place: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def here(self) -> bool:
+        """Whether they are this rank's own."""
+        return self.place == self.group.index
+
+    def reduce(self, tensors: Tensors) -> Travelling:
+        """Begins to sum the pieces over the group at their rank; elsewhere they are of no use afterwards."""
+        parts = [piece.of(tensors) for piece in self.pieces]
+        flat = parts[0] if _as_it_is(parts) else torch.cat([x.reshape(-1) for x in parts])
+        return self._travelling(self.group.reduce(flat, self.place), flat, parts, self.here)
+
+    def spread(self, tensors: Tensors) -> Travelling:
+        """Begins to give the pieces of their rank to all others, in place."""
+        parts = [piece.of(tensors) for piece in self.pieces]
+        flat = parts[0] if _as_it_is(parts) else parts[0].new_empty(sum(x.numel() for x in parts))
+        if self.here and flat is not parts[0]:
+            torch.cat([x.reshape(-1) for x in parts], out=flat)
+        return self._travelling(self.group.broadcast(flat, self.place), flat, parts, not self.here)
+
+    @staticmethod
+    def _travelling(work: dist.Work, flat: Tensor, parts: Sequence[Tensor], wanted: bool) -> Travelling:
+        return Travelling(work, flat, parts if wanted and flat is not parts[0] else ())
+
+
+@dataclass(frozen=True)
+class Travelling:
+    """A bucket on its way. flat: what travels; parts: what gets it, where that is not what travels."""
+
+    work: dist.Work
+    flat: Tensor
+    parts: Sequence[Tensor]
+
+    def land(self) -> None:
+        """What is launched from now on comes after it."""
+        self.work.wait()
+        if self.parts:
+            for target, part in zip(self.parts, self.flat.split([x.numel() for x in self.parts]), strict=True):
+                target.copy_(part.view_as(target))
 
 
 class Replicas:
@@ -48,36 +99,26 @@ class Replicas:
         """What this rank keeps the optimizer's state of."""
         return self.shares[self.group.index]
 
-    def reduce(self, gradients: Sequence[Tensor]) -> None:
-        """Sums gradients over the group, in place; each piece at the rank whose it is, elsewhere it stays as it was."""
-        for place, bucket in self._buckets(gradients):
-            flat = self.group.reduce(_joined(bucket), place)
-            if place == self.group.index:
-                _copy_apart(flat, bucket)
+    def buckets(self, tensors: Sequence[Tensor]) -> list[Bucket]:
+        """All pieces, a rank's from the last parameter to the first, some at a time; the same ones on every rank.
 
-    @torch.no_grad()
-    def spread(self, weights: Sequence[Tensor]) -> None:
-        """Gives each piece of its rank to all others, in place."""
-        for place, bucket in self._buckets(weights):
-            flat = self.group.broadcast(_joined(bucket), place)
-            if place != self.group.index:
-                _copy_apart(flat, bucket)
-
-    def _buckets(self, tensors: Sequence[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
-        """Pieces, some at a time, with the place of the rank whose they are. Nothing where this rank is alone."""
+        tensors: as large as those that are to travel. Nothing where this rank is alone.
+        """
         if self.group.size == 1:
-            return
+            return []
+        out = []
         for place, pieces in enumerate(self.shares):
-            bucket: list[Tensor] = []
+            held: list[Piece] = []
             size = 0
-            for piece in pieces:
-                bucket.append(piece.of(tensors))
-                size += bucket[-1].nbytes
+            for piece in sorted(pieces, reverse=True):
+                held.append(piece)
+                size += piece.of(tensors).nbytes
                 if size >= BUCKET:
-                    yield place, bucket
-                    bucket, size = [], 0
-            if bucket:
-                yield place, bucket
+                    out.append(Bucket(self.group, place, tuple(held)))
+                    held, size = [], 0
+            if held:
+                out.append(Bucket(self.group, place, tuple(held)))
+        return out
 
 
 class Shards:
@@ -87,11 +128,9 @@ class Shards:
     def __init__(self, own: Sequence[Piece]) -> None:
         self.own = own
 
-    def reduce(self, gradients: Sequence[Tensor]) -> None:
-        """Nothing."""
-
-    def spread(self, weights: Sequence[Tensor]) -> None:
-        """Nothing."""
+    def buckets(self, tensors: Sequence[Tensor]) -> list[Bucket]:
+        """None."""
+        return []
 
 
 def replicas_of(model: Transformer, mesh: Mesh) -> list[Replicas | Shards]:
@@ -128,10 +167,12 @@ def share_out(held: Sequence[tuple[int, Tensor, bool]], ranks: int) -> list[list
     return [sorted(share) for share in shares]
 
 
-def _joined(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([x.reshape(-1) for x in tensors])
+def in_order(replicas: Sequence[Replicas | Shards], tensors: Sequence[Tensor]) -> list[Bucket]:
+    """Buckets of all groups in the order in which a backward pass completes them, much the same as that of ranks."""
+    buckets = [bucket for each in replicas for bucket in each.buckets(tensors)]
+    return sorted(buckets, key=lambda bucket: -bucket.pieces[-1].index)
 
 
-def _copy_apart(flat: Tensor, tensors: list[Tensor]) -> None:
-    for target, part in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
-        target.copy_(part.view_as(target))
+def _as_it_is(parts: Sequence[Tensor]) -> bool:
+    """Whether what travels is one tensor, without a copy."""
+    return len(parts) == 1 and parts[0].is_contiguous()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import re
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from shoal.kernels.moe import load_fractions
 from shoal.workers.checkpoint import Checkpointer
@@ -25,7 +27,8 @@ from shoal.workers.model.feedforward import MoE, MoELoad, named_biases, named_vi
 from shoal.workers.optimizer import MasterAdamW
 from shoal.workers.records import spread
 from shoal.workers.rehome import rehome
-from shoal.workers.replicas import replicas_of
+from shoal.workers.replica_traffic import GradientSums, WeightSpread
+from shoal.workers.replicas import in_order, replicas_of
 from shoal.workers.schedule import learning_rate
 from shoal.workers.shards import as_part, local, shard_dense
 from shoal.workers.validate import validate
@@ -59,9 +62,14 @@ class Trainer:
         if recipe.parallel.shard_dense:
             shard_dense(self.model, mesh)
         self.parameters = dict(self.model.named_parameters())
-        self.replicas = replicas_of(self.model, mesh)
-        self.own = [piece for replicas in self.replicas for piece in replicas.own]
-        self.optimizer = MasterAdamW(list(self.parameters.values()), recipe.train, self.own, self.model.dtype)
+        weights, replicas = list(self.parameters.values()), replicas_of(self.model, mesh)
+        self.own = [piece for each in replicas for piece in each.own]
+        self.optimizer = MasterAdamW(weights, recipe.train, self.own, self.model.dtype)
+        buckets = in_order(replicas, weights)
+        self.sums, self.weights, self.last_backward = GradientSums(buckets), WeightSpread(buckets, self.model), False
+        for i, parameter in enumerate(weights):
+            if not isinstance(parameter, DTensor):  # FSDP2 sums gradients of parts, and keeps them
+                parameter.register_post_accumulate_grad_hook(partial(self._take, i))
         self.reads = [m.dispatcher.reads for m in self.model.modules() if isinstance(m, MoE)]
         # Begins at nothing, so it counts as shares only: the mean of the steps so far, the last ones for more.
         self.measured = torch.zeros(len(self.model.moe_layers), recipe.moe.experts, dtype=torch.float64)
@@ -135,8 +143,7 @@ class Trainer:
         losses, counts, gate_sums = self._forward_backward(micro)
         gradients = self.optimizer.gradients()
         with clock.part("reduce"):
-            for replicas in self.replicas:
-                replicas.reduce(gradients)
+            self.sums.finish(gradients)
         loss, balance, norm = self._totals(losses, gradients)
         gates = self.watch.gate_means(gate_sums, t.batch * t.sequence)  # here, where the GPU was waited for anyway
         if not (math.isfinite(loss) and math.isfinite(balance) and math.isfinite(norm)):
@@ -146,8 +153,7 @@ class Trainer:
             torch._foreach_mul_([piece.of(gradients) for piece in self.own], t.clip / norm)
         rate = learning_rate(self.step, t)
         self.optimizer.step(rate)
-        for replicas in self.replicas:
-            replicas.spread(list(self.parameters.values()))
+        self.weights.begin()
         self.model.nudge(counts)
         seconds = time.perf_counter() - started
         load = [load_fractions(c).tolist() for c in counts]
@@ -189,11 +195,17 @@ class Trainer:
                 balance = torch.stack(load.losses).sum() if load.losses else cross_entropy.new_zeros(())
             gates = gates + self.watch.gate_sums()
             with clock.part("backward"):
+                self.last_backward = batch is micro[-1]
                 (cross_entropy + balance).backward()
-                self.optimizer.collect()
             sums += torch.stack([cross_entropy.detach().double(), balance.detach().double()])
             counts = [a + b for a, b in zip(counts, load.counts, strict=True)] if counts else load.counts
         return sums, counts, gates
+
+    def _take(self, index: int, _parameter: Tensor) -> None:
+        """A backward pass has made the gradient of the parameter of that number."""
+        total = self.optimizer.take(index)
+        if self.last_backward:
+            self.sums.came(index, total)
 
     def _sequences(self, batch: PackedBatch) -> tuple[Tensor, int] | None:
         """Which sequence each of this rank's tokens is in, and how many there are, where there is a loss of them."""
@@ -245,6 +257,7 @@ class Trainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a checkpoint holds of this rank, by placement-independent names. Parts of tensors are DTensors."""
+        self.weights.finish()
         index_of = {id(p): i for i, p in enumerate(self.parameters.values())}
         out = {f"model.{name}": bias for name, bias in named_biases(self.model)}
         for name, parameter, part in named_views(self.model, self.parameters):
@@ -292,6 +305,7 @@ class Trainer:
 
     def _bad_weight(self) -> str:
         """Names the first layer with a weight that is not finite on any rank; else an empty string. Collective."""
+        self.weights.finish()
         layers = len(self.model.layers)
         flags = torch.zeros(layers + 1, device=self.device)
         for name, parameter in self.parameters.items():

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Facts = Mapping[str, Any]
 """Of a measured case: ``ms`` of the slowest rank, ``peak_bytes``, ``peak_flops`` of a device, what its part adds."""
-BUCKET = 64 << 20  # bytes of gradients or weights that travel at a time (workers/replicas.py)
+BUCKET = 64 << 20  # bytes of weights that travel at a time (workers/replicas.py)
 
 
 @dataclass(frozen=True)
@@ -309,10 +309,13 @@ def step_travels(recipe: Recipe, per_flop: float, itemsize: int) -> list[Travel]
     micro = t.batch // t.accumulate * t.sequence
     parameters = count_parameters(recipe)
     everywhere = parameters.total - parameters.routed_experts
-    travels = replica_travels(everywhere, p.ranks, 4, itemsize, BUCKET)
-    travels += replica_travels(
-        parameters.routed_experts / p.expert_ranks, p.ranks // p.expert_ranks, 4, itemsize, BUCKET
-    )
+    # a micro-batch's forward pass, a third of its FLOPs, hides weights, and the rest gradients
+    beside = micro / p.ranks * count_flops(recipe, parameters).training / 3 * per_flop
+    travels: list[Travel] = []
+    experts = parameters.routed_experts / p.expert_ranks
+    for held, ranks in ((everywhere, p.ranks), (experts, p.ranks // p.expert_ranks)):
+        share = beside * held / (everywhere + experts)
+        travels += replica_travels(held, ranks, 4, itemsize, BUCKET, 2 * share, share)
     over = recipe.balance.over == "global_batch" and bool(recipe.balance.expert or recipe.balance.device)
     counted = int(t.accumulate > 1 and over)  # a forward pass of its own
     layer = Experts(m.hidden, moe.expert_hidden, moe.experts, moe.top_k, moe.shared_experts, itemsize)

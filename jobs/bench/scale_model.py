@@ -230,13 +230,18 @@ def sequence_travels(layer: Attention, tokens: int, ranks: int, per_flop: float,
 # -- replicas ----------------------------------------------------------------------------------------------------------
 
 
-def replica_travels(parameters: float, ranks: int, gradient: int, weight: int, bucket: int) -> list[Travel]:
-    """Of a step's update of so many parameters that all of ``ranks`` hold; gradient, weight, bucket: bytes.
+def replica_travels(
+    parameters: float, ranks: int, gradient: int, weight: int, bucket: int, backward: float = 0.0, forward: float = 0.0
+) -> list[Travel]:
+    """Of a step's update of so many parameters that all of ``ranks`` hold; gradient, weight: bytes of an element,
+    bucket: of weights that travel at a time.
 
-    Buckets are summed at, and sent from, one rank after another, each through all of them as through a pipe: so all
-    bytes pass one after another, whatever the number of ranks, though a rank receives only (N - 1) / N of them.
+    backward, forward: seconds of computing that hide the gradients, in the last micro-batch, and the weights, in the
+    first one. Buckets are summed at, and sent from, one rank after another, each through all of them as through a pipe:
+    so all bytes pass one after another, whatever the number of ranks, though a rank receives only (N - 1) / N of them.
     """
     if ranks == 1 or not parameters:
         return []
-    sizes = (parameters * gradient, parameters * weight)
-    return [Travel(size / count, count=count) for size in sizes for count in [max(1, math.ceil(size / bucket))]]
+    count = max(1, math.ceil(parameters * weight / bucket))
+    each = ((gradient, backward), (weight, forward))
+    return [Travel(parameters * size / count, hidden / count, count) for size, hidden in each]

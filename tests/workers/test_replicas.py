@@ -65,9 +65,9 @@ def test_shares_of_an_update_are_the_same_bits_as_the_whole(dtype: torch.dtype) 
         grads = [[torch.randn(shape, generator=generator).to(dtype) for shape in shapes] for _ in range(2)]
         for some in (optimizer, *parts):
             for each in grads:
-                for parameter, grad in zip(some.parameters, each, strict=True):
+                for i, (parameter, grad) in enumerate(zip(some.parameters, each, strict=True)):
                     parameter.grad = grad.clone() if parameter.grad is None else parameter.grad + grad
-                some.collect()
+                    some.take(i)
             some.step(1e-2)
         for share, held in zip(shares, replicas, strict=True):
             for piece in share:
