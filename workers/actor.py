@@ -49,7 +49,7 @@ class RankActor:
     def join(self, address: tuple[str, int], threads: int, here: int, device: str) -> str:
         """Joins the process group; returns what the rank runs on.
 
-        threads: of this process, 0 for this machine's cores divided by ``here``, the ranks on it.
+        threads: of this process, 0 for one beside a GPU, else this machine's cores over ``here``, the ranks on it.
 
         Raises: what torch.distributed raises when the ranks do not meet.
         """
@@ -60,7 +60,9 @@ class RankActor:
         import torch
         import torch.distributed as dist
 
-        threads = threads or max(1, cores() // here)
+        # What a host computes for its GPU is small: to wake other threads for it takes longer, a hundred times as long
+        # where these do not get a core at once.
+        threads = threads or (1 if device == "cuda" else max(1, cores() // here))
         torch.set_num_threads(threads)
         if self.ranks > 1:
             if self.store is None:

@@ -172,7 +172,8 @@ class ParallelTable(Table):
     threads: int = Field(
         default=0,
         ge=0,
-        description="CPU threads of a rank (the last bits depend on them); 0: cores over the ranks of a machine",
+        description="CPU threads of a rank (the last bits depend on them); 0: cores over the ranks of a machine, one "
+        "beside a GPU",
     )
     max_failures: int = Field(
         default=3, ge=0, description="failures in a row, without a new checkpoint between them, that end a run"

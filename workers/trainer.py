@@ -17,6 +17,7 @@ from shoal.kernels.moe import load_fractions
 from shoal.workers.checkpoint import Checkpointer
 from shoal.workers.checkpoint_files import read_state
 from shoal.workers.config import Recipe
+from shoal.workers.data.ahead import Ahead
 from shoal.workers.data.batch import PackedBatch
 from shoal.workers.data.loader import TrainLoader, ValLoader
 from shoal.workers.expert_plan import Plan, place_loads, places_of, plan_of
@@ -139,8 +140,10 @@ class Trainer:
         # every step has its own seed: random numbers do not depend on what ran before, so a resumed run draws the same
         torch.manual_seed((t.seed * 1_000_003 + self.step) % 2**63)
         with clock.part("data"):
-            micro = [self.model.own_part(batch).to(self.device) for batch in self.loader.next()]
-        losses, counts, gate_sums = self._forward_backward(micro)
+            here = [self.model.own_part(batch) for batch in self.loader.next()]
+            targets = self._global_targets(here)
+            micro = [batch.to(self.device) for batch in here]
+        losses, counts, gate_sums = self._forward_backward(micro, targets)
         gradients = self.optimizer.gradients()
         with clock.part("reduce"):
             self.sums.finish(gradients)
@@ -178,11 +181,10 @@ class Trainer:
             "gates": gates,
         }
 
-    def _forward_backward(self, micro: list[PackedBatch]) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Gradients of the global batch's loss from this rank's rows; ``[cross entropy, balance]`` parts, counts, and
-        sums of gates."""
+    def _forward_backward(self, micro: list[PackedBatch], targets: int) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Gradients of the global batch's loss, over so many targets, from this rank's rows; ``[cross entropy,
+        balance]`` parts, counts, and sums of gates."""
         t = self.recipe.train
-        targets = self._global_targets(micro)
         fractions = self._fractions(micro) if self._needs_fractions(micro) else None
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         counts: list[Tensor] = []
@@ -354,20 +356,11 @@ class Trainer:
         # Rank 1 of a world of 1: it reads by itself, and does not tidy up the folder as rank 0 would.
         Checkpointer(checkpoint.parent, 1, None, 1, 1).load(step, weights)
 
-    def _loader(self, state: dict[str, Any] | None) -> TrainLoader:
-        t = self.recipe.train
-        data = self.recipe.data
-        return TrainLoader(
-            self.corpus,
-            t.sequence,
-            t.batch,
-            t.accumulate,
-            t.seed,
-            data.shuffle_groups,
-            data.shuffle_tokens,
-            self._shard(),
-            state,
-        )
+    def _loader(self, state: dict[str, Any] | None) -> Ahead:
+        t, data = self.recipe.train, self.recipe.data
+        sizes = t.sequence, t.batch, t.accumulate
+        shuffling = t.seed, data.shuffle_groups, data.shuffle_tokens
+        return Ahead(TrainLoader(self.corpus, *sizes, *shuffling, self._shard(), state))
 
     def _shard(self) -> tuple[int | None, int]:
         """Which part of the rows is read here: all ranks of a context group read the same one."""

@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from shoal.jobs.recipe import load_recipe
 from shoal.workers.config import Recipe
-from shoal.workers.machine import cores
 from shoal.workers.mesh import make_mesh
 from shoal.workers.placement import Placement
 from shoal.workers.trainer import Trainer
@@ -40,7 +39,7 @@ def rank_main(
     if recipe.parallel.device == "cuda":
         device = torch.device("cuda", process)
         torch.cuda.set_device(device)
-    torch.set_num_threads(max(1, cores() // len(places)) if device.type == "cuda" else 1)  # as ranks of training have
+    torch.set_num_threads(1)  # as ranks of training have them beside a GPU
     if ranks > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, f"file://{store}", timedelta(minutes=3), ranks, rank)

@@ -37,8 +37,8 @@ PARTS = ("moe", "sequence", "train", "serve")
 USUAL = PARTS[:3]
 SHARE = "a rank's share, as one rank alone does it"
 KEPT = (
-    "bytes", "bytes_of_rows", "activation_bytes", "steps", "forward_ms", "backward_ms", "reduce_ms", "update_ms",
-    "losses", "ttft_ms", "tpot_ms", "failed",
+    "bytes", "bytes_of_rows", "activation_bytes", "steps", "data_ms", "forward_ms", "backward_ms", "reduce_ms",
+    "update_ms", "losses", "ttft_ms", "tpot_ms", "failed",
 )  # fmt: skip
 """Facts of a case that stand in its row as they are."""
 NEEDS = ("pydantic", "pyarrow", "tokenizers")  # of training: recipes and corpora

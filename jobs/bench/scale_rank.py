@@ -17,7 +17,7 @@ from shoal.jobs.bench.dispatch_ranks import Bench, Sizes, release
 from shoal.jobs.bench.scale_cases import Case, Training
 from shoal.workers.clock import Clock
 from shoal.workers.dispatch import Dispatcher
-from shoal.workers.machine import cores, peak_flops
+from shoal.workers.machine import peak_flops
 from shoal.workers.mesh import Group
 
 SECONDS = 20.0
@@ -34,7 +34,7 @@ def rank_main(rank: int, ranks: int, store: str, cases: list[Case], results: str
     cuda = torch.cuda.is_available() and torch.cuda.device_count() >= ranks
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast wants rights that containers lack
-    torch.set_num_threads(max(1, cores() // ranks) if cuda else 1)  # as ranks of training have them
+    torch.set_num_threads(1)  # as ranks of training have them beside a GPU
     if cuda:
         torch.cuda.set_device(device)
     group = Group((0,), 0)
@@ -125,7 +125,7 @@ def _train(training: Training, group: Group, device: torch.device) -> dict[str, 
     def of(key: str) -> float:
         return 1e3 * statistics.median(r[key] for r in later)
 
-    parts = ("forward", "backward", "reduce", "update", "dispatch")
+    parts = ("data", "forward", "backward", "reduce", "update", "dispatch")
     return {
         "ms": _most(group, device, of("wall_seconds")),
         **{f"{part}_ms": of(f"{part}_seconds") for part in parts},

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from shoal.jobs.data.prepare import PrepareOptions, prepare
 from shoal.jobs.data.readers import TextSource
 from shoal.workers.data import loader as loader_module
+from shoal.workers.data.ahead import Ahead
 from shoal.workers.data.batch import IGNORE, PackedBatch
 from shoal.workers.data.loader import TrainLoader, ValLoader
 from shoal.workers.data.manifest import read_manifest, read_row_group
@@ -146,6 +147,30 @@ def test_resuming_at_every_position_gives_the_same_batches(corpus: Path, shard: 
         resumed = TrainLoader(*arguments, shard, state)
         for expected in batches[i : i + 3]:
             assert all(same(a, b) for a, b in zip(resumed.next(), expected, strict=True))
+
+
+def test_reading_ahead_changes_neither_batches_nor_positions(corpus: Path, tmp_path: Path) -> None:
+    """A damaged file is told of where the first batch of it is asked for, not a batch before."""
+    arguments = (61, 6, 3, 11, 3, 800, (1, 2))
+    plain, ahead = TrainLoader(corpus, *arguments), Ahead(TrainLoader(corpus, *arguments))
+    for _ in range(20):
+        assert ahead.state() == plain.state()
+        resumed = Ahead(TrainLoader(corpus, *arguments, ahead.state()))
+        expected = plain.next()
+        for loader in (ahead, resumed):
+            assert all(same(a, b) for a, b in zip(loader.next(), expected, strict=True))
+    damaged = copy(corpus, tmp_path / "damaged")
+    reads = [TrainLoader(damaged, *arguments), Ahead(TrainLoader(damaged, *arguments))]
+    first = [loader.next() for loader in reads]
+    assert all(same(a, b) for a, b in zip(*first, strict=True))
+    (damaged / read_manifest(damaged).parquet("train")[0].name).unlink()
+    read = [0, 0]
+    for i, loader in enumerate(reads):
+        with pytest.raises((InvalidInput, NotFound), match="train-"):
+            for _ in range(1000):
+                loader.next()
+                read[i] += 1
+    assert read[0] <= read[1] <= read[0] + 1  # one was read before the file went
 
 
 def test_rows_are_shuffled_among_those_that_follow_one_another(corpus: Path) -> None:
