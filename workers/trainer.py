@@ -140,7 +140,7 @@ class Trainer:
         # every step has its own seed: random numbers do not depend on what ran before, so a resumed run draws the same
         torch.manual_seed((t.seed * 1_000_003 + self.step) % 2**63)
         with clock.part("data"):
-            here = [self.model.own_part(batch) for batch in self.loader.next()]
+            here = self.loader.next()
             targets = self._global_targets(here)
             micro = [batch.to(self.device) for batch in here]
         losses, counts, gate_sums = self._forward_backward(micro, targets)
@@ -148,7 +148,9 @@ class Trainer:
         with clock.part("reduce"):
             self.sums.finish(gradients)
         loss, balance, norm = self._totals(losses, gradients)
-        gates = self.watch.gate_means(gate_sums, t.batch * t.sequence)  # here, where the GPU was waited for anyway
+        # here, where the GPU was waited for anyway: the update of the weights goes on when the next step begins
+        gates = self.watch.gate_means(gate_sums, t.batch * t.sequence)
+        load = load_fractions(torch.stack(counts)).tolist() if counts else []
         if not (math.isfinite(loss) and math.isfinite(balance) and math.isfinite(norm)):
             where = first_bad_layer(self.model, micro, dict(zip(self.parameters, gradients, strict=True)))
             raise NotFinite(f"step {self.step}: {where} (loss {loss:.4g}, gradient norm {norm:.4g})")
@@ -159,7 +161,6 @@ class Trainer:
         self.weights.begin()
         self.model.nudge(counts)
         seconds = time.perf_counter() - started
-        load = [load_fractions(c).tolist() for c in counts]
         if load:
             self.measured.lerp_(torch.tensor(load, dtype=torch.float64), NEW_LOAD)
         return {
@@ -181,7 +182,7 @@ class Trainer:
             "gates": gates,
         }
 
-    def _forward_backward(self, micro: list[PackedBatch], targets: int) -> tuple[Tensor, list[Tensor], Tensor]:
+    def _forward_backward(self, micro: list[PackedBatch], targets: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
         """Gradients of the global batch's loss, over so many targets, from this rank's rows; ``[cross entropy,
         balance]`` parts, counts, and sums of gates."""
         t = self.recipe.train
@@ -217,12 +218,13 @@ class Trainer:
         at = batch.rows.indices() if batch.rows else torch.arange(len(batch.tokens))
         return (at // length).to(self.device), batch.cu_seqlens[-1] // length
 
-    def _global_targets(self, micro: list[PackedBatch]) -> int:
-        """Predicted tokens of the global batch, over all attention ranks."""
-        if self.mesh.attention is None:
-            return 1
-        count = torch.tensor([sum(b.targets_count for b in micro)], device=self.device)
-        return max(1, int(self.mesh.attention.all_reduce(count)))
+    def _global_targets(self, micro: list[PackedBatch]) -> Tensor:
+        """Predicted tokens of the global batch, over all attention ranks, at least 1: on the device, since to wait for
+        a number there means to wait for the last step's update. micro: on the host."""
+        count = torch.tensor(sum(b.targets_count for b in micro), device=self.device)
+        if self.mesh.attention is not None:
+            self.mesh.attention.all_reduce(count)
+        return count.clamp_(min=1)
 
     def _needs_fractions(self, micro: list[PackedBatch]) -> bool:
         b = self.recipe.balance
@@ -360,7 +362,8 @@ class Trainer:
         t, data = self.recipe.train, self.recipe.data
         sizes = t.sequence, t.batch, t.accumulate
         shuffling = t.seed, data.shuffle_groups, data.shuffle_tokens
-        return Ahead(TrainLoader(self.corpus, *sizes, *shuffling, self._shard(), state))
+        loader = TrainLoader(self.corpus, *sizes, *shuffling, self._shard(), state)
+        return Ahead(loader, self.model.own_part, self.device)
 
     def _shard(self) -> tuple[int | None, int]:
         """Which part of the rows is read here: all ranks of a context group read the same one."""

@@ -149,18 +149,22 @@ def test_resuming_at_every_position_gives_the_same_batches(corpus: Path, shard: 
             assert all(same(a, b) for a, b in zip(resumed.next(), expected, strict=True))
 
 
+def _whole(batch: PackedBatch) -> PackedBatch:
+    return batch
+
+
 def test_reading_ahead_changes_neither_batches_nor_positions(corpus: Path, tmp_path: Path) -> None:
     """A damaged file is told of where the first batch of it is asked for, not a batch before."""
     arguments = (61, 6, 3, 11, 3, 800, (1, 2))
-    plain, ahead = TrainLoader(corpus, *arguments), Ahead(TrainLoader(corpus, *arguments))
+    plain, ahead = TrainLoader(corpus, *arguments), Ahead(TrainLoader(corpus, *arguments), _whole)
     for _ in range(20):
         assert ahead.state() == plain.state()
-        resumed = Ahead(TrainLoader(corpus, *arguments, ahead.state()))
+        resumed = Ahead(TrainLoader(corpus, *arguments, ahead.state()), _whole)
         expected = plain.next()
         for loader in (ahead, resumed):
             assert all(same(a, b) for a, b in zip(loader.next(), expected, strict=True))
     damaged = copy(corpus, tmp_path / "damaged")
-    reads = [TrainLoader(damaged, *arguments), Ahead(TrainLoader(damaged, *arguments))]
+    reads = [TrainLoader(damaged, *arguments), Ahead(TrainLoader(damaged, *arguments), _whole)]
     first = [loader.next() for loader in reads]
     assert all(same(a, b) for a, b in zip(*first, strict=True))
     (damaged / read_manifest(damaged).parquet("train")[0].name).unlink()

@@ -43,12 +43,17 @@ class PackedBatch:
             self.rows,
         )
 
+    def pinned(self) -> PackedBatch:
+        """The same batch in pinned memory of the host."""
+        tokens, targets, positions = (x.pin_memory() for x in (self.tokens, self.targets, self.positions))
+        return PackedBatch(tokens, targets, positions, self.cu_seqlens, self.rows)
+
     def part(self, rows: Rows) -> PackedBatch:
         """Of a whole batch the tokens that one of several ranks computes."""
 
         def of(x: Tensor) -> Tensor:
             # slices: picking by index wakes all threads, which takes long where other ranks want the cores as well
-            return torch.cat([x[start:stop] for start, stop in rows.ranges])
+            return torch.cat([x[:0], *(x[start:stop] for start, stop in rows.ranges)])
 
         return PackedBatch(of(self.tokens), of(self.targets), of(self.positions), self.cu_seqlens, rows)
 
