@@ -188,7 +188,8 @@ class Bench:
             self._draw(s.shared, s.inner, s.hidden, std=s.inner**-0.5),
         ]
         for tensor in drawn:
-            self.group.broadcast(tensor, 0)
+            if self.group.size > 1:
+                self.group.broadcast(tensor, 0).wait()
         whole = [t.requires_grad_() for t in drawn]
         size = s.experts // world
         mine = [
