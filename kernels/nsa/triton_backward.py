@@ -38,7 +38,7 @@ def nsa_backward(
     k_win: Tensor,
     v_win: Tensor,
     gates: Tensor,
-    forward: Forward,
+    kept: list[Tensor],
     layout: Layout,
     scale: float,
     *,
@@ -49,15 +49,17 @@ def nsa_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of ``nsa_forward``'s eight tensors, in their order and dtypes, for ``d_out [T, H, E]``.
 
-    Gates must not be negative. deterministic: the same bits in every run, for more time. arrive, wide: as in
-    ``attention.nsa_backward``.
+    kept: of the forward pass, emptied when its outputs have been read. Gates must not be negative. deterministic: the
+    same bits in every run, for more time. arrive, wide: as in ``attention.nsa_backward``.
     """
     tuning = tuning or BackwardTuning()
     q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, d_out = (
         x.contiguous() for x in (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, d_out)
     )
     tables = make_tables(layout)
-    bases, dots, d_gates = row_sums(d_out, gates.contiguous(), forward)
+    bases, dots, d_gates = row_sums(d_out, gates.contiguous(), Forward(d_out, *kept))
+    blocks = kept[-1]
+    kept.clear()
     d_q = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
 
     def grads(k: Tensor, v: Tensor) -> Grads:
@@ -73,7 +75,7 @@ def nsa_backward(
         branch_backward(*args, deterministic=deterministic, tuning=tuned)
     if arrive is not None:
         arrive()
-    selected = (q, k_slc, v_slc, d_out, bases[1], dots[1], forward.blocks, tables, scale, slc)
+    selected = (q, k_slc, v_slc, d_out, bases[1], dots[1], blocks, tables, scale, slc)
     d_q = selected_backward(*selected, deterministic=deterministic, tuning=tuning.selected)
     keys = [
         rounded(x, factor, torch.float32 if wide and g is slc else q.dtype)
