@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from shoal.kernels.nsa.attention import Backend, Kept, chosen_backend, nsa_backward, nsa_forward
+from shoal.kernels.nsa.attention import Backend, Kept, chosen_backend, nsa_backward, nsa_forward, unpacked
 from shoal.kernels.nsa.compress import OwnBlocks, own_blocks
 from shoal.kernels.nsa.layout import BlockSizes, Layout, make_layout
 from shoal.kernels.nsa.rows import Rows, needs
@@ -224,15 +224,15 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = ctx.saved_tensors[:8]
+        (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates), kept = unpacked(ctx)
         flight: _Flight = ctx.flight
-        sequence, kept = flight.sequence, Kept(ctx.saved_tensors[8:], ctx.choices)
+        sequence = flight.sequence
         source: Plan | Pull = ctx.source
         fetch = source.fetch(k_slc, v_slc)
         k_far, v_far = fetch.buffers
         tensors = (q, k_cmp, v_cmp, k_far, v_far, k_win, v_win, gates)
         settings = (sequence.layout, flight.scale, ctx.backend, fetch.wait, flight.wide)
-        back = nsa_backward(grads[0], tensors, kept, *settings)
+        back = nsa_backward(grads[0], tensors, Kept(kept, ctx.choices), *settings)
         flight.returning = source.give(*back[3:5])
         # Only word that gradients are under way: what they come to has the rows of this rank.
         word = (x.new_zeros(()).expand_as(x) for x in (k_slc, v_slc))

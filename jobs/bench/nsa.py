@@ -204,7 +204,7 @@ def _forward_parts(problem: Problem) -> list[Row]:
 
 @torch.no_grad()
 def _backward_parts(problem: Problem) -> list[Row]:
-    from shoal.kernels.nsa.triton_backward import BackwardTuning, branch_backward, row_sums
+    from shoal.kernels.nsa.triton_backward import BackwardTuning, branch_backward, rounded, row_sums
     from shoal.kernels.nsa.triton_forward import nsa_forward
     from shoal.kernels.nsa.triton_gather_grad import selected_backward
     from shoal.kernels.nsa.triton_span_grad import Grads
@@ -227,13 +227,16 @@ def _backward_parts(problem: Problem) -> list[Row]:
             tuning=tuning.cmp,
         ),
         "selected": lambda: selected_backward(
-            *(q, k_slc, v_slc, d_out, bases[1], dots[1], f.blocks, tables, scale, slc), tuning=tuning.selected
+            *(q, k_slc, v_slc, d_out, bases[1], dots[1], f.blocks, tables, scale, slc),
+            alone=True,
+            tuning=tuning.selected,
         ),
         "window": lambda: branch_backward(
             *(q, k_win, v_win, d_out, bases[2], dots[2], tables.window, tables.window_seen, scale, win),
             deterministic=False,
             tuning=tuning.window,
         ),
+        "gradients of queries, rounded": lambda: rounded(d_q, scale, q.dtype),
     }
     return [time_row(name, median_ms(part), phase="backward", **problem.facts) for name, part in parts.items()]
 

@@ -114,15 +114,30 @@ class _NSA(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, kept = ctx.saved_tensors[:8], Kept(ctx.saved_tensors[8:], ctx.choices)
-        return (*nsa_backward(grads[0], tensors, kept, ctx.layout, ctx.scale, ctx.backend), None, None, None)
+        tensors, kept = unpacked(ctx)
+        back = nsa_backward(grads[0], tensors, Kept(kept, ctx.choices), ctx.layout, ctx.scale, ctx.backend)
+        return (*back, None, None, None)
+
+
+def unpacked(ctx: Any) -> tuple[Tensors, list[Tensor]]:
+    """What a forward pass saved for the backward pass, which runs now: the eight inputs, and what it kept.
+
+    A node's saved tensors live until its backward pass has returned, unless they are let go of before: then who empties
+    the list frees their memory, except where the graph is retained.
+    """
+    saved = list(ctx.saved_tensors)  # once: checkpoints unpack a tensor but once
+    ctx.maybe_clear_saved_tensors()
+    return cast(Tensors, tuple(saved[:8])), saved[8:]
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What a forward pass leaves for the backward pass beside its arguments. choices: of each tile, in PyTorch."""
+    """What a forward pass leaves for the backward pass, which may empty the list, beside its arguments.
 
-    tensors: tuple[Tensor, ...]
+    choices: of each tile, in PyTorch.
+    """
+
+    tensors: list[Tensor]
     choices: tuple[Tensor | None, ...] = ()
 
 
@@ -136,7 +151,7 @@ def nsa_forward(
         from shoal.kernels.nsa.triton_attention import forward
 
         out, kept = forward(tensors, layout, scale, arrive)
-        return out, Kept(kept)
+        return out, Kept(list(kept))
     t = _inputs(tensors, layout, scale)
     outs = t.q.new_zeros(3, *t.q.shape[:-1], t.v_win.shape[-1])
     choices = tuple(_compressed_tile(t, tile, layout, outs[:, :, tile.start : tile.stop]) for tile in layout.tiles)
@@ -149,7 +164,7 @@ def nsa_forward(
         _near_tile(t, tile, choice, layout, outs[:, :, rows])
         torch.sum(outs[:, :, rows] * t.gates[:, :, rows], 0, out=mixed[:, rows])
     out = mixed.transpose(0, 1).reshape(*tensors[0].shape[:2], outs.shape[-1]).to(tensors[0].dtype)
-    return out, Kept((outs,), choices)
+    return out, Kept([outs], choices)
 
 
 def nsa_backward(
@@ -164,7 +179,7 @@ def nsa_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of :func:`nsa_forward`'s tensors, in their dtypes. arrive: called before k_slc and v_slc are read.
 
-    wide: those of k_slc and v_slc in float32 at least, as they were summed.
+    wide: those of k_slc and v_slc in float32 at least, as they were summed. Empties ``kept`` when that has been read.
     """
     if backend == "triton":
         from shoal.kernels.nsa.triton_attention import backward

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from shoal.kernels.nsa.attention import Arrive, Tensors
+from shoal.kernels.nsa.attention import Arrive, Tensors, unpacked
 from shoal.kernels.nsa.layout import Layout
 from shoal.kernels.nsa.triton_backward import BackwardTuning, nsa_backward
-from shoal.kernels.nsa.triton_forward import Forward, ForwardTuning, nsa_forward
+from shoal.kernels.nsa.triton_forward import ForwardTuning, nsa_forward
 
 Tunings = tuple[ForwardTuning, BackwardTuning]
 
@@ -53,7 +53,7 @@ def forward(tensors: Tensors, layout: Layout, scale: float, arrive: Arrive | Non
 def backward(
     d_out: Tensor,
     tensors: Tensors,
-    kept: tuple[Tensor, ...],
+    kept: list[Tensor],
     layout: Layout,
     scale: float,
     arrive: Callable[[], object] | None,
@@ -61,8 +61,7 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """:func:`shoal.kernels.nsa.attention.nsa_backward`, deterministic as torch is set."""
     exact = torch.are_deterministic_algorithms_enabled()
-    f = Forward(d_out, *kept)  # the sum of the branches is not needed again
-    return nsa_backward(d_out, *tensors, f, layout, scale, deterministic=exact, arrive=arrive, wide=wide)
+    return nsa_backward(d_out, *tensors, kept, layout, scale, deterministic=exact, arrive=arrive, wide=wide)
 
 
 class _Triton(torch.autograd.Function):
@@ -80,7 +79,7 @@ class _Triton(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, f = cast(Tensors, ctx.saved_tensors[:8]), Forward(grads[0], *ctx.saved_tensors[8:])
+        tensors, kept = unpacked(ctx)
         layout, scale, deterministic, tuning = ctx.settings
-        back = nsa_backward(grads[0], *tensors, f, layout, scale, deterministic=deterministic, tuning=tuning)
+        back = nsa_backward(grads[0], *tensors, kept, layout, scale, deterministic=deterministic, tuning=tuning)
         return (*back, None, None, None, None)

@@ -38,7 +38,7 @@ def nsa_backward(
     k_win: Tensor,
     v_win: Tensor,
     gates: Tensor,
-    forward: Forward,
+    kept: list[Tensor],
     layout: Layout,
     scale: float,
     *,
@@ -49,38 +49,47 @@ def nsa_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of ``nsa_forward``'s eight tensors, in their order and dtypes, for ``d_out [T, H, E]``.
 
-    Gates must not be negative. deterministic: the same bits in every run, for more time. arrive, wide: as in
-    ``attention.nsa_backward``.
+    kept: of the forward pass, emptied when its outputs have been read. Gates must not be negative. deterministic: the
+    same bits in every run, for more time. arrive, wide: as in ``attention.nsa_backward``.
     """
     tuning = tuning or BackwardTuning()
     q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, d_out = (
         x.contiguous() for x in (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, d_out)
     )
     tables = make_tables(layout)
-    bases, dots, d_gates = row_sums(d_out, gates.contiguous(), forward)
-    d_q = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+    *rows, d_gates = row_sums(d_out, gates.contiguous(), Forward(d_out, *kept))
+    blocks = kept[-1]
+    kept.clear()
+    # The selected branch comes first: its parts are gone by the time the sum of all is rounded, to a buffer of its own.
+    # Where its keys are on their way it comes last, and rounds the sum itself.
+    first = arrive is None
+    d_q = (torch.empty if first else torch.zeros)(q.shape, dtype=torch.float32, device=q.device)
 
-    def grads(k: Tensor, v: Tensor) -> Grads:
-        d_k, d_v = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
-        return Grads(d_q, d_k, d_v)
+    def selected() -> tuple[Tensor, Tensor, Tensor]:
+        grads = Grads.of(d_q, k_slc, v_slc)
+        base, dots = (x[1] for x in rows)
+        args = (q, k_slc, v_slc, d_out, base, dots, blocks, tables, scale, grads)
+        queries = selected_backward(*args, alone=first, deterministic=deterministic, tuning=tuning.selected)
+        return queries, *finished(grads, scale, torch.float32 if wide else q.dtype)
 
-    cmp, slc, win = grads(k_cmp, v_cmp), grads(k_slc, v_slc), grads(k_win, v_win)
-    for side, branch, k, v, span, seen, tuned in (
-        (0, cmp, k_cmp, v_cmp, tables.cmp, tables.cmp_seen, tuning.cmp),
-        (2, win, k_win, v_win, tables.window, tables.window_seen, tuning.window),
-    ):
-        args = (q, k, v, d_out, bases[side], dots[side], span, seen, scale, branch)
+    def spanned(
+        side: int, k: Tensor, v: Tensor, span: Span, seen: Span, tuned: SpanGradTuning
+    ) -> tuple[Tensor, Tensor]:
+        grads = Grads.of(d_q, k, v)
+        base, dots = (x[side] for x in rows)
+        args = (q, k, v, d_out, base, dots, span, seen, scale, grads)
         branch_backward(*args, deterministic=deterministic, tuning=tuned)
+        return finished(grads, scale, q.dtype)
+
+    if first:
+        queries, *slc = selected()
+    cmp = spanned(0, k_cmp, v_cmp, tables.cmp, tables.cmp_seen, tuning.cmp)
+    win = spanned(2, k_win, v_win, tables.window, tables.window_seen, tuning.window)
     if arrive is not None:
         arrive()
-    selected = (q, k_slc, v_slc, d_out, bases[1], dots[1], forward.blocks, tables, scale, slc)
-    d_q = selected_backward(*selected, deterministic=deterministic, tuning=tuning.selected)
-    keys = [
-        rounded(x, factor, torch.float32 if wide and g is slc else q.dtype)
-        for g in (cmp, slc, win)
-        for x, factor in ((g.d_k, scale), (g.d_v, 1.0))
-    ]
-    return (d_q, *keys, d_gates)
+        queries, *slc = selected()
+    rows.clear()
+    return (rounded(queries, scale, q.dtype) if first else queries, *cmp, *slc, *win, d_gates)
 
 
 def branch_backward(
@@ -108,6 +117,11 @@ def branch_backward(
             chunk = min(max(256, q.shape[0] // 2048 * 64), 2048) if tuning.chunk else 0
             return gluon_span_backward(*args, chunk=chunk, lap=triton.cdiv(tuning.lap, 64) * 64)
     return span_backward(*args, deterministic=deterministic, tuning=tuning)
+
+
+def finished(grads: Grads, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Gradients of keys and values in ``dtype``."""
+    return rounded(grads.d_k, scale, dtype), rounded(grads.d_v, 1.0, dtype)
 
 
 def rounded(x: Tensor, factor: float, dtype: torch.dtype) -> Tensor:

@@ -56,14 +56,15 @@ def selected_by_block(
 
     own: False promises that ``blocks`` never holds the block of the query itself, so that no key has to be masked; it
     must be False where queries are not all tokens of the keys.
-    beside: output and log-sum-exp of the same queries over other keys (the forced blocks), merged into the result.
+    beside: output and log-sum-exp of the same queries over other keys (the forced blocks), merged into the result; its
+    output, contiguous, is overwritten and returned.
     mix: outputs of the compressed and the window branch, gates ``[T, H, 3]``, and where the sum of the three goes.
     Partial outputs are kept in q's dtype, ``chunk * (n - direct)`` of them a head, whatever the length of the pack.
     """
     tuning = tuning or Tuning()
     tokens, heads, dim = q.shape
     kv, dim_v = v.shape[1:]
-    out = q.new_empty(tokens, heads, dim_v)
+    out = q.new_empty(tokens, heads, dim_v) if beside is None else beside[0]
     lse = q.new_empty(tokens, heads, dtype=torch.float32)
     if not tokens:
         return out, lse
@@ -342,6 +343,8 @@ def _merge_kernel(
         acc = acc * fade[:, None] + acc_d * fade_d[:, None]
     none = total == 0.0
     acc = acc / tl.where(none, 1.0, total)[:, None]
+    if BESIDE:
+        tl.debug_barrier()  # out is beside: all threads have read it
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
     tl.store(lse + rows, tl.where(none, float("-inf"), (base + tl.log2(total)) * 0.6931471805599453), mask=in_g)
     if MIX:

@@ -48,20 +48,22 @@ def selected_backward(
     scale: float,
     grads: Grads,
     *,
+    alone: bool = False,
     deterministic: bool = False,
     tuning: GatherGradTuning | None = None,
 ) -> Tensor:
     """Add the gradients of ``selected_by_query(q, k, v, blocks, …)`` times its gates to d_k and d_v of ``grads``.
 
     base, dots: as in :func:`shoal.kernels.nsa.triton_span_grad.span_backward`. Returns the gradient of the queries,
-    ``[T, H, D]`` in q's dtype: this one's and what ``grads.d_q`` holds, times the scale. deterministic: a block
-    sums its queries in their order.
+    ``[T, H, D]`` in q's dtype: this one's and what ``grads.d_q`` holds, times the scale. alone: whatever ``grads.d_q``
+    holds is replaced by this gradient, not multiplied by the scale, and that is returned. deterministic: a block sums
+    its queries in their order.
     """
     tuning = tuning or GatherGradTuning()
     tokens, heads, dim = q.shape
     kv, dim_v = v.shape[1:]
     n, group = blocks.shape[2], heads // kv
-    d_q = torch.empty_like(q)
+    d_q = grads.d_q if alone else torch.empty_like(q)
     if not tokens:
         return d_q
     chunk = min(tuning.chunk, tokens)
@@ -105,7 +107,8 @@ def selected_backward(
                 **shape,
             )
         _sum_kernel[(stop - start, kv)](
-            *(grads.d_q, part, blocks, d_q, scale, start, blocks.stride(0), blocks.stride(1)),
+            *(grads.d_q, part, blocks, d_q, 1.0 if alone else scale, start, blocks.stride(0), blocks.stride(1)),
+            ALONE=alone,
             GP=group_p,
             DP=padded(dim),
             num_warps=tuning.merge_warps,
@@ -245,6 +248,7 @@ def _sum_kernel(
     start,
     stride_t,
     stride_h,
+    ALONE: tl.constexpr,
     N: tl.constexpr,
     KV: tl.constexpr,
     G: tl.constexpr,
@@ -252,13 +256,16 @@ def _sum_kernel(
     D: tl.constexpr,
     DP: tl.constexpr,
 ):
-    """Sum the parts of one query and KV head, in the order of its choices, and what other branches found."""
+    """Sum the parts of one query and KV head, in the order of its choices, and, unless alone, what others found."""
     t = start + tl.program_id(0).to(tl.int64)
     h = tl.program_id(1)
     o_g, o_d = tl.arange(0, GP), tl.arange(0, DP)
     inside = (o_g < G)[:, None] & (o_d < D)[None, :]
     at = ((t * KV + h) * G + o_g)[:, None] * D + o_d[None, :]
-    acc = tl.load(beside + at, mask=inside, other=0.0)
+    if ALONE:
+        acc = tl.zeros([GP, DP], tl.float32)
+    else:
+        acc = tl.load(beside + at, mask=inside, other=0.0)
     slots = tl.program_id(0).to(tl.int64) * N * KV + h
     for i in tl.static_range(N):
         yes = tl.load(blocks + t * stride_t + h * stride_h + i) >= 0

@@ -45,6 +45,11 @@ class Grads:
     d_k: Tensor
     d_v: Tensor
 
+    @classmethod
+    def of(cls, d_q: Tensor, k: Tensor, v: Tensor) -> Grads:
+        """Zeros for the gradients of keys and values."""
+        return cls(d_q, *(torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v)))
+
 
 def span_backward(
     q: Tensor,

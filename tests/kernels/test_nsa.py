@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from shoal.kernels.nsa import BlockSizes, Layout, compress, make_layout, nsa_attention, oracle
 
@@ -215,6 +216,17 @@ def test_no_tokens_stay_in_the_graph() -> None:
     assert out.shape == (0, 4, 3)
     out.sum().backward()
     assert all(x.grad is not None and not x.grad.any() for x in p.leaves)
+
+
+def test_retained_and_checkpointed_graphs_give_the_same_gradients() -> None:
+    p = problem(SMALL, [40, 3])
+    out = p.fast(p.layout())
+    upstream = torch.randn_like(out)
+    want, again = (torch.autograd.grad(out, p.leaves, upstream, retain_graph=keep) for keep in (True, False))
+    out = checkpoint(p.fast, p.layout(), use_reentrant=False)
+    got = torch.autograd.grad(out, p.leaves, upstream)
+    for first, *others in zip(want, again, got, strict=True):
+        assert all(torch.equal(first, other) for other in others)
 
 
 def test_float32_is_close_to_float64_and_repeats_its_bits() -> None:

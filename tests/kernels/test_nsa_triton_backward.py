@@ -15,9 +15,9 @@ triton_on_cpu.prepare()
 
 from shoal.kernels.nsa import BlockSizes, Layout, make_layout, nsa_attention, oracle  # noqa: E402
 from shoal.kernels.nsa.triton_attention import Tunings, nsa_triton  # noqa: E402
-from shoal.kernels.nsa.triton_backward import BackwardTuning  # noqa: E402
+from shoal.kernels.nsa.triton_backward import BackwardTuning, nsa_backward  # noqa: E402
 from shoal.kernels.nsa.triton_choose import ChooseTuning  # noqa: E402
-from shoal.kernels.nsa.triton_forward import ForwardTuning  # noqa: E402
+from shoal.kernels.nsa.triton_forward import ForwardTuning, nsa_forward  # noqa: E402
 from shoal.kernels.nsa.triton_gather import Tuning  # noqa: E402
 from shoal.kernels.nsa.triton_gather_grad import GatherGradTuning  # noqa: E402
 from shoal.kernels.nsa.triton_inverse import lists_by_block  # noqa: E402
@@ -81,6 +81,41 @@ def test_against_the_oracle(
     for name, mine, leaf in zip(NAMES, got, exact, strict=True):
         assert mine is not None and leaf.grad is not None, name
         close(mine, leaf.grad, torch.float32)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_selected_keys_may_arrive_last(deterministic: bool) -> None:
+    """They are not read before, and gradients are those of keys that are there; what was kept is let go of."""
+    layout = make_layout((0, 37, 39), BlockSizes(4, 2, 8, 4, 1, 2, 11), DEVICE)
+    args = inputs(layout, 2, 2, (8, 4), torch.float32)
+    want = gradients(args, layout, SCALE, deterministic, TINY)
+    *tensors, d_out = args
+    kept = list(nsa_forward(*cast(Inputs, tuple(tensors)), layout, SCALE, TINY[0]).kept)
+    tensors[3:5] = [torch.full_like(x, float("nan")) for x in tensors[3:5]]
+    found = []
+
+    def arrive() -> None:
+        found.append(len(kept))
+        for mine, there in zip(tensors[3:5], args[3:5], strict=True):
+            mine.copy_(there)
+
+    fixed = (d_out, *cast(Inputs, tuple(tensors)), kept, layout, SCALE)
+    got = nsa_backward(*fixed, deterministic=deterministic, tuning=TINY[1], arrive=arrive)
+    assert found == [0]
+    for mine, other in zip(got, want, strict=True):
+        assert other is not None
+        close(mine, other.cpu().double(), torch.float32)
+
+
+def test_a_retained_graph_gives_its_gradients_again() -> None:
+    layout = make_layout((0, 40), BlockSizes(4, 2, 8, 4, 1, 2, 11), DEVICE)
+    *args, d_out = inputs(layout, 1, 2, (8, 4), torch.float32)
+    leaves = cast(Inputs, tuple(x.requires_grad_() for x in args))
+    out = nsa_triton(*leaves, layout, SCALE, deterministic=True, tunings=TINY)
+    first, again = (torch.autograd.grad(out, leaves, d_out, retain_graph=keep) for keep in (True, False))
+    assert all(map(torch.equal, first, again))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(out, leaves, d_out)
 
 
 def test_no_tokens() -> None:
