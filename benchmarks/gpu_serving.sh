@@ -3,10 +3,10 @@
 #
 # On one GPU: paged caches beside a training forward, and CUDA graphs (pytest), the engine alone, then `shoal serve` over
 # random weights under load, NSA beside full attention. On two: the same, engine and service side by side, each on a card
-# of its own; then graphs of a model over both ranks (pytest) and their steps beside those without, the service with a model
-# over both, and with attention and experts apart. OUT gets one archive of JSON, pictures and logs, serving.tar.gz, which
-# grows with each part; the tables are printed last. A part that fails does not stop the others; the exit code is the
-# number of those that failed.
+# of its own; then graphs of a model over both ranks, and of one with attention and experts apart (pytest), their steps
+# beside those without, the service with a model over both, and with attention and experts apart, with graphs and without.
+# OUT gets one archive of JSON, pictures and logs, serving.tar.gz, which grows with each part; the tables are printed last.
+# A part that fails does not stop the others; the exit code is the number of those that failed.
 #
 # Environment: PYTHON, and, to try it without a GPU, RECIPE, SETS, CONTEXT, MIX, CONCURRENCY, DURATION, CHUNK, WARMUP.
 set -u
@@ -88,12 +88,13 @@ else
     failed=$?
     wait $!
     failed=$((failed + $?))
-    part ranks 300 "$PYTHON" -m pytest -q -p no:cacheprovider tests/workers/test_gpu_graphs_ranks.py \
+    part ranks 480 "$PYTHON" -m pytest -q -p no:cacheprovider tests/workers/test_gpu_graphs_ranks.py \
         tests/cluster/test_gpu_engines.py
-    part decode 300 "$PYTHON" -m shoal.jobs.bench.decode --out "$OUT"
+    part decode 420 "$PYTHON" -m shoal.jobs.bench.decode --out "$OUT"
     serve colocated --workers "$GPUS" --against "$WORK/full"
     serve apart --workers "$GPUS" --placement "1A:$((GPUS - 1))F"
-    names="$names ranks decode colocated apart"
+    serve apart-plain --workers "$GPUS" --placement "1A:$((GPUS - 1))F" --set serve.cuda_graphs=false
+    names="$names ranks decode colocated apart apart-plain"
 fi
 for name in $names; do
     echo

@@ -69,7 +69,9 @@ class Engines:
         self._broken: Exception | None = None  # why the present ranks are of no use any more
         self._hurt = asyncio.Event()
         self._last = Load()
-        self._groups = Placement.of(recipe).dispatch_groups()
+        place = Placement.of(recipe)
+        # of each dispatch group, the rank that knows which experts its tokens chose
+        self._leaders = [next((r for r in g if r in place.experts), g[0]) for g in place.dispatch_groups()]
 
     async def start(self) -> None:
         """Places the ranks and loads their weights. Raises ShoalError when that cannot be done."""
@@ -123,8 +125,10 @@ class Engines:
             raise self.dead
         if self._group and self._ready.is_set():
             try:
-                loads = await asyncio.gather(*(self._group.actors[r].load.remote() for r in self._attention))
-                self._last = _sum(loads, [group[0] for group in self._groups])
+                asked = [*self._attention, *self._leaders]
+                loads = await asyncio.gather(*(self._group.actors[rank].load.remote() for rank in asked))
+                count = len(self._attention)
+                self._last = _sum(loads[:count], loads[count:])
             except _ray_errors():
                 pass  # the watchers see it too, and do something about it
         return self._last
@@ -348,8 +352,8 @@ def _failures() -> tuple[type[Exception], ...]:
     return (RankLost, *_ray_errors())
 
 
-def _sum(loads: list[Load], leaders: list[int]) -> Load:
-    """All ranks together. leaders: ranks that speak for the experts of their dispatch group, whose counts are alike."""
+def _sum(loads: list[Load], leaders: list[Load]) -> Load:
+    """All ranks with attention together. leaders: of ranks that speak for the experts of their dispatch group."""
     totals = {f.name: sum(getattr(load, f.name) for load in loads) for f in fields(Load) if f.name != "expert_tokens"}
-    layers = zip(*(loads[rank].expert_tokens for rank in leaders), strict=False)
+    layers = zip(*(load.expert_tokens for load in leaders), strict=False)
     return Load(**totals, expert_tokens=tuple(tuple(map(sum, zip(*ranks, strict=True))) for ranks in layers))

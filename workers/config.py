@@ -232,9 +232,7 @@ class ServeTable(Table):
         default=0, ge=0, description="experts that a rank hosts beyond its share: copies of those busiest in training"
     )
     prefix_cache: bool = True
-    cuda_graphs: bool = Field(
-        default=True, description="decode steps in CUDA graphs, where all GPUs host attention and experts"
-    )
+    cuda_graphs: bool = Field(default=True, description="decode steps in CUDA graphs, on Hopper GPUs")
 
 
 class Recipe(Table):

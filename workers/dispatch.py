@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shoal.kernels.moe.plan import Ways
 from shoal.workers.flight import Flight, PackedFlight
-from shoal.workers.gathered import GatheredFlight
+from shoal.workers.gathered import ApartFlight, GatheredFlight, Live
 from shoal.workers.mesh import Group
 from shoal.workers.symmetric import Inbox, SymmetricFlight
 from shoal.workers.transfer import HostReads
@@ -32,6 +32,7 @@ class Dispatcher:
 
     A *slot* is an expert on a rank that hosts it, numbered by rank, then by expert. triton: who plans, copies rows and
     adds them up. inbox: where other ranks of this node put rows; without one, they are exchanged by ``all_to_all``.
+    sources: places of the ranks that have tokens, where these host no experts; None: all.
     """
 
     def __init__(
@@ -41,8 +42,11 @@ class Dispatcher:
         device: torch.device,
         triton: bool = False,
         inbox: Inbox | None = None,
+        sources: Sequence[int] | None = None,
     ) -> None:
         self.group, self.device, self.triton, self.inbox = group, device, triton, inbox
+        self.sources = tuple(range(group.size) if sources is None else sources)
+        self.apart = len(self.sources) < group.size  # those that have tokens host no experts then
         self.reads = HostReads()
         self.clock: Clock | None = None
         self.spare = 0  # multiprocessors that products leave to an exchange that runs meanwhile
@@ -54,7 +58,8 @@ class Dispatcher:
         hosted = sorted((place, expert) for expert, own in enumerate(places) for place in own)
         self.local = tuple(expert for place, expert in hosted if place == self.group.index)
         self.first = sum(place < self.group.index for place, _ in hosted)
-        self.others = sorted({place for place, _ in hosted} - {self.group.index})
+        self.hosts = sorted({place for place, _ in hosted})
+        self.others = [place for place in self.hosts if place != self.group.index]
         slots: list[list[int]] = [[] for _ in places]
         for slot, (_, expert) in enumerate(hosted):
             slots[expert].append(slot)
@@ -90,30 +95,29 @@ class Dispatcher:
         return slots if self.counts_in_order else self._of_any_slot[slots.long()]
 
     def everywhere(self, tokens: int) -> Tensor:
-        """``[tokens, others]`` int32: where each token stands among so many of every rank, once for each other rank
-        that hosts experts. Kept, for CUDA graphs that read it."""
+        """``[tokens, others]`` int32: where each token's sums stand, once for each other rank that hosts experts, among
+        so many of every rank, or of every rank that hosts experts where these have no tokens. Kept, for CUDA graphs
+        that read it."""
         if tokens not in self._everywhere:
-            places = [[rank * tokens + t for rank in self.others] for t in range(tokens)]
-            self._everywhere[tokens] = torch.tensor(places, dtype=torch.int32, device=self.device).view(tokens, -1)
+            senders = self.hosts if self.apart else range(self.group.size)
+            places = [senders.index(rank) * tokens + t for t in range(tokens) for rank in self.others]
+            self._everywhere[tokens] = self._ints(places).view(tokens, len(self.others))
         return self._everywhere[tokens]
 
     def waiting(self) -> AbstractContextManager[None]:
         """Measures a wait for rows, where somebody watches."""
         return self.clock.part("dispatch") if self.clock else nullcontext()
 
-    def start(
-        self, x: Tensor, gates: Tensor, experts: Tensor, keep: bool = False, live: Tensor | None = None
-    ) -> Flight:
+    def start(self, x: Tensor, gates: Tensor, experts: Tensor, keep: bool = False, live: Live | None = None) -> Flight:
         """Says to all ranks what will come; ``x [T, H]``, ``gates [T, K]`` float32 or float64, ``experts [T, K]`` int.
 
-        keep: whether there will be a backward pass. live: ``[T]`` int64, in a step where all ranks have as many tokens:
-        0 for those that need no expert of another rank.
+        keep: whether there will be a backward pass. live: in a step where all ranks that have tokens have as many.
         Every rank of the group calls it, and every method of the flight, in the same order.
         """
         if self.group.size == 1:
             return Flight(self, x, gates, experts, keep)
         if live is not None:
-            return GatheredFlight(self, x, gates, experts, live)
+            return (ApartFlight if self.apart else GatheredFlight)(self, x, gates, experts, live)
         if self.inbox is None:
             return PackedFlight(self, x, gates, experts, keep)
         return SymmetricFlight(self, x, gates, experts, keep)

@@ -18,6 +18,7 @@ from shoal.kernels.moe.fan import combine, expand
 from shoal.kernels.moe.gemms import Gemms, apart
 from shoal.kernels.moe.plan import gates_of_rows
 from shoal.workers.dispatch import Dispatcher
+from shoal.workers.gathered import Live
 
 if TYPE_CHECKING:
     from shoal.kernels.moe.triton_route import Choice
@@ -69,7 +70,7 @@ class Pass:
         shared: Weights,
         always: int = 0,
         router: Router | None = None,
-        live: Tensor | None = None,
+        live: Live | None = None,
     ) -> None:
         self.live = live
         self.dispatcher, self.kind, self.own, self.shared = dispatcher, kind, own, shared
@@ -135,13 +136,20 @@ class Pass:
 
     def end(self) -> Tensor:
         """``[T, H]``: waits for the results, and adds all up."""
-        arrived, own, base = self.arrived, self.flight.own, None
+        base = None
         _, shared_down = self.shared
         if shared_down is not None and self.shared_act is not None:
             base = self.shared_products.rows_by_weight(self.shared_act, shared_down.flatten(0, 1))
-        out = combine(self.results, arrived.fan.rows[own], self.triton, arrived.gates[own], base, out=base)
+        out = self._with_own(base)
         del self.results, self.shared_act
         return self.flight.returned(out)
+
+    def _with_own(self, base: Tensor | None) -> Tensor:
+        """``[T, H]``: base, and what this rank's experts have for its tokens."""
+        results, arrived, own = self.results, self.arrived, self.flight.own
+        if len(results):
+            return combine(results, arrived.fan.rows[own], self.triton, arrived.gates[own], base, out=base)
+        return results.new_zeros(self.flight.tokens, results.shape[1]) if base is None else base
 
     def backward(self, grad: Tensor, d_found: Found | None = None) -> tuple[Tensor | None, ...]:
         """Gradients of x, centroids, gates, gate_up, down, and of the shared experts' gate_up and down.

@@ -7,6 +7,7 @@ the work that is launched after it.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -159,6 +160,24 @@ class EvenExchange:
         self._work = None
         del self._sending
         return self._receiving
+
+
+class OneWayExchange(EvenExchange):
+    """So many rows from each of some ranks of a group to each of some others, in flight, as the base class has it: what
+    every rank sends and gets is known beforehand. A sender has them in the order of those that they go to."""
+
+    def __init__(self, group: Group, rows: Tensor, senders: Sequence[int], receivers: Sequence[int], each: int) -> None:
+        """senders, receivers: places in the group, in order; every rank of the group calls it."""
+        assert group.handle is not None
+        self._sending = rows.contiguous()
+        send, receive = (
+            [each * (group.index in ours and rank in theirs) for rank in range(group.size)]
+            for ours, theirs in ((senders, receivers), (receivers, senders))
+        )
+        self._receiving = rows.new_empty(sum(receive), *rows.shape[1:])
+        self._work = dist.all_to_all_single(
+            self._receiving, self._sending, receive, send, group=group.handle, async_op=True
+        )
 
 
 class Exchange:

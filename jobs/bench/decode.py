@@ -1,4 +1,5 @@
-"""Decode steps of one model over two GPUs: in CUDA graphs, beside the same without, and beside one GPU alone.
+"""Decode steps of one model over two GPUs: in CUDA graphs, beside the same without, and beside one GPU alone; with
+attention and experts on both GPUs, and on one each (``1A:1F``).
 
 Random weights, and pages filled with random numbers, as ``shoal bench engine`` has them. Of a step the slowest rank's
 time counts, from the agreement of all ranks to tokens on the host. ``python -m shoal.jobs.bench.decode --out FOLDER``
@@ -26,7 +27,8 @@ Figures = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured. at_once: requests over all ranks, shared out evenly. memory: of what is free, for an engine."""
+    """What is measured. placements: none for colocated ranks and for half of them attention, half of them experts.
+    at_once: requests in all, shared out evenly over ranks with attention. memory: of what is free, for an engine."""
 
     recipe: str = "deepseekmoe-2b"
     sets: tuple[str, ...] = ("model.heads=32", "model.kv_heads=2", "moe.experts=64")
@@ -34,7 +36,12 @@ class Sizes:
     at_once: tuple[int, ...] = (1, 8, 32)
     kind: str = "nsa"
     steps: int | None = None
-    memory: float = 0.4
+    memory: float = 0.6
+    placements: tuple[str, ...] = ()
+
+    def places(self, world: int) -> tuple[str, ...]:
+        """The placements on so many ranks."""
+        return self.placements or ("colocated", f"{world // 2}A:{world - world // 2}F")
 
 
 def small() -> Sizes:
@@ -62,22 +69,24 @@ def run(settings: Settings, sizes: Sizes | None = None, device: str = "cuda", wo
     if not figures:
         raise InvalidInput("shoal bench decode needs CUDA graphs of experts, and this is no Hopper GPU: run it on one")
     for f in figures:
-        settings.say(f"{f['context']} tokens, {f['at_once']} at once, {f['way']}: {f['ms']:.2f} ms a step")
+        where = f"{f['context']} tokens, {f['at_once']} at once, {f['placement']}"
+        settings.say(f"{where}, {f['way']}: {f['ms']:.2f} ms a step")
     return tell(figures, sizes, world)
 
 
 def tell(figures: Figures, sizes: Sizes, world: int) -> list[Row]:
-    """Of each load two rows: beside steps without graphs, and beside one GPU."""
-    ms = {(f["context"], f["at_once"], f["way"]): f["ms"] for f in figures}
+    """Of each placement and load two rows: beside steps without graphs, and beside one GPU."""
+    ms = {(f["placement"], f["context"], f["at_once"], f["way"]): f["ms"] for f in figures}
     rows = []
-    for context, at_once in dict.fromkeys((f["context"], f["at_once"]) for f in figures):
-        own = ms[context, at_once, GRAPHS]
+    for placement, context, at_once, way in ms:
+        if way != GRAPHS:
+            continue
+        load, own = (context, at_once), ms[placement, context, at_once, way]
+        what = "a decode step over all ranks" if placement == "colocated" else f"a decode step over {placement}"
         facts = {"recipe": sizes.recipe, "attention": sizes.kind, "context": context, "at_once": at_once}
-        facts |= {"ranks": world, "tokens_per_second": 1000 * at_once / own}
-        for baseline in (PLAIN, ALONE):
-            rows.append(
-                time_row("a decode step over all ranks", own, baseline, ms[context, at_once, baseline], **facts)
-            )
+        facts |= {"ranks": world, "placement": placement, "tokens_per_second": 1000 * at_once / own}
+        for baseline, beside in ((PLAIN, ms[placement, *load, PLAIN]), (ALONE, ms["", *load, ALONE])):
+            rows.append(time_row(what, own, baseline, beside, **facts))
     return rows
 
 
@@ -105,28 +114,37 @@ def on_rank(rank: int, world: int, port: int, device: str, sizes: Sizes, out: st
 
 
 def _figures(rank: int, world: int, device: Any, sizes: Sizes) -> Figures:
-    """Of each load and way the milliseconds of a step; nothing where graphs cannot be had."""
+    """Of each placement, load and way the milliseconds of a step; nothing where graphs cannot be had."""
     from shoal.jobs.bench.engine import _decode_ms
 
-    spread, alone = _engine(rank, world, device, sizes), _engine(0, 1, device, sizes)
-    mesh, graphs, figures = spread.model.mesh, spread.decode, []
-    if graphs is None:
+    engines = {place: _engine(rank, world, device, sizes, place) for place in sizes.places(world)}
+    mesh = next(iter(engines.values())).model.mesh
+    graphs, figures = {place: engine.decode for place, engine in engines.items()}, []
+    if None in graphs.values():
         return []
+    if rank == 0:  # the others wait where all tell their time
+        engines[""] = _engine(0, 1, device, sizes)
+    ways = [(place, way) for place in graphs for way in (GRAPHS, PLAIN)] + [("", ALONE)]
     for context in sizes.contexts:
         for at_once in sizes.at_once:
-            mine = at_once // world + (rank < at_once % world)
-            for way in (GRAPHS, PLAIN, ALONE):
-                spread.decode = graphs if way == GRAPHS else None
-                one = way == ALONE
-                ms = 0.0
-                if not one or rank == 0:  # the others wait where all tell their time
-                    ms = _decode_ms(alone if one else spread, at_once if one else mine, context, sizes.steps)
+            for place, way in ways:
+                ms, engine = 0.0, engines.get(place)
+                if engine is not None:
+                    if place:
+                        engine.decode = graphs[place] if way == GRAPHS else None
+                    ms = _decode_ms(engine, _share(engine, at_once), context, sizes.steps)
                 slowest = max(microseconds for (microseconds,) in mesh.tell([round(1000 * ms)])) / 1000
-                figures.append({"context": context, "at_once": at_once, "way": way, "ms": slowest})
+                figures.append({"placement": place, "context": context, "at_once": at_once, "way": way, "ms": slowest})
     return figures
 
 
-def _engine(rank: int, world: int, device: Any, sizes: Sizes) -> Any:
+def _share(engine: Any, at_once: int) -> int:
+    """The requests of this rank."""
+    attention = engine.model.mesh.attention
+    return 0 if attention is None else len(range(attention.index, at_once, attention.size))
+
+
+def _engine(rank: int, world: int, device: Any, sizes: Sizes, placement: str = "colocated") -> Any:
     from shoal.jobs.bench.engine import _fill
     from shoal.jobs.recipe import load_recipe
     from shoal.workers.engine.engine import Engine
@@ -137,12 +155,14 @@ def _engine(rank: int, world: int, device: Any, sizes: Sizes) -> Any:
     from shoal.workers.placement import Placement
 
     gpu = device.type == "cuda"
-    spread = [f"parallel.ranks={world}", "parallel.expert=0", "parallel.context=1", f"parallel.device={device.type}"]
+    spread = [f"parallel.ranks={world}", f"parallel.placement={placement}", f"parallel.device={device.type}"]
+    spread += ["parallel.expert=0", "parallel.context=1"]
     plain = [f"train.batch={world}", "train.accumulate=1", "train.sequence=64"]
     chosen = [f"model.context={max(sizes.contexts)}", f"attention.kind={sizes.kind}"]
     recipe = load_recipe(sizes.recipe, [*sizes.sets, *chosen, *spread, *plain])
     model = Transformer(recipe, make_mesh(Placement.of(recipe), rank, device), device).eval()
-    limits = Limits(sequences=max(sizes.at_once), step=2048 if gpu else 512, prefix_cache=False)
+    most = -(-max(sizes.at_once) // len(model.mesh.placement.attention))
+    limits = Limits(sequences=most, step=2048 if gpu else 512, prefix_cache=False)
     engine = Engine(
         model, limits, int(sizes.memory * free_memory("cuda")) if gpu else None, fixed=None if gpu else True
     )
@@ -156,6 +176,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the JSON")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--ranks", type=int, default=WORLD)
+    parser.add_argument("--placement", nargs="+", default=(), help="those that are measured: colocated, or nA:mF")
     parser.add_argument("--attention", choices=("nsa", "full"), default="nsa")
     parser.add_argument("--steps", type=int, help="that are timed")
     chosen = parser.parse_args()
@@ -163,7 +184,9 @@ def main() -> None:
 
     from shoal.jobs.bench.result import document, gpu_kind, write
 
-    sizes = replace(small() if chosen.device == "cpu" else Sizes(), kind=chosen.attention)
+    sizes = replace(
+        small() if chosen.device == "cpu" else Sizes(), kind=chosen.attention, placements=tuple(chosen.placement)
+    )
     if chosen.steps:
         sizes = replace(sizes, steps=chosen.steps)
     before = os.getloadavg()[0]

@@ -3,7 +3,8 @@
 What is timed is a round: the time in which every request that runs gets a token, prompts of new ones included. Of one
 rank it is a + b·c of c requests at once. N colocated ranks have c / N each. With attention and experts apart, n ranks
 compute what is not of routed experts for c / n requests each, m ranks the routed experts' part, by FLOPs, of as many
-rows as c / m requests have; they work at the same time, and the slower ones count.
+rows as c / m requests have. On GPUs, in CUDA graphs, they work one after the other; elsewhere at the same time, and the
+slower ones count.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ class ServeSeries(Series):
         if case.sizes.placement:
             n, hosts = _sides(case.sizes.placement)
             routed = layers * layer.flops(1, moe.top_k) / count_flops(recipe, count_parameters(recipe)).forward
-            compute = max((1 - routed) * curve(case.tokens // n), routed * curve(max(1, case.tokens // hosts)))
+            sides = (1 - routed) * curve(case.tokens // n), routed * curve(max(1, case.tokens // hosts))
+            compute = sum(sides) if "parallel.device=cuda" in self.serving.sets else max(sides)
             rows = case.tokens / n * _ranks_chosen(moe.experts, moe.top_k, hosts)
         else:
             compute = curve(max(1, case.tokens // case.ranks))

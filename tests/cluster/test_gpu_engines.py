@@ -29,7 +29,8 @@ SIZES = {
 
 
 @pytest.mark.gpu
-def test_streams_outlive_a_rank_that_is_killed_in_a_graph(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("placement", "victim"), [("colocated", 1), ("1A:1F", 1), ("1A:1F", 0)])
+def test_streams_outlive_a_rank_that_is_killed_in_a_graph(placement: str, victim: int, tmp_path: Path) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA GPUs")
     model = Transformer(Recipe.model_validate(small_recipe(**SIZES))).eval()
@@ -42,8 +43,8 @@ def test_streams_outlive_a_rank_that_is_killed_in_a_graph(tmp_path: Path) -> Non
 
         def kill(tokens: int) -> None:
             if tokens >= 100 and not killed:
-                killed.append(pids[1])
-                os.kill(pids[1], signal.SIGKILL)
+                killed.append(pids[victim])
+                os.kill(pids[victim], signal.SIGKILL)
 
         pids = engines.pids()
         asked = [_ask(engines, r, kill if r.id == "r4" else lambda tokens: None) for r in requests]
@@ -52,7 +53,7 @@ def test_streams_outlive_a_rank_that_is_killed_in_a_graph(tmp_path: Path) -> Non
         assert killed and engines.restarts == 1
         assert not set(engines.pids()) & set(pids)
 
-    tables = small_recipe(**SIZES, parallel__ranks=2, parallel__device="cuda")
+    tables = small_recipe(**SIZES, parallel__ranks=2, parallel__device="cuda", parallel__placement=placement)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SHOAL_CACHE", str(tmp_path / "cache"))
         patch.setenv("NCCL_NVLS_ENABLE", "0")  # NVLink multicast wants rights that containers lack

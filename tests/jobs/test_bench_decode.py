@@ -17,13 +17,17 @@ def test_without_two_gpus_it_says_so() -> None:
 
 
 def test_it_runs_in_small_between_two_processes() -> None:
-    """All loads, each beside steps of any shape and one rank; an odd number of requests too."""
+    """All loads, on colocated ranks and with experts apart, each beside steps of any shape and one rank; an odd number
+    of requests too."""
     said: list[str] = []
     rows = decode.run(Settings(say=said.append), decode.small(), "cpu")
-    assert [(row["at_once"], row["baseline"]) for row in rows] == [
-        (at_once, baseline) for at_once in (1, 3) for baseline in (decode.PLAIN, decode.ALONE)
+    assert [(row["at_once"], row["placement"], row["baseline"]) for row in rows] == [
+        (at_once, placement, baseline)
+        for at_once in (1, 3)
+        for placement in ("colocated", "1A:1F")
+        for baseline in (decode.PLAIN, decode.ALONE)
     ]
-    assert len(said) == 6
+    assert len(said) == 10
     for row in rows:
         assert row["tokens_per_second"] == pytest.approx(1000 * row["at_once"] / row["ms"])
         assert row["ratio"] == pytest.approx(row["baseline_ms"] / row["ms"])

@@ -112,18 +112,41 @@ class Unsent:
         return self.came
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+class Uncrossed:
+    """One from some ranks to others."""
+
+    def __init__(self, group: Group, rows: Tensor, senders: list[int], receivers: list[int], each: int) -> None:
+        assert len(rows) == (each * len(receivers) if group.index in senders else 0)
+        self.came = rows.new_empty(each * len(senders) if group.index in receivers else 0, *rows.shape[1:])
+
+    def wait(self) -> Tensor:
+        return self.came
+
+
+PLACES = [pytest.param("colocated", 1, 0, id="1"), pytest.param("colocated", 2, 0, id="2")]
+PLACES += [pytest.param("1A:2F", 3, rank, id=f"{rank} of 1A:2F") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize(("placement", "ranks", "rank"), PLACES)
 @pytest.mark.parametrize("router", ["softmax", "hash"])
 @pytest.mark.parametrize("attention", [ATTENTIONS[0], ATTENTIONS[3]])
 def test_the_host_reads_no_number(
-    attention: dict[str, Any], router: str, ranks: int, monkeypatch: pytest.MonkeyPatch
+    attention: dict[str, Any],
+    router: str,
+    placement: str,
+    ranks: int,
+    rank: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Computed with tensors that have shapes and no numbers, which raise when one of theirs is asked for."""
     monkeypatch.setattr("shoal.workers.gathered.EvenExchange", Unsent)
+    monkeypatch.setattr("shoal.workers.gathered.OneWayExchange", Uncrossed)
     top_k = {"softmax": 3, "hash": 1}[router]
-    recipe = _recipe(attention, moe__router=router, moe__top_k=top_k, parallel__ranks=ranks)
-    everyone = Group(tuple(range(ranks)), 0)
-    mesh = Mesh(Placement.of(recipe), 0, everyone, everyone, everyone, everyone, None, None)
+    where = {"parallel__ranks": ranks, "parallel__placement": placement}
+    recipe = _recipe(attention, moe__router=router, moe__top_k=top_k, **where)
+    place, everyone = Placement.of(recipe), Group(tuple(range(ranks)), rank)
+    hosts_attention, hosts_experts = (everyone if rank in ranks else None for ranks in (place.attention, place.experts))
+    mesh = Mesh(place, rank, everyone, everyone, hosts_attention, hosts_experts, None, None)
     model = Transformer(recipe, mesh, device="meta", draw=False).eval()
     with FakeTensorMode():
         for module in model.modules():
@@ -136,13 +159,18 @@ def test_the_host_reads_no_number(
             if block.moe is not None:
                 block.moe.products, dispatcher = Unread, block.moe.dispatcher
                 dispatcher.device = torch.device("cpu")
-                dispatcher.assign([e * ranks // experts for e in range(experts)])
-        caches = make_caches(model.recipe, 9, 9, model.dtype, torch.device("cpu"))
-        of_layer = {block.attention: cache for block, cache in zip(blocks, caches, strict=True)}
-        steps = DecodeSteps(model, of_layer, (8, 8), 5, torch.zeros(2, experts, dtype=torch.int64), capture=False)
+                hosts = place.experts
+                dispatcher.assign([hosts[e * len(hosts) // experts] for e in range(experts)])
+        of_layer = {}
+        if model.hosts_attention:
+            caches = make_caches(model.recipe, 9, 9, model.dtype, torch.device("cpu"))
+            of_layer = {block.attention: cache for block, cache in zip(blocks, caches, strict=True)}
+        counted = torch.zeros(2, experts, dtype=torch.int64) if hosts_experts else None
+        steps = DecodeSteps(model, of_layer, (8, 8), 5, counted, capture=False)
         for shape in steps.shapes():
             with torch.inference_mode():
-                assert steps._compute(shape).shape == (shape.rows, VOCAB)
+                computed = steps._compute(shape)
+            assert computed.shape == (shape.rows if hosts_attention else 0, VOCAB)
 
 
 def _recipe(attention: dict[str, Any], **changes: Any) -> Recipe:

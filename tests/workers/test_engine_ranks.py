@@ -18,10 +18,10 @@ from test_engine_decode import ATTENTIONS
 from shoal.workers.config import Recipe
 from shoal.workers.dispatch import Dispatcher
 from shoal.workers.engine.engine import Engine
-from shoal.workers.engine.request import UNSHAPED, Limits, Request, Sampling, Shape, Turn
+from shoal.workers.engine.request import UNSHAPED, Limits, Load, Request, Sampling, Shape, Turn
 from shoal.workers.expert_plan import Plan
 from shoal.workers.flight import Flight
-from shoal.workers.gathered import GatheredFlight
+from shoal.workers.gathered import GatheredFlight, Live
 from shoal.workers.mesh import make_mesh
 from shoal.workers.model import Transformer
 from shoal.workers.placement import Placement
@@ -81,17 +81,23 @@ class Watched(Dispatcher):
 
 def _serve(
     rank: int, world: int, tables: dict[str, Any], shares: list[int], limits: Limits, cancel: str, plan: Plan | None
-) -> tuple[News, tuple[tuple[int, ...], ...], set[str]]:
+) -> tuple[News, Load, set[str]]:
     engine = engine_of(rank, tables, limits, True, plan)
     kinds: set[type[Flight]] = set()
     for layer in engine.model.moe_layers:
         layer.dispatcher.__class__, layer.dispatcher.kinds = Watched, kinds  # type: ignore[assignment, attr-defined]
     news = tokens_of(engine, requests_of(shares, 5)[rank], cancel)
     assert not engine.busy
-    return news, engine.load().expert_tokens, {kind.__name__ for kind in kinds}
+    return news, engine.load(), {kind.__name__ for kind in kinds}
 
 
+COPIES = (
+    ((0, 1), (1,), (0,), (1,), (0,), (1,), (0,), (0, 1)),
+    ((1,), (0,), (0, 1), (1,), (0,), (1,), (0,), (0, 1)),
+)
+"""Slots of two busy experts on both ranks, and others not in order; of two layers."""
 NINE = {"moe__experts": 9, "balance__device_groups": 3, "train__batch": 9}
+# fmt: off
 CASES: dict[str, tuple[dict[str, Any], list[int], dict[str, Any], str, Plan | None]] = {
     "uneven load": ({}, [7, 2], {}, "", None),
     "a rank without requests, guesses": ({}, [0, 5], {"speculate": 3}, "", None),
@@ -102,15 +108,19 @@ CASES: dict[str, tuple[dict[str, Any], list[int], dict[str, Any], str, Plan | No
     "experts on every rank": ({"parallel__expert": 1}, [3, 1], {}, "", None),
     "sets of experts": ({"parallel__expert": 2}, [3, 0, 1, 2], {}, "", None),
     "full attention": ({}, [4, 3], {}, "", None),
-    # slots of two busy experts on both ranks, and others not in order
-    "copies": (
-        {},
-        [5, 3],
-        {},
-        "",
-        (((0, 1), (1,), (0,), (1,), (0,), (1,), (0,), (0, 1)), ((1,), (0,), (0, 1), (1,), (0,), (1,), (0,), (0, 1))),
+    "one and one, guesses": ({"parallel__placement": "1A:1F"}, [6, 0], {"speculate": 3}, "", None),
+    "two and one, one without requests": (
+        {"parallel__placement": "2A:1F", "moe__router": "hash", "moe__top_k": 1}, [0, 5, 0], {}, "1.1", None
     ),
+    "one and two, few pages": (
+        {"parallel__placement": "1A:2F", "moe__shared": "dispatched"}, [7, 0, 0], {"pages": 8}, "", None
+    ),
+    "two and two, copies, few pages": (
+        {"parallel__placement": "2A:2F"}, [6, 6, 0, 0], {"pages": 8, "speculate": 2}, "", COPIES
+    ),
+    "copies": ({}, [5, 3], {}, "", COPIES),
 }
+# fmt: on
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -120,9 +130,13 @@ def test_ranks_draw_the_tokens_of_one(name: str) -> None:
     attention = ATTENTIONS[3 if name == "full attention" else 0]
     ranks = len(shares)
     tables = {**small_recipe(**({"parallel__ranks": ranks} | changes)), "attention": attention}
+    flights = {"PackedFlight", "ApartFlight" if "parallel__placement" in changes else "GatheredFlight"}
+    if changes.get("parallel__expert") == 1:
+        flights = {"Flight"}
     bounds = Limits(sequences=4, step=24, prefix_cache=False, **limits)
     found = run_ranks(ranks, _serve, tables, shares, bounds, cancel, plan)
-    alone = {**small_recipe(**{k: v for k, v in changes.items() if k != "parallel__expert"}), "attention": attention}
+    changes = {key: value for key, value in changes.items() if not key.startswith("parallel")}
+    alone = {**small_recipe(**changes), "attention": attention}
     whole = Limits(sequences=99, step=99, prefix_cache=False)
     want = tokens_of(engine_of(0, alone, whole, False), [*itertools.chain(*requests_of(shares, 5))])
     for news, _, kinds in found:
@@ -131,28 +145,38 @@ def test_ranks_draw_the_tokens_of_one(name: str) -> None:
             assert [i for i, _ in tokens] == [i for i, _ in expected], request
             assert [p for _, p in tokens] == pytest.approx([p for _, p in expected], rel=1e-9)
             assert request == cancel or len(tokens) >= len(expected)
-        assert kinds == ({"Flight"} if changes.get("parallel__expert") == 1 else {"PackedFlight", "GatheredFlight"})
+        assert kinds == flights
     assert not want
+    assert "pages" not in limits or any(load.preemptions_total for _, load, _ in found)
     _experts_are_counted(found, Recipe.model_validate(tables))
 
 
 def _experts_are_counted(found: list[Any], recipe: Recipe) -> None:
-    """Alike on the ranks of a dispatch group; each layer has as many choices as another."""
-    for group in Placement.of(recipe).dispatch_groups():
-        counts = {found[rank][1] for rank in group}
+    """Alike on the ranks of a dispatch group that host experts; each layer has as many choices as another."""
+    placement = Placement.of(recipe)
+    for group in placement.dispatch_groups():
+        counts = {found[rank][1].expert_tokens for rank in group if rank in placement.experts}
         assert len(counts) == 1
         assert len({sum(layer) for layer in counts.pop()}) == 1
 
 
-def _counts(rank: int, world: int, tables: dict[str, Any], fixed: bool) -> tuple[tuple[int, ...], ...]:
-    engine = engine_of(rank, tables, Limits(sequences=4, step=24, prefix_cache=False), fixed)
-    tokens_of(engine, requests_of([5, 2], 9)[rank])
-    return engine.load().expert_tokens
+def _counts(rank: int, world: int, tables: dict[str, Any], shares: list[int]) -> list[tuple[tuple[int, ...], ...]]:
+    counted = []
+    for fixed in (True, False):
+        engine = engine_of(rank, tables, Limits(sequences=4, step=24, prefix_cache=False), fixed)
+        tokens_of(engine, requests_of(shares, 9)[rank])
+        counted.append(engine.load().expert_tokens)
+    return counted
 
 
-def test_experts_are_counted_as_without_fixed_shapes() -> None:
-    tables = small_recipe(parallel__ranks=2)
-    assert run_ranks(2, _counts, tables, True) == run_ranks(2, _counts, tables, False)
+@pytest.mark.parametrize(("placement", "shares"), [("colocated", [5, 2]), ("1A:1F", [5, 0])])
+def test_experts_are_counted_as_without_fixed_shapes(placement: str, shares: list[int]) -> None:
+    """Where experts are, since their ranks know what all tokens chose."""
+    tables = small_recipe(parallel__ranks=2, parallel__placement=placement)
+    (first, plain), (second, other) = run_ranks(2, _counts, tables, shares)
+    assert first == plain and second == other
+    assert sum(map(sum, second)) > 0
+    assert first == (second if placement == "colocated" else ())
 
 
 def _exchange(rank: int, world: int) -> bool:
@@ -162,7 +186,7 @@ def _exchange(rank: int, world: int) -> bool:
     d = model.moe_layers[0].dispatcher
     x, gates = torch.ones(3, 32, dtype=torch.float64), torch.ones(3, 2, dtype=torch.float64)
     experts = torch.tensor([[0, 7], [3, 4], [1, 2]])
-    flight = d.start(x, gates, experts, live=torch.zeros(3, dtype=torch.int64))
+    flight = d.start(x, gates, experts, live=Live(torch.zeros(3, dtype=torch.int64), 3))
     arrived = flight.arrive(x, gates)
     flight.give_back(arrived, arrived.parts[0].new_full((len(arrived.fan.order), 32), torch.nan))
     assert isinstance(flight, GatheredFlight)
@@ -174,26 +198,29 @@ def test_rows_that_nobody_needs_reach_no_expert() -> None:
     assert run_ranks(2, _exchange) == [True, True]
 
 
-def _generate(rank: int, world: int, folder: Path) -> None:
-    engine = engine_of(rank, small_recipe(parallel__ranks=world), Limits(sequences=4, step=24), True)
+def _generate(rank: int, world: int, folder: Path, placement: str) -> None:
+    tables = small_recipe(parallel__ranks=world, parallel__placement=placement)
+    engine = engine_of(rank, tables, Limits(sequences=4, step=24), True)
     for i in itertools.count():
-        if not engine.busy:
+        if not engine.busy and engine.model.hosts_attention:
             engine.add(Request(str(i), (7, 8, 9), Sampling(50, seed=i)))
         engine.step()
         if i == 20:
             (folder / f"generates-{rank}").touch()
 
 
-def test_a_rank_that_dies_ends_the_steps_of_others(tmp_path: Path) -> None:
-    with start_ranks(2, _generate, tmp_path) as (context, folder):
+@pytest.mark.parametrize(("placement", "victim"), [("colocated", 1), ("1A:1F", 1), ("1A:1F", 0)])
+def test_a_rank_that_dies_ends_the_steps_of_others(placement: str, victim: int, tmp_path: Path) -> None:
+    with start_ranks(2, _generate, tmp_path, placement) as (context, folder):
         processes = context.processes
         while len(list(tmp_path.iterdir())) < 2:
             assert all(process.is_alive() for process in processes), (folder / "error").read_text()
             processes[0].join(0.05)
-        processes[1].kill()
-        processes[0].join(60)
-        assert processes[0].exitcode == 1
-        assert "rank 0" in (folder / "error").read_text()
+        processes[victim].kill()
+        other = 1 - victim
+        processes[other].join(60)
+        assert processes[other].exitcode == 1
+        assert f"rank {other}" in (folder / "error").read_text()
 
 
 def test_what_ranks_need_together() -> None:

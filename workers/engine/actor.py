@@ -19,6 +19,7 @@ THREADS = 32  # calls that an actor answers at once: two wait for news and for t
 class EngineActor(RankActor):
     """One rank that serves. Requests and tokens come and go by Ray calls, activations by torch.distributed."""
 
+    fixed: bool | None = None  # whether decode steps have fixed shapes; None: where CUDA graphs can hold them
     allocator = ""  # PyTorch's default: what a replica allocates is allocated once, for the most part by CUDA graphs
 
     def __init__(self, rank: int, ranks: int) -> None:
@@ -41,7 +42,7 @@ class EngineActor(RankActor):
         mesh = make_mesh(Placement.of(checked), self.rank, device)
         model = load_model(checked, checkpoints_here(checkpoints, step), step, mesh, torch.device(device), plan)
         memory = int(free_memory(device) * checked.serve.memory / (1 if device == "cuda" else self.ranks))
-        engine = Engine(model, limits_of(checked.serve, device), memory)
+        engine = Engine(model, limits_of(checked.serve, device), memory, self.fixed)
         engine.warm_up()
         self.loop = EngineLoop(engine)
 

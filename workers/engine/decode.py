@@ -3,7 +3,8 @@
 A step has 1, 2, 4, 8 … rows, each a token with pages of its own. What a row is lies in one array of numbers, copied to
 the device before the step; everything else is worked out there. Rows that nobody needs write to a page that nobody
 reads, go to no other rank's experts, and count for nothing. Ranks that share experts compute the same shape at the same
-time, so that what they exchange has sizes that no host has to read.
+time, so that what they exchange has sizes that no host has to read. A rank that hosts experts alone computes their part
+of it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from shoal.workers.data.batch import PackedBatch
 from shoal.workers.engine.cache import PagedAttention, reach
 from shoal.workers.engine.request import UNSHAPED, Shape
 from shoal.workers.engine.tables import ALIGNED, SINGLE, Part, Tables, sizes_of
+from shoal.workers.gathered import Live
 from shoal.workers.model import Transformer
 from shoal.workers.model.feedforward import MoELoad, run
 
@@ -81,7 +83,8 @@ class DecodeSteps:
     needed or by :meth:`warm_up`; without, the same operations run one by one. Collective over the ranks of the model.
 
     scratch: a far and a near page of the caches that no sequence has. experts: ``[MoE layers, experts]`` int64, to
-    which the choices of live rows are added; None without MoE layers.
+    which the choices of live rows are added; None where none are known: without MoE layers, or without experts where
+    these have ranks of their own. Such ranks have no caches, no parts, and logits of no tokens.
     """
 
     def __init__(
@@ -103,7 +106,8 @@ class DecodeSteps:
         size = self._places(Shape(self.rows[-1], self.pages[-1], False))[-1][0].stop
         self.numbers = torch.zeros(size, dtype=torch.int64, device=self.device)
         if capture:
-            self.out = torch.empty(self.rows[-1], model.recipe.model.vocab, dtype=model.dtype, device=self.device)
+            rows = self.rows[-1] if model.hosts_attention else 0
+            self.out = torch.empty(rows, model.recipe.model.vocab, dtype=model.dtype, device=self.device)
             self.graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
             self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
 
@@ -166,7 +170,7 @@ class DecodeSteps:
 
     def _places(self, shape: Shape) -> list[tuple[slice, tuple[int, ...]]]:
         """Where the arrays of ``Rows`` lie in one flat array, and their shapes."""
-        n, at = shape.rows, 0
+        n, at = shape.rows if self.model.hosts_attention else 0, 0
         found: list[tuple[slice, tuple[int, ...]]] = []
         for dims in ((n,), (n,), (n,), (n,), (n, self.windows), (n, shape.pages)):
             found.append((slice(at, at + math.prod(dims)), dims))
@@ -175,6 +179,8 @@ class DecodeSteps:
 
     def _put(self, parts: Sequence[Part], shape: Shape) -> None:
         """Copies what the rows are to the device, without waiting for it."""
+        if not self.model.hosts_attention:
+            return
         places = self._places(shape)
         size = places[-1][0].stop
         host = torch.empty(size, dtype=torch.int64, pin_memory=self.device.type == "cuda")
@@ -223,18 +229,20 @@ class DecodeSteps:
     def _compute(self, shape: Shape) -> Tensor:
         """What a graph holds: nothing in it depends on a number that the host would have to know."""
         rows = Rows(*(self.numbers[place].view(dims) for place, dims in self._places(shape)))
-        batch = PackedBatch(rows.tokens, rows.tokens, rows.positions, (0, shape.rows))
-        tables = RowTables(self.model, rows, shape.compress, self.scratch[0])
-        load = MoELoad(shape.rows, balance=False, live=rows.live)
-        hidden = run(self.model.stages(batch, load, PagedAttention(tables, self.caches)))
+        batch = PackedBatch(rows.tokens, rows.tokens, rows.positions, (0, len(rows.tokens)))
+        load = MoELoad(shape.rows, balance=False, live=Live(rows.live, shape.rows))
+        attention = None
+        if self.model.hosts_attention:
+            tables = RowTables(self.model, rows, shape.compress, self.scratch[0])
+            attention = PagedAttention(tables, self.caches)
+        hidden = run(self.model.stages(batch, load, attention))
         load.add_to(self.experts)
-        return self.model.logits(hidden)
+        return self.model.logits(hidden) if attention else hidden.new_empty(0, self.model.recipe.model.vocab)
 
 
 def capturable(model: Transformer) -> bool:
-    """Whether CUDA graphs can hold the steps of all ranks: on GPUs that host attention and experts alike, whose counts
-    stay there. Collective."""
-    on_gpu = next(model.parameters()).device.type == "cuda" and not model.mesh.placement.apart
+    """Whether CUDA graphs can hold the steps of all ranks: on GPUs whose counts stay there. Collective."""
+    on_gpu = next(model.parameters()).device.type == "cuda"
     here = on_gpu and all(layer.on_device for layer in model.moe_layers)
     return all(there for (there,) in model.mesh.tell([here]))
 

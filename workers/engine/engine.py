@@ -51,15 +51,17 @@ class Engine:
         self._load = Load(capacity=limits.sequences, pages=self.pools.far.size)
         layers = sum(block.moe is not None for block in model.layers)
         counts = torch.zeros(layers, recipe.moe.experts, dtype=torch.int64, device=self.device)
-        self._experts: Tensor | None = counts if layers else None
+        # Where experts have ranks of their own, only these know what all tokens chose.
+        self._experts: Tensor | None = counts if layers and model.mesh.hosts_experts else None
         self._accepted = 0
         self._apart = model.mesh.placement.apart
         self._planned: tuple[list[Chunk], list[Part]] = [], []
+        scratch = self.pools.far.size, self.pools.near.size
+        self.caches: dict[nn.Module, PagedCache] = {}
         if model.hosts_attention:
             attentions: list[Any] = [block.attention for block in model.layers]
-            scratch = self.pools.far.size, self.pools.near.size
             caches = make_caches(recipe, scratch[0] + fixed, scratch[1] + fixed, model.dtype, self.device)
-            self.caches: dict[nn.Module, PagedCache] = dict(zip(attentions, caches, strict=True))
+            self.caches = dict(zip(attentions, caches, strict=True))
         self.decode: DecodeSteps | None = None
         if fixed:
             most = min(limits.step, limits.sequences * (1 + min(limits.speculate, SINGLE - 1)))
@@ -139,8 +141,8 @@ class Engine:
         """Computes one step and returns the news, in no particular order. Collective over the ranks of the model.
 
         turn: what :meth:`turn` said of it; None: it is planned now. From two requests on over all ranks, and where
-        attention and experts have ranks of their own, it is computed as two halves by turns, so that neither side waits
-        for the other.
+        attention and experts have ranks of their own, one that is of no fixed shape is computed as two halves by turns,
+        so that neither side waits for the other.
         """
         began = time.perf_counter()
         turn = turn or self.turn()
@@ -171,7 +173,7 @@ class Engine:
                 self.model.logits(hidden[-1:])
         if self._experts is not None:
             self._experts.zero_()
-        for cache in self.caches.values() if self.model.hosts_attention else ():
+        for cache in self.caches.values():
             for tensor in vars(cache).values():
                 tensor[:1] = 0
 
@@ -191,7 +193,8 @@ class Engine:
     def _compute(self, turn: Turn) -> list[list[Token]]:
         """Of each chunk the tokens chosen after its last token and after each guess; none if it ends before."""
         chunks, _ = self._planned
-        halves = 2 if turn.requests > 1 and self._apart else 1
+        fixed = self.decode is not None and self.decode.fits(turn.shape)
+        halves = 2 if turn.requests > 1 and self._apart and not fixed else 1
         order = [chunk for half in range(halves) for chunk in chunks[half::halves]]
         rows: list[int] = []
         places: list[int] = []

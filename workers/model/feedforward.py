@@ -23,7 +23,7 @@ from shoal.workers.config import Recipe
 from shoal.workers.dispatch import Dispatcher
 from shoal.workers.errors import InvalidInput
 from shoal.workers.expert_plan import Homes, even_homes
-from shoal.workers.gathered import GatheredFlight
+from shoal.workers.gathered import GatheredFlight, Live
 from shoal.workers.mesh import Mesh
 from shoal.workers.routed import Found, Pass, RoutedFFN, Router, Weights
 
@@ -77,8 +77,8 @@ class MoELoad:
 
     tokens: T of the balance losses, over all ranks and micro-batches. fractions: f of each layer where it is known
     beforehand (accumulation), else it is taken from this micro-batch of all ranks. balance: False for no losses, and
-    counts of this dispatch group only, which cost no exchange. live: ``[T]`` int64, 1 for tokens that count and 0 for
-    others, where all ranks of the dispatch group have as many; None where all count. sequences: of each token ``[T]``
+    counts of this dispatch group only, which cost no exchange. live: which tokens count, in a step where all ranks that
+    have tokens have as many; None where all count. sequences: of each token ``[T]``
     int64 the number of its sequence, and how many there are in the micro-batch, all ranks of the context group
     together; None for no loss of theirs.
     """
@@ -88,13 +88,14 @@ class MoELoad:
         tokens: int,
         fractions: list[Tensor] | None = None,
         balance: bool = True,
-        live: Tensor | None = None,
+        live: Live | None = None,
         sequences: tuple[Tensor, int] | None = None,
     ) -> None:
         self.tokens, self.fractions, self.balance, self.live = tokens, fractions, balance, live
         self.sequences = sequences
         self.counts: list[Tensor] = []
-        # ``[T, K]`` a layer instead of counts, where not all tokens count; of several ranks together, -1 for those
+        # ``[T, K]`` a layer instead of counts, where not all tokens count; of several ranks together, -1 for those,
+        # and on ranks with experts alone
         self.chosen: list[Tensor] = []
         self.losses: list[Tensor] = []
 
@@ -112,12 +113,13 @@ class MoELoad:
             total += torch.stack(self.counts)
             return
         chosen = torch.stack(self.chosen)
-        of_all = chosen.shape[1] > len(self.live)
+        mask = self.live.mask
+        of_all = chosen.shape[1] > len(mask)
         chosen = chosen.long().flatten(1)
         if of_all:
             total.scatter_add_(1, chosen.clamp(min=0), (chosen >= 0).long())
             return
-        each = self.live[:, None].expand(-1, chosen.shape[1] // len(self.live)).reshape(-1)
+        each = mask[:, None].expand(-1, chosen.shape[1] // len(mask)).reshape(-1)
         total.scatter_add_(1, chosen, each.expand(len(chosen), -1))
 
 
@@ -151,7 +153,8 @@ class MoE(nn.Module):
         self._joined: tuple[Tensor, int | None] | None = None  # the weights as one, and the version they are of
         self.homes = homes or even_homes(moe.experts, mesh.placement.set_size)
         owners = mesh.placement.owners(self.homes, self.sent_shared)
-        self.dispatcher = Dispatcher(mesh.dispatch, owners, device, self.products.triton)
+        sources = [place for place, rank in enumerate(mesh.dispatch.ranks) if rank in mesh.placement.attention]
+        self.dispatcher = Dispatcher(mesh.dispatch, owners, device, self.products.triton, sources=sources)
         if mesh.hosts_attention:
             if moe.router == "softmax":
                 self.centroids = nn.Parameter(torch.empty(moe.experts, hidden))
@@ -172,7 +175,8 @@ class MoE(nn.Module):
 
     @property
     def on_device(self) -> bool:
-        """Whether the layer can be part of a CUDA graph, with as many tokens on all ranks: the host reads no count."""
+        """Whether the layer can be part of a CUDA graph, with as many tokens on all ranks that have any: the host
+        reads no count."""
         return counts_stay(self.products, self.dispatcher.device, self.dtype)
 
     def _name(self, expert: int) -> str:
