@@ -229,7 +229,10 @@ class ServeTable(Table):
     )
     speculate: int = Field(default=0, ge=0, le=32, description="n-gram guesses a sequence and step; 0: none")
     expert_copies: int = Field(
-        default=0, ge=0, description="experts that a rank hosts beyond its share: copies of those busiest in training"
+        default=0,
+        ge=0,
+        description="experts that a rank hosts beyond its share, at most: copies of those busiest in training, which "
+        "stay with their group where route.max_devices bounds the ranks that a token goes to",
     )
     prefix_cache: bool = True
     cuda_graphs: bool = Field(
@@ -252,6 +255,17 @@ class Recipe(Table):
     parallel: ParallelTable = ParallelTable()
     checkpoint: CheckpointTable = CheckpointTable()
     serve: ServeTable = ServeTable()
+
+    @property
+    def bound_groups(self) -> int:
+        """The groups of experts with which copies of experts stay, so that a token reaches no more ranks than
+        ``route.max_devices`` lets it reach without copies; 0 where that may be all of them."""
+        groups, ranks = self.balance.device_groups, self.parallel.expert_ranks
+        if not self.route.max_devices or not self.moe.experts:
+            return 0
+        size, each = self.moe.experts // groups, self.moe.experts // ranks
+        widest = max(((g + 1) * size - 1) // each - g * size // each + 1 for g in range(groups))
+        return groups if self.route.max_devices * widest < ranks else 0
 
     @model_validator(mode="before")
     @classmethod

@@ -276,6 +276,17 @@ def test_what_a_hash_cannot_learn_and_too_few_devices_are_refused() -> None:
         load_recipe("tiny", moving)
 
 
+def test_copies_that_would_take_a_token_beyond_its_ranks_are_refused() -> None:
+    limited = ["moe.experts=24", "balance.device_groups=4", "route.max_devices=1", "parallel.ranks=4", "train.batch=24"]
+    few = [*limited, "serve.expert_copies=5"]
+    with pytest.raises(InvalidInput, match=r"serve\.expert_copies=5 .*each 6 experts.*: set serve\.exp.* to 6 or more"):
+        load_recipe("tiny", few)
+    assert load_recipe("tiny", [*few, "route.max_devices=4"]).serve.expert_copies == 5
+    assert load_recipe("tiny", [*few, "parallel.ranks=8"]).serve.expert_copies == 5
+    with pytest.raises(InvalidInput, match=r"device_groups=4 neither .* 6 expert ranks .*: set parallel\.ranks"):
+        load_recipe("tiny", [*few, "parallel.ranks=6"])
+
+
 def test_a_run_whose_experts_moved_in_groups_is_served_by_any_ranks(tmp_path: Path) -> None:
     """Two groups of experts lie on two ranks in training; four ranks that serve share them as any others."""
     moving = ["balance.device_groups=2", "route.max_devices=1", "parallel.rebalance_every=5"]

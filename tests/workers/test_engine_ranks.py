@@ -110,6 +110,14 @@ CASES: dict[str, tuple[dict[str, Any], list[int], dict[str, Any], str, Plan | No
         "",
         (((0, 1), (1,), (0,), (1,), (0,), (1,), (0,), (0, 1)), ((1,), (0,), (0, 1), (1,), (0,), (1,), (0,), (0, 1))),
     ),
+    # a token goes to one of three groups, each on one rank or two; a rank without experts
+    "copies of groups": (
+        NINE | {"route__max_devices": 1},
+        [2, 1, 1],
+        {},
+        "",
+        (((0, 1),) * 3 + ((2,),) * 3 + ((0, 1, 2),) * 3, ((0,),) * 3 + ((0, 2),) * 3 + ((2,),) * 3),
+    ),
 }
 
 
