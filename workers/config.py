@@ -68,7 +68,9 @@ class MoETable(Table):
     top_k: int = Field(default=0, ge=0, description="routed experts a token, K'")
     shared_experts: int = Field(default=0, ge=0, description="K_s: experts that every token uses")
     expert_hidden: int = Field(default=0, ge=0, description="hidden size of one expert")
-    router: Literal["softmax", "hash"] = "softmax"
+    router: Literal["softmax", "sigmoid", "hash"] = Field(
+        default="softmax", description="scores of experts, or a fixed hash of the token in their place"
+    )
     normalize_gates: bool = Field(default=False, description="divide the chosen gates by their sum (GShard)")
     shared: Literal["local", "dispatched"] = "local"
     backend: Literal["auto", "torch", "triton", "megablocks"] = Field(

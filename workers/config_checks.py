@@ -133,6 +133,11 @@ def _check_choice(recipe: Recipe) -> None:
     for key, value in learned.items():
         if value and moe.router == "hash":
             raise ValueError(f"{key}={value} with moe.router='hash', which learns nothing: set {key} to 0")
+    if balance.z_loss and moe.router == "sigmoid":
+        raise ValueError(
+            f"balance.z_loss={balance.z_loss} with moe.router='sigmoid', whose scores no sum divides: "
+            f"set balance.z_loss to 0"
+        )
     if most > balance.device_groups:
         raise ValueError(
             f"route.max_devices={most} is more than balance.device_groups={balance.device_groups}: "

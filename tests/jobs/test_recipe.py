@@ -268,6 +268,8 @@ def test_what_a_hash_cannot_learn_and_too_few_devices_are_refused() -> None:
             load_recipe("tiny-hash", [f"{key}=1"])
     with pytest.raises(InvalidInput, match=r"moe\.top_k=5 .*route\.max_devices=1 groups, 4: set .* to 2 or more"):
         load_recipe("tiny", ["balance.device_groups=4", "route.max_devices=1", "moe.top_k=5"])
+    with pytest.raises(InvalidInput, match=r"balance\.z_loss=0\.1 with moe\.router='sigmoid'.*: set .* to 0"):
+        load_recipe("tiny", ["moe.router=sigmoid", "balance.z_loss=0.1"])
     moving = ["balance.device_groups=1", "route.max_devices=1", "parallel.rebalance_every=5"]
     with pytest.raises(
         InvalidInput,

@@ -70,9 +70,13 @@ def test_triton_agrees_with_torch(normalize: bool, shared: int) -> None:
 BALANCED = {"balance__sequence": 0.2, "balance__z_loss": 0.1, "balance__bias_rate": 0.01, "route__max_devices": 2}
 
 
-def test_triton_agrees_with_torch_on_all_that_balances() -> None:
+SIGMOID = BALANCED | {"moe__router": "sigmoid", "moe__normalize_gates": True, "balance__z_loss": 0.0}
+
+
+@pytest.mark.parametrize("changes", [pytest.param(BALANCED, id="softmax"), pytest.param(SIGMOID, id="sigmoid")])
+def test_triton_agrees_with_torch_on_all_that_balances(changes: dict[str, Any]) -> None:
     """The layer in one piece, and its parts as ranks use them."""
-    kinds = {name: layer_of(name.split()[0], **BALANCED) for name in ("triton", "triton in parts", "torch")}
+    kinds = {name: layer_of(name.split()[0], **changes) for name in ("triton", "triton in parts", "torch")}
     kinds["triton in parts"].whole = False
     kinds["triton in parts"].dispatcher.triton = True
     x = torch.randn(50, kinds["torch"].centroids.shape[1], generator=torch.Generator().manual_seed(2)).to(DEVICE, DTYPE)
@@ -130,18 +134,23 @@ def test_what_is_not_finite_stays_with_the_tokens_and_experts_that_meet_it(name:
     check(torch.arange(50) == 7, met | chose[7], found, wanted)
 
 
-def test_losses_of_a_layer_are_those_of_the_papers() -> None:
-    layer = layer_of("torch", **BALANCED).double()
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_losses_of_a_layer_are_those_of_the_papers(sigmoid: bool) -> None:
+    layer = layer_of("torch", **(SIGMOID if sigmoid else BALANCED)).double()
     assert layer.bias is not None
     layer.bias.copy_(torch.linspace(-0.3, 0.3, 8))
     x = torch.randn(50, layer.centroids.shape[1], generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     x, centroids = x.to(DEVICE), layer.centroids.double()
-    scores = torch.softmax(x @ centroids.T, -1)
+    scores = torch.sigmoid(x @ centroids.T) if sigmoid else torch.softmax(x @ centroids.T, -1)
     wanted = (scores + layer.bias).tolist()
+    scores = scores / scores.sum(-1, keepdim=True)
     experts = torch.tensor([oracle.choose(row, 3, groups=4, most=2) for row in wanted])
     counts = torch.bincount(experts.flatten(), minlength=8)
     rows = [range(i, i + 10) for i in range(0, 50, 10)]
-    want = oracle.sequence_balance(scores.cpu(), experts, rows, 0.2) + oracle.router_z(x, centroids, 0.1).cpu()
+    want = (
+        oracle.sequence_balance(scores.cpu(), experts, rows, 0.2)
+        + oracle.router_z(x, centroids, 0.0 if sigmoid else 0.1).cpu()
+    )
     want = want + oracle.expert_balance(scores, counts, 3, 0.1).cpu()
     want = want + oracle.device_balance(scores, counts, 3, 0.05, 4).cpu()
     _, got_counts, got, *_ = outcome(layer, x)
