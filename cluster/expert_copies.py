@@ -72,7 +72,9 @@ def _spread(load: Sequence[float], nodes: Sequence[int], room: int) -> Homes:
     if max(_levels(load, best, nodes)) > even:
         packed = _improved(load, [frozenset(own) for own in place(load, nodes)], nodes, room, even)
         best = min(best, packed, key=lambda where: max(even, *_levels(load, where, nodes)))
-    return tuple(tuple(sorted(own)) for own in _filled(load, best, nodes, room, even))
+    # copies in slots that were left are lighter, and may be evened further
+    best = _improved(load, _filled(load, best, nodes, room, even), nodes, room, even)
+    return tuple(tuple(sorted(own)) for own in best)
 
 
 def _greedy(load: Sequence[float], nodes: Sequence[int], room: int) -> Where:
@@ -114,7 +116,7 @@ def _improved(load: Sequence[float], where: Where, nodes: Sequence[int], room: i
         best, found, little = sorted(levels, reverse=True), None, levels[full] * 1e-9
         for step in _steps(load, where, full, nodes, room):
             after = _after(load, where, levels, step)
-            if max(after.values()) < levels[full] - little:
+            if max(after.values()) <= levels[full] + little:  # some of them are as they were
                 new = sorted((after.get(p, level) for p, level in enumerate(levels)), reverse=True)
                 if _lower(new, best, little):
                     best, found = new, step

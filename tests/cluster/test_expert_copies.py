@@ -77,6 +77,19 @@ def test_copies_are_within_the_greedy_bound(data: st.DataObject, nodes: list[int
     assert max(sums) <= max(without, even * (1 + GAIN)) * (1 + 1e-9)
 
 
+def test_two_places_that_are_fullest_and_alike_are_emptied_too() -> None:
+    """Whatever leaves one of them stays on the other, which keeps its load."""
+    rng = random.Random(3)
+    for _ in range(40):
+        places, each = rng.randint(6, 12), rng.randint(3, 6)
+        load = [float(rng.randint(0, 3)) for _ in range(places * each)]
+        homes = place_copies(load, [rng.randint(0, 3) for _ in range(places)], rng.randint(each, 6 * each))
+        heaviest = max(tokens / len(own) for tokens, own in zip(load, homes, strict=True))
+        even = sum(load) / places
+        bound = max(even + heaviest * (1 - 1 / places), even * (1 + GAIN))
+        assert max(_sums(load, homes, places)) <= bound * (1 + 1e-9)
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), places=st.integers(1, 6), each=st.integers(1, 4), extra=st.integers(0, 3))
 def test_no_copy_would_do_more_good_at_another_expert(data: st.DataObject, places: int, each: int, extra: int) -> None:
