@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from shoal.cluster.expert_placement import place_copies
+from shoal.cluster.expert_copies import place_copies
 from shoal.cluster.group import RankGroup, RankLost
 from shoal.cluster.local import RaySession
 from shoal.workers.checkpoint_files import checkpoint_path, read_state
@@ -188,7 +188,8 @@ class Engines:
                 f"(it is an older one): set serve.expert_copies to 0"
             )
         ids = [nodes[rank] for rank in placement.experts[: placement.set_size]]
-        return tuple(place_copies(row, [ids.index(n) for n in ids], extra) for row in state["expert_load"])
+        at, groups = [ids.index(n) for n in ids], self.recipe.bound_groups
+        return tuple(place_copies(row, at, extra, groups) for row in state["expert_load"])
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -69,40 +69,6 @@ def place(load: Sequence[float], nodes: Sequence[int], together: int = 1) -> Hom
     return tuple((home[expert // together],) for expert in range(len(load)))
 
 
-def copies_of(load: Sequence[float], slots: int, most: int) -> list[int]:
-    """How many copies of each expert fill ``slots``, ``most`` of one: the next one goes where copies are busiest."""
-    copies = [1] * len(load)
-    for _ in range(slots - len(load)):
-        able = [e for e in range(len(load)) if copies[e] < most]
-        if not able:
-            break
-        copies[max(able, key=lambda e: (load[e] / copies[e], -e))] += 1
-    return copies
-
-
-def place_copies(load: Sequence[float], nodes: Sequence[int], extra: int) -> Homes:
-    """The places of each expert where each place hosts ``extra`` more than its share: copies of hot ones.
-
-    No place hosts an expert twice. Copies lie on nodes that have least of the expert, then where least is to do.
-    """
-    places = len(nodes)
-    room = [len(load) // places + extra] * places
-    copies = copies_of(load, sum(room), places)
-    share = [tokens / count for tokens, count in zip(load, copies, strict=True)]
-    sums, homes = [0.0] * places, [list[int]() for _ in load]
-    items = sorted((e for e, count in enumerate(copies) for _ in range(count)), key=lambda e: (-share[e], e))
-    # first copies find room for certain; a further one that finds none on another place is left out
-    for expert in items:
-        there = [nodes[p] for p in homes[expert]]
-        free = [p for p in range(places) if room[p] and p not in homes[expert]]
-        if free:
-            best = min(free, key=lambda p: (there.count(nodes[p]), sums[p], p))
-            homes[expert].append(best)
-            sums[best] += share[expert]
-            room[best] -= 1
-    return tuple(tuple(sorted(own)) for own in homes)
-
-
 def renamed(homes: Homes, now: Homes, nodes: Sequence[int]) -> Homes:
     """The same plan with places of a node exchanged, so that few experts have to move."""
     pairs: dict[tuple[int, int], int] = {}

@@ -125,10 +125,24 @@ def _serving() -> Check:
 
 
 def _megablocks() -> Check:
+    """Whether its products can be had: they are a library that has to fit torch and CUDA."""
     if find_spec("megablocks"):
         if find_spec("grouped_gemm") is None:
             return Check("megablocks", "warn", "without grouped_gemm", "on a CUDA machine: make megablocks")
-        return Check("megablocks", "ok", version("megablocks"))
+        command = [sys.executable, "-c", "import torch, grouped_gemm.backend"]
+        try:
+            loaded = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS)
+        except subprocess.TimeoutExpired:
+            slow = f"grouped_gemm not imported within {PROBE_SECONDS} s"
+            return Check("megablocks", "warn", slow, "run shoal doctor again; a slow disk may be the cause")
+        if loaded.returncode:
+            last = loaded.stderr.strip().rpartition("\n")[2] or f"exit code {loaded.returncode}"
+            why = f"grouped_gemm cannot be loaded: {last}"
+            return Check("megablocks", "warn", why, "for this torch, on a CUDA machine: make megablocks")
+        try:
+            return Check("megablocks", "ok", version("megablocks"))
+        except PackageNotFoundError:  # a folder on the path
+            return Check("megablocks", "ok", "installed")
     why = (
         "optional, moe.backend = 'megablocks' alone needs it; no dependency, since its torch<2.7.1 excludes "
         "torch>=2.11: on a machine with CUDA's compiler, make megablocks builds it"

@@ -108,7 +108,7 @@ def count_parameters(recipe: Recipe) -> Parameters:
         dense_ffn=(m.layers - moe_layers) * 3 * m.hidden * m.dense_hidden,
         routed_experts=moe_layers * moe.experts * expert,
         shared_experts=moe_layers * moe.shared_experts * expert,
-        router=moe_layers * moe.experts * m.hidden if moe.router == "softmax" else 0,
+        router=moe_layers * moe.experts * m.hidden if moe.router != "hash" else 0,
         norms=(2 * m.layers + 1) * m.hidden,
         unused=moe_layers * (moe.experts - moe.top_k) * expert,
     )

@@ -68,7 +68,9 @@ class MoETable(Table):
     top_k: int = Field(default=0, ge=0, description="routed experts a token, K'")
     shared_experts: int = Field(default=0, ge=0, description="K_s: experts that every token uses")
     expert_hidden: int = Field(default=0, ge=0, description="hidden size of one expert")
-    router: Literal["softmax", "hash"] = "softmax"
+    router: Literal["softmax", "sigmoid", "hash"] = Field(
+        default="softmax", description="scores of experts, or a fixed hash of the token in their place"
+    )
     normalize_gates: bool = Field(default=False, description="divide the chosen gates by their sum (GShard)")
     shared: Literal["local", "dispatched"] = "local"
     backend: Literal["auto", "torch", "triton", "megablocks"] = Field(
@@ -229,7 +231,10 @@ class ServeTable(Table):
     )
     speculate: int = Field(default=0, ge=0, le=32, description="n-gram guesses a sequence and step; 0: none")
     expert_copies: int = Field(
-        default=0, ge=0, description="experts that a rank hosts beyond its share: copies of those busiest in training"
+        default=0,
+        ge=0,
+        description="experts that a rank hosts beyond its share, at most: copies of those busiest in training, which "
+        "stay with their group where route.max_devices bounds the ranks that a token goes to",
     )
     prefix_cache: bool = True
     cuda_graphs: bool = Field(default=True, description="decode steps in CUDA graphs, on Hopper GPUs")
@@ -250,6 +255,17 @@ class Recipe(Table):
     parallel: ParallelTable = ParallelTable()
     checkpoint: CheckpointTable = CheckpointTable()
     serve: ServeTable = ServeTable()
+
+    @property
+    def bound_groups(self) -> int:
+        """The groups of experts with which copies of experts stay, so that a token reaches no more ranks than
+        ``route.max_devices`` lets it reach without copies; 0 where that may be all of them."""
+        groups, ranks = self.balance.device_groups, self.parallel.expert_ranks
+        if not self.route.max_devices or not self.moe.experts:
+            return 0
+        size, each = self.moe.experts // groups, self.moe.experts // ranks
+        widest = max(((g + 1) * size - 1) // each - g * size // each + 1 for g in range(groups))
+        return groups if self.route.max_devices * widest < ranks else 0
 
     @model_validator(mode="before")
     @classmethod

@@ -133,6 +133,11 @@ def _check_choice(recipe: Recipe) -> None:
     for key, value in learned.items():
         if value and moe.router == "hash":
             raise ValueError(f"{key}={value} with moe.router='hash', which learns nothing: set {key} to 0")
+    if balance.z_loss and moe.router == "sigmoid":
+        raise ValueError(
+            f"balance.z_loss={balance.z_loss} with moe.router='sigmoid', whose scores no sum divides: "
+            f"set balance.z_loss to 0"
+        )
     if most > balance.device_groups:
         raise ValueError(
             f"route.max_devices={most} is more than balance.device_groups={balance.device_groups}: "
@@ -222,6 +227,7 @@ def _check_parallel(recipe: Recipe) -> None:
             f"moe.experts={recipe.moe.experts} does not divide over {p.expert_ranks} expert ranks: "
             f"set parallel.ranks or parallel.expert so that it does"
         )
+    _check_copies(recipe)
     micro, shards = t.batch // t.accumulate, p.attention_ranks // p.context
     if micro % shards:
         over = f"{p.attention_ranks} attention ranks" if p.context == 1 else f"{shards} groups of {p.context} ranks"
@@ -230,6 +236,24 @@ def _check_parallel(recipe: Recipe) -> None:
             f"set train.batch to a multiple of {t.accumulate * shards}"
         )
     _check_segments(recipe, micro // shards, shards)
+
+
+def _check_copies(recipe: Recipe) -> None:
+    extra, ranks, groups = recipe.serve.expert_copies, recipe.parallel.expert_ranks, recipe.bound_groups
+    if not extra or not groups:
+        return
+    why = f"serve.expert_copies={extra} keeps to the groups of experts that route.max_devices lets a token go to"
+    if groups % ranks and ranks % groups:
+        raise ValueError(
+            f"{why}, and balance.device_groups={groups} neither divide over {ranks} expert ranks nor are a divisor of "
+            f"them: set parallel.ranks or parallel.expert so that they do, or serve.expert_copies to 0"
+        )
+    size = recipe.moe.experts // groups
+    if groups % ranks == 0 and extra < size:
+        raise ValueError(
+            f"{why}, each {size} experts of a rank, which are copied together: "
+            f"set serve.expert_copies to {size} or more, or to 0"
+        )
 
 
 def _check_segments(recipe: Recipe, rows: int, groups: int) -> None:

@@ -40,6 +40,7 @@ class Router(NamedTuple):
     most: int = 0
     squares: bool = False
     scores: bool = False
+    score: str = "softmax"
 
 
 class Found(NamedTuple):
@@ -111,6 +112,7 @@ class Pass:
             x,
             r.centroids,
             r.top_k,
+            score=r.score,
             normalize=r.normalize,
             bias=r.bias,
             groups=r.groups,
@@ -210,7 +212,7 @@ class Pass:
             self.choice,
             *grads,
             dtype,
-            score="softmax",
+            score=self.router.score,
             normalize=self.router.normalize,
             score_grads=None if d_scores is None else d_scores.contiguous(),
             square_grad=d_squares,

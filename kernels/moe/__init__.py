@@ -9,6 +9,7 @@ from shoal.kernels.moe.router import (
     route,
     sequence_counts,
     sequence_loss,
+    shares_of,
 )
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "route",
     "sequence_counts",
     "sequence_loss",
+    "shares_of",
     "swiglu_ffn",
 ]

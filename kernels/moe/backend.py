@@ -55,6 +55,11 @@ def _megablocks() -> type[Gemms]:
             "moe.backend='megablocks', and it is not installed: run `make megablocks` on a machine with CUDA's "
             "compiler, or set moe.backend to 'auto'"
         )
-    from shoal.kernels.moe.megablocks_gemms import MegaBlocksGemms
-
+    try:
+        from shoal.kernels.moe.megablocks_gemms import MegaBlocksGemms
+    except (ImportError, OSError) as error:  # built for another torch or CUDA
+        raise ValueError(
+            f"moe.backend='megablocks', and its grouped_gemm cannot be loaded ({error}): run `make megablocks` again, "
+            f"with this torch, or set moe.backend to 'auto'"
+        ) from None
     return MegaBlocksGemms

@@ -33,12 +33,14 @@ def moe_layer(
     shared: list[tuple[Tensor, Tensor]],
     top_k: int,
     normalize: bool = False,
+    score: str = "softmax",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output ``[T, H]`` without the residual, scores ``[T, N']`` and counts ``[N']`` (eq. 9-11, token by token)."""
     out, all_scores = [], []
     counts = torch.zeros(len(centroids_NH), dtype=torch.int64)
     for u in u_TH:
-        scores = torch.softmax(torch.stack([u @ e for e in centroids_NH]), dim=0)
+        logits = torch.stack([u @ e for e in centroids_NH])
+        scores = torch.softmax(logits, dim=0) if score == "softmax" else 1 / (1 + torch.exp(-logits))
         chosen = sorted(range(len(scores)), key=lambda i: -float(scores[i]))[:top_k]
         total = sum(scores[i] for i in chosen) if normalize else 1.0
         h = torch.zeros_like(u)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Routing:
-    """scores: ``[T, N']`` softmax over the routed experts (None for the hash router). gates, experts: ``[T, K']``.
+    """scores: ``[T, N']`` of the routed experts (None for the hash router). gates, experts: ``[T, K']``.
 
     squares: a scalar, the squares of the logits' log-sum-exp added up over the tokens, where it was asked for.
     """
@@ -27,21 +27,23 @@ def route(
     top_k: int,
     normalize: bool = False,
     *,
+    score: str = "softmax",
     bias: Tensor | None = None,
     groups: int = 1,
     most: int = 0,
     squares: bool = False,
 ) -> Routing:
-    """Softmax affinity to every expert's centroid, and the ``top_k`` best of them (DeepSeekMoE eq. 10-11).
+    """Affinity to every expert's centroid, and the ``top_k`` best of them (DeepSeekMoE eq. 10-11).
 
-    Logits and scores are float32 (float64 for float64 inputs). Gates are the scores themselves; ``normalize`` divides
+    score: softmax, or sigmoid of each logit alone (DeepSeek-V3 eq. 15). Logits and scores are float32 (float64 for
+    float64 inputs). Gates are the scores themselves; ``normalize`` divides
     them by their sum, as GShard does. bias: ``[N']`` float32, added to the scores for the choice only. groups, most:
     experts lie in so many equal runs, and a token's experts in the ``most`` of them with the best scores (0: in any).
     squares: compute what the router's z-loss is made of.
     """
     wide = torch.promote_types(x_TH.dtype, torch.float32)
     logits = x_TH.to(wide) @ centroids_NH.to(wide).T
-    scores = torch.softmax(logits, dim=-1)
+    scores = torch.softmax(logits, dim=-1) if score == "softmax" else torch.sigmoid(logits)
     if bias is None and not most:
         gates, experts = scores.topk(top_k, dim=-1)
     else:
@@ -77,6 +79,11 @@ def load_fractions(counts_N: Tensor) -> Tensor:
     """f of DeepSeekMoE eq. 13, float64 ``[…, N']``: each expert's share of the chosen slots over the even share."""
     counts = counts_N.to(torch.float64)
     return counts * (counts.shape[-1] / counts.sum(-1, keepdim=True).clamp(min=1.0))
+
+
+def shares_of(scores_TN: Tensor) -> Tensor:
+    """Scores that do not add up to 1, as parts of their sum: what balance losses are made of (DeepSeek-V3 eq. 19)."""
+    return scores_TN / scores_TN.sum(-1, keepdim=True)
 
 
 def balance_loss(sums_N: Tensor, fractions_N: Tensor, tokens: int, expert: float, device: float, groups: int) -> Tensor:

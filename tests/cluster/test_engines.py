@@ -22,6 +22,7 @@ from shoal.workers.config import Recipe
 from shoal.workers.engine.actor import EngineActor
 from shoal.workers.engine.request import Request, Sampling
 from shoal.workers.errors import ClusterRefused, InvalidInput
+from shoal.workers.expert_plan import Plan
 from shoal.workers.model import Transformer
 from shoal.workers.run_store import cached_folder
 from shoal.workers.sample import sample
@@ -137,6 +138,52 @@ def test_copies_of_busy_experts_give_the_same_tokens(
     _with_engines(recipe, measured, session, work)
     with pytest.raises(InvalidInput, match=r"serve\.expert_copies=1, and .* does not say which experts are busy"):
         _with_engines(recipe, checkpoints, session, work)
+
+
+LIMITED = {"moe__top_k": 2, "route__max_devices": 1, "train__dtype": "float32"}
+BUSY = [[9.0, 2.0, 1.0, 1.0, 0.0, 0.0, 3.0, 2.0], [0.0, 0.0, 1.0, 9.0, 1.0, 1.0, 0.0, 0.0]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("groups", "changes", "extra"),
+    [
+        pytest.param(4, {"parallel__ranks": 4}, 2, id="groups are copied"),
+        pytest.param(2, {"parallel__ranks": 4}, 1, id="ranks share a group"),
+        pytest.param(2, {"parallel__placement": "2A:2F"}, 4, id="2A:2F"),
+    ],
+)
+def test_copies_within_a_limit_of_ranks_give_the_same_tokens(
+    groups: int, changes: dict[str, Any], extra: int, session: RaySession, requests: list[Request], tmp_path: Path
+) -> None:
+    limited = {**LIMITED, "balance__device_groups": groups}
+    model = Transformer(Recipe.model_validate(small_recipe(**limited))).eval()
+    wanted = [sample(model, list(r.prompt), r.sampling.max_tokens, temperature=0.0) for r in requests]
+    write_weights(model, tmp_path / "checkpoints", expert_load=BUSY)
+
+    async def work(engines: Engines) -> None:
+        assert await asyncio.gather(*(_ask(engines, r) for r in requests)) == wanted
+
+    recipe = small_recipe(**limited, **changes, serve__expert_copies=extra)
+    _with_engines(recipe, tmp_path / "checkpoints", session, work)
+
+
+def test_copies_stand_with_the_groups_that_limit_a_token(model: Transformer, tmp_path: Path) -> None:
+    """Four ranks share two groups, or host one of four each: nodes of two ranks."""
+    write_weights(model, tmp_path / "checkpoints", expert_load=BUSY)
+
+    def plan(groups: int, extra: int) -> Plan:
+        limited = {**LIMITED, "balance__device_groups": groups, "parallel__ranks": 4, "serve__expert_copies": extra}
+        recipe = Recipe.model_validate(small_recipe(**limited))
+        return Engines(recipe, str(tmp_path / "checkpoints"), STEP, None)._plan(["a", "b", "a", "b"])  # type: ignore[arg-type]
+
+    for homes in plan(2, 1):
+        teams = [{place for own in homes[i : i + 4] for place in own} for i in (0, 4)]
+        assert sorted(map(sorted, teams)) == [[0, 2], [1, 3]]
+        assert any(len(own) > 1 for own in homes)
+    for homes in plan(4, 2):
+        assert homes[::2] == homes[1::2]
+        assert any(len(own) > 1 for own in homes)
 
 
 def test_ranks_fetch_a_run_that_is_in_an_object_store(

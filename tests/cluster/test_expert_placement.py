@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.cluster.expert_placement import GAIN, better_plan, busiest, copies_of, pack, place, place_copies, renamed
+from shoal.cluster.expert_placement import GAIN, better_plan, pack, place, renamed
 from shoal.workers.expert_plan import even_homes, place_loads
 
 LOADS = st.floats(0, 8, allow_nan=False)
@@ -70,29 +70,6 @@ def test_nodes_are_even_before_their_places(data: st.DataObject, nodes: list[int
     assert all(nodes[a[0]] == nodes[b[0]] for a, b in zip(same, homes, strict=True))
     if len(nodes) == 2:
         assert kept(same) >= kept(homes)
-
-
-@settings(max_examples=60, deadline=None)
-@given(data=st.data(), places=st.integers(1, 6), each=st.integers(1, 4), extra=st.integers(0, 3))
-def test_copies_of_hot_experts(data: st.DataObject, places: int, each: int, extra: int) -> None:
-    count = places * each
-    load = data.draw(st.lists(LOADS, min_size=count, max_size=count))
-    homes = place_copies(load, [p // 2 for p in range(places)], extra)
-    assert all(own and len(set(own)) == len(own) for own in homes)
-    hosted = [sum(p in own for own in homes) for p in range(places)]
-    assert max(hosted) <= each + extra
-    copies = copies_of(load, count + places * extra, places)
-    for a, b in itertools.permutations(range(count), 2):  # no copy of one expert would do more good at another
-        if copies[a] > 1 and copies[b] < places:
-            assert load[a] / (copies[a] - 1) >= load[b] / copies[b]
-
-
-def test_an_expert_that_all_tokens_choose_is_copied_to_every_place() -> None:
-    load = [4.0, 0.0, 0.0, 0.0]
-    assert busiest([load], (even_homes(4, 2),), 2) == 2.0
-    homes = place_copies(load, [0, 0], 1)
-    assert homes[0] == (0, 1)
-    assert busiest([load], (homes,), 2) == 1.0
 
 
 def test_experts_move_only_where_it_pays() -> None:

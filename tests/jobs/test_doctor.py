@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+import sysconfig
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,6 +32,31 @@ def test_this_machine_can_train_and_the_facts_are_right(tmp_path: Path) -> None:
     assert {"python", "gpu", "triton", "cores", "memory", "/dev/shm", "disk", "open files"} <= set(found)
     assert {"port 6379", "port 8265", "tokenizers", "pyarrow", "megablocks", "kubectl", "helm"} <= set(found)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_megablocks_that_was_built_for_another_torch_is_no_good(tmp_path: Path) -> None:
+    """A library of grouped_gemm that the loader refuses: the doctor says so, and so does whoever asks for it."""
+    found = {}
+    for name in ("megablocks", "grouped_gemm"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    for library in (False, True):
+        (tmp_path / "grouped_gemm" / "backend.py").write_text("import grouped_gemm_backend" if library else "")
+        (tmp_path / f"grouped_gemm_backend{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"\x7fELF, not quite")
+        result = subprocess.run([*SHOAL, "-o", "json"], capture_output=True, text=True, env=env, timeout=120)
+        assert "Traceback" not in result.stderr
+        (found[library],) = [c for c in json.loads(result.stdout)["checks"] if c["name"] == "megablocks"]
+    assert found[False] == {**found[False], "status": "ok", "found": "installed"}
+    assert found[True]["status"] == "warn" and "grouped_gemm_backend" in found[True]["found"]
+    assert "make megablocks" in found[True]["remedy"]
+    asked = (
+        "import torch; from shoal.kernels.moe.backend import experts_backend\n"
+        "try: experts_backend('megablocks', torch.device('cuda'), torch.bfloat16)\n"
+        "except ValueError as error: print(error)"
+    )
+    result = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, env=env, timeout=120)
+    assert re.search(r"moe\.backend='megablocks', .* cannot be loaded .*: run `make megablocks` again", result.stdout)
 
 
 def test_runs_that_cannot_be_written_are_exit_code_3(tmp_path: Path) -> None:

@@ -268,12 +268,25 @@ def test_what_a_hash_cannot_learn_and_too_few_devices_are_refused() -> None:
             load_recipe("tiny-hash", [f"{key}=1"])
     with pytest.raises(InvalidInput, match=r"moe\.top_k=5 .*route\.max_devices=1 groups, 4: set .* to 2 or more"):
         load_recipe("tiny", ["balance.device_groups=4", "route.max_devices=1", "moe.top_k=5"])
+    with pytest.raises(InvalidInput, match=r"balance\.z_loss=0\.1 with moe\.router='sigmoid'.*: set .* to 0"):
+        load_recipe("tiny", ["moe.router=sigmoid", "balance.z_loss=0.1"])
     moving = ["balance.device_groups=1", "route.max_devices=1", "parallel.rebalance_every=5"]
     with pytest.raises(
         InvalidInput,
         match=r"parallel\.rebalance_every=5 .*set balance\.device_groups to a multiple of 2 \(with 2 itself none",
     ):
         load_recipe("tiny", moving)
+
+
+def test_copies_that_would_take_a_token_beyond_its_ranks_are_refused() -> None:
+    limited = ["moe.experts=24", "balance.device_groups=4", "route.max_devices=1", "parallel.ranks=4", "train.batch=24"]
+    few = [*limited, "serve.expert_copies=5"]
+    with pytest.raises(InvalidInput, match=r"serve\.expert_copies=5 .*each 6 experts.*: set serve\.exp.* to 6 or more"):
+        load_recipe("tiny", few)
+    assert load_recipe("tiny", [*few, "route.max_devices=4"]).serve.expert_copies == 5
+    assert load_recipe("tiny", [*few, "parallel.ranks=8"]).serve.expert_copies == 5
+    with pytest.raises(InvalidInput, match=r"device_groups=4 neither .* 6 expert ranks .*: set parallel\.ranks"):
+        load_recipe("tiny", [*few, "parallel.ranks=6"])
 
 
 def test_a_run_whose_experts_moved_in_groups_is_served_by_any_ranks(tmp_path: Path) -> None:

@@ -103,7 +103,13 @@ CASES: dict[str, tuple[dict[str, Any], list[int], dict[str, Any], str, Plan | No
     "a rank without requests, guesses": ({}, [0, 5], {"speculate": 3}, "", None),
     "one request that ends early": (NINE, [1, 0, 0], {}, "0.0", None),
     "three ranks, one cancelled": (NINE, [3, 0, 4], {}, "2.1", None),
-    "dispatched shared experts": ({"moe__shared": "dispatched"}, [2, 3], {}, "", None),
+    "dispatched shared experts": (
+        {"moe__shared": "dispatched", "moe__router": "sigmoid", "moe__normalize_gates": True},
+        [2, 3],
+        {},
+        "",
+        None,
+    ),
     "a hash of tokens": ({"moe__router": "hash", "moe__top_k": 1}, [1, 3], {}, "", None),
     "experts on every rank": ({"parallel__expert": 1}, [3, 1], {}, "", None),
     "sets of experts": ({"parallel__expert": 2}, [3, 0, 1, 2], {}, "", None),
@@ -119,6 +125,14 @@ CASES: dict[str, tuple[dict[str, Any], list[int], dict[str, Any], str, Plan | No
         {"parallel__placement": "2A:2F"}, [6, 6, 0, 0], {"pages": 8, "speculate": 2}, "", COPIES
     ),
     "copies": ({}, [5, 3], {}, "", COPIES),
+    # a token goes to one of three groups, each on one rank or two; a rank without experts
+    "copies of groups": (
+        NINE | {"route__max_devices": 1},
+        [2, 1, 1],
+        {},
+        "",
+        (((0, 1),) * 3 + ((2,),) * 3 + ((0, 1, 2),) * 3, ((0,),) * 3 + ((0, 2),) * 3 + ((2,),) * 3),
+    ),
 }
 # fmt: on
 

@@ -161,10 +161,11 @@ def test_reading_ahead_changes_neither_batches_nor_positions(corpus: Path, tmp_p
         assert ahead.state() == plain.state()
         resumed = Ahead(TrainLoader(corpus, *arguments, ahead.state()), _whole)
         expected = plain.next()
-        for loader in (ahead, resumed):
-            assert all(same(a, b) for a, b in zip(loader.next(), expected, strict=True))
+        for other in (ahead, resumed):
+            assert all(same(a, b) for a, b in zip(other.next(), expected, strict=True))
     damaged = copy(corpus, tmp_path / "damaged")
-    reads = [TrainLoader(damaged, *arguments), Ahead(TrainLoader(damaged, *arguments), _whole)]
+    reads: list[TrainLoader | Ahead] = [TrainLoader(damaged, *arguments)]
+    reads.append(Ahead(TrainLoader(damaged, *arguments), _whole))
     first = [loader.next() for loader in reads]
     assert all(same(a, b) for a, b in zip(*first, strict=True))
     (damaged / read_manifest(damaged).parquet("train")[0].name).unlink()

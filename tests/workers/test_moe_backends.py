@@ -70,9 +70,13 @@ def test_triton_agrees_with_torch(normalize: bool, shared: int) -> None:
 BALANCED = {"balance__sequence": 0.2, "balance__z_loss": 0.1, "balance__bias_rate": 0.01, "route__max_devices": 2}
 
 
-def test_triton_agrees_with_torch_on_all_that_balances() -> None:
+SIGMOID = BALANCED | {"moe__router": "sigmoid", "moe__normalize_gates": True, "balance__z_loss": 0.0}
+
+
+@pytest.mark.parametrize("changes", [pytest.param(BALANCED, id="softmax"), pytest.param(SIGMOID, id="sigmoid")])
+def test_triton_agrees_with_torch_on_all_that_balances(changes: dict[str, Any]) -> None:
     """The layer in one piece, and its parts as ranks use them."""
-    kinds = {name: layer_of(name.split()[0], **BALANCED) for name in ("triton", "triton in parts", "torch")}
+    kinds = {name: layer_of(name.split()[0], **changes) for name in ("triton", "triton in parts", "torch")}
     kinds["triton in parts"].whole = False
     kinds["triton in parts"].dispatcher.triton = True
     x = torch.randn(50, kinds["torch"].centroids.shape[1], generator=torch.Generator().manual_seed(2)).to(DEVICE, DTYPE)
@@ -91,18 +95,62 @@ def test_triton_agrees_with_torch_on_all_that_balances() -> None:
             assert (got - want).norm() <= (2e-2 if ON_GPU else 3e-6) * want.norm()
 
 
-def test_losses_of_a_layer_are_those_of_the_papers() -> None:
-    layer = layer_of("torch", **BALANCED).double()
+@pytest.mark.skipif(ON_GPU, reason="a GPU's grouped products are not ours to vouch for")
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["triton", "triton in parts", "torch"])
+def test_what_is_not_finite_stays_with_the_tokens_and_experts_that_meet_it(name: str, bad: float) -> None:
+    """A weight of one expert, then one token: all others have the bits that they had without."""
+    layer, quiet = layer_of(name.split()[0]), layer_of(name.split()[0])
+    for each in (layer, quiet) if name == "triton in parts" else ():
+        each.whole, each.dispatcher.triton = False, True
+    x = torch.randn(50, layer.centroids.shape[1], generator=torch.Generator().manual_seed(2)).to(DTYPE)
+    chose = torch.zeros(50, 8, dtype=torch.bool).scatter_(1, route(x, layer.centroids, 3).experts, True)
+    experts = [name for name, _ in layer.named_parameters()].index("experts.gate_up") + 1
+
+    def check(hit: Tensor, spoilt: Tensor, found: list[Tensor], wanted: list[Tensor]) -> None:
+        """hit: tokens; spoilt: experts."""
+        assert not found[0][hit].isfinite().all()
+        for got, want in zip(found[:2], wanted[:2], strict=True):
+            assert torch.equal(got[~hit], want[~hit])
+        for got, want in zip(found[2:], wanted[2:], strict=True):
+            assert torch.equal(got[~spoilt], want[~spoilt])
+
+    def all_of(layer: MoE, x: Tensor) -> list[Tensor]:
+        out, _, _, *grads = outcome(layer, x)
+        return [out, grads[0], *grads[experts : experts + 2]]
+
+    layer.balance = quiet.balance.model_copy(update={"expert": 1e-30, "device": 0.0})
+    quiet.balance = layer.balance
+    wanted = all_of(quiet, x)
+    with torch.no_grad():
+        layer.experts.down[2, 0, 0] = layer.experts.gate_up[2, 3, 1] = bad
+    check(chose[:, 2], torch.arange(8) == 2, all_of(layer, x), wanted)
+    spoilt = x.clone()
+    spoilt[7] = bad
+    found = all_of(quiet, spoilt)
+    met = ~torch.stack([grad.isfinite().flatten(1).all(1) for grad in found[2:]]).all(0)
+    assert int(met.sum()) == 3, "a token that is not a number chooses as many experts as any other"
+    check(torch.arange(50) == 7, met | chose[7], found, wanted)
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_losses_of_a_layer_are_those_of_the_papers(sigmoid: bool) -> None:
+    layer = layer_of("torch", **(SIGMOID if sigmoid else BALANCED)).double()
     assert layer.bias is not None
     layer.bias.copy_(torch.linspace(-0.3, 0.3, 8))
     x = torch.randn(50, layer.centroids.shape[1], generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     x, centroids = x.to(DEVICE), layer.centroids.double()
-    scores = torch.softmax(x @ centroids.T, -1)
+    scores = torch.sigmoid(x @ centroids.T) if sigmoid else torch.softmax(x @ centroids.T, -1)
     wanted = (scores + layer.bias).tolist()
+    scores = scores / scores.sum(-1, keepdim=True)
     experts = torch.tensor([oracle.choose(row, 3, groups=4, most=2) for row in wanted])
     counts = torch.bincount(experts.flatten(), minlength=8)
     rows = [range(i, i + 10) for i in range(0, 50, 10)]
-    want = oracle.sequence_balance(scores.cpu(), experts, rows, 0.2) + oracle.router_z(x, centroids, 0.1).cpu()
+    want = (
+        oracle.sequence_balance(scores.cpu(), experts, rows, 0.2)
+        + oracle.router_z(x, centroids, 0.0 if sigmoid else 0.1).cpu()
+    )
     want = want + oracle.expert_balance(scores, counts, 3, 0.1).cpu()
     want = want + oracle.device_balance(scores, counts, 3, 0.05, 4).cpu()
     _, got_counts, got, *_ = outcome(layer, x)

@@ -208,6 +208,14 @@ def test_all_that_balances_equals_one_rank(
     _check(balanced_on_one, _ranks(tables, corpus, 4), 1e-9)
 
 
+@pytest.mark.slow
+def test_sigmoid_scores_equal_one_rank(corpus: Path) -> None:
+    """Shares of scores that do not add up to 1, in all losses; gates by their sum."""
+    changes = {**BALANCED, **SHARED, "balance__z_loss": 0.0, "moe__router": "sigmoid", "moe__normalize_gates": True}
+    one = _one_rank(small_recipe(**changes), corpus, 2)
+    _check(one, _ranks(small_recipe(**changes, **CONTEXTS["2A:2F, 2 share all"], train__accumulate=3), corpus, 2), 1e-9)
+
+
 @pytest.mark.parametrize("key", BALANCED)
 def test_each_way_to_balance_changes_what_is_computed(corpus: Path, balanced_on_one: dict[str, Any], key: str) -> None:
     without = _one_rank(small_recipe(**{**BALANCED, key: 0}, **SHARED), corpus, 2)["records"][1]

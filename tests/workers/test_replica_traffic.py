@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def _train(rank: int, world: int, tables: dict[str, Any], corpus: str, late: boo
     buckets, begun = len(trainer.sums._buckets), []
     finish = trainer.sums.finish
 
-    def watched(gradients: list[Tensor]) -> None:
+    def watched(gradients: Sequence[Tensor]) -> None:
         begun.append(len(trainer.sums._travelling))
         finish(gradients)
 

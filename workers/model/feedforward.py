@@ -14,6 +14,7 @@ from shoal.kernels.moe import (
     route,
     sequence_counts,
     sequence_loss,
+    shares_of,
     swiglu_ffn,
 )
 from shoal.kernels.moe.backend import counts_stay, experts_backend
@@ -124,7 +125,7 @@ class MoELoad:
 
 
 class MoE(nn.Module):
-    """DeepSeekMoE (eq. 9-11): shared experts for every token, routed ones by softmax affinity, no token dropped.
+    """DeepSeekMoE (eq. 9-11): shared experts for every token, routed ones by affinity, no token dropped.
 
     Router and local shared experts live with the attention shard; routed and dispatched shared experts on expert ranks.
     """
@@ -149,14 +150,14 @@ class MoE(nn.Module):
         self.products, self.dtype = _backend(moe.backend, device, dtype), dtype
         # All of the layer on this rank: no rows are exchanged, and they need not exist for the backward pass.
         alone = mesh.dispatch.size == 1 and not self.sent_shared
-        self.whole = alone and moe.router == "softmax" and self.products.triton
+        self.whole = alone and moe.router != "hash" and self.products.triton
         self._joined: tuple[Tensor, int | None] | None = None  # the weights as one, and the version they are of
         self.homes = homes or even_homes(moe.experts, mesh.placement.set_size)
         owners = mesh.placement.owners(self.homes, self.sent_shared)
         sources = [place for place, rank in enumerate(mesh.dispatch.ranks) if rank in mesh.placement.attention]
         self.dispatcher = Dispatcher(mesh.dispatch, owners, device, self.products.triton, sources=sources)
         if mesh.hosts_attention:
-            if moe.router == "softmax":
+            if moe.router != "hash":
                 self.centroids = nn.Parameter(torch.empty(moe.experts, hidden))
             if moe.shared == "local" and moe.shared_experts:
                 names = [f"shared.{s}" for s in range(moe.shared_experts)]
@@ -220,7 +221,7 @@ class MoE(nn.Module):
     def _router(self, load: MoELoad) -> Router | None:
         """Who chooses the experts of this rank's tokens; None for a hash of them, and without tokens."""
         moe, b = self.table, self.balance
-        if moe.router != "softmax" or not self.mesh.hosts_attention:
+        if moe.router == "hash" or not self.mesh.hosts_attention:
             return None
         return Router(
             self.centroids,
@@ -230,7 +231,8 @@ class MoE(nn.Module):
             b.device_groups,
             self.most,
             squares=bool(b.z_loss) and load.balance,
-            scores=load.sequences is not None,
+            scores=load.sequences is not None or (moe.router == "sigmoid" and load.balance),
+            score=moe.router,
         )
 
     def _on_this_rank(self, x: Tensor, load: MoELoad) -> Tensor:
@@ -246,6 +248,7 @@ class MoE(nn.Module):
             *weights,
             shared,
             r.top_k,
+            score=r.score,
             normalize=r.normalize,
             bias=r.bias,
             groups=r.groups,
@@ -295,7 +298,7 @@ class MoE(nn.Module):
             return Routing(None, x.new_zeros(0, moe.top_k), none)
         r = router
         limit = {"groups": r.groups, "most": r.most}
-        return route(x, r.centroids, r.top_k, r.normalize, bias=r.bias, **limit, squares=r.squares)
+        return route(x, r.centroids, r.top_k, r.normalize, score=r.score, bias=r.bias, **limit, squares=r.squares)
 
     def _count(self, found: Found, counts: Tensor, chosen: Tensor, load: MoELoad) -> None:
         """Adds this layer's load and its part of the balance losses."""
@@ -307,6 +310,9 @@ class MoE(nn.Module):
         layer = len(load.counts)
         load.counts.append(counts)
         b, parts = self.balance, []
+        if self.table.router == "sigmoid" and found.scores is not None:
+            shares = shares_of(found.scores)
+            found = found._replace(sums=shares.sum(0), scores=shares)
         if found.sums is not None and (b.expert or b.device):
             fractions = load.fractions[layer] if load.fractions else load_fractions(counts)
             parts.append(balance_loss(found.sums, fractions, load.tokens, b.expert, b.device, b.device_groups))
