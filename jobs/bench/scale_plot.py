@@ -45,7 +45,8 @@ def draw(result: Document, path: Path) -> None:
         panels[1][column].legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.18))
     panels[0][0].set_ylabel("efficiency")
     panels[1][0].set_ylabel("tokens/s")
-    figure.suptitle(f"{result['benchmark']}, {result['device']}: marks measured, lines predicted, x targets", fontsize=10)
+    title = f"{result['benchmark']}, {result['device']}: marks measured, lines predicted, x targets"
+    figure.suptitle(title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 

@@ -78,6 +78,9 @@ def refused(result: subprocess.CompletedProcess[str], code: int, *says: str) -> 
             id="memory",
         ),
         pytest.param(
+            ["--set", "train.batch=262144"], 4, ["memory free: add --set train.accumulate="], id="a batch too large"
+        ),
+        pytest.param(
             ["--workers", "1024", "--set", "parallel.expert=1", "--set", "train.batch=1024"], 4,
             ["parallel.ranks=1024", "memory free"], id="more ranks than memory",
         ),
