@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shoal.jobs import runs as runs_of
 from shoal.jobs.run_folder import RunFolder
 from shoal.workers.checkpoint_files import checkpoint_path, last_good, verify
 from shoal.workers.config import Recipe
@@ -35,10 +36,7 @@ class Trained:
 
 def find_run(run: str, runs: Path) -> RunFolder:
     """RUN as a folder, or as a name in ``runs``. Raises NotFound."""
-    for path in (Path(run), runs / run):
-        if (path / "recipe.toml").is_file():
-            return RunFolder(path)
-    raise NotFound(f"run {run!r} is neither a run's folder nor in {runs}: `shoal runs list` shows the runs")
+    return RunFolder(runs_of.find_run(runs, run))
 
 
 def open_run(

@@ -87,7 +87,7 @@ def test_the_console_script_is_there_and_prints_the_version() -> None:
         (["config", "show", "tiny", "--set", "model.hiden=3"], 3, "did you mean model.hidden"),
         (["config", "show", "tiny", "--set", "moe.top_k=99"], 3, "moe.top_k=99"),
         (["config", "show", "tiny", "--set", "model.hidden"], 2, "is not of the form key=value"),
-        (["runs", "show", "none", "--runs-dir", "nowhere"], 5, "error: run 'none' is not in nowhere"),
+        (["runs", "show", "none", "--runs-dir", "nowhere"], 5, "error: run 'none' is neither a run's folder"),
     ],
 )
 def test_a_mistake_is_one_line_on_standard_error_with_its_exit_code(
