@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.jobs.cli.runs import plot
-from shoal.jobs.load import find_run
+from shoal.jobs.load import choose_step, find_run
 from shoal.jobs.recipe import load_recipe, recipe_to_toml
 from shoal.jobs.runs import list_runs, show_run
 from shoal.workers.errors import InvalidInput, NotFound
@@ -102,6 +102,20 @@ def test_a_run_goes_by_its_name_or_its_folder(tmp_path: Path) -> None:
     assert show_run(Path("elsewhere"), str(folder)) == show_run(tmp_path, "tiny")
     with pytest.raises(NotFound, match=r"run 'tinny' is neither a run's folder nor in .*: did you mean tiny$"):
         find_run("tinny", tmp_path)
+
+
+def test_a_checkpoint_that_is_not_there_is_answered_with_those_that_are_and_a_damaged_one_by_its_name(
+    tmp_path: Path,
+) -> None:
+    write_run(tmp_path, "tiny", [5.0], checkpoints=(20, 40))
+    folder = find_run("tiny", tmp_path)
+    assert choose_step(folder, None) == (40, [])
+    with pytest.raises(NotFound, match=r"no checkpoint of step 30 \(it has 20, 40\)"):
+        choose_step(folder, 30)
+    for state in folder.path.glob("checkpoints/step-*/state.json"):
+        state.write_text("{ }")
+    with pytest.raises(InvalidInput, match=r"no whole checkpoint \(checkpoint .*step-40 is damaged"):
+        choose_step(folder, None)
 
 
 def test_an_unknown_run_is_not_found_with_the_near_names(tmp_path: Path) -> None:
