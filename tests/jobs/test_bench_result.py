@@ -63,6 +63,20 @@ def test_the_table_shows_figures_baselines_and_what_is_missed() -> None:
     assert speed.split() == ["speed", "3,277", "tokens/s"]
 
 
+def test_the_table_says_beside_a_row_what_tells_it_from_others_and_once_what_all_share() -> None:
+    facts = {"heads": 64, "peak_bytes": 1574499328, "mfu": 0.4, "fitted": False}
+    rows = [
+        time_row("NSA", 2.0, "cuDNN", 3.0, context=8192, **facts),
+        time_row("NSA", 5.0, "cuDNN", 9.0, context=16384, **(facts | {"fitted": True})),
+        {"what": "NSA", "target": 10 / 11, "predicted_ms": 12.0, "context": 32768, **facts},
+    ]
+    first, second, third, below = printed(document("nsa", rows, ()))[-4:]
+    assert first.split("  ")[0] == "NSA (context 8192)"
+    assert second.split("  ")[0] == "NSA (context 16384, fitted)"
+    assert third.startswith("NSA (context 32768)") and "predicted 12.00 ms" in third and "0.909: not" in third
+    assert below.strip() == "all: heads 64"
+
+
 def test_a_target_that_is_just_reached_is_met() -> None:
     rows = [time_row("even", 500.0, "limit", 500.0, 1.0), time_row("over", 501.0, "limit", 500.0, 1.0)]
     lines = printed(document("cli", rows, ()))
