@@ -25,9 +25,9 @@ def evaluate(
 
     Examples:
 
-      shoal evaluate tiny
+    - `shoal evaluate tiny`
 
-      shoal evaluate runs/tiny --tokens 1000000 -o json
+    - `shoal evaluate runs/tiny --tokens 1000000 -o json`
     """
     from shoal.jobs.data.baselines import baselines
     from shoal.jobs.evaluate import evaluate_model

@@ -30,7 +30,7 @@ class Lazy:
         if isinstance(found, typer.Typer):
             command: Any = typer.main.get_group(found)
         else:
-            single = typer.Typer(add_completion=False)
+            single = typer.Typer(add_completion=False, rich_markup_mode="markdown")
             single.command(name)(found)
             command = typer.main.get_command(single)
         command.name = name
