@@ -14,6 +14,7 @@ from shoal.workers.config import Recipe
 from shoal.workers.errors import ClusterRefused
 
 PROCESS = 400 << 20  # bytes of a rank's process before any tensor: Python, torch, Ray
+CUDA = 3 << 29  # bytes of a GPU that its context and NCCL's buffers take
 
 
 def refuse_what_does_not_fit(recipe: Recipe) -> None:
@@ -45,6 +46,11 @@ def refuse_what_does_not_fit(recipe: Recipe) -> None:
 def memory_of(recipe: Recipe) -> dict[str, RankMemory]:
     """The recipe's estimate for each kind of rank, in bytes."""
     return count_memory(recipe, count_parameters(recipe))
+
+
+def beyond(ranks: dict[str, RankMemory], gpu: int) -> dict[str, int]:
+    """Kinds of ranks that a GPU of so many bytes cannot hold, with the bytes that they need."""
+    return {kind: memory.total + CUDA for kind, memory in ranks.items() if memory.total + CUDA > gpu}
 
 
 def keys_that_fit(recipe: Recipe, fits: Callable[[dict[str, RankMemory]], bool]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -71,6 +72,14 @@ def test_the_driver_checks_a_recipe_without_torch_or_ray() -> None:
         "print('HEAVY', [name for name in ('torch', 'ray') if name in sys.modules])\n"
     )
     assert "HEAVY []" in out
+
+
+def test_a_recipe_that_no_gpu_of_80_gib_holds_is_shown_with_the_keys_with_which_one_does(tmp_path: Path) -> None:
+    shown = shoal_here("config", "show", "nsa-27b", cwd=tmp_path).stdout
+    keys = re.search(r"80 GiB does not hold a rank; with ((?:--set \S+ )+)it does", shown)
+    assert keys, shown
+    assert "80 GiB" not in shoal_here("config", "show", "nsa-27b", *keys[1].split(), cwd=tmp_path).stdout
+    assert "80 GiB" not in shoal_here("config", "show", "tiny", cwd=tmp_path).stdout
 
 
 def test_the_console_script_is_there_and_prints_the_version() -> None:
