@@ -241,6 +241,7 @@ def test_gpus_that_no_rank_would_use_are_refused() -> None:
     ("text", "says"),
     [
         ("[default]\nnods = 2\n", "'nods' is not an option of a job: did you mean nodes"),
+        ("[default]\ngpus-per-nod = 2\n", "'gpus-per-nod' is not an option of a job: did you mean gpus-per-node"),
         ("[default]\nnodes = 'two'\n", "profile default of shoal-jobs.toml: nodes='two' cannot be used"),
         ("default = 3\n", "default=3 is not a table"),
         ("nodes = 2\n[default]\n", "nodes=2 is not a table: write it below the head of one"),
