@@ -82,6 +82,7 @@ def test_interrupted_and_resumed_a_run_ends_with_the_same_bits(
         os.killpg(process.pid, number)
         stdout, stderr = process.communicate(timeout=240)
     assert process.returncode == 130, stdout + stderr
+    assert f"stopped by {number.name}, checkpoint step-" in stdout
     assert f"go on with: shoal train --resume --name {name}\n" in stdout
     before = steps_done(run)
     assert 0 < before < STEPS
