@@ -13,40 +13,13 @@ set -u
 OUT=${1:?usage: benchmarks/gpu_sequence.sh OUT [PART…]}
 shift
 PARTS=${*:-context train sequence}
-PYTHON=${PYTHON:-python}
 STEPS=${STEPS:-12}
 
-cd "$(dirname "$0")/.." || exit 1
-mkdir -p "$OUT"
-ARCHIVE=$(cd "$OUT" && pwd)/sequence.tar.gz
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} COLUMNS=220 PYTHONWARNINGS=ignore::FutureWarning
-export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0} # NVLink multicast wants rights that containers lack
+. "$(dirname "$0")/gpu_parts.sh"
+export PYTHONWARNINGS=ignore::FutureWarning
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True} # 512k tokens leave little room for gaps
-# what the later parts need, before minutes are spent on the earlier ones
-"$PYTHON" -c "import ray, pyarrow, tokenizers, tensorboard, matplotlib" || exit 1
+begin sequence "ray, pyarrow, tokenizers, tensorboard, matplotlib"
 GPUS=$("$PYTHON" -c "import torch; print(torch.cuda.device_count())")
-WORK=$(mktemp -d)
-OUT=$WORK/out
-mkdir "$OUT"
-trap 'rm -rf "$WORK"' EXIT
-failed=0
-
-part() { # NAME SECONDS COMMAND…: its output in OUT/NAME.txt and OUT/NAME.log
-    local name=$1 seconds=$2 began=$SECONDS code
-    shift 2
-    timeout --signal=INT --kill-after=30 "$seconds" "$@" >"$OUT/$name.txt" 2>"$OUT/$name.log"
-    code=$?
-    echo "$name: exit code $code after $((SECONDS - began)) s"
-    if [ $code -ne 0 ]; then
-        failed=$((failed + 1))
-        tail -n 25 "$OUT/$name.txt" "$OUT/$name.log"
-    fi
-    pack
-}
-
-pack() { # what there is by now: the whole may be cut short
-    tar -czf "$ARCHIVE.part" -C "$OUT" . && mv "$ARCHIVE.part" "$ARCHIVE"
-}
 
 context() {
     part context 420 "$PYTHON" -m shoal.jobs.bench.context --out "$OUT/context" --data-dir "$WORK/data" --steps "$STEPS"
@@ -77,10 +50,4 @@ sequence() {
 for each in $PARTS; do
     $each
 done
-for each in $PARTS; do
-    echo
-    echo "== $each"
-    tail -n 60 "$OUT/$each.txt"
-done
-pack
-exit $failed
+end $PARTS

@@ -12,7 +12,6 @@
 set -u
 OUT=${1:?usage: benchmarks/gpu_serving.sh OUT [GPUS]}
 GPUS=${2:-1}
-PYTHON=${PYTHON:-python}
 RECIPE=${RECIPE:-deepseekmoe-2b}
 # groups of 16 heads share keys and values, as in the NSA paper; 64 experts divide over two ranks
 SETS=${SETS:-parallel.device=cuda model.heads=32 model.kv_heads=2 moe.experts=64}
@@ -23,35 +22,8 @@ CONCURRENCY=${CONCURRENCY:-1,8,32}
 DURATION=${DURATION:-6}
 WARMUP=${WARMUP:-4}
 
-cd "$(dirname "$0")/.." || exit 1
-mkdir -p "$OUT"
-ARCHIVE=$(cd "$OUT" && pwd)/serving.tar.gz
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} COLUMNS=220
-export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0} # NVLink multicast wants rights that containers lack
-# what the later parts need, before minutes are spent on the earlier ones
-"$PYTHON" -c "import fastapi, uvicorn, grpc_health, grpc_reflection, ray.serve, aiohttp, matplotlib" || exit 1
-WORK=$(mktemp -d)
-OUT=$WORK/out
-mkdir "$OUT"
-trap 'rm -rf "$WORK"' EXIT
-failed=0
-
-part() { # NAME SECONDS COMMAND…: its output in OUT/NAME.txt and OUT/NAME.log
-    local name=$1 seconds=$2 began=$SECONDS code
-    shift 2
-    timeout --signal=INT --kill-after=60 "$seconds" "$@" >"$OUT/$name.txt" 2>"$OUT/$name.log"
-    code=$?
-    echo "$name: exit code $code after $((SECONDS - began)) s"
-    if [ $code -ne 0 ]; then
-        failed=$((failed + 1))
-        tail -n 15 "$OUT/$name.txt" "$OUT/$name.log"
-    fi
-    pack
-}
-
-pack() { # what there is by now: the whole may be cut short
-    tar -czf "$ARCHIVE.$BASHPID" -C "$OUT" .; mv "$ARCHIVE.$BASHPID" "$ARCHIVE"
-}
+. "$(dirname "$0")/gpu_parts.sh"
+begin serving "fastapi, uvicorn, grpc_health, grpc_reflection, ray.serve, aiohttp, matplotlib"
 
 untrained() { # KIND
     local sets=(model.context="$CONTEXT" serve.step_tokens="$CHUNK" attention.kind="$1") each
@@ -96,10 +68,4 @@ else
     serve apart-plain --workers "$GPUS" --placement "1A:$((GPUS - 1))F" --set serve.cuda_graphs=false
     names="$names ranks decode colocated apart apart-plain"
 fi
-for name in $names; do
-    echo
-    echo "== $name"
-    tail -n 40 "$OUT/$name.txt"
-done
-pack
-exit $failed
+end $names

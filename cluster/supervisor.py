@@ -40,6 +40,11 @@ class Stop:
 
     signal: int = 0
 
+    @property
+    def name(self) -> str:
+        """Of the signal, such as SIGINT."""
+        return signal.Signals(self.signal).name
+
     @contextmanager
     def listening(self) -> Iterator[Stop]:
         """Catches the signals for the time of a ``with`` block."""
@@ -171,7 +176,7 @@ class Supervisor:
 
     def _gave_up(self, why: str, start: int) -> Outcome:
         """Ranks that die after the wish to stop are not started again; the newest checkpoint stands."""
-        text = f"stopped by signal {self.stop.signal} ({why}), the last checkpoint is of step {start}"
+        text = f"stopped by {self.stop.name} ({why}), the last checkpoint is of step {start}"
         self._tell("stopped", text, start)
         return Outcome(start, stopped=True)
 
@@ -192,7 +197,7 @@ class Supervisor:
                 calls.append((submitted, group.call("run", submitted, due)))
             if self.stop.signal and not told:
                 told = True
-                self._tell("stopping", f"signal {self.stop.signal}: saving, then stopping; again: at once", self.step)
+                self._tell("stopping", f"{self.stop.name}: saving, then stopping; again: at once", self.step)
             if not calls:
                 return self._stopped(group)
             until, references = calls.popleft()
@@ -245,7 +250,7 @@ class Supervisor:
     def _stopped(self, group: RankGroup) -> Outcome:
         step = int(group.get(group.call("save"))[0])
         written = f"checkpoint step-{step} written" if step else "before the first step"
-        self._tell("stopped", f"stopped by signal {self.stop.signal}, {written}", step)
+        self._tell("stopped", f"stopped by {self.stop.name}, {written}", step)
         return Outcome(step, stopped=True)
 
     def _tell(self, event: str, text: str, step: int) -> None:

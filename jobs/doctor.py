@@ -96,7 +96,7 @@ def _torch(probe: subprocess.Popen[bytes]) -> list[Check]:
     elif facts["cuda"]:
         checks.append(Check("gpu", "warn", "none that torch sees", "check nvidia-smi and CUDA_VISIBLE_DEVICES"))
     else:
-        remedy = "small recipes train on the CPU; for a GPU install torch from its CUDA index (make TORCH_INDEX=…)"
+        remedy = "small recipes train on the CPU; for a GPU: make clean install TORCH_INDEX=URL, of torch's CUDA builds"
         checks.append(Check("gpu", "warn", "none: torch is built for CPUs", remedy))
     return checks
 
@@ -143,10 +143,7 @@ def _megablocks() -> Check:
             return Check("megablocks", "ok", version("megablocks"))
         except PackageNotFoundError:  # a folder on the path
             return Check("megablocks", "ok", "installed")
-    why = (
-        "optional, moe.backend = 'megablocks' alone needs it; no dependency, since its torch<2.7.1 excludes "
-        "torch>=2.11: on a machine with CUDA's compiler, make megablocks builds it"
-    )
+    why = "only moe.backend='megablocks' needs it: make megablocks builds it, on a machine with CUDA's compiler"
     return Check("megablocks", "warn", "not installed", why)
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shoal.jobs import runs as runs_of
 from shoal.jobs.run_folder import RunFolder
-from shoal.workers.checkpoint_files import checkpoint_path, last_good, verify
+from shoal.workers.checkpoint_files import checkpoint_path, last_good, list_checkpoints, verify
 from shoal.workers.config import Recipe
 from shoal.workers.errors import InvalidInput, NotFound
 from shoal.workers.run_store import fetch_run, is_url
@@ -35,10 +36,7 @@ class Trained:
 
 def find_run(run: str, runs: Path) -> RunFolder:
     """RUN as a folder, or as a name in ``runs``. Raises NotFound."""
-    for path in (Path(run), runs / run):
-        if (path / "recipe.toml").is_file():
-            return RunFolder(path)
-    raise NotFound(f"run {run!r} is neither a run's folder nor in {runs}: `shoal runs list` shows the runs")
+    return RunFolder(runs_of.find_run(runs, run))
 
 
 def open_run(
@@ -61,11 +59,16 @@ def choose_step(folder: RunFolder, step: int | None) -> tuple[int, list[str]]:
     if step is not None:
         path = checkpoint_path(checkpoints, step)
         if not path.is_dir():
-            raise NotFound(f"{folder.path} has no checkpoint of step {step}: leave --step out for the newest")
+            there = ", ".join(str(found.step) for found in list_checkpoints(checkpoints)) or "none"
+            raise NotFound(
+                f"{folder.path} has no checkpoint of step {step} (it has {there}): leave --step out for the newest"
+            )
         if problems := verify(path):
             raise InvalidInput(f"{path} is damaged ({'; '.join(problems)}): leave --step out for the newest whole one")
         return step, []
     good, damaged = last_good(checkpoints)
+    if good is None and damaged:
+        raise InvalidInput(f"{folder.path} has no whole checkpoint ({damaged[0]}): restore one")
     if good is None:
         raise NotFound(f"{folder.path} has no whole checkpoint: train it first (shoal train --resume --name NAME)")
     return good.step, damaged

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from shoal.jobs.estimate import count_memory, count_parameters
+from pydantic import ValidationError
+
+from shoal.jobs.estimate import RankMemory, count_memory, count_parameters
 from shoal.workers.config import Recipe
 from shoal.workers.errors import ClusterRefused
 
 PROCESS = 400 << 20  # bytes of a rank's process before any tensor: Python, torch, Ray
+CUDA = 3 << 29  # bytes of a GPU that its context and NCCL's buffers take
 
 
 def refuse_what_does_not_fit(recipe: Recipe) -> None:
@@ -27,14 +32,60 @@ def refuse_what_does_not_fit(recipe: Recipe) -> None:
         )
     if device == "cuda" or (gpus and device == "auto"):
         return
-    kinds = count_memory(recipe, count_parameters(recipe)).values()
-    needed = sum(kind.ranks * (kind.total + PROCESS) for kind in kinds)
     free = available_memory()
+    needed = _in_all(memory_of(recipe))
     if free and needed > free:
+        keys = keys_that_fit(recipe, lambda ranks: _in_all(ranks) <= free)
         raise ClusterRefused(
             f"parallel.ranks={recipe.parallel.ranks} of this recipe need about {gib(needed)} in all, and this machine "
-            f"has {gib(free)} of memory free: lower parallel.ranks, train.batch or the model, or use a cluster"
+            f"has {gib(free)} of memory free: "
+            + (f"add {keys}" if keys else "lower parallel.ranks, train.batch or the model, or use a cluster")
         )
+
+
+def memory_of(recipe: Recipe) -> dict[str, RankMemory]:
+    """The recipe's estimate for each kind of rank, in bytes."""
+    return count_memory(recipe, count_parameters(recipe))
+
+
+def beyond(ranks: dict[str, RankMemory], gpu: int) -> dict[str, int]:
+    """Kinds of ranks that a GPU of so many bytes cannot hold, with the bytes that they need."""
+    return {kind: memory.total + CUDA for kind, memory in ranks.items() if memory.total + CUDA > gpu}
+
+
+def keys_that_fit(recipe: Recipe, fits: Callable[[dict[str, RankMemory]], bool]) -> str:
+    """``--set`` of keys that let ranks keep less, and train the same: more micro-batches, layers computed again, dense
+    weights in shards. The first and least of them that ``fits``; "" where none does."""
+    for keys in _smaller(recipe):
+        tables = recipe.model_dump()
+        for key, value in keys.items():
+            table, name = key.split(".")
+            tables[table][name] = value
+        try:
+            smaller = Recipe.model_validate(tables)
+        except ValidationError:  # not with these ranks
+            continue
+        if fits(memory_of(smaller)):
+            return " ".join(f"--set {key}={str(value).lower()}" for key, value in keys.items())
+    return ""
+
+
+def _smaller(recipe: Recipe) -> Iterator[dict[str, Any]]:
+    """Keys that cost less time first."""
+    train = recipe.train
+    sequences = train.batch // train.accumulate // (recipe.parallel.attention_ranks // recipe.parallel.context)
+    if recipe.balance.over != "global_batch":  # micro-batches then have losses of their own
+        sequences = 1
+    most = train.accumulate * sequences  # one sequence a rank, or a group that shares it, at a time
+    again = range(train.recompute + 1, recipe.model.layers + 1)
+    yield from ({"train.accumulate": train.accumulate * n} for n in range(2, sequences + 1) if sequences % n == 0)
+    yield from ({"train.recompute": n} for n in again)
+    for sharded in ({}, {"parallel.shard_dense": True}):
+        yield from ({"train.accumulate": most, "train.recompute": n, **sharded} for n in again)
+
+
+def _in_all(ranks: dict[str, RankMemory]) -> int:
+    return sum(kind.ranks * (kind.total + PROCESS) for kind in ranks.values())
 
 
 def available_memory() -> int:

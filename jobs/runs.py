@@ -78,7 +78,9 @@ def show_run(root: Path, name: str) -> RunDetails:
 
 
 def find_run(root: Path, name: str) -> Path:
-    """The folder of a run. Raises NotFound with the nearest names, or with what there is."""
+    """A run by its folder, or by its name in ``root``. Raises NotFound with near names, or with what there is."""
+    if _is_run(Path(name)):
+        return Path(name)
     folders = {folder.name: folder for folder in _run_folders(root)}
     if name in folders:
         return folders[name]
@@ -89,7 +91,7 @@ def find_run(root: Path, name: str) -> Path:
         remedy = f"there are {', '.join(sorted(folders))}"
     else:
         remedy = "that folder holds no runs; give another --runs-dir, or start one with shoal train"
-    raise NotFound(f"run {name!r} is not in {root}: {remedy}")
+    raise NotFound(f"run {name!r} is neither a run's folder nor in {root}: {remedy}")
 
 
 def _run_folders(root: Path) -> list[Path]:
@@ -99,7 +101,11 @@ def _run_folders(root: Path) -> list[Path]:
         entries = sorted(root.iterdir())
     except OSError as error:
         raise InvalidInput(f"--runs-dir {root} cannot be read ({error.strerror}): give a folder of runs") from None
-    return [entry for entry in entries if (entry / RECIPE).is_file() or (entry / METRICS).is_file()]
+    return [entry for entry in entries if _is_run(entry)]
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / RECIPE).is_file() or (folder / METRICS).is_file()
 
 
 def _records(folder: Path) -> list[Record]:

@@ -38,6 +38,7 @@ TARGETS = {
     (65536, "backward"): (10.0, 6.0),
 }
 WIDE_TARGETS = {"forward": 4.5, "backward": 6.0}
+DENSE = {"sdpa_flash": ("tab:blue", "FlashAttention-2"), "sdpa_cudnn": ("tab:orange", "cuDNN")}  # in the picture
 NAMES = ("q", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win", "gates")
 
 
@@ -270,12 +271,14 @@ def draw(result: Document, path: Path) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     for panel, phase in zip(figure.subplots(1, 2, sharey=True), ("forward", "backward"), strict=True):
-        for name, colour in (("sdpa_flash", "tab:blue"), ("sdpa_cudnn", "tab:orange")):
+        for name, (colour, label) in DENSE.items():
             rows = [r for r in result["rows"] if r.get("baseline") == name and r["phase"] == phase and r["d_qk"] == 128]
             contexts = [row["context"] for row in rows]
-            panel.plot(contexts, [row["ratio"] for row in rows], "o-", color=colour, label=f"over {name}")
-            panel.plot(contexts, [row["target"] for row in rows], ":", color=colour, label="target")
+            panel.plot(contexts, [row["ratio"] for row in rows], "o-", color=colour, label=f"over {label}")
+            panel.plot(contexts, [row["target"] for row in rows], ":", color=colour, label=f"target over {label}")
         panel.set_xscale("log", base=2)
+        panel.set_xticks(contexts, [f"{context >> 10}k" for context in contexts])
+        panel.minorticks_off()
         panel.axhline(1, color="grey", linewidth=0.8)
         panel.set_title(f"{phase}, times as fast as dense attention")
         panel.set_xlabel("context, tokens")

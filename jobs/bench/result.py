@@ -97,22 +97,39 @@ def write(result: Document, folder: Path) -> Path:
 
 
 def table(result: Document) -> Table:
-    """The rows for people: figures, baselines, ratios, whether targets are met; other facts follow a row's name."""
+    """The rows for people: figures, baselines, ratios, whether targets are met. What tells rows apart follows their
+    names; what all of them share stands below."""
+    from rich.text import Text
+
     from shoal.jobs.cli.common import grid
 
     out = grid(result["benchmark"], "measured", "baseline", "", "ratio", "target", right=(1, 3, 4))
-    for row in result["rows"]:
+    facts = [_facts(row) for row in result["rows"]]
+    shared = dict(set.intersection(*(set(each.items()) for each in facts))) if len(facts) > 1 else {}
+    for row, each in zip(result["rows"], facts, strict=True):
         baseline = _figure(row.get("baseline_ms"), "ms") or _figure(row.get("baseline_value"), row.get("unit", ""))
         measured = _figure(row.get("ms"), "ms") or _figure(row.get("value"), row.get("unit", ""))
+        if not measured and "predicted_ms" in row:
+            measured = f"predicted {_figure(row['predicted_ms'], 'ms')}"
         ratio = f"{row['ratio']:.3f}" if "ratio" in row else ""
-        out.add_row(_name(row), measured, row.get("baseline", ""), baseline, ratio, _verdict(row))
+        own = _said({key: value for key, value in each.items() if key not in shared})
+        name = f"{row['what']} ({own})" if own else str(row["what"])
+        out.add_row(name, measured, row.get("baseline", ""), baseline, ratio, _verdict(row))
+    if shared and facts:
+        out.caption = Text(f"all: {_said({key: facts[0][key] for key in facts[0] if key in shared})}")
+        out.caption_justify = "left"
     return out
 
 
-def _name(row: Row) -> str:
-    plain = {k: v for k, v in row.items() if k not in (*_SHOWN, "what") and isinstance(v, str | int | float)}
-    facts = ", ".join(f"{key} {value}" for key, value in plain.items())
-    return f"{row['what']} ({facts})" if facts else str(row["what"])
+def _facts(row: Row) -> dict[str, str | int]:
+    """What was measured. Further figures of a row (fractions, bytes, predictions) are for the file."""
+    figures = {key for key in row if "bytes" in key or key.startswith("predicted_")}
+    return {k: v for k, v in row.items() if k not in (*_SHOWN, "what", *figures) and isinstance(v, str | int)}
+
+
+def _said(facts: dict[str, str | int]) -> str:
+    """Of what is true or false, the name of what is true."""
+    return ", ".join(key if value is True else f"{key} {value}" for key, value in facts.items() if value is not False)
 
 
 def _figure(value: float | None, unit: str) -> str:
@@ -126,8 +143,8 @@ def _verdict(row: Row) -> str:
     if "target" not in row:
         return ""
     if "ratio" not in row:
-        return f"{row['target']:g}: not measured"
-    return f"{row['target']:g}: {'met' if row['ratio'] >= row['target'] else 'MISSED'}"
+        return f"{row['target']:.3g}: not measured"
+    return f"{row['target']:.3g}: {'met' if row['ratio'] >= row['target'] else 'MISSED'}"
 
 
 def device() -> str:

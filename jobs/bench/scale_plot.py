@@ -28,7 +28,7 @@ def draw(result: Document, path: Path) -> None:
 
     rows = [row for row in result["rows"] if "mode" in row]
     parts = [part for part in TITLES if any(row["part"] == part for row in rows)]
-    figure = Figure(figsize=(max(1, len(parts)) * 4.8, 7.6), layout="constrained")
+    figure = Figure(figsize=(max(1, len(parts)) * 4.8, 8.4), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, max(1, len(parts)), sharex=True, squeeze=False)
     for column, part in enumerate(parts):
@@ -42,10 +42,11 @@ def draw(result: Document, path: Path) -> None:
         panels[0][column].set_ylim(0, 1.1)
         panels[1][column].set_yscale("log")
         panels[1][column].set_xlabel("ranks")
-        panels[1][column].legend(fontsize=7, frameon=False)
-    panels[0][0].set_ylabel("efficiency (x: target)")
+        panels[1][column].legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.18))
+    panels[0][0].set_ylabel("efficiency")
     panels[1][0].set_ylabel("tokens/s")
-    figure.suptitle(f"{result['benchmark']}, {result['device']}: marks measured, lines predicted", fontsize=10)
+    title = f"{result['benchmark']}, {result['device']}: marks measured, lines predicted, x targets"
+    figure.suptitle(title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 

@@ -103,9 +103,9 @@ def _finish(panel: Axes, kind: str, rows: Sequence[Row], title: str) -> None:
         panel.set_xscale("log", base=2)
         panel.set_xticks(loads, [f"{load:g}" for load in loads])
         panel.xaxis.set_minor_locator(NullLocator())
-    panel.set_ylim(0, 1.08 * panel.get_ylim()[1])
+    panel.set_ylim(0, 1.3 * panel.get_ylim()[1])  # above what is drawn stands the legend, which may be wide
     panel.set_title(title, fontsize=11)
     panel.set_xlabel(LOADS[kind])
     panel.grid(alpha=0.25)
     panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False)
+    panel.legend(frameon=False, fontsize=9, loc="upper left")

@@ -20,6 +20,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
+GPU = 80 << 30  # bytes; of an H100
+
 
 class RecipeFormat(StrEnum):
     """How ``shoal config show`` prints a recipe."""
@@ -120,6 +122,7 @@ def _as_data(recipe: Recipe, costs: Estimate) -> dict[str, Any]:
 
 
 def _render(recipe: Recipe, costs: Estimate) -> None:
+    from shoal.jobs.memory import beyond, keys_that_fit
     from shoal.jobs.recipe import toml_value
 
     out = console()
@@ -147,3 +150,7 @@ def _render(recipe: Recipe, costs: Estimate) -> None:
         sizes = (rank.weights, rank.gradients, rank.optimizer, rank.activations, rank.total)
         memory.add_row(kind, str(rank.ranks), *(f"{size / 2**30:.2f} GiB" for size in sizes))
     out.print(memory)
+    if recipe.parallel.device != "cpu" and beyond(costs.memory, GPU):
+        fitting = keys_that_fit(recipe, lambda ranks: not beyond(ranks, GPU))
+        remedy = f"with {fitting} it does" if fitting else "more ranks need less"
+        out.print(f"a GPU of 80 GiB does not hold a rank; {remedy}", soft_wrap=True)

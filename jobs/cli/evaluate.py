@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -23,9 +25,9 @@ def evaluate(
 
     Examples:
 
-      shoal evaluate tiny
+    - `shoal evaluate tiny`
 
-      shoal evaluate runs/tiny --tokens 1000000 -o json
+    - `shoal evaluate runs/tiny --tokens 1000000 -o json`
     """
     from shoal.jobs.data.baselines import baselines
     from shoal.jobs.evaluate import evaluate_model
@@ -39,7 +41,8 @@ def evaluate(
         typer.echo(sentence, err=True)
     trained = load_trained(folder, chosen)
     corpus = Path(data) if data else trained.corpus
-    result = evaluate_model(trained, corpus, tokens or trained.recipe.train.eval_tokens)
+    with _progress(output) as told:
+        result = evaluate_model(trained, corpus, tokens or trained.recipe.train.eval_tokens, told)
     beside = baselines(corpus, tokens or trained.recipe.train.eval_tokens)
     bits = {k: v for k, v in asdict(beside).items() if k.endswith("bits_per_byte")}
     facts = {"run": folder.source or str(folder.path), "step": chosen, **result, **bits}
@@ -59,3 +62,16 @@ def evaluate(
         console().print(lines)
 
     emit(facts, output, table)
+
+
+@contextmanager
+def _progress(output: Output) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, nothing elsewhere: standard output stays clean for JSON."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    terminal = Console(stderr=True)
+    shown = terminal.is_terminal and output is Output.table
+    with Progress(console=terminal, transient=True, disable=not shown) as bar:
+        task = bar.add_task("evaluate")
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -36,11 +36,11 @@ def generate(
 
     Examples:
 
-      shoal generate tiny --prompt "class "
+    - `shoal generate tiny --prompt "class "`
 
-      shoal generate runs/tiny --prompt "def main" --temperature 0 -o json
+    - `shoal generate runs/tiny --prompt "def main" --temperature 0 -o json`
 
-      shoal generate tiny --input prompts.jsonl --output answers.parquet
+    - `shoal generate tiny --input prompts.jsonl --output answers.parquet`
     """
     from shoal.jobs.generate import check_files
     from shoal.workers.engine.request import Sampling

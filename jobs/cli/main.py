@@ -30,7 +30,7 @@ class Lazy:
         if isinstance(found, typer.Typer):
             command: Any = typer.main.get_group(found)
         else:
-            single = typer.Typer(add_completion=False)
+            single = typer.Typer(add_completion=False, rich_markup_mode="markdown")
             single.command(name)(found)
             command = typer.main.get_command(single)
         command.name = name
@@ -91,11 +91,12 @@ def root(
 
     - `shoal serve first` answers over HTTP, as OpenAI's API, and gRPC
 
-    - `shoal job submit train --recipe nsa-27b --nodes 8 --gpus-per-node 8 --volume runs:/mnt/shoal`
+    - `shoal job submit train --recipe deepseekmoe-2b --gpus-per-node 8 --volume runs:/mnt/shoal`
 
     - `shoal runs show first -o json` prints how the run went
 
-    Exit codes: 0 ok, 1 failed, 2 usage, 3 invalid input, 4 refused by the cluster, 5 not found, 130 interrupted.
+    Exit codes: 0 ok, 1 failed, 2 usage, 3 invalid input, 4 refused by the cluster, 5 not found, 124 timed out,
+    130 interrupted.
     """
 
 

@@ -55,7 +55,7 @@ def list_(runs_dir: RunsDirOption = RUNS_DIR, output: OutputOption = Output.tabl
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A run's name.", autocompletion=complete_run)],
+    name: Annotated[str, typer.Argument(metavar="RUN", help="Its folder, or its name.", autocompletion=complete_run)],
     runs_dir: RunsDirOption = RUNS_DIR,
     output: OutputOption = Output.table,
 ) -> None:

@@ -19,11 +19,11 @@ NEEDS = ("fastapi", "uvicorn", "grpc", "grpc_health", "grpc_reflection")
 EXAMPLES = """
 Examples:
 
-  shoal serve tiny
+- `shoal serve tiny`
 
-  shoal serve runs/tiny --step 200 --port 8080 --grpc-port 9090
+- `shoal serve runs/tiny --step 200 --port 8080 --grpc-port 9090`
 
-  shoal serve tiny --host 0.0.0.0 --token-file token.txt --tls-cert cert.pem --tls-key key.pem
+- `shoal serve tiny --host 0.0.0.0 --token-file token.txt --tls-cert cert.pem --tls-key key.pem`
 """
 
 

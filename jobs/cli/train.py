@@ -13,15 +13,15 @@ from shoal.jobs.cli.common import Output, OutputOption, RunsDirOption, SetOption
 EXAMPLES = """
 Examples:
 
-  shoal train --recipe tiny
+- `shoal train --recipe tiny`
 
-  shoal train --recipe tiny --workers 4 --placement 2A:2F --name disaggregated
+- `shoal train --recipe tiny --workers 4 --placement 2A:2F --name disaggregated`
 
-  shoal train --recipe my.toml --data data/books --set train.steps=2000 --set moe.top_k=6
+- `shoal train --recipe my.toml --data data/books --set train.steps=2000 --set moe.top_k=6`
 
-  shoal train --recipe nsa-64k-small --data data/books --from nsa-8k-small
+- `shoal train --recipe nsa-64k-small --data data/books --from nsa-8k-small`
 
-  shoal train --resume --name tiny
+- `shoal train --resume --name tiny`
 """
 
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shoal.jobs.estimate import count_memory, count_parameters
 from shoal.jobs.kube.options import JobOptions
 from shoal.jobs.kube.quantity import in_gib, to_bytes
 from shoal.jobs.kube.work import Work
-from shoal.jobs.memory import PROCESS, gib
+from shoal.jobs.memory import PROCESS, beyond, gib, keys_that_fit, memory_of
 from shoal.workers.config import Recipe
 from shoal.workers.errors import InvalidInput
 
 GIB = 1 << 30
 OBJECT_STORE = GIB // 2  # bytes; it lies in /dev/shm, and tensors never pass through it
 RAY = 3 * GIB // 2  # bytes of a node's raylet and agents
-CUDA = 3 * GIB // 2  # bytes of a GPU that its context and NCCL's buffers take
 HOST = 4 * GIB  # bytes of a node's memory for the process of a GPU rank, before any tensor
 UNKNOWN = 16 * GIB  # bytes of a node's memory for a rank of a model that is not known here
 SHM_RANK = GIB // 2  # bytes of /dev/shm a rank, where ranks of one node exchange
@@ -95,7 +93,7 @@ def check_gpus(work: Work, options: JobOptions) -> int:
 
 def _host_memory(recipe: Recipe) -> int:
     """Bytes of a node's memory that a rank needs: on a GPU, for the copy that a checkpoint is written from."""
-    kinds = count_memory(recipe, count_parameters(recipe)).values()
+    kinds = memory_of(recipe).values()
     if recipe.parallel.device == "cpu":
         return max(kind.total for kind in kinds) + PROCESS
     return max(kind.weights + kind.optimizer for kind in kinds) + HOST
@@ -103,11 +101,10 @@ def _host_memory(recipe: Recipe) -> int:
 
 def _check_gpu(recipe: Recipe, options: JobOptions) -> None:
     asked = to_bytes(options.gpu_memory, "--gpu-memory")
-    for kind, memory in count_memory(recipe, count_parameters(recipe)).items():
-        needed = memory.total + CUDA
-        if needed > asked:
-            which = "" if kind == "colocated" else f"{kind} "
-            raise InvalidInput(
-                f"does not fit: needs {gib(needed)} a {which}rank, {gib(asked)} asked (--gpu-memory): add nodes or "
-                f"GPUs, or lower train.batch or the model"
-            )
+    for kind, needed in beyond(memory_of(recipe), asked).items():
+        which = "" if kind == "colocated" else f"{kind} "
+        keys = keys_that_fit(recipe, lambda ranks: not beyond(ranks, asked))
+        remedy = f"{keys}, or nodes or GPUs" if keys else "nodes or GPUs, or lower train.batch or the model"
+        raise InvalidInput(
+            f"does not fit: needs {gib(needed)} a {which}rank, {gib(asked)} asked (--gpu-memory): add {remedy}"
+        )

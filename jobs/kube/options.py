@@ -157,10 +157,11 @@ def _read_profiles(profile: str | None, file: Path | None) -> list[tuple[str, di
 
 def _fields(table: Mapping[str, Any], where: str) -> dict[str, Any]:
     fields = {str(key).replace("-", "_"): value for key, value in table.items()}
-    for key in fields:
-        if key not in JobOptions.model_fields:
-            near = get_close_matches(key, JobOptions.model_fields, n=1)
-            remedy = f"did you mean {near[0]}" if near else f"it may have {', '.join(JobOptions.model_fields)}"
+    known = [field.replace("_", "-") for field in JobOptions.model_fields]  # as one writes them
+    for key in table:
+        if str(key).replace("_", "-") not in known:
+            near = get_close_matches(str(key).replace("_", "-"), known, n=1)
+            remedy = f"did you mean {near[0]}" if near else f"it may have {', '.join(known)}"
             raise InvalidInput(f"{where}: {quote(key)} is not an option of a job: {remedy}")
     return fields
 

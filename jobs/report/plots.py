@@ -47,7 +47,7 @@ def loss_figure(train: list[Record], evals: list[Record], name: str) -> Figure:
     if evals:
         _bits_panel(axes[1], evals)
     axes[-1].set_xlabel("step")
-    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     return figure
 
 

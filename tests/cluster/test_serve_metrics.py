@@ -6,18 +6,17 @@ import asyncio
 import math
 import os
 import signal
-import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import replace
 from itertools import count, pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 from exported import Series, address_of_metrics, asynchronous, wait_for, wait_for_values
-from small import VOCAB, small_recipe
+from measured import Restarted, Stepwise, Timetable, ask, looked_at, tokens_of
+from small import small_recipe
 from trained import STEP, write_weights
 
 from shoal.cluster.engines import Engines
@@ -28,7 +27,7 @@ from shoal.jobs.serve.engines import InProcess
 from shoal.jobs.serve.measured import Measured
 from shoal.workers.config import Recipe
 from shoal.workers.engine.engine import Engine
-from shoal.workers.engine.request import Busy, Finish, Limits, Load, Output, Request, Sampling, Token, Turn
+from shoal.workers.engine.request import Busy, Finish, Limits, Load, Output, Request, Token, Turn
 from shoal.workers.errors import ClusterRefused, InvalidInput
 from shoal.workers.model import Transformer
 
@@ -61,45 +60,6 @@ def checkpoints(transformer: Transformer, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("run") / "checkpoints"
     write_weights(transformer, folder)
     return folder
-
-
-async def tokens_of(client: Measured, request: Request, most: float = math.inf) -> list[int]:
-    """The tokens of an answer; the stream is closed after ``most`` of them."""
-    tokens: list[int] = []
-    async with aclosing(client.generate(request)) as news:
-        async for output in news:
-            tokens += [token.id for token in output.tokens]
-            if len(tokens) >= most:
-                break
-    return tokens
-
-
-def ask(name: str, prompt: int = 5, **sampling: Any) -> Request:
-    """A request with a prompt of so many tokens, another one for each name."""
-    start = int.from_bytes(name.encode()) % VOCAB
-    options = {"max_tokens": 8, "temperature": 0.0} | sampling
-    return Request(name, tuple((start + i) % VOCAB for i in range(prompt)), Sampling(**options))
-
-
-class Timetable:
-    """A Client whose answers come when a timetable says, by a clock of its own.
-
-    table: of each request its news, as (seconds after the last, tokens, finish); an Exception is raised instead.
-    """
-
-    def __init__(self, table: dict[str, list[tuple[float, int, Finish | None] | Exception]]) -> None:
-        self.table, self.now = table, 0.0
-
-    async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
-        for entry in self.table[request.id]:
-            if isinstance(entry, Exception):
-                raise entry
-            seconds, tokens, finish = entry
-            self.now += seconds
-            yield Output(request.id, (Token(1),) * tokens, finish)
-
-    async def load(self) -> Load:
-        return Load()
 
 
 @asynchronous
@@ -193,23 +153,29 @@ async def test_an_answer_that_a_stop_string_ended_counts_as_one(endpoint: str, m
     assert "requests_total{finish=cancelled}" not in values
 
 
-class Stepwise(Engine):
-    """An engine that waits before each step until it is let go on."""
+async def seen_at_work(endpoint: str, model: str, engine: Stepwise) -> Series:
+    """What is exported while some of the requests are computed and others wait; the engine goes on by a step at a time,
+    so that it answers."""
+    return await wait_for(
+        endpoint,
+        model,
+        lambda got: got.get("running") == 2 and got["waiting"] and got["pages_used"] and got.get("steps_total"),
+        engine.steps.release,
+        pause=0.3,
+    )
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.steps = threading.Semaphore(0)
-        self.free = False
 
-    def step(self, turn: Turn | None = None) -> list[Output]:
-        if not self.free:
-            self.steps.acquire()
-        return super().step(turn)
-
-    def let_go(self) -> None:
-        """Lets all further steps happen."""
-        self.free = True
-        self.steps.release()
+def at_rest(load: Load, told: list[list[int]]) -> Series:
+    """What is exported of an engine that has answered all, with ``told``."""
+    totals = ("steps", "step_seconds", "prompt_tokens", "cached_tokens", "generated_tokens")
+    return {
+        **dict.fromkeys(("running", "waiting", "pages_used"), 0),
+        "pages": load.pages,
+        "pages_cached": load.pages_cached,
+        **{f"{name}_total": getattr(load, f"{name}_total") for name in totals},
+        "ttft_seconds_count": sum(bool(tokens) for tokens in told),
+        "tpot_seconds_count": sum(max(0, len(tokens) - 1) for tokens in told),
+    }
 
 
 @asynchronous
@@ -224,14 +190,7 @@ async def test_what_an_engine_does_can_be_read_from_the_node(
     answers = [asyncio.create_task(tokens_of(measured, request)) for request in requests]
 
     began = time.monotonic()
-    # Some of them are computed, the others wait; the engine goes on by a step at a time, so that it answers.
-    busy = await wait_for(
-        endpoint,
-        model,
-        lambda got: got.get("running") == 2 and got["waiting"] and got["pages_used"] and got.get("steps_total"),
-        engine.steps.release,
-        pause=0.3,
-    )
+    busy = await seen_at_work(endpoint, model, engine)
     assert 1 <= busy["waiting"] <= 3
     assert busy["pages_used"] < busy["pages"]
     assert busy["capacity"] == 2
@@ -252,29 +211,10 @@ async def test_what_an_engine_does_can_be_read_from_the_node(
     took = time.monotonic() - began
 
     told = [*answered, again, stopped, cut]
-    values = await wait_for_values(
-        endpoint,
-        model,
-        {
-            "running": 0,
-            "waiting": 0,
-            "pages_used": 0,
-            "pages": load.pages,
-            "pages_cached": load.pages_cached,
-            "steps_total": load.steps_total,
-            "step_seconds_total": load.step_seconds_total,
-            "prompt_tokens_total": load.prompt_tokens_total,
-            "cached_tokens_total": load.cached_tokens_total,
-            "generated_tokens_total": load.generated_tokens_total,
-            "requests_total{finish=length}": 6,
-            "requests_total{finish=stop}": 1,
-            "requests_total{finish=cancelled}": 1,
-            "requests_total{finish=refused}": 1,
-            "request_seconds_count": 7,
-            "ttft_seconds_count": sum(bool(tokens) for tokens in told),
-            "tpot_seconds_count": sum(max(0, len(tokens) - 1) for tokens in told),
-        },
-    )
+    ended = {"length": 6, "stop": 1, "cancelled": 1, "refused": 1}
+    counted = {f"requests_total{{finish={finish}}}": times for finish, times in ended.items()}
+    expected = at_rest(load, told) | counted | {"request_seconds_count": 7}
+    values = await wait_for_values(endpoint, model, expected)
     assert load.cached_tokens_total >= 16  # two pages of the prompt that was asked again
     prompts = sum(len(r.prompt) for r in requests) + 17 + 17 + 5
     assert values["prompt_tokens_total"] + values["cached_tokens_total"] == prompts
@@ -305,17 +245,6 @@ async def test_an_engine_that_dies_shows_as_errors_and_no_capacity(
         endpoint, model, {"capacity": 0, "running": 0, "tpot_seconds_count": 2, "requests_total{finish=error}": 1}
     )
     await measured.close()
-
-
-class Restarted(Timetable):
-    """Engines that are started again: a test says how often, and what they did since."""
-
-    def __init__(self, restarts: int, load: Load) -> None:
-        super().__init__({})
-        self.restarts, self.now_load = restarts, load
-
-    async def load(self) -> Load:
-        return self.now_load
 
 
 @pytest.mark.parametrize("after", [3, 25], ids=["fewer tokens than before", "more tokens than before"])
@@ -373,11 +302,6 @@ async def test_totals_read_while_ranks_are_started_again_are_not_counted_twice(e
     await looked_at(Between(0, now), metrics)
     await looked_at(Restarted(1, now), metrics)
     await wait_for_values(endpoint, model, {"generated_tokens_total": 14, "restarts_total": 1})
-
-
-async def looked_at(engines: Restarted, metrics: ServeMetrics) -> None:
-    """One look at the engines' load."""
-    await Measured(engines, metrics).close()  # at once: only the last look is left
 
 
 @asynchronous

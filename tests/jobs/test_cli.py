@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -73,6 +74,14 @@ def test_the_driver_checks_a_recipe_without_torch_or_ray() -> None:
     assert "HEAVY []" in out
 
 
+def test_a_recipe_that_no_gpu_of_80_gib_holds_is_shown_with_the_keys_with_which_one_does(tmp_path: Path) -> None:
+    shown = shoal_here("config", "show", "nsa-27b", cwd=tmp_path).stdout
+    keys = re.search(r"80 GiB does not hold a rank; with ((?:--set \S+ )+)it does", shown)
+    assert keys, shown
+    assert "80 GiB" not in shoal_here("config", "show", "nsa-27b", *keys[1].split(), cwd=tmp_path).stdout
+    assert "80 GiB" not in shoal_here("config", "show", "tiny", cwd=tmp_path).stdout
+
+
 def test_the_console_script_is_there_and_prints_the_version() -> None:
     script = Path(sys.executable).with_name("shoal")
     result = subprocess.run([script, "--version"], capture_output=True, text=True, timeout=60)
@@ -87,7 +96,7 @@ def test_the_console_script_is_there_and_prints_the_version() -> None:
         (["config", "show", "tiny", "--set", "model.hiden=3"], 3, "did you mean model.hidden"),
         (["config", "show", "tiny", "--set", "moe.top_k=99"], 3, "moe.top_k=99"),
         (["config", "show", "tiny", "--set", "model.hidden"], 2, "is not of the form key=value"),
-        (["runs", "show", "none", "--runs-dir", "nowhere"], 5, "error: run 'none' is not in nowhere"),
+        (["runs", "show", "none", "--runs-dir", "nowhere"], 5, "error: run 'none' is neither a run's folder"),
     ],
 )
 def test_a_mistake_is_one_line_on_standard_error_with_its_exit_code(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -13,6 +14,7 @@ from job_fixtures import Shell, here_fixture  # noqa: F401  # fixtures are found
 from job_request import job_manifest
 
 from shoal.jobs.cli.job import EXAMPLES
+from shoal.jobs.cli.main import root
 from shoal.jobs.kube.api import Cluster
 from shoal.workers.errors import InvalidInput
 
@@ -131,13 +133,19 @@ def test_a_command_line_is_refused_in_one_sentence(
     assert err.startswith("error: ") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("text", ["README.md", "shoal job --help"])
-def test_what_a_newcomer_reads_first_is_not_refused(text: str, here: Shell) -> None:
+@pytest.mark.parametrize(
+    ("page", "least"),
+    [
+        pytest.param((Path(__file__).parents[2] / "README.md").read_text(), 2, id="README.md"),
+        pytest.param(EXAMPLES, 4, id="shoal job --help"),
+        pytest.param(inspect.getdoc(root), 1, id="shoal --help"),
+    ],
+)
+def test_what_a_newcomer_reads_first_is_not_refused(page: str, least: int, here: Shell) -> None:
     """Each `shoal job render` and `submit` that is written there in one line, of a Ray's jobs their recipe."""
-    page = (Path(__file__).parents[2] / text).read_text() if text.endswith(".md") else EXAMPLES
     page = page.replace("--ray-address http://head:8265 --runs-dir /mnt/runs", "--volume runs:/mnt")
-    commands = re.findall(r"^ *shoal job (?:render|submit) (.*)$", page.replace(" --wait", ""), re.M)
-    assert len(commands) >= 2
+    commands = re.findall(r"^(?: *|- `)shoal job (?:render|submit) (.*?)`?$", page.replace(" --wait", ""), re.M)
+    assert len(commands) >= least
     for command in commands:
         code, _, err = here("job", "render", *shlex.split(command, comments=True))
         assert code == 0, (command, err)
@@ -233,6 +241,7 @@ def test_gpus_that_no_rank_would_use_are_refused() -> None:
     ("text", "says"),
     [
         ("[default]\nnods = 2\n", "'nods' is not an option of a job: did you mean nodes"),
+        ("[default]\ngpus-per-nod = 2\n", "'gpus-per-nod' is not an option of a job: did you mean gpus-per-node"),
         ("[default]\nnodes = 'two'\n", "profile default of shoal-jobs.toml: nodes='two' cannot be used"),
         ("default = 3\n", "default=3 is not a table"),
         ("nodes = 2\n[default]\n", "nodes=2 is not a table: write it below the head of one"),

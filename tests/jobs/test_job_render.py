@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -285,6 +286,27 @@ def test_the_estimate_of_the_recipe_says_what_a_gpu_must_hold() -> None:
     recipe = load_recipe("nsa-27b", overrides={"parallel.ranks": 8})
     needed = estimate(recipe).memory["colocated"].total
     assert f"does not fit: needs {gib(needed + (3 << 29))} a rank, 80.0 GiB asked" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "nodes", "gpus", "least"),
+    [
+        ("deepseekmoe-16b", 2, 8, "train.accumulate=72"),
+        ("nsa-27b", 8, 8, "train.recompute=21"),
+        ("deepseekmoe-145b", 16, 8, "parallel.shard_dense=false"),
+    ],
+)
+def test_what_does_not_fit_a_gpu_is_told_the_keys_with_which_it_does(
+    recipe: str, nodes: int, gpus: int, least: str
+) -> None:
+    """Of these keys a step less, ``least``, still does not."""
+    with pytest.raises(InvalidInput, match=r"80\.0 GiB asked") as refused:
+        job_manifest(recipe, nodes=nodes, gpus_per_node=gpus)
+    keys = tuple(re.findall(r"--set (\S+=\w+)", str(refused.value)))
+    assert {key.split(".")[0] for key in keys} <= {"train", "parallel"}
+    assert job_manifest(recipe, keys, nodes=nodes, gpus_per_node=gpus)
+    with pytest.raises(InvalidInput, match="does not fit"):
+        job_manifest(recipe, (*keys, least), nodes=nodes, gpus_per_node=gpus)
 
 
 def test_the_memory_that_is_asked_for_by_itself_is_enough_and_a_byte_less_is_refused() -> None:

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.jobs.cli.runs import plot
+from shoal.jobs.load import choose_step, find_run
 from shoal.jobs.recipe import load_recipe, recipe_to_toml
 from shoal.jobs.runs import list_runs, show_run
 from shoal.workers.errors import InvalidInput, NotFound
@@ -95,10 +96,32 @@ def test_a_run_that_is_being_written_can_be_read(tmp_path: Path) -> None:
     assert shoal_runs("show", "new", "--runs-dir", str(tmp_path)).returncode == 0
 
 
+def test_a_run_goes_by_its_name_or_its_folder(tmp_path: Path) -> None:
+    """As ``shoal train`` names it at its end, and as the commands that use a run take it."""
+    folder = write_run(tmp_path, "tiny", [5.0, 4.0])
+    assert show_run(Path("elsewhere"), str(folder)) == show_run(tmp_path, "tiny")
+    with pytest.raises(NotFound, match=r"run 'tinny' is neither a run's folder nor in .*: did you mean tiny$"):
+        find_run("tinny", tmp_path)
+
+
+def test_a_checkpoint_that_is_not_there_is_answered_with_those_that_are_and_a_damaged_one_by_its_name(
+    tmp_path: Path,
+) -> None:
+    write_run(tmp_path, "tiny", [5.0], checkpoints=(20, 40))
+    folder = find_run("tiny", tmp_path)
+    assert choose_step(folder, None) == (40, [])
+    with pytest.raises(NotFound, match=r"no checkpoint of step 30 \(it has 20, 40\)"):
+        choose_step(folder, 30)
+    for state in folder.path.glob("checkpoints/step-*/state.json"):
+        state.write_text("{ }")
+    with pytest.raises(InvalidInput, match=r"no whole checkpoint \(checkpoint .*step-40 is damaged"):
+        choose_step(folder, None)
+
+
 def test_an_unknown_run_is_not_found_with_the_near_names(tmp_path: Path) -> None:
     write_run(tmp_path, "tiny-0001", [5.0])
     write_run(tmp_path, "large", [5.0])
-    with pytest.raises(NotFound, match=r"run 'tiny-001' is not in .*: did you mean tiny-0001$"):
+    with pytest.raises(NotFound, match=r"run 'tiny-001' is neither a run's folder nor in .*: did you mean tiny-0001$"):
         show_run(tmp_path, "tiny-001")
     with pytest.raises(NotFound, match="there are large, tiny-0001"):
         show_run(tmp_path, "zzz")

@@ -82,6 +82,7 @@ def test_interrupted_and_resumed_a_run_ends_with_the_same_bits(
         os.killpg(process.pid, number)
         stdout, stderr = process.communicate(timeout=240)
     assert process.returncode == 130, stdout + stderr
+    assert f"stopped by {number.name}, checkpoint step-" in stdout
     assert f"go on with: shoal train --resume --name {name}\n" in stdout
     before = steps_done(run)
     assert 0 < before < STEPS
@@ -171,6 +172,8 @@ def test_evaluate_measures_what_training_measured(here: Path, whole: Path) -> No
     for key in ("loss", "bits_per_byte"):
         assert said[key] == pytest.approx(trained[key], rel=1e-5)
     assert said["unigram_bits_per_byte"] == trained["unigram_bits_per_byte"]
+    watched = shoal_here("evaluate", "whole", cwd=here, FORCE_COLOR="1")  # as on a terminal
+    assert "100%" in watched.stderr and "100%" not in result.stderr + watched.stdout
 
 
 def test_a_run_is_used_by_its_url(here: Path, whole: Path, tmp_path: Path) -> None:

@@ -72,10 +72,17 @@ def refused(result: subprocess.CompletedProcess[str], code: int, *says: str) -> 
             ["--resume", "--name", "old", "--set", "model.hidden=64"], 3, ["model.hidden=32", "model.hidden=64"],
             id="run of another recipe",
         ),
+        pytest.param(
+            ["--resume", "--name", "old", "--steps", "7"], 3, ["train.steps=7", "(--from old begins it with these"],
+            id="a longer run",
+        ),
         pytest.param(["--resume", "--name", "old"], 3, ["runs/old", "hash none"], id="run of another corpus"),
         pytest.param(
             ["--set", "model.hidden=65536", "--set", "moe.expert_hidden=65536"], 4, ["parallel.ranks=1", "memory free"],
             id="memory",
+        ),
+        pytest.param(
+            ["--set", "train.batch=262144"], 4, ["memory free: add --set train.accumulate="], id="a batch too large"
         ),
         pytest.param(
             ["--workers", "1024", "--set", "parallel.expert=1", "--set", "train.batch=1024"], 4,
