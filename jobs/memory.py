@@ -27,7 +27,8 @@ def refuse_what_does_not_fit(recipe: Recipe) -> None:
         )
     if device == "cuda" or (gpus and device == "auto"):
         return
-    kinds = count_memory(recipe, count_parameters(recipe)).values()
+    here = recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"device": "cpu"})})
+    kinds = count_memory(here, count_parameters(here)).values()
     needed = sum(kind.ranks * (kind.total + PROCESS) for kind in kinds)
     free = available_memory()
     if free and needed > free:

@@ -16,6 +16,7 @@ GIB = 1 << 30
 OBJECT_STORE = GIB // 2  # bytes; it lies in /dev/shm, and tensors never pass through it
 RAY = 3 * GIB // 2  # bytes of a node's raylet and agents
 CUDA = 3 * GIB // 2  # bytes of a GPU that its context and NCCL's buffers take
+PIECES = 32  # PyTorch's allocator may hold a 32nd more than is allocated, in pieces between what is (an allowance)
 HOST = 4 * GIB  # bytes of a node's memory for the process of a GPU rank, before any tensor
 UNKNOWN = 16 * GIB  # bytes of a node's memory for a rank of a model that is not known here
 SHM_RANK = GIB // 2  # bytes of /dev/shm a rank, where ranks of one node exchange
@@ -104,7 +105,7 @@ def _host_memory(recipe: Recipe) -> int:
 def _check_gpu(recipe: Recipe, options: JobOptions) -> None:
     asked = to_bytes(options.gpu_memory, "--gpu-memory")
     for kind, memory in count_memory(recipe, count_parameters(recipe)).items():
-        needed = memory.total + CUDA
+        needed = memory.total + memory.total // PIECES + CUDA
         if needed > asked:
             which = "" if kind == "colocated" else f"{kind} "
             raise InvalidInput(
