@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from shoal.jobs.activations import BRANCHES, GATE_HIDDEN, dispatched_on_a_rank, of_a_pass, sizes_of, width_of
+
 if TYPE_CHECKING:
     from shoal.kernels.nsa import BlockSizes
     from shoal.workers.config import AttentionTable, ModelTable, Recipe
-
-GATE_HIDDEN = 64  # hidden size of NSA's gate MLP: hidden -> 64 -> 3 * heads
-BRANCHES = 3  # compression, selection, window: each with K and V projections of its own
-LOSS_CHUNK = 4096  # tokens whose logits exist at one time
 
 
 @dataclass(frozen=True)
@@ -67,18 +65,23 @@ class Flops:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on each rank of one kind. ``activations`` is rough: what an unfused backward pass keeps."""
+    """Bytes on each rank of one kind, as PyTorch allocates them.
+
+    gradients: all there are when the backward passes of a step end. activations: what a forward pass keeps. step:
+    the most that there is at a time of both, and of what passes take meanwhile: activations go as gradients come.
+    """
 
     ranks: int
     weights: int
-    gradients: int
     optimizer: int
+    gradients: int
     activations: int
+    step: int
 
     @property
     def total(self) -> int:
-        """Bytes in all."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        """The most that there is at a time."""
+        return self.weights + self.optimizer + self.step
 
 
 @dataclass(frozen=True)
@@ -200,33 +203,55 @@ def _visible_blocks(a: AttentionTable | BlockSizes, length: int) -> int:
 
 
 def count_memory(recipe: Recipe, parameters: Parameters) -> dict[str, RankMemory]:
-    """Bytes a rank. Attention shards are replicated, routed experts are divided over the expert ranks.
-
-    Weights and gradients have ``train.dtype``; AdamW keeps two moments of at least float32. Where the weights are
-    shorter than that, there is a float32 master copy of them, and float32 gradients beside the short ones. Moments and
-    masters are shared out among the ranks that hold the same weights, tensor by tensor. With ``parallel.shard_dense``
-    attention ranks keep parts of their weights and gradients, and whole ones of what is computed (:func:`_gathered`).
-    """
+    """Bytes a rank. Attention shards are replicated, routed experts are divided over the expert ranks."""
     p, moe = recipe.parallel, recipe.moe
-    shared = parameters.shared_experts
-    everywhere = parameters.total - parameters.routed_experts - shared
-    dispatched = moe.shared == "dispatched"
-    experts = (parameters.routed_experts + (shared if dispatched else 0)) // (p.expert_ranks if moe.experts else 1)
-    attention = everywhere + (0 if dispatched else shared)
-    tokens = recipe.train.batch // recipe.train.accumulate * recipe.train.sequence
-    kept = _attention_activations(recipe, tokens // p.attention_ranks)
-    rows = _expert_activations(recipe, tokens)
-    part, parts = -(-attention // p.attention_ranks), 0
-    updated = max(part, recipe.model.vocab * recipe.model.hidden)
-    if p.shard_dense and p.attention_ranks > 1:
-        attention, updated, parts = min(attention, _gathered(recipe, parameters)), part, part
+    sent = dispatched_on_a_rank(recipe)
+    each = parameters.shared_experts // moe.shared_experts if sent else 0
+    attention = parameters.total - parameters.routed_experts - each * moe.shared_experts
+    experts = parameters.routed_experts // (p.expert_ranks if moe.experts else 1) + sent * each
     if p.split:
         return {
-            "attention": _memory(recipe, p.split[0], attention, updated, kept, parts),
-            "expert": _memory(recipe, p.split[1], experts, experts, rows // p.split[1]),
+            "attention": _memory(recipe, parameters, p.split[0], attention, 0),
+            "expert": _memory(recipe, parameters, p.split[1], 0, experts),
         }
-    updated += -(-experts // (p.ranks // p.expert_ranks))
-    return {"colocated": _memory(recipe, p.ranks, attention + experts, updated, kept + rows // p.ranks, parts)}
+    return {"colocated": _memory(recipe, parameters, p.ranks, attention, experts)}
+
+
+def _memory(recipe: Recipe, parameters: Parameters, ranks: int, attention: int, experts: int) -> RankMemory:
+    """Of ranks of one kind that each host so many parameters of attention shards and of experts.
+
+    Weights have ``train.dtype``; AdamW keeps two moments of at least float32, and where weights are shorter, float32
+    masters. Those are shared out among the ranks that hold the same weights, tensor by tensor. A gradient is float32
+    from the moment that a backward pass has made it, and stays until the update: over several micro-batches all are
+    there already. With ``parallel.shard_dense`` there are parts of weights and gradients, and whole ones of what is
+    computed.
+    """
+    p, m, width = recipe.parallel, recipe.model, width_of(recipe)
+    wide = max(width, 4)
+    short = width < wide
+    table = m.vocab * m.hidden if attention else 0
+    part, sharded = -(-attention // p.attention_ranks), p.shard_dense and p.attention_ranks > 1 and attention > 0
+    updated = (part if sharded else max(part, table)) + -(-experts // max(1, ranks // p.expert_ranks))
+    whole = min(attention, _gathered(recipe, parameters)) if sharded else attention
+    weights = (whole + experts) * width + (part * width if sharded and not short else 0)
+    buffers = whole * (width + wide) if sharded else 0  # gradients of what is whole, before they are summed and cut
+    gradients = ((part if sharded else attention) + experts) * wide
+    of_head = 0 if sharded else table * wide
+    sizes = sizes_of(recipe, attention > 0, experts > 0)
+    if recipe.train.accumulate > 1:
+        kept, most = of_a_pass(recipe, sizes, 0, 0)
+        most += gradients
+    else:
+        kept, most = of_a_pass(recipe, sizes, (gradients - of_head) // m.layers, of_head)
+    joined = attention * wide if ranks > 1 and not sharded else 0  # copies of those that travel together
+    return RankMemory(
+        ranks=ranks,
+        weights=weights,
+        optimizer=updated * (2 * wide + (wide if short else 0)),
+        gradients=gradients + buffers,
+        activations=kept,
+        step=buffers + max(most, gradients + joined),
+    )
 
 
 def _gathered(recipe: Recipe, parameters: Parameters) -> int:
@@ -237,60 +262,3 @@ def _gathered(recipe: Recipe, parameters: Parameters) -> int:
     ffn = max(parameters.dense_ffn // max(1, dense), local // max(1, sparse))
     block = (parameters.attention + parameters.compression) // m.layers + 2 * m.hidden + ffn
     return parameters.embedding + m.hidden + 2 * block
-
-
-def _memory(recipe: Recipe, ranks: int, parameters: int, updated: int, activations: int, parts: int = 0) -> RankMemory:
-    """parameters: those that are whole on the rank. updated: how many have their masters and moments there. parts: how
-    many it keeps beside them of sharded ones, as masters, with gradients as long."""
-    width = _bytes_of(recipe)
-    state = max(width, 4)
-    master = state if width < state else 0
-    return RankMemory(
-        ranks=ranks,
-        weights=parameters * width + (0 if master else parts * width),
-        gradients=parameters * (width + master) + parts * state,
-        optimizer=updated * (2 * state + master),
-        activations=activations,
-    )
-
-
-def _bytes_of(recipe: Recipe) -> int:
-    """Bytes of a weight. ``auto`` counts as bfloat16 unless the recipe is for a CPU."""
-    dtype = recipe.train.dtype
-    if dtype == "auto":
-        dtype = "float32" if recipe.parallel.device == "cpu" else "bfloat16"
-    return {"bfloat16": 2, "float32": 4, "float64": 8}[dtype]
-
-
-def _kept_layers(recipe: Recipe) -> tuple[int, int]:
-    """Dense and MoE layers whose activations exist at one time: all but those computed again, one of which does."""
-    m, again = recipe.model, recipe.train.recompute
-    dense = m.dense_layers if recipe.moe.experts else m.layers
-    gone_dense, gone_moe = min(again, dense), max(0, again - dense)
-    return dense - gone_dense + (gone_dense > 0 and not gone_moe), m.layers - dense - gone_moe + (gone_moe > 0)
-
-
-def _attention_activations(recipe: Recipe, tokens: int) -> int:
-    """Bytes kept for the backward pass by all that stands on an attention rank.
-
-    A layer keeps its two inputs and their norms, Q, K, V and the branches' outputs, and the dense or shared FFN's
-    gate, up and product; one that is computed again its input. The head keeps float32 logits and their gradient, of a
-    few thousand tokens at a time.
-    """
-    m, moe = recipe.model, recipe.moe
-    branches = BRANCHES if recipe.attention.kind == "nsa" else 1
-    mixed = m.heads * (m.head_dim + (branches + 1) * m.v_dim) + branches * m.kv_heads * (m.head_dim + m.v_dim)
-    dense_layers, moe_layers = _kept_layers(recipe)
-    local = moe.shared_experts * moe.expert_hidden if moe.shared == "local" else 0
-    ffn = 3 * (dense_layers * m.dense_hidden + moe_layers * local)
-    elements = (dense_layers + moe_layers) * (4 * m.hidden + mixed) + ffn + recipe.train.recompute * m.hidden
-    return tokens * elements * _bytes_of(recipe) + min(tokens, LOSS_CHUNK) * 2 * 4 * m.vocab
-
-
-def _expert_activations(recipe: Recipe, tokens: int) -> int:
-    """Bytes kept by all expert ranks together: rows in, gate, up, product, rows out, evenly balanced."""
-    m, moe = recipe.model, recipe.moe
-    if not moe.experts:
-        return 0
-    chosen = moe.top_k + (moe.shared_experts if moe.shared == "dispatched" else 0)
-    return _kept_layers(recipe)[1] * tokens * chosen * (2 * m.hidden + 3 * moe.expert_hidden) * _bytes_of(recipe)

@@ -15,6 +15,7 @@ from shoal.workers.errors import ClusterRefused
 
 PROCESS = 400 << 20  # bytes of a rank's process before any tensor: Python, torch, Ray
 CUDA = 3 << 29  # bytes of a GPU that its context and NCCL's buffers take
+PIECES = 32  # PyTorch's allocator may hold a 32nd more than is allocated, in pieces between what is (an allowance)
 
 
 def refuse_what_does_not_fit(recipe: Recipe) -> None:
@@ -32,10 +33,11 @@ def refuse_what_does_not_fit(recipe: Recipe) -> None:
         )
     if device == "cuda" or (gpus and device == "auto"):
         return
+    here = recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"device": "cpu"})})
     free = available_memory()
-    needed = _in_all(memory_of(recipe))
+    needed = _in_all(memory_of(here))
     if free and needed > free:
-        keys = keys_that_fit(recipe, lambda ranks: _in_all(ranks) <= free)
+        keys = keys_that_fit(here, lambda ranks: _in_all(ranks) <= free)
         raise ClusterRefused(
             f"parallel.ranks={recipe.parallel.ranks} of this recipe need about {gib(needed)} in all, and this machine "
             f"has {gib(free)} of memory free: "
@@ -50,7 +52,8 @@ def memory_of(recipe: Recipe) -> dict[str, RankMemory]:
 
 def beyond(ranks: dict[str, RankMemory], gpu: int) -> dict[str, int]:
     """Kinds of ranks that a GPU of so many bytes cannot hold, with the bytes that they need."""
-    return {kind: memory.total + CUDA for kind, memory in ranks.items() if memory.total + CUDA > gpu}
+    needed = {kind: memory.total + memory.total // PIECES + CUDA for kind, memory in ranks.items()}
+    return {kind: size for kind, size in needed.items() if size > gpu}
 
 
 def keys_that_fit(recipe: Recipe, fits: Callable[[dict[str, RankMemory]], bool]) -> str:

@@ -144,10 +144,10 @@ def _render(recipe: Recipe, costs: Estimate) -> None:
         f"compression {si(f.compression)}), training {si(f.training)}, at {recipe.train.sequence:,} tokens a sequence"
     )
     memory = grid(
-        "memory a rank", "ranks", "weights", "gradients", "optimizer", "activations", "total", right=range(1, 7)
+        "memory a rank", "ranks", "weights", "optimizer", "gradients", "activations", "at most", right=range(1, 7)
     )
     for kind, rank in costs.memory.items():
-        sizes = (rank.weights, rank.gradients, rank.optimizer, rank.activations, rank.total)
+        sizes = (rank.weights, rank.optimizer, rank.gradients, rank.activations, rank.total)
         memory.add_row(kind, str(rank.ranks), *(f"{size / 2**30:.2f} GiB" for size in sizes))
     out.print(memory)
     if recipe.parallel.device != "cpu" and beyond(costs.memory, GPU):

@@ -118,7 +118,7 @@ def test_unknown_parts_are_refused() -> None:
 
 
 def test_full_sizes_are_possible_on_8_ranks_and_fit_80_gb() -> None:
-    """Each training's recipe is allowed, with at most 70 GB by the estimate or with less than was measured to fit."""
+    """Each training's recipe is allowed, and leaves room on a GPU of 80 GiB, 86 GB, by the estimate."""
     from shoal.jobs.bench.scale_cases import Training
     from shoal.jobs.estimate import estimate
 
@@ -130,8 +130,5 @@ def test_full_sizes_are_possible_on_8_ranks_and_fit_80_gb() -> None:
             assert isinstance(case.sizes, Training)
             recipe = case.sizes.load()
             assert recipe.parallel.ranks == ranks
-            if recipe.name == "deepseekmoe-2b":  # the estimate is too high: 80k tokens took 76.9 GB of an H100
-                assert recipe.train.batch // recipe.train.accumulate * recipe.train.sequence <= ranks * 81920
-            else:
-                assert estimate(recipe).memory["colocated"].total < 70e9
+            assert estimate(recipe).memory["colocated"].total < 77e9  # as much was measured to fit
     assert max(case.tokens for case in scale.cases(8) if case.name.startswith("4 layers")) == 1 << 20

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -168,6 +170,17 @@ def test_a_layer_computed_again_asks_for_the_same_kernel(monkeypatch: pytest.Mon
     with torch.no_grad():
         model(batch)
     assert asked[4:] == [(False, False)] * 3
+
+
+def test_what_layers_that_are_computed_again_shared_goes_with_the_step() -> None:
+    """Their tables of a batch stay on the GPU otherwise, of every batch."""
+    model, batch = small_model(train__recompute=3), packed([64])
+    load = MoELoad(64)
+    (model.loss_sum(model(batch, load), batch.targets) + torch.stack(load.losses).sum()).backward()
+    tokens = weakref.ref(batch.tokens)
+    del load, batch
+    gc.collect()
+    assert tokens() is None
 
 
 def test_dtypes_and_placements_start_from_the_same_numbers() -> None:

@@ -87,11 +87,13 @@ def recomputed(layer: Block, x_TH: Tensor, context: StepContext) -> Tensor:
     Reentrant: the layer is one node of autograd, so that all ranks compute it again at the same place among their
     collectives, whatever tensors they would have saved. It counts its load both times, of which one is kept.
     """
-    empty = context.load.apart()  # now: later on, other layers have counted
+    # Now: later on, other layers have counted. What is called again holds this, and not the context: the context's load
+    # holds the losses of this call, whose node holds the call, and nobody would let go of either.
+    apart = context.counting_into(context.load.apart())
 
     def part(x: Tensor) -> tuple[Tensor, ...]:
-        load = empty.apart()
-        out = run(layer.stages(x, context.counting_into(load)))
+        load = apart.load.apart()
+        out = run(layer.stages(x, apart.counting_into(load)))
         return (out, *load.counts, *load.losses)
 
     out, *counted = checkpoint(part, x_TH, use_reentrant=True, preserve_rng_state=False)
