@@ -1,4 +1,4 @@
-"""What kernels in Gluon for Hopper share: where they can run, descriptors for TMA, a barrier."""
+"""What kernels in Gluon for Hopper share: where they can run, descriptors for TMA, a barrier, halves of registers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -34,3 +35,13 @@ def descriptor(x: Tensor, *block: int) -> TensorDescriptor:
 def multiprocessors(device: torch.device) -> int:
     """How many the GPU has: the number of persistent programs."""
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@gluon.jit
+def split_halves(x):  # type: ignore[no-untyped-def]
+    """Left and right columns of a warpgroup's rows ``[M, N]``, as matrix products leave them in registers."""
+    M: gl.constexpr = x.shape[0]
+    N: gl.constexpr = x.shape[1]
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N // 2, 16])
+    left, right = gl.split(gl.permute(gl.reshape(x, [M, 2, N // 2]), [0, 2, 1]))
+    return gl.convert_layout(left, L, assert_trivial=True), gl.convert_layout(right, L, assert_trivial=True)

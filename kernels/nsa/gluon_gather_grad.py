@@ -20,9 +20,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from shoal.kernels.hopper import barrier, descriptor, multiprocessors
+from shoal.kernels.hopper import barrier, descriptor, multiprocessors, split_halves
 from shoal.kernels.nsa import gluon_span_grad
-from shoal.kernels.nsa.gluon_span_grad import reduce_add, split_halves
+from shoal.kernels.nsa.gluon_span_grad import reduce_add
 from shoal.kernels.nsa.triton_inverse import Inverse
 from shoal.kernels.nsa.triton_select import LOG2E
 from shoal.kernels.nsa.triton_span_grad import Grads

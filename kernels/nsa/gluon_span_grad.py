@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from shoal.kernels.hopper import barrier, descriptor, on_hopper
+from shoal.kernels.hopper import barrier, descriptor, on_hopper, split_halves
 from shoal.kernels.nsa.triton_select import LOG2E
 from shoal.kernels.nsa.triton_span_grad import Grads
 from shoal.kernels.nsa.triton_tables import Span
@@ -209,16 +209,6 @@ def _add_keys(x, acc, at, column, smem):
         left, right = split_halves(acc)
         _add_keys(x, left, at, column, smem)
         _add_keys(x, right, at, column + 64, smem)
-
-
-@gluon.jit
-def split_halves(x):
-    """Left and right columns."""
-    M: gl.constexpr = x.shape[0]
-    N: gl.constexpr = x.shape[1]
-    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N // 2, 16])
-    left, right = gl.split(gl.permute(gl.reshape(x, [M, 2, N // 2]), [0, 2, 1]))
-    return gl.convert_layout(left, L, assert_trivial=True), gl.convert_layout(right, L, assert_trivial=True)
 
 
 @gluon.jit
