@@ -14,7 +14,7 @@ import torch
 from shoal.kernels.nsa import BlockSizes
 
 SHARED_MEMORY = 227 * 1024
-KERNELS = {"_span_kernel": 3, "_grad_kernel": 2, "_gather_grad_kernel": 1, "_gemm_kernel": 5, "_outer_kernel": 1}
+KERNELS = {"_span_kernel": 3, "_grad_kernel": 4, "_gather_grad_kernel": 1, "_gemm_kernel": 5, "_outer_kernel": 1}
 KERNELS |= {"_importance_kernel": 1}
 KERNELS |= {"_plan_kernel": 4, "_before_kernel": 6, "_pack_kernel": 2, "_count_kernel": 2, "_place_kernel": 2}
 KERNELS |= {"_gates_kernel": 2, "_home_kernel": 2, "_expand_kernel": 4, "_address_kernel": 2}
@@ -39,11 +39,15 @@ def test_every_kernel(tmp_path: Path) -> None:
 def test_wide_heads_are_taken_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels for 192 dimensions have to be turned on: none of them has been measured."""
     gluon_span = pytest.importorskip("shoal.kernels.nsa.gluon_span")
-    monkeypatch.setattr(gluon_span, "on_hopper", lambda x: True)
+    gluon_span_grad = pytest.importorskip("shoal.kernels.nsa.gluon_span_grad")
+    for module in (gluon_span, gluon_span_grad):
+        monkeypatch.setattr(module, "on_hopper", lambda x: True)
     for dim, taken in ((64, True), (96, False), (128, True), (192, False)):
         q, k, v = (torch.zeros(8, heads, size, dtype=torch.bfloat16) for heads, size in ((32, dim), (2, dim), (2, 128)))
         assert gluon_span.supported(q, k, v) == taken
         assert gluon_span.supported(q, k, v, wide=True)
+        assert gluon_span_grad.supported(q, v) == (dim == 128)
+        assert gluon_span_grad.supported(q, v, wide=True) == (dim in (128, 192))
 
 
 @pytest.mark.parametrize(("group", "count", "taken"), [(8, 3, False), (8, 4, True), (16, 2, True), (64, 1, True)])
