@@ -29,7 +29,7 @@ def rising(tokens: int, keys: int) -> Span:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("kv", "group"), [(2, 16), (4, 1), (1, 64)])
-@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (64, 128), (192, 128), (96, 64), (192, 64)])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (64, 128), (192, 128), (96, 64), (192, 64)], ids=str)
 def test_against_the_oracle(dtype: torch.dtype, kv: int, group: int, dims: tuple[int, int]) -> None:
     tokens, keys = 203, 1000
     q, k = draw(tokens, kv * group, dims[0], dtype=dtype, seed=1), draw(keys, kv, dims[0], dtype=dtype, seed=2)

@@ -46,6 +46,7 @@ def drawn(
         (1, 64, (192, 64), torch.bfloat16),
         (3, 4, (192, 128), torch.float16),
     ],
+    ids=str,
 )
 @pytest.mark.parametrize("chunk", [0, 320])
 def test_like_triton(
