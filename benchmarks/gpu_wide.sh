@@ -22,10 +22,8 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} COLUMNS=200
 failed=0
 
 tests() {
-    "$PYTHON" -m pytest -q -m gpu -k 192 --durations=5 -p no:cacheprovider \
-        tests/kernels/test_nsa_gluon_span.py tests/kernels/test_nsa_gluon_span_grad.py \
-        tests/kernels/test_nsa_gluon_importance.py tests/kernels/test_nsa_triton_forward.py \
-        tests/kernels/test_nsa_triton_backward.py
+    "$PYTHON" -m pytest -q -m gpu -k 192 --durations=5 -p no:cacheprovider tests/kernels/test_nsa_gluon_*.py \
+        tests/kernels/test_nsa_triton_forward.py tests/kernels/test_nsa_triton_backward.py
 }
 
 bench() {

@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from shoal.kernels.hopper import barrier, descriptor, on_hopper, split_halves
+from shoal.kernels.hopper import barrier, descriptor, on_hopper, pieces, scores, split_halves
 from shoal.kernels.nsa.triton_select import LOG2E
 from shoal.kernels.nsa.triton_span_grad import Grads
 from shoal.kernels.nsa.triton_tables import Span
@@ -186,24 +186,6 @@ def _producer(
 
 
 @gluon.jit
-def _pieces(smem, slot, PIECES: gl.constexpr):
-    """The pieces of a tile ``[64, D]`` in shared memory."""
-    pieces = ()
-    for c in gl.static_range(PIECES):
-        pieces = pieces + (smem.index(slot * PIECES + c).reshape([64, smem.shape[-1]]),)  # type: ignore[assignment]  # noqa: RUF005
-    return pieces
-
-
-@gluon.jit
-def _scores(k, q, PIECES: gl.constexpr, S: gl.constexpr):
-    """Begin the product of a warpgroup's keys and a tile of queries, ``[64, 64]``."""
-    s = gl.zeros([64, 64], gl.float32, S)
-    for c in gl.static_range(PIECES):
-        s = warpgroup_mma(k[c], q[c].permute((1, 0)), s, use_acc=c > 0, is_async=True)
-    return s
-
-
-@gluon.jit
 def _query_grads(column: gl.constexpr, j, ds_smem, k_parts, S: gl.constexpr):
     """Begin 64 of the columns of ``d_sᵀ k`` over both warpgroups' keys, with the j-th d_s, ``[64, 64]``."""
     PARTS: gl.constexpr = k_parts.shape[0] // 2
@@ -287,13 +269,13 @@ def _consumer(
         dv = gl.zeros([64, E], gl.float32, ACC_E)
         mbarrier.wait(there, 0)
         mbarrier.wait(q_full.index(0), 0)
-        b_q = _pieces(q_ring, 0, PIECES)
-        s = warpgroup_mma_wait(0, [_scores(_pieces(k_smem, C, PIECES), b_q, PIECES, S)])
+        b_q = pieces(q_ring, 0, PIECES)
+        s = warpgroup_mma_wait(0, [scores(pieces(k_smem, C, PIECES), b_q, PIECES, S)])
         for i in range(count):
             slot, phase = i % STAGES, i // STAGES & 1
-            b_q, b_o = _pieces(q_ring, slot, PIECES), o_ring.index(slot).reshape([64, E])
+            b_q, b_o = pieces(q_ring, slot, PIECES), o_ring.index(slot).reshape([64, E])
             # i >> 30 is 0, which the compiler does not know: it would keep all addresses in registers.
-            b_v, b_k = v_smem.index(C + (i >> 30)), _pieces(k_smem, C + (i >> 30), PIECES)
+            b_v, b_k = v_smem.index(C + (i >> 30)), pieces(k_smem, C + (i >> 30), PIECES)
             mbarrier.wait(o_full.index(slot), phase)
             if OTHERS:
                 dp = warpgroup_mma(b_v, b_o.permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -327,8 +309,8 @@ def _consumer(
                 dq = _query_grads(C, i, ds_smem, k_parts, S)
             # After the last tile old queries are multiplied once more, for nothing.
             mbarrier.wait(q_full.index((i + 1) % STAGES), (i + 1) // STAGES & 1, pred=i + 1 < count)
-            b_q = _pieces(q_ring, (i + 1) % STAGES, PIECES)
-            s = _scores(b_k, b_q, PIECES, S)
+            b_q = pieces(q_ring, (i + 1) % STAGES, PIECES)
+            s = scores(b_k, b_q, PIECES, S)
             if OTHERS:
                 dq, dk = _wait(PIECES, dq, dk)
             else:

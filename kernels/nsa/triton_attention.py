@@ -24,7 +24,8 @@ def wide_tunings() -> Tunings:
     cmp, near = replace(forward.cmp, wide=True), replace(forward.near, wide=True)
     choose = replace(forward.choose, wide=True)
     cmp_grad, window_grad = replace(backward.cmp, wide=True), replace(backward.window, wide=True)
-    return replace(forward, cmp=cmp, near=near, choose=choose), replace(backward, cmp=cmp_grad, window=window_grad)
+    gradients = replace(backward, cmp=cmp_grad, window=window_grad, selected=replace(backward.selected, wide=True))
+    return replace(forward, cmp=cmp, near=near, choose=choose), gradients
 
 
 def nsa_triton(

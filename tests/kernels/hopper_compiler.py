@@ -87,10 +87,9 @@ def attention(kv: int, group: int, dims: tuple[int, int], dtype: torch.dtype) ->
     gluon_span_backward(q, k, v, d_out, base, base, tables.window, tables.window_seen, 0.1, grads)
     if group >= 16:
         block_scores(q, k, base, tables, 0.1, torch.zeros(2, kv, tokens, 4), 0, tokens)
-    if group >= 16 and dims[0] == 128:
         numbers = torch.zeros(kv + 1, dtype=torch.int32)
         inverse = Inverse(tokens, 1, 64, numbers, numbers.new_zeros(1, 64), numbers)
-        part = q.new_zeros(tokens, choices, heads, 128)
+        part = q.new_zeros(tokens, choices, heads, dims[0])
         block_parts(q, k, v, d_out, base, base, part, inverse, numbers[1:].view(kv, 1), tables, 0.1, grads, 0)
 
 
