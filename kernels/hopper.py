@@ -1,4 +1,9 @@
-"""What kernels in Gluon for Hopper share: where they can run, descriptors for TMA, a barrier."""
+"""What kernels in Gluon for Hopper share: where they can run, descriptors for TMA, a barrier, halves of registers.
+
+Tensors in Gluon have powers of two for sizes: what is 192 columns wide in memory is three pieces of 64 in shared
+memory, whose products are added up in the same registers.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
@@ -6,7 +11,9 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -34,3 +41,41 @@ def descriptor(x: Tensor, *block: int) -> TensorDescriptor:
 def multiprocessors(device: torch.device) -> int:
     """How many the GPU has: the number of persistent programs."""
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@gluon.jit
+def split_halves(x):
+    """Left and right columns of a warpgroup's rows ``[M, N]``, as matrix products leave them in registers."""
+    M: gl.constexpr = x.shape[0]
+    N: gl.constexpr = x.shape[1]
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N // 2, 16])
+    left, right = gl.split(gl.permute(gl.reshape(x, [M, 2, N // 2]), [0, 2, 1]))
+    return gl.convert_layout(left, L, assert_trivial=True), gl.convert_layout(right, L, assert_trivial=True)
+
+
+@gluon.jit
+def pieces(smem, slot, PIECES: gl.constexpr):
+    """The pieces of a tile ``[64, D]`` in shared memory."""
+    tiles = ()
+    for c in gl.static_range(PIECES):
+        tiles = tiles + (smem.index(slot * PIECES + c).reshape([64, smem.shape[-1]]),)  # type: ignore[assignment]  # noqa: RUF005
+    return tiles
+
+
+@gluon.jit
+def half_rows(tiles, half: gl.constexpr, PIECES: gl.constexpr):
+    """The first or second 32 rows of a tile's pieces."""
+    halves = ()
+    for c in gl.static_range(PIECES):
+        halves = halves + (tiles[c].slice(32 * half, 32, 0),)  # type: ignore[assignment]  # noqa: RUF005
+    return halves
+
+
+@gluon.jit
+def scores(k, q, PIECES: gl.constexpr, S: gl.constexpr):
+    """Begin the product of 64 keys and the rows of queries, ``[64, rows]``."""
+    COLUMNS: gl.constexpr = q[0].shape[0]
+    s = gl.zeros([64, COLUMNS], gl.float32, S)
+    for c in gl.static_range(PIECES):
+        s = warpgroup_mma(k[c], q[c].permute((1, 0)), s, use_acc=c > 0, is_async=True)
+    return s

@@ -22,6 +22,8 @@ from shoal.workers.errors import UsageError
 
 if TYPE_CHECKING:
     from shoal.jobs.bench.registry import Settings
+    from shoal.kernels.nsa.triton_backward import BackwardTuning
+    from shoal.kernels.nsa.triton_forward import ForwardTuning
 
 SIZES = BlockSizes(cmp_block=32, cmp_stride=16, slc_block=64, slc_count=16, slc_initial=1, slc_local=2, window=512)
 HEADS, KV_HEADS = 64, 4
@@ -77,22 +79,27 @@ class Problem:
 
 def run(settings: Settings) -> list[Row]:
     """Rows for every context, phase and baseline; then the parts. Raises UsageError without a GPU."""
-    if not torch.cuda.is_available():
-        raise UsageError(
-            "shoal bench nsa measures GPU kernels, and torch finds no GPU here: run it on a machine with one"
-        )
+    wants_gpu("nsa")
     torch.manual_seed(0)
     rows: list[Row] = []
     for context, dims in [(n, (128, 128)) for n in CONTEXTS] + [(CONTEXTS[-1], (192, 128))]:
         settings.say(f"context {context}, d_qk {dims[0]}, d_v {dims[1]}")
         problem = Problem.draw(context, dims)
-        dense = _dense(problem)
+        dense = dense_ms(problem)
         rows += _whole(problem, dense)
         if dims == (128, 128):
-            rows += _forward_parts(problem) + _backward_parts(problem) + _phi(problem)
+            rows += forward_parts(problem) + backward_parts(problem) + _phi(problem)
         del problem
         torch.cuda.empty_cache()
     return rows
+
+
+def wants_gpu(name: str) -> None:
+    """Raises UsageError where there is none."""
+    if not torch.cuda.is_available():
+        raise UsageError(
+            f"shoal bench {name} measures GPU kernels, and torch finds no GPU here: run it on a machine with one"
+        )
 
 
 def median_ms(f: Callable[[], object], rep: int = 100) -> float:
@@ -113,7 +120,7 @@ def _peak(row: dict[str, Any]) -> Iterator[None]:
     row["peak_bytes"] = torch.cuda.max_memory_allocated() - before
 
 
-def _dense(problem: Problem) -> dict[tuple[str, str], float]:
+def dense_ms(problem: Problem) -> dict[tuple[str, str], float]:
     """Milliseconds of dense causal attention by (baseline, phase); where a kernel refuses the shapes it is left out."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
@@ -173,7 +180,8 @@ def _whole(problem: Problem, dense: dict[tuple[str, str], float]) -> list[Row]:
 
 
 @torch.no_grad()
-def _forward_parts(problem: Problem) -> list[Row]:
+def forward_parts(problem: Problem, tuning: ForwardTuning | None = None) -> list[Row]:
+    """A row for each part of a forward pass."""
     from shoal.kernels.nsa.triton_choose import choose_blocks
     from shoal.kernels.nsa.triton_forward import ForwardTuning, attend_span
     from shoal.kernels.nsa.triton_gather import selected_by_block
@@ -181,10 +189,10 @@ def _forward_parts(problem: Problem) -> list[Row]:
     from shoal.kernels.nsa.triton_tables import make_tables
 
     q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = problem.inputs
-    tables, tuning, scale = make_tables(problem.layout), ForwardTuning(), problem.scale
+    tables, tuning, scale = make_tables(problem.layout), tuning or ForwardTuning(), problem.scale
     cmp, lse = attend_span(q, k_cmp, v_cmp, tables.cmp, scale, tuning.cmp)
     win, _ = attend_span(q, k_win, v_win, tables.window, scale, tuning.near)
-    blocks, mixed = choose_blocks(q, k_cmp, lse, tables, scale), torch.empty_like(cmp)
+    blocks, mixed = choose_blocks(q, k_cmp, lse, tables, scale, tuning.choose), torch.empty_like(cmp)
 
     def forced() -> tuple[Tensor, Tensor]:
         return span_attention(q, k_slc, v_slc, tables.local, scale, also=tables.initial, tuning=tuning.near)
@@ -193,7 +201,7 @@ def _forward_parts(problem: Problem) -> list[Row]:
     beside = forced()
     parts = {
         "compressed": lambda: attend_span(q, k_cmp, v_cmp, tables.cmp, scale, tuning.cmp),
-        "importance and choice": lambda: choose_blocks(q, k_cmp, lse, tables, scale),
+        "importance and choice": lambda: choose_blocks(q, k_cmp, lse, tables, scale, tuning.choose),
         "selected, forced": forced,
         "selected, others, and gates": lambda: selected_by_block(
             *others, own=False, beside=beside, mix=(cmp, win, gates, mixed)
@@ -204,7 +212,8 @@ def _forward_parts(problem: Problem) -> list[Row]:
 
 
 @torch.no_grad()
-def _backward_parts(problem: Problem) -> list[Row]:
+def backward_parts(problem: Problem, tuning: BackwardTuning | None = None) -> list[Row]:
+    """A row for each part of a backward pass."""
     from shoal.kernels.nsa.triton_backward import BackwardTuning, branch_backward, rounded, row_sums
     from shoal.kernels.nsa.triton_forward import nsa_forward
     from shoal.kernels.nsa.triton_gather_grad import selected_backward
@@ -212,7 +221,8 @@ def _backward_parts(problem: Problem) -> list[Row]:
     from shoal.kernels.nsa.triton_tables import make_tables
 
     q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = problem.inputs
-    tables, tuning, scale, d_out = make_tables(problem.layout), BackwardTuning(), problem.scale, problem.d_out
+    tables, tuning = make_tables(problem.layout), tuning or BackwardTuning()
+    scale, d_out = problem.scale, problem.d_out
     f = nsa_forward(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, problem.layout, scale)
     bases, dots, _ = row_sums(d_out, gates, f)
     d_q = torch.zeros(q.shape, device="cuda")

@@ -17,6 +17,7 @@ BENCHMARKS = {
     "engine": ("shoal.jobs.bench.engine", "What batching brings to generation, and NSA beside full attention."),
     "serve": ("shoal.jobs.bench.serve", "Latencies and tokens/s of a server, under one load after another."),
     "nsa": ("shoal.jobs.bench.nsa", "NSA's kernels on a GPU, beside dense attention of cuDNN and FlashAttention-2."),
+    "nsa-wide": ("shoal.jobs.bench.nsa_wide", "NSA's kernels for d_qk 192 and d_v 128 on a GPU: Gluon beside Triton."),
     "sequence": ("shoal.jobs.bench.sequence", "Attention over a sequence that GPUs share: NSA beside ring attention."),
     "context": ("shoal.jobs.bench.context", "Training at 64k over two GPUs, NSA beside ring attention; 512k."),
     "moe": ("shoal.jobs.bench.moe", "A DeepSeekMoE layer on a GPU, beside cuBLAS products with the same FLOPs."),
@@ -26,7 +27,7 @@ BENCHMARKS = {
     "cli": ("shoal.jobs.bench.cli", "Time that shoal --help takes."),
 }
 
-ON_GPUS = {"nsa": "", "moe": "", "sequence": "2x", "context": "2x", "dispatch": "2x", "decode": "2x"}
+ON_GPUS = {"nsa": "", "nsa-wide": "", "moe": "", "sequence": "2x", "context": "2x", "dispatch": "2x", "decode": "2x"}
 """Those that need GPUs, and how many, as the name of a result says it."""
 
 

@@ -4,10 +4,17 @@ Items are blocks with some of the queries that chose them. Each multiprocessor w
 warpgroup, and a producer warp that copies keys, values and queries with TMA: they share nothing, so that the
 products of one run under the exponentials of the other. What an item finds for its queries' gradients is stored as
 parts, which ``triton_gather_grad`` sums; what it finds for its keys is added to memory, in any order.
+
+Of 192 dimensions, three pieces of 64 columns, a tile of queries at a time fits shared memory instead of two, and the
+gradients of keys leave registers for the scores of half a tile.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
+# mypy: disable-error-code="assignment, misc"
+# Tuples of pieces grow in loops that Triton unrolls.
 
 from __future__ import annotations
+
+from math import gcd
 
 from torch import Tensor
 from triton.experimental import gluon
@@ -20,21 +27,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from shoal.kernels.hopper import barrier, descriptor, multiprocessors
+from shoal.kernels.hopper import barrier, descriptor, half_rows, multiprocessors, pieces, scores, split_halves
 from shoal.kernels.nsa import gluon_span_grad
-from shoal.kernels.nsa.gluon_span_grad import reduce_add, split_halves
+from shoal.kernels.nsa.gluon_span_grad import reduce_add
 from shoal.kernels.nsa.triton_inverse import Inverse
 from shoal.kernels.nsa.triton_select import LOG2E
 from shoal.kernels.nsa.triton_span_grad import Grads
 from shoal.kernels.nsa.triton_tables import PackTables
 
-STAGES = 2
 
-
-def supported(q: Tensor, v: Tensor, block: int) -> bool:
-    """Whether :func:`block_parts` takes these: what ``gluon_span_backward`` does, groups from 16 on, blocks of at
+def supported(q: Tensor, v: Tensor, block: int, *, wide: bool = False) -> bool:
+    """Whether :func:`block_parts` is to take these: what ``gluon_span_backward`` does, groups from 16 on, blocks of at
     most 64 tokens."""
-    return gluon_span_grad.supported(q, v) and q.shape[1] // v.shape[1] >= 16 and block <= 64
+    return gluon_span_grad.supported(q, v, wide=wide) and q.shape[1] // v.shape[1] >= 16 and block <= 64
 
 
 def block_parts(
@@ -56,10 +61,10 @@ def block_parts(
     the gradients of keys and values. ends: of ``ends_by_head``."""
     tokens, heads, dim = q.shape
     keys, kv, dim_v = v.shape
-    group, n = heads // kv, part.shape[1]
+    group, n, piece = heads // kv, part.shape[1], gcd(dim, 128)
     _gather_grad_kernel[(multiprocessors(q.device),)](
         descriptor(q, 1, group, 64),
-        descriptor(k.view(keys, kv * dim), 64, dim),
+        descriptor(k.view(keys, kv * dim), 64, piece),
         descriptor(v.view(keys, kv * dim_v), 64, dim_v),
         descriptor(d_out, 1, group, 64),
         part,
@@ -86,7 +91,7 @@ def block_parts(
         TILE=64 // group,
         N=n,
         ITEM=inverse.size,
-        STAGES=STAGES,
+        STAGES=2 if dim <= 128 else 1,
         num_warps=4,
     )
 
@@ -124,13 +129,14 @@ def _told(smem, at):
 
 @gluon.jit
 def _producer(
-    C, q, k, v, d_out, worker, source, KV: gl.constexpr, G: gl.constexpr, TILE: gl.constexpr, N: gl.constexpr,
-    ITEM: gl.constexpr, STAGES: gl.constexpr,
+    C, q, k, v, d_out, worker, source, KV: gl.constexpr, G: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr,
+    N: gl.constexpr, ITEM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Copy the keys and values of each item, and its queries and gradients of outputs, tile by tile."""
     q_ring, o_ring, _, _, base_ring, dots_ring, k_smem, v_smem, _, _, places, facts, kv_bars, full, empty = worker
     base, dots, own_rows, items, pairs, first, ends, block_first, block_last, index, chunks, begin, tokens = source
-    D: gl.constexpr = k.block_type.shape[1]
+    WIDTH: gl.constexpr = k.block_type.shape[1]
+    PIECES: gl.constexpr = D // WIDTH
     E: gl.constexpr = v.block_type.shape[1]
     L: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
     r = gl.arange(0, 64, layout=L)
@@ -152,7 +158,7 @@ def _producer(
             b_dots = gl.load(dots + row, mask=mine >= 0, other=0.0)
             mates = ()
             for j in gl.static_range(TILE):
-                mates = mates + (gl.load(p_pairs + n * TILE + j),)  # type: ignore[assignment]  # noqa: RUF005
+                mates = mates + (gl.load(p_pairs + n * TILE + j),)  # noqa: RUF005
             slot = i % STAGES
             bar = full.index(slot)
             mbarrier.wait(empty.index(slot), (i // STAGES & 1) ^ 1)
@@ -160,7 +166,8 @@ def _producer(
             for j in gl.static_range(TILE):
                 # Where there is no query, copies of what lies outside are zeros, whose gradients are zeros.
                 t = gl.where(mates[j] >= 0, mates[j] // N, tokens)
-                for c in gl.static_range(D // 64):
+                # i >> 30 is 0, which the compiler does not know: unrolled, this takes more registers than there are.
+                for c in range(D // 64 + (i >> 30 if PIECES > 1 else 0)):
                     at = (slot * (D // 64) + c) * TILE + j
                     tma.async_copy_global_to_shared(q, [t, h * G, c * 64], bar, q_ring.index(at))
                 for c in gl.static_range(E // 64):
@@ -175,8 +182,10 @@ def _producer(
             if n == 0:
                 # The item before may still be at work with its keys.
                 mbarrier.wait(kv_bars.index(1), (lap & 1) ^ 1)
-                mbarrier.expect(kv_bars.index(0), k.block_type.nbytes + v.block_type.nbytes)
-                tma.async_copy_global_to_shared(k, [key, h * D], kv_bars.index(0), k_smem.index(0))
+                mbarrier.expect(kv_bars.index(0), PIECES * k.block_type.nbytes + v.block_type.nbytes)
+                for piece in range(PIECES + (i >> 30 if PIECES > 1 else 0)):
+                    column = h * D + piece * WIDTH
+                    tma.async_copy_global_to_shared(k, [key, column], kv_bars.index(0), k_smem.index(piece))
                 tma.async_copy_global_to_shared(v, [key, h * E], kv_bars.index(0), v_smem.index(0))
                 _tell(facts, 0, h)
                 _tell(facts, 1, key)
@@ -229,6 +238,20 @@ def _add_keys(x, acc, at, column, one, two):
 
 
 @gluon.jit
+def _masked(
+    w, r, L: gl.constexpr, idx, n, key, stop, listed, KV: gl.constexpr, G: gl.constexpr, TILE: gl.constexpr,
+    N: gl.constexpr, ITEM: gl.constexpr,
+):  # fmt: skip
+    """Weights ``[keys, rows r of tile n]`` of keys that are there: of its own block a query sees what stands before."""
+    own_rows, pairs, first, ends, index, chunks = listed
+    item = _item_of(idx, first, ends, index, chunks, KV)[1]
+    mine = gl.load(pairs + item.to(gl.int64) * ITEM + n * TILE + r // G)
+    t = gl.load(own_rows + mine // N, mask=mine >= 0, other=0)
+    o_n = key + gl.arange(0, 64, layout=gl.SliceLayout(1, L))
+    return gl.where((o_n[:, None] <= t[None, :]) & (o_n < stop)[:, None], w, 0.0)
+
+
+@gluon.jit
 def _consumer(
     C, part, d_k, d_v, worker, listed, scale, KV: gl.constexpr, G: gl.constexpr, D: gl.constexpr, E: gl.constexpr,
     TILE: gl.constexpr, N: gl.constexpr, ITEM: gl.constexpr, STAGES: gl.constexpr,
@@ -251,79 +274,124 @@ def _consumer(
         full,
         empty,
     ) = worker
-    own_rows, pairs, first, ends, index, chunks = listed
+    _own_rows, _pairs, _first, ends, index, chunks = listed
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    ACC_D: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    WIDTH: gl.constexpr = k_smem.shape[2]
+    PIECES: gl.constexpr = D // WIDTH
+    ACC_D: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     ACC_E: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E, 16])
     ROW: gl.constexpr = gl.SliceLayout(0, S)
+    HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])
+    HALF_ROW: gl.constexpr = gl.SliceLayout(0, HALF)
     zeros = gl.zeros([64, 64], gl.float32, S)
-    k_parts = k_smem._reinterpret(k_smem.dtype, [2, 64, 64], k_smem.layout)
+    k_parts = k_smem._reinterpret(k_smem.dtype, [D // 64, 64, 64], k_smem.layout)
     own, laps = _own_items(C, ends, index, chunks, KV)
     i = 0
     for lap in range(laps):
-        dk = gl.zeros([64, D], gl.float32, ACC_D)
+        dk = ()
+        for _c in gl.static_range(PIECES):
+            dk = dk + (gl.zeros([64, WIDTH], gl.float32, ACC_D),)  # noqa: RUF005
         dv = gl.zeros([64, E], gl.float32, ACC_E)
         mbarrier.wait(kv_bars.index(0), lap & 1)
         h, key, stop = _told(facts, 0), _told(facts, 1), _told(facts, 2)
         count, unclear = _told(facts, 3), _told(facts, 4)
         for n in range(count):
-            slot = i % STAGES
-            b_q, b_o = q_ring.index(slot), o_ring.index(slot)
             # i >> 30 is 0, which the compiler does not know: it would keep all addresses in registers.
-            b_k, b_v, b_ds = k_smem.index(i >> 30), v_smem.index(i >> 30), ds_smem.index(i >> 30)
+            slot = i % STAGES + (i >> 30 if STAGES == 1 else 0)
+            b_q, b_o = pieces(q_ring, slot, PIECES), o_ring.index(slot)
+            b_k, b_v, b_ds = pieces(k_smem, i >> 30, PIECES), v_smem.index(i >> 30), ds_smem.index(i >> 30)
             mbarrier.wait(full.index(slot), i // STAGES & 1)
-            s = warpgroup_mma(b_k, b_q.permute((1, 0)), zeros, use_acc=False, is_async=True)
-            dp = warpgroup_mma(b_v, b_o.permute((1, 0)), zeros, use_acc=False, is_async=True)
-            b_base = base_ring.index(slot).load(ROW)
-            s = warpgroup_mma_wait(1, [s])
-            w = gl.exp2(s * scale - b_base[None, :])
-            if unclear > 0:
-                # Of its own block a query sees what stands before it.
-                item = _item_of(own + lap * 2 * gl.num_programs(0), first, ends, index, chunks, KV)[1]
-                mine = gl.load(pairs + item.to(gl.int64) * ITEM + n * TILE + gl.arange(0, 64, layout=ROW) // G)
-                t = gl.load(own_rows + mine // N, mask=mine >= 0, other=0)
-                o_n = key + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
-                w = gl.where((o_n[:, None] <= t[None, :]) & (o_n < stop)[:, None], w, 0.0)
-            b_w = gl.convert_layout(w.to(k_smem.dtype), gl.DotOperandLayout(0, ACC_E, 2))
-            dv = warpgroup_mma(b_w, b_o, dv, is_async=True)
-            b_dots = dots_ring.index(slot).load(ROW)
-            dp, w = warpgroup_mma_wait(1, [dp, w])
-            ds = (w * (dp - b_dots[None, :])).to(k_smem.dtype)
-            b_ds.store(ds)
-            fence_async_shared()
-            barrier()
-            dk = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, ACC_D, 2)), b_q, dk, is_async=True)
+            idx = own + lap * 2 * gl.num_programs(0)
+            if PIECES == 1:
+                s = scores(b_k, b_q, PIECES, S)
+                dp = warpgroup_mma(b_v, b_o.permute((1, 0)), zeros, use_acc=False, is_async=True)
+                b_base = base_ring.index(slot).load(ROW)
+                s = warpgroup_mma_wait(1, [s])
+                w = gl.exp2(s * scale - b_base[None, :])
+                if unclear > 0:
+                    w = _masked(w, gl.arange(0, 64, layout=ROW), S, idx, n, key, stop, listed, KV, G, TILE, N, ITEM)
+                b_w = gl.convert_layout(w.to(k_smem.dtype), gl.DotOperandLayout(0, ACC_E, 2))
+                dv = warpgroup_mma(b_w, b_o, dv, is_async=True)
+                b_dots = dots_ring.index(slot).load(ROW)
+                dp, w = warpgroup_mma_wait(1, [dp, w])
+                ds = (w * (dp - b_dots[None, :])).to(k_smem.dtype)
+                b_ds.store(ds)
+                fence_async_shared()
+                barrier()
+                b_rows = gl.convert_layout(ds, gl.DotOperandLayout(0, ACC_D, 2))
+                dk = (warpgroup_mma(b_rows, b_q[0], dk[0], is_async=True),)
+            else:
+                both = ()
+                for half in gl.static_range(2):
+                    h_q, h_o = half_rows(b_q, half, PIECES), b_o.slice(32 * half, 32, 0)
+                    s = scores(b_k, h_q, PIECES, HALF)
+                    nothing = gl.zeros([64, 32], gl.float32, HALF)
+                    dp = warpgroup_mma(b_v, h_o.permute((1, 0)), nothing, use_acc=False, is_async=True)
+                    h_base = base_ring.index(slot).slice(32 * half, 32, 0).load(HALF_ROW)
+                    s = warpgroup_mma_wait(1, [s])
+                    w = gl.exp2(s * scale - h_base[None, :])
+                    if unclear > 0:
+                        r = 32 * half + gl.arange(0, 32, layout=HALF_ROW)
+                        w = _masked(w, r, HALF, idx, n, key, stop, listed, KV, G, TILE, N, ITEM)
+                    b_w = gl.convert_layout(w.to(k_smem.dtype), gl.DotOperandLayout(0, ACC_E, 2))
+                    dv = warpgroup_mma(b_w, h_o, dv, is_async=True)
+                    h_dots = dots_ring.index(slot).slice(32 * half, 32, 0).load(HALF_ROW)
+                    dp, w = warpgroup_mma_wait(1, [dp, w])
+                    ds = (w * (dp - h_dots[None, :])).to(k_smem.dtype)
+                    both = both + (ds,)  # noqa: RUF005
+                    b_rows = gl.convert_layout(ds, gl.DotOperandLayout(0, ACC_D, 2))
+                    one = warpgroup_mma(b_rows, h_q[0], dk[0], is_async=True)
+                    two = warpgroup_mma(b_rows, h_q[1], dk[1], is_async=True)
+                    three = warpgroup_mma(b_rows, h_q[2], dk[2], is_async=True)
+                    dv, one, two, three = warpgroup_mma_wait(0, [dv, one, two, three])
+                    dk = (one, two, three)
+                ds = gl.join(both[0], both[1]).permute((0, 2, 1)).reshape([64, 64])
+                b_ds.store(gl.convert_layout(ds, S, assert_trivial=True))
+                fence_async_shared()
+                barrier()
             left = warpgroup_mma(b_ds.permute((1, 0)), k_parts.index(i >> 30), zeros, use_acc=False, is_async=True)
-            left, dk, dv = warpgroup_mma_wait(0, [left, dk, dv])
-            mbarrier.arrive(empty.index(slot))
-            right = warpgroup_mma(
-                b_ds.permute((1, 0)), k_parts.index(1 + (i >> 30)), zeros, use_acc=False, is_async=True
-            )
             place = i % (2 * STAGES) * TILE
-            _put(part, left, part_smem.index(i >> 30), places, place, h, KV, G, TILE, D, 0)
-            right = warpgroup_mma_wait(0, [right])
-            _put(part, right, b_ds, places, place, h, KV, G, TILE, D, 64)
+            if PIECES == 1:
+                left, last, dv = warpgroup_mma_wait(0, [left, dk[0], dv])
+                dk = (last,)
+                mbarrier.arrive(empty.index(slot))
+                right = warpgroup_mma(
+                    b_ds.permute((1, 0)), k_parts.index(1 + (i >> 30)), zeros, use_acc=False, is_async=True
+                )
+                _put(part, left, part_smem.index(i >> 30), places, place, h, KV, G, TILE, D, 0)
+                right = warpgroup_mma_wait(0, [right])
+            else:
+                left = warpgroup_mma_wait(0, [left])
+                mbarrier.arrive(empty.index(slot))
+                # While a part is put there are no registers for the next one.
+                _put(part, left, part_smem.index(i >> 30), places, place, h, KV, G, TILE, D, 0)
+                left = warpgroup_mma(b_ds.permute((1, 0)), k_parts.index(1 + (i >> 30)), zeros, use_acc=False)
+                _put(part, left, part_smem.index(i >> 30), places, place, h, KV, G, TILE, D, 64)
+                right = warpgroup_mma(b_ds.permute((1, 0)), k_parts.index(2 + (i >> 30)), zeros, use_acc=False)
+            _put(part, right, b_ds, places, place, h, KV, G, TILE, D, D - 64)
             i += 1
         mbarrier.arrive(kv_bars.index(1))
-        _add_keys(d_k, dk, key, h * D, part_smem.index(0), ds_smem.index(0))
+        for c in gl.static_range(PIECES):
+            _add_keys(d_k, dk[c], key, h * D + c * WIDTH, part_smem.index(0), ds_smem.index(0))
         _add_keys(d_v, dv, key, h * E, part_smem.index(0), ds_smem.index(0))
         tma.store_wait(0)
         barrier()
 
 
 @gluon.jit
-def _buffers(q, k, v, d_out, TILE: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr):
+def _buffers(q, k, v, d_out, D: gl.constexpr, TILE: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr):
     """What a worker needs: rings for TMA, the same as matrices, numbers of rows, keys, values, d_s, parts, barriers."""
-    D: gl.constexpr = k.block_type.shape[1]
+    WIDTH: gl.constexpr = k.block_type.shape[1]
+    PIECES: gl.constexpr = D // WIDTH
     E: gl.constexpr = v.block_type.shape[1]
     NUMBERS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q_tma = gl.allocate_shared_memory(q.dtype, [STAGES * (D // 64) * TILE, 1, G, 64], q.layout)
     o_tma = gl.allocate_shared_memory(q.dtype, [STAGES * (E // 64) * TILE, 1, G, 64], d_out.layout)
-    q_ring = q_tma._reinterpret(q.dtype, [STAGES, 64, D], k.layout)
+    q_ring = q_tma._reinterpret(q.dtype, [STAGES * PIECES, 64, WIDTH], k.layout)
     o_ring = o_tma._reinterpret(q.dtype, [STAGES, 64, E], v.layout)
     base_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 64], NUMBERS)
     dots_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 64], NUMBERS)
-    k_smem = gl.allocate_shared_memory(q.dtype, [1] + k.block_type.shape, k.layout)  # noqa: RUF005
+    k_smem = gl.allocate_shared_memory(q.dtype, [PIECES] + k.block_type.shape, k.layout)  # noqa: RUF005
     v_smem = gl.allocate_shared_memory(q.dtype, [1] + v.block_type.shape, v.layout)  # noqa: RUF005
     ds_smem = gl.allocate_shared_memory(q.dtype, [1, 64, 64], k.layout)
     part_smem = gl.allocate_shared_memory(q.dtype, [1, 64, 64], k.layout)
@@ -365,8 +433,8 @@ def _gather_grad_kernel(
     """Programs take two items each in turn, until the chunk has no more."""
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
-    one = _buffers(q, k, v, d_out, TILE, G, STAGES)
-    two = _buffers(q, k, v, d_out, TILE, G, STAGES)
+    one = _buffers(q, k, v, d_out, D, TILE, G, STAGES)
+    two = _buffers(q, k, v, d_out, D, TILE, G, STAGES)
     fence_async_shared()
     source = (base, dots, own_rows, items, pairs, first, ends, block_first, block_last, index, chunks, begin, tokens)
     listed = (own_rows, pairs, first, ends, index, chunks)
@@ -374,8 +442,8 @@ def _gather_grad_kernel(
         [
             (_consumer, (FIRST, part, d_k, d_v, one, listed, scale, KV, G, D, E, TILE, N, ITEM, STAGES)),
             (_consumer, (SECOND, part, d_k, d_v, two, listed, scale, KV, G, D, E, TILE, N, ITEM, STAGES)),
-            (_producer, (FIRST, q, k, v, d_out, one, source, KV, G, TILE, N, ITEM, STAGES)),
-            (_producer, (SECOND, q, k, v, d_out, two, source, KV, G, TILE, N, ITEM, STAGES)),
+            (_producer, (FIRST, q, k, v, d_out, one, source, KV, G, D, TILE, N, ITEM, STAGES)),
+            (_producer, (SECOND, q, k, v, d_out, two, source, KV, G, D, TILE, N, ITEM, STAGES)),
         ],
         [4, 1, 1],
         [240, 24, 24],

@@ -4,10 +4,15 @@ Compressed keys are the rows of the product and queries times heads its columns,
 all heads of a query: the sum over a group runs along its own registers. A producer warp copies queries and keys with
 TMA; four warpgroups of consumers, for each half of the queries and of the keys one, share them: it takes as many to
 keep both the tensor cores and the exponentials busy.
+
+Queries and keys of 192 dimensions are three pieces of 64 columns in shared memory, which then holds the queries of one
+tile at a time instead of two.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
+
+from math import gcd
 
 import torch
 import triton
@@ -28,19 +33,19 @@ from shoal.kernels.nsa.layout import BlockSizes
 from shoal.kernels.nsa.triton_select import LOG2E
 from shoal.kernels.nsa.triton_tables import Tables
 
-KEYS, COLUMNS, STAGES = 128, 128, 3
-"""Compressed keys of a step, half for each consumer; queries times heads of half a tile; depth of the ring of keys."""
+KEYS, COLUMNS = 128, 128
+"""Compressed keys of a step, half for each consumer; queries times heads of half a tile."""
 
 
-def supported(q: Tensor, k_cmp: Tensor, sizes: BlockSizes) -> bool:
-    """Whether :func:`block_scores` takes these: Hopper, 16 bits, dimensions 64 or 128, groups of 8 to 64 heads, blocks
-    of 1, 2, 4 … 64 strides, and as many keys chosen as a tile has queries: of a document that begins in a tile none is
-    scored there."""
+def supported(q: Tensor, k_cmp: Tensor, sizes: BlockSizes, *, wide: bool = False) -> bool:
+    """Whether :func:`block_scores` is to take these: Hopper, 16 bits, dimensions 64 or 128, groups of 8 to 64 heads,
+    blocks of 1, 2, 4 … 64 strides, and as many keys chosen as a tile has queries: of a document that begins in a tile
+    none is scored there. wide: also 192 dimensions."""
     group, per = q.shape[1] // k_cmp.shape[1], sizes.slc_block // sizes.cmp_stride
     return (
         on_hopper(q)
         and q.dtype in (torch.bfloat16, torch.float16)
-        and q.shape[2] in (64, 128)
+        and q.shape[2] in ((64, 128, 192) if wide else (64, 128))
         and group in (8, 16, 32, 64)
         and per in (1, 2, 4, 8, 16, 32, 64)
         and sizes.slc_count * sizes.slc_block >= 2 * COLUMNS // group
@@ -54,13 +59,13 @@ def block_scores(
     the block after it gets. scores: ``[2, KV, chunk, width]`` float32."""
     _, heads, dim = q.shape
     keys, kv = k_cmp.shape[:2]
-    sizes, group = tables.sizes, heads // kv
+    sizes, group, piece = tables.sizes, heads // kv, gcd(dim, 128)
     tile = COLUMNS // group
     tiles = triton.cdiv(stop - start, 2 * tile)
     pairs = q.view(len(q), heads // 2, 2, dim).transpose(0, 1)
     _importance_kernel[(min(tiles * kv, multiprocessors(q.device)),)](
         descriptor(pairs, group // 2, tile, 2, 64),
-        descriptor(k_cmp.view(keys, kv * dim), KEYS // 2, dim),
+        descriptor(k_cmp.view(keys, kv * dim), KEYS // 2, piece),
         lse,
         tables.starts,
         tables.cmp.low,
@@ -76,7 +81,8 @@ def block_scores(
         G=group,
         D=dim,
         TILE=tile,
-        STAGES=STAGES,
+        STAGES=3 if dim <= 128 else 2,
+        SLOTS=2 if dim <= 128 else 1,
         COUNT=sizes.slc_count,
         LOCAL=sizes.slc_local,
         BLOCK=sizes.slc_block,
@@ -107,19 +113,21 @@ def _tile(
 
 @gluon.jit
 def _producer(
-    q, k, rings, starts, low, high, start, stop, tiles, KV: gl.constexpr, G: gl.constexpr, TILE: gl.constexpr,
-    STAGES: gl.constexpr, COUNT: gl.constexpr, LOCAL: gl.constexpr, BLOCK: gl.constexpr, PER_SLC: gl.constexpr,
+    q, k, rings, starts, low, high, start, stop, tiles, KV: gl.constexpr, G: gl.constexpr, D: gl.constexpr,
+    TILE: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, COUNT: gl.constexpr, LOCAL: gl.constexpr,
+    BLOCK: gl.constexpr, PER_SLC: gl.constexpr,
 ):  # fmt: skip
     """Copy each tile's queries, and its keys step by step, two halves of them."""
     q_tma, _ring, k_ring, q_full, q_empty, k_full, k_empty = rings
-    D: gl.constexpr = k.block_type.shape[1]
+    WIDTH: gl.constexpr = k.block_type.shape[1]
+    PIECES: gl.constexpr = D // WIDTH
     i = 0
     for lap in range(laps(tiles, KV)):
         first, h, _origin, base, steps, _fewest = _tile(
             lap, starts, low, high, start, stop, tiles, KV, TILE, COUNT, LOCAL, BLOCK, PER_SLC
         )
-        slot = lap & 1
-        mbarrier.wait(q_empty.index(slot), (lap >> 1 & 1) ^ 1)
+        slot = lap % SLOTS
+        mbarrier.wait(q_empty.index(slot), (lap // SLOTS & 1) ^ 1)
         mbarrier.expect(q_full.index(slot), 2 * q.block_type.nbytes * (D // 64))
         for half in gl.static_range(2):
             for c in gl.static_range(D // 64):
@@ -129,18 +137,21 @@ def _producer(
         for n in range(steps):
             bar = k_full.index(i % STAGES)
             mbarrier.wait(k_empty.index(i % STAGES), (i // STAGES & 1) ^ 1)
-            mbarrier.expect(bar, 2 * k.block_type.nbytes)
+            mbarrier.expect(bar, 2 * PIECES * k.block_type.nbytes)
             for c in gl.static_range(2):
-                b_k = k_ring.index(2 * (i % STAGES) + c)
-                tma.async_copy_global_to_shared(k, [base + n * 128 + c * 64, h * D], bar, b_k)
+                # i >> 30 is 0, which the compiler does not know: unrolled, this takes more registers than there are.
+                for piece in range(PIECES + (i >> 30 if PIECES > 1 else 0)):
+                    b_k = k_ring.index((2 * (i % STAGES) + c) * PIECES + piece)
+                    row, column = base + n * 128 + c * 64, h * D + piece * WIDTH
+                    tma.async_copy_global_to_shared(k, [row, column], bar, b_k)
             i += 1
 
 
 @gluon.jit
 def _consumer(
     C, rings, lse_smem, lse, starts, low, high, scores, scale, start, stop, tiles, width, chunk, KV: gl.constexpr,
-    G: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr, COUNT: gl.constexpr, LOCAL: gl.constexpr,
-    BLOCK: gl.constexpr, PER_CMP: gl.constexpr, PER_SLC: gl.constexpr,
+    G: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, COUNT: gl.constexpr,
+    LOCAL: gl.constexpr, BLOCK: gl.constexpr, PER_CMP: gl.constexpr, PER_SLC: gl.constexpr,
 ):  # fmt: skip
     """Scores of half of each tile's queries, from 64 of the 128 keys of each step."""
     _tma, q_ring, k_ring, q_full, q_empty, k_full, k_empty = rings
@@ -149,6 +160,7 @@ def _consumer(
     BLOCKS: gl.constexpr = 64 // PER_SLC
     KEYS: gl.constexpr = C % 2
     HALF: gl.constexpr = C // 2
+    PIECES: gl.constexpr = q_ring.shape[0] // (2 * SLOTS)
     zeros = gl.zeros([64, 128], gl.float32, S)
     i = 0
     for lap in range(laps(tiles, KV)):
@@ -162,13 +174,16 @@ def _consumer(
         # Columns that do not count weigh nothing: their log-sum-exp is infinite. Registers are short: they wait here.
         b_lse = gl.load(lse + (t.to(gl.int64) * KV + h) * G + head, mask=there, other=float("inf"))
         lse_smem.index(C).store(b_lse * 1.4426950408889634)
-        mbarrier.wait(q_full.index(lap & 1), lap >> 1 & 1)
-        b_q = q_ring.index(2 * (lap & 1) + HALF).permute((1, 0))
+        mbarrier.wait(q_full.index(lap % SLOTS), lap // SLOTS & 1)
         p_rows = scores + (h * chunk + first - start).to(gl.int64) * width
         for n in range(steps):
             mbarrier.wait(k_full.index(i % STAGES), i // STAGES & 1)
-            b_k = k_ring.index(2 * (i % STAGES) + KEYS)
-            s = warpgroup_mma(b_k, b_q, zeros, use_acc=False, is_async=True)
+            s = zeros
+            for c in gl.static_range(PIECES):
+                b_k = k_ring.index((2 * (i % STAGES) + KEYS) * PIECES + c)
+                same = i >> 30 if PIECES > 1 else 0  # as above: addresses of all pieces would stay in registers
+                b_q = q_ring.index((2 * (lap % SLOTS) + HALF) * PIECES + c + same).permute((1, 0))
+                s = warpgroup_mma(b_k, b_q, s, use_acc=c > 0, is_async=True)
             s = warpgroup_mma_wait(0, [s])
             mbarrier.arrive(k_empty.index(i % STAGES))
             p = gl.exp2(s * scale - lse_smem.index(C).load(COLUMN)[None, :])
@@ -193,28 +208,30 @@ def _consumer(
             gl.store(p_scores, here, mask=inside)
             gl.store(p_scores + KV * chunk.to(gl.int64) * width, after, mask=inside)
             i += 1
-        mbarrier.arrive(q_empty.index(lap & 1))
+        mbarrier.arrive(q_empty.index(lap % SLOTS))
 
 
 @gluon.jit(do_not_specialize=["start", "stop", "tiles", "width", "chunk"])
 def _importance_kernel(
     q, k, lse, starts, low, high, scores, scale, start, stop, tiles, width, chunk, KV: gl.constexpr, G: gl.constexpr,
-    D: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr, COUNT: gl.constexpr, LOCAL: gl.constexpr,
-    BLOCK: gl.constexpr, PER_CMP: gl.constexpr, PER_SLC: gl.constexpr,
+    D: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, COUNT: gl.constexpr,
+    LOCAL: gl.constexpr, BLOCK: gl.constexpr, PER_CMP: gl.constexpr, PER_SLC: gl.constexpr,
 ):  # fmt: skip
     """Programs take tiles of queries and a key head in turn, until there is none left."""
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
     THIRD: gl.constexpr = 2
     FOURTH: gl.constexpr = 3
-    q_tma = gl.allocate_shared_memory(q.dtype, [4 * (D // 64), G // 2, TILE, 2, 64], q.layout)
-    q_ring = q_tma._reinterpret(q.dtype, [4, 128, D], k.layout)
-    k_ring = gl.allocate_shared_memory(k.dtype, [2 * STAGES, 64, D], k.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    WIDTH: gl.constexpr = k.block_type.shape[1]
+    PIECES: gl.constexpr = D // WIDTH
+    q_tma = gl.allocate_shared_memory(q.dtype, [2 * SLOTS * (D // 64), G // 2, TILE, 2, 64], q.layout)
+    q_ring = q_tma._reinterpret(q.dtype, [2 * SLOTS * PIECES, 128, WIDTH], k.layout)
+    k_ring = gl.allocate_shared_memory(k.dtype, [2 * STAGES * PIECES, 64, WIDTH], k.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for s in gl.static_range(2):
+    for s in gl.static_range(SLOTS):
         mbarrier.init(q_full.index(s), count=1)
         mbarrier.init(q_empty.index(s), count=4)
     for s in gl.static_range(STAGES):
@@ -228,28 +245,29 @@ def _importance_kernel(
             (
                 _consumer,
                 (FIRST, rings, lse_smem, lse, starts, low, high, scores, scale, start, stop, tiles, width, chunk, KV,
-                 G, TILE, STAGES, COUNT, LOCAL, BLOCK, PER_CMP, PER_SLC),
+                 G, TILE, STAGES, SLOTS, COUNT, LOCAL, BLOCK, PER_CMP, PER_SLC),
             ),
             (
                 _consumer,
                 (SECOND, rings, lse_smem, lse, starts, low, high, scores, scale, start, stop, tiles, width, chunk, KV,
-                 G, TILE, STAGES, COUNT, LOCAL, BLOCK, PER_CMP, PER_SLC),
+                 G, TILE, STAGES, SLOTS, COUNT, LOCAL, BLOCK, PER_CMP, PER_SLC),
             ),
             (
                 _consumer,
                 (THIRD, rings, lse_smem, lse, starts, low, high, scores, scale, start, stop, tiles, width, chunk, KV,
-                 G, TILE, STAGES, COUNT, LOCAL, BLOCK, PER_CMP, PER_SLC),
+                 G, TILE, STAGES, SLOTS, COUNT, LOCAL, BLOCK, PER_CMP, PER_SLC),
             ),
             (
                 _consumer,
                 (FOURTH, rings, lse_smem, lse, starts, low, high, scores, scale, start, stop, tiles, width, chunk, KV,
-                 G, TILE, STAGES, COUNT, LOCAL, BLOCK, PER_CMP, PER_SLC),
+                 G, TILE, STAGES, SLOTS, COUNT, LOCAL, BLOCK, PER_CMP, PER_SLC),
             ),
             (
                 _producer,
-                (q, k, rings, starts, low, high, start, stop, tiles, KV, G, TILE, STAGES, COUNT, LOCAL, BLOCK, PER_SLC),
+                (q, k, rings, starts, low, high, start, stop, tiles, KV, G, D, TILE, STAGES, SLOTS, COUNT, LOCAL,
+                 BLOCK, PER_SLC),
             ),
         ],
         [4, 4, 4, 1],
-        [112, 112, 112, 24],
+        [112, 112, 112, 24] if PIECES == 1 else [120, 120, 120, 24],
     )  # fmt: skip

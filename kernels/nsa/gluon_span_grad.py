@@ -4,10 +4,16 @@ A program holds 128 keys, 64 for each of two warpgroups, and goes through the qu
 times group) at a time, which a producer warp copies with TMA. The gradients of a tile's queries need what both
 warpgroups found: they exchange it, each sums half of the columns, and TMA adds them to memory. While it does, the next
 scores are multiplied.
+
+Of 192 dimensions, three pieces of 64 columns, d_k and d_v together would take 160 registers of a thread and leave no
+room for two products of scores: one launch finds d_v, another one d_q and d_k. The third piece of d_q is found by the
+two warpgroups in turn, tile by tile.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
+
+from math import gcd
 
 import torch
 import triton
@@ -25,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from shoal.kernels.hopper import barrier, descriptor, on_hopper
+from shoal.kernels.hopper import barrier, descriptor, on_hopper, pieces, scores, split_halves
 from shoal.kernels.nsa.triton_select import LOG2E
 from shoal.kernels.nsa.triton_span_grad import Grads
 from shoal.kernels.nsa.triton_tables import Span
@@ -37,14 +43,14 @@ STAGES = 2
 """Depth of the rings; 3 is no faster."""
 
 
-def supported(q: Tensor, v: Tensor) -> bool:
-    """Whether :func:`gluon_span_backward` takes these: Hopper, 16 bits, 128 dimensions of keys and 64 or 128 of values,
-    groups of 4 to 64 heads, powers of two."""
+def supported(q: Tensor, v: Tensor, *, wide: bool = False) -> bool:
+    """Whether :func:`gluon_span_backward` is to take these: Hopper, 16 bits, 128 dimensions of keys and 64 or 128 of
+    values, groups of 4 to 64 heads, powers of two. wide: also 192 dimensions of keys."""
     group, rest = divmod(q.shape[1], v.shape[1])
     return (
         on_hopper(q)
         and q.dtype in (torch.bfloat16, torch.float16)
-        and q.shape[2] == 128
+        and q.shape[2] in ((128, 192) if wide else (128,))
         and v.shape[2] in (64, 128)
         and rest == 0
         and group in (4, 8, 16, 32, 64)
@@ -76,10 +82,10 @@ def gluon_span_backward(
     if not tokens or not keys:
         return
     group = heads // kv
-    tile, chunk = ROWS // group, chunk or triton.cdiv(tokens, ROWS) * ROWS
-    _grad_kernel[(triton.cdiv(keys, 2 * ROWS), triton.cdiv(tokens, chunk), kv)](
-        descriptor(q, tile, group, dim),
-        descriptor(k.view(keys, kv * dim), ROWS, dim),
+    tile, chunk, piece = ROWS // group, chunk or triton.cdiv(tokens, ROWS) * ROWS, gcd(dim, 128)
+    operands = (
+        descriptor(q, tile, group, piece),
+        descriptor(k.view(keys, kv * dim), ROWS, piece),
         descriptor(v.view(keys, kv * dim_v), ROWS, dim_v),
         descriptor(d_out, tile, group, dim_v),
         _row_descriptor(base, [tile, group]),
@@ -96,12 +102,12 @@ def gluon_span_backward(
         keys,
         chunk,
         lap,
-        KV=kv,
-        G=group,
-        TILE=tile,
-        STAGES=STAGES,
-        num_warps=4,
     )
+    grid = (triton.cdiv(keys, 2 * ROWS), triton.cdiv(tokens, chunk), kv)
+    for values, others in ((True, True),) if dim == 128 else ((True, False), (False, True)):
+        _grad_kernel[grid](
+            *operands, KV=kv, G=group, D=dim, TILE=tile, STAGES=STAGES, VALUES=values, OTHERS=others, num_warps=4
+        )
 
 
 def _row_descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
@@ -147,24 +153,30 @@ def _next(t, begin, stop, TILE: gl.constexpr):
 @gluon.jit
 def _producer(
     q, k, v, d_out, base, dots, q_ring, o_ring, base_ring, dots_ring, k_smem, v_smem, there, q_full, q_empty, o_full,
-    o_empty, seen_low, seen_high, tokens, keys, chunk, lap, G, TILE, STAGES,
+    o_empty, seen_low, seen_high, tokens, keys, chunk, lap, G, D, TILE, STAGES,
 ):  # fmt: skip
     """Copy the keys and values, then queries and gradients of outputs, tile by tile."""
     h = gl.program_id(2)
-    D: gl.constexpr = k.block_type.shape[1]
+    WIDTH: gl.constexpr = k.block_type.shape[1]
+    PIECES: gl.constexpr = D // WIDTH
     E: gl.constexpr = v.block_type.shape[1]
     count, begin, stop, t, _, _ = _queries(seen_low, seen_high, tokens, keys, chunk, lap, TILE)
     if count > 0:
-        mbarrier.expect(there, 2 * k.block_type.nbytes + 2 * v.block_type.nbytes)
+        mbarrier.expect(there, 2 * PIECES * k.block_type.nbytes + 2 * v.block_type.nbytes)
         for c in gl.static_range(2):
             at = gl.program_id(0) * 128 + c * 64
-            tma.async_copy_global_to_shared(k, [at, h * D], there, k_smem.index(c))
+            for piece in gl.static_range(PIECES):
+                column = h * D + piece * WIDTH
+                tma.async_copy_global_to_shared(k, [at, column], there, k_smem.index(c * PIECES + piece))
             tma.async_copy_global_to_shared(v, [at, h * E], there, v_smem.index(c))
     for i in range(count):
         slot, phase = i % STAGES, (i // STAGES & 1) ^ 1
         mbarrier.wait(q_empty.index(slot), phase)
-        mbarrier.expect(q_full.index(slot), q.block_type.nbytes + base.block_type.nbytes)
-        tma.async_copy_global_to_shared(q, [t, h * G, 0], q_full.index(slot), q_ring.index(slot))
+        mbarrier.expect(q_full.index(slot), PIECES * q.block_type.nbytes + base.block_type.nbytes)
+        # i >> 30 is 0, which the compiler does not know: it would unroll the loop, and the producer has few registers.
+        for piece in range(PIECES + (i >> 30 if PIECES > 1 else 0)):
+            at = [t, h * G, piece * WIDTH]
+            tma.async_copy_global_to_shared(q, at, q_full.index(slot), q_ring.index(slot * PIECES + piece))
         tma.async_copy_global_to_shared(base, [t, h * G], q_full.index(slot), base_ring.index(slot))
         mbarrier.wait(o_empty.index(slot), phase)
         mbarrier.expect(o_full.index(slot), d_out.block_type.nbytes + dots.block_type.nbytes)
@@ -174,12 +186,11 @@ def _producer(
 
 
 @gluon.jit
-def _query_grads(C: gl.constexpr, j, ds_smem, ds_full, k_parts, S: gl.constexpr):
-    """Begin half the columns of ``d_sᵀ k`` over both warpgroups' keys, with the j-th d_s, ``[64, 64]``."""
+def _query_grads(column: gl.constexpr, j, ds_smem, k_parts, S: gl.constexpr):
+    """Begin 64 of the columns of ``d_sᵀ k`` over both warpgroups' keys, with the j-th d_s, ``[64, 64]``."""
     PARTS: gl.constexpr = k_parts.shape[0] // 2
-    mbarrier.wait(ds_full.index(j % 2), j // 2 & 1)
     zeros = gl.zeros([64, 64], gl.float32, S)
-    own = C + (j >> 30)
+    own = column + (j >> 30)
     dq = warpgroup_mma(
         ds_smem.index(j % 2 * 2).permute((1, 0)), k_parts.index(own), zeros, use_acc=False, is_async=True
     )
@@ -194,6 +205,27 @@ def _put_ds(C: gl.constexpr, j, ds, ds_smem, ds_full, ds_empty):
     fence_async_shared()
     barrier()
     mbarrier.arrive(ds_full.index(j % 2))
+
+
+@gluon.jit
+def _wait(PIECES: gl.constexpr, dq, dk):
+    """Wait for the gradients of queries and of keys, while the next scores, in as many pieces, are multiplied."""
+    if PIECES == 1:
+        dq, one = warpgroup_mma_wait(1, [dq, dk[0]])
+        dk = (one,)
+    else:
+        dq, one, two, three = warpgroup_mma_wait(3, [dq, dk[0], dk[1], dk[2]])
+        dk = (one, two, three)
+    return dq, dk
+
+
+@gluon.jit
+def _add_queries(d_q, dq, t, head, column, smem):
+    """Add ``dq [64, 64]``, columns of a tile's queries, to memory."""
+    tma.store_wait(0)
+    smem.reshape([64, 64]).store(dq)
+    fence_async_shared()
+    reduce_add(d_q, [t, head, column], smem)
 
 
 @gluon.jit
@@ -212,47 +244,41 @@ def _add_keys(x, acc, at, column, smem):
 
 
 @gluon.jit
-def split_halves(x):
-    """Left and right columns."""
-    M: gl.constexpr = x.shape[0]
-    N: gl.constexpr = x.shape[1]
-    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N // 2, 16])
-    left, right = gl.split(gl.permute(gl.reshape(x, [M, 2, N // 2]), [0, 2, 1]))
-    return gl.convert_layout(left, L, assert_trivial=True), gl.convert_layout(right, L, assert_trivial=True)
-
-
-@gluon.jit
 def _consumer(
     C, q_ring, o_ring, base_ring, dots_ring, k_smem, v_smem, there, q_full, q_empty, o_full, o_empty, ds_smem, ds_full,
-    ds_empty, dq_smem, d_q, d_k, d_v, low, high, seen_low, seen_high, scale, tokens, keys, chunk, lap, G, TILE, STAGES,
+    ds_empty, dq_smem, d_q, d_k, d_v, low, high, seen_low, seen_high, scale, tokens, keys, chunk, lap, G, D, TILE,
+    STAGES, VALUES, OTHERS,
 ):  # fmt: skip
     """The gradients of 64 keys and of half the columns of the queries."""
-    D: gl.constexpr = k_smem.shape[2]
+    WIDTH: gl.constexpr = k_smem.shape[2]
+    PIECES: gl.constexpr = D // WIDTH
     E: gl.constexpr = v_smem.shape[2]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    ACC_D: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    ACC_D: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     ACC_E: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E, 16])
     ROW: gl.constexpr = gl.SliceLayout(0, S)
     h = gl.program_id(2)
     count, begin, stop, first, clear_low, clear_high = _queries(seen_low, seen_high, tokens, keys, chunk, lap, TILE)
     if count > 0:
         k_parts = k_smem._reinterpret(k_smem.dtype, [D // 32, 64, 64], k_smem.layout)
-        pass
         n = gl.program_id(0) * 128 + C * 64
         zeros = gl.zeros([64, 64], gl.float32, S)
-        dk = gl.zeros([64, D], gl.float32, ACC_D)
+        dk = ()
+        for _c in gl.static_range(PIECES):
+            dk = dk + (gl.zeros([64, WIDTH], gl.float32, ACC_D),)  # type: ignore[assignment]  # noqa: RUF005
         dv = gl.zeros([64, E], gl.float32, ACC_E)
         mbarrier.wait(there, 0)
         mbarrier.wait(q_full.index(0), 0)
-        b_q = q_ring.index(0).reshape([64, D])
-        s = warpgroup_mma(k_smem.index(C), b_q.permute((1, 0)), zeros, use_acc=False)
+        b_q = pieces(q_ring, 0, PIECES)
+        s = warpgroup_mma_wait(0, [scores(pieces(k_smem, C, PIECES), b_q, PIECES, S)])
         for i in range(count):
             slot, phase = i % STAGES, i // STAGES & 1
-            b_q, b_o = q_ring.index(slot).reshape([64, D]), o_ring.index(slot).reshape([64, E])
+            b_q, b_o = pieces(q_ring, slot, PIECES), o_ring.index(slot).reshape([64, E])
             # i >> 30 is 0, which the compiler does not know: it would keep all addresses in registers.
-            v_c, k_c = v_smem.index(C + (i >> 30)), k_smem.index(C + (i >> 30))
+            b_v, b_k = v_smem.index(C + (i >> 30)), pieces(k_smem, C + (i >> 30), PIECES)
             mbarrier.wait(o_full.index(slot), phase)
-            dp = warpgroup_mma(v_c, b_o.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            if OTHERS:
+                dp = warpgroup_mma(b_v, b_o.permute((1, 0)), zeros, use_acc=False, is_async=True)
             b_base = base_ring.index(slot).load(ROW)
             w = gl.exp2(s * scale - b_base[None, :])
             if (first < clear_low) | (first + TILE > clear_high):
@@ -261,46 +287,72 @@ def _consumer(
                 b_high = gl.load(high + t, mask=t < tokens, other=0)
                 o_n = n + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
                 w = gl.where((o_n[:, None] >= b_low[None, :]) & (o_n[:, None] < b_high[None, :]), w, 0.0)
-            b_w = gl.convert_layout(w.to(k_smem.dtype), gl.DotOperandLayout(0, ACC_E, 2))
-            dv = warpgroup_mma(b_w, b_o, dv, is_async=True)
-            b_dots = dots_ring.index(slot).load(ROW)
-            dp, w = warpgroup_mma_wait(1, [dp, w])
-            ds = (w * (dp - b_dots[None, :])).to(k_smem.dtype)
-            _put_ds(C, i, ds, ds_smem, ds_full, ds_empty)
-            dk = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, ACC_D, 2)), b_q, dk, is_async=True)
-            dv = warpgroup_mma_wait(1, [dv])
-            mbarrier.arrive(o_empty.index(slot))
-            dq = _query_grads(C, i, ds_smem, ds_full, k_parts, S)
+            if VALUES:
+                b_w = gl.convert_layout(w.to(k_smem.dtype), gl.DotOperandLayout(0, ACC_E, 2))
+                dv = warpgroup_mma(b_w, b_o, dv, is_async=True)
+            if OTHERS:
+                b_dots = dots_ring.index(slot).load(ROW)
+                dp, w = warpgroup_mma_wait(1 if VALUES else 0, [dp, w])
+                if not VALUES:
+                    mbarrier.arrive(o_empty.index(slot))
+                ds = (w * (dp - b_dots[None, :])).to(k_smem.dtype)
+                _put_ds(C, i, ds, ds_smem, ds_full, ds_empty)
+                b_ds = gl.convert_layout(ds, gl.DotOperandLayout(0, ACC_D, 2))
+                more = ()
+                for c in gl.static_range(PIECES):
+                    more = more + (warpgroup_mma(b_ds, b_q[c], dk[c], is_async=True),)  # type: ignore[assignment]  # noqa: RUF005
+                dk = more
+                if VALUES:
+                    dv = warpgroup_mma_wait(1, [dv])
+                    mbarrier.arrive(o_empty.index(slot))
+                mbarrier.wait(ds_full.index(i % 2), i // 2 & 1)
+                dq = _query_grads(C, i, ds_smem, k_parts, S)
             # After the last tile old queries are multiplied once more, for nothing.
             mbarrier.wait(q_full.index((i + 1) % STAGES), (i + 1) // STAGES & 1, pred=i + 1 < count)
-            b_q = q_ring.index((i + 1) % STAGES).reshape([64, D])
-            s = warpgroup_mma(k_c, b_q.permute((1, 0)), zeros, use_acc=False, is_async=True)
-            dq, dk = warpgroup_mma_wait(1, [dq, dk])
+            b_q = pieces(q_ring, (i + 1) % STAGES, PIECES)
+            s = scores(b_k, b_q, PIECES, S)
+            if OTHERS:
+                dq, dk = _wait(PIECES, dq, dk)
+            else:
+                dv = warpgroup_mma_wait(PIECES, [dv])
+                mbarrier.arrive(o_empty.index(slot))
             mbarrier.arrive(q_empty.index(slot))
-            mbarrier.arrive(ds_empty.index(i % 2))
-            tma.store_wait(0)
-            dq_smem.index(C).reshape([64, 64]).store(dq)
-            fence_async_shared()
-            reduce_add(d_q, [first, h * G, C * 64], dq_smem.index(C))
-            first = _next(first, begin, stop, TILE)
+            if OTHERS:
+                if PIECES == 1:
+                    mbarrier.arrive(ds_empty.index(i % 2))
+                _add_queries(d_q, dq, first, h * G, C * 64, dq_smem.index(C))
+            if PIECES == 1:
+                first = _next(first, begin, stop, TILE)
             s = warpgroup_mma_wait(0, [s])
-        _add_keys(d_k, dk, n, h * D, dq_smem.index(C))
-        _add_keys(d_v, dv, n, h * E, dq_smem.index(C))
+            if PIECES > 1:
+                if OTHERS:
+                    if i % 2 == C:
+                        dq = warpgroup_mma_wait(0, [_query_grads(2, i, ds_smem, k_parts, S)])
+                        _add_queries(d_q, dq, first, h * G, 128, dq_smem.index(C))
+                    mbarrier.arrive(ds_empty.index(i % 2))
+                first = _next(first, begin, stop, TILE)
+        if OTHERS:
+            for c in gl.static_range(PIECES):
+                _add_keys(d_k, dk[c], n, h * D + c * WIDTH, dq_smem.index(C))
+        if VALUES:
+            _add_keys(d_v, dv, n, h * E, dq_smem.index(C))
         tma.store_wait(0)
 
 
 @gluon.jit
 def _grad_kernel(
     q, k, v, d_out, base, dots, d_q, d_k, d_v, low, high, seen_low, seen_high, scale, tokens, keys, chunk, lap,
-    KV: gl.constexpr, G: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
+    KV: gl.constexpr, G: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
+    VALUES: gl.constexpr, OTHERS: gl.constexpr,
 ):  # fmt: skip
-    """One program for 128 keys, a chunk of queries and a KV head."""
+    """One program for 128 keys, a chunk of queries and a KV head. VALUES: finds d_v; OTHERS: d_q and d_k."""
+    PIECES: gl.constexpr = D // k.block_type.shape[1]
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
     NUMBERS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    q_ring = gl.allocate_shared_memory(q.dtype, [STAGES] + q.block_type.shape, q.layout)  # noqa: RUF005
+    q_ring = gl.allocate_shared_memory(q.dtype, [STAGES * PIECES] + q.block_type.shape, q.layout)  # noqa: RUF005
     o_ring = gl.allocate_shared_memory(q.dtype, [STAGES] + d_out.block_type.shape, d_out.layout)  # noqa: RUF005
-    k_smem = gl.allocate_shared_memory(q.dtype, [2] + k.block_type.shape, k.layout)  # noqa: RUF005
+    k_smem = gl.allocate_shared_memory(q.dtype, [2 * PIECES] + k.block_type.shape, k.layout)  # noqa: RUF005
     v_smem = gl.allocate_shared_memory(q.dtype, [2] + v.block_type.shape, v.layout)  # noqa: RUF005
     ds_smem = gl.allocate_shared_memory(q.dtype, [4, 64, 64], k.layout)
     dq_smem = gl.allocate_shared_memory(gl.float32, [2] + d_q.block_type.shape, d_q.layout)  # noqa: RUF005
@@ -331,18 +383,18 @@ def _grad_kernel(
                 _consumer,
                 (FIRST, q_ring, o_ring, bases, all_dots, k_smem, v_smem, there, q_full, q_empty, o_full, o_empty,
                  ds_smem, ds_full, ds_empty, dq_smem, d_q, d_k, d_v, low, high, seen_low, seen_high, scale, tokens,
-                 keys, chunk, lap, G, TILE, STAGES),
+                 keys, chunk, lap, G, D, TILE, STAGES, VALUES, OTHERS),
             ),
             (
                 _consumer,
                 (SECOND, q_ring, o_ring, bases, all_dots, k_smem, v_smem, there, q_full, q_empty, o_full, o_empty,
                  ds_smem, ds_full, ds_empty, dq_smem, d_q, d_k, d_v, low, high, seen_low, seen_high, scale, tokens,
-                 keys, chunk, lap, G, TILE, STAGES),
+                 keys, chunk, lap, G, D, TILE, STAGES, VALUES, OTHERS),
             ),
             (
                 _producer,
                 (q, k, v, d_out, base, dots, q_ring, o_ring, base_ring, dots_ring, k_smem, v_smem, there, q_full,
-                 q_empty, o_full, o_empty, seen_low, seen_high, tokens, keys, chunk, lap, G, TILE, STAGES),
+                 q_empty, o_full, o_empty, seen_low, seen_high, tokens, keys, chunk, lap, G, D, TILE, STAGES),
             ),
         ],
         [4, 1],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,16 @@ from shoal.kernels.nsa.triton_backward import BackwardTuning, nsa_backward
 from shoal.kernels.nsa.triton_forward import ForwardTuning, nsa_forward
 
 Tunings = tuple[ForwardTuning, BackwardTuning]
+
+
+def wide_tunings() -> Tunings:
+    """Those that take the Gluon kernels for 192 dimensions of queries and keys as well, which are not measured yet."""
+    forward, backward = ForwardTuning(), BackwardTuning()
+    cmp, near = replace(forward.cmp, wide=True), replace(forward.near, wide=True)
+    choose = replace(forward.choose, wide=True)
+    cmp_grad, window_grad = replace(backward.cmp, wide=True), replace(backward.window, wide=True)
+    gradients = replace(backward, cmp=cmp_grad, window=window_grad, selected=replace(backward.selected, wide=True))
+    return replace(forward, cmp=cmp, near=near, choose=choose), gradients
 
 
 def nsa_triton(

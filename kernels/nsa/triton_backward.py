@@ -112,7 +112,7 @@ def branch_backward(
     if q.is_cuda and not deterministic:
         from shoal.kernels.nsa.gluon_span_grad import gluon_span_backward, supported
 
-        if supported(q, v):
+        if supported(q, v, wide=tuning.wide):
             # Programs enough for the multiprocessors, and few that add to the same keys.
             chunk = min(max(256, q.shape[0] // 2048 * 64), 2048) if tuning.chunk else 0
             return gluon_span_backward(*args, chunk=chunk, lap=triton.cdiv(tuning.lap, 64) * 64)

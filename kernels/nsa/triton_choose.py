@@ -25,7 +25,8 @@ SCORES = 1 << 25
 
 @dataclass(frozen=True)
 class ChooseTuning:
-    """chunk: queries scored at a time. rows: of a matrix product, queries times padded group. blocks: of a tile."""
+    """chunk: queries scored at a time. rows: of a matrix product, queries times padded group. blocks: of a tile. wide:
+    in Gluon on Hopper for 192 dimensions of queries and keys, too, as it is for 64 and 128; not measured yet."""
 
     chunk: int = 8192
     rows: int = 128
@@ -33,6 +34,7 @@ class ChooseTuning:
     warps: int = 4
     stages: int = 2
     top_warps: int = 1
+    wide: bool = False
 
 
 def choose_blocks(
@@ -55,7 +57,7 @@ def choose_blocks(
     width = triton.cdiv(max(longest, 1), tuning.blocks) * tuning.blocks
     chunk = min(tuning.chunk, tokens, max(tile, SCORES // (kv * width)))
     scores = torch.empty(2, kv, chunk, width, dtype=torch.float32, device=q.device)
-    score = _for_hopper(q, k_cmp, tables) or partial(score_blocks, tile=tile, tuning=tuning)
+    score = _for_hopper(q, k_cmp, tables, tuning.wide) or partial(score_blocks, tile=tile, tuning=tuning)
     for start, stop in tables.chunks(tokens, chunk):
         seen = padded(tables.longest_within(start, stop))
         if longest > n > sizes.slc_initial + sizes.slc_local:
@@ -74,13 +76,13 @@ def choose_blocks(
     return blocks
 
 
-def _for_hopper(q: Tensor, k_cmp: Tensor, tables: Tables) -> Callable[..., None] | None:
+def _for_hopper(q: Tensor, k_cmp: Tensor, tables: Tables, wide: bool) -> Callable[..., None] | None:
     """The twin of :func:`score_blocks` in Gluon, where it takes these."""
     if not q.is_cuda:
         return None
     from shoal.kernels.nsa.gluon_importance import block_scores, supported
 
-    return block_scores if supported(q, k_cmp, tables.sizes) else None
+    return block_scores if supported(q, k_cmp, tables.sizes, wide=wide) else None
 
 
 def score_blocks(

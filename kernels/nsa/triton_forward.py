@@ -119,7 +119,7 @@ def attend_span(q: Tensor, k: Tensor, v: Tensor, span: Span, scale: float, tunin
         # Imported here: Gluon's module for Hopper is of no use without a GPU.
         from shoal.kernels.nsa.gluon_span import gluon_span_attention, supported
 
-        if supported(q, k, v):
+        if supported(q, k, v, wide=tuning.wide):
             return gluon_span_attention(q, k, v, span, scale)
     return span_attention(q, k, v, span, scale, tuning=tuning)
 

@@ -25,7 +25,8 @@ from shoal.kernels.nsa.triton_tables import PackTables
 @dataclass(frozen=True)
 class GatherGradTuning:
     """chunk: queries whose parts exist at a time. item: queries of a program, a power of two. rows: of a tile, queries
-    times padded group. hopper: in Gluon where that takes the shapes, whatever item and rows say."""
+    times padded group. hopper: in Gluon where that takes the shapes, whatever item and rows say. wide: also for 192
+    dimensions of queries and keys; not measured yet."""
 
     chunk: int = 2048
     item: int = 64
@@ -34,6 +35,7 @@ class GatherGradTuning:
     stages: int = 2
     merge_warps: int = 4
     hopper: bool = True
+    wide: bool = False
 
 
 def selected_backward(
@@ -69,7 +71,7 @@ def selected_backward(
     chunk = min(tuning.chunk, tokens)
     part = torch.empty(chunk, n, heads, dim, dtype=q.dtype, device=q.device)
     operands = (q, k, v, d_out, base, dots)
-    hopper = None if deterministic or not tuning.hopper else for_hopper(q, v, tables)
+    hopper = None if deterministic or not tuning.hopper else for_hopper(q, v, tables, wide=tuning.wide)
     if deterministic:
         pairs, first, chunks = lists_by_block(blocks, tables, chunk)
         items, size = pairs, 0
@@ -117,13 +119,13 @@ def selected_backward(
     return d_q
 
 
-def for_hopper(q: Tensor, v: Tensor, tables: PackTables) -> Callable[..., None] | None:
+def for_hopper(q: Tensor, v: Tensor, tables: PackTables, *, wide: bool = False) -> Callable[..., None] | None:
     """The twin of :func:`_block_kernel` in Gluon, where it takes these."""
     if not q.is_cuda:
         return None
     from shoal.kernels.nsa.gluon_gather_grad import block_parts, supported
 
-    return block_parts if supported(q, v, tables.sizes.slc_block) else None
+    return block_parts if supported(q, v, tables.sizes.slc_block, wide=wide) else None
 
 
 @triton.jit

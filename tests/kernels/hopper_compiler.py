@@ -65,7 +65,7 @@ def compile_for_hopper(kernel: JITFunction[Any], *arguments: Any, grid: Any, war
     print(kernel.__name__, compiled.metadata.shared, "serialized" if slow else "overlapped", fused, flush=True)
 
 
-def attention(kv: int, group: int, dim_v: int, dtype: torch.dtype) -> None:
+def attention(kv: int, group: int, dims: tuple[int, int], dtype: torch.dtype) -> None:
     """Forward and backward, all branches, of two documents."""
     from shoal.kernels.nsa import BlockSizes, make_layout
     from shoal.kernels.nsa.gluon_gather_grad import block_parts
@@ -79,8 +79,8 @@ def attention(kv: int, group: int, dim_v: int, dtype: torch.dtype) -> None:
     tokens, heads, choices = 256, kv * group, 16
     layout = make_layout(tuple(accumulate([100, 156], initial=0)), BlockSizes(32, 16, 64, choices, 1, 2, 128), "cpu")
     tables = make_tables(layout)
-    q, k = torch.zeros(tokens, heads, 128, dtype=dtype), torch.zeros(tokens, kv, 128, dtype=dtype)
-    v, d_out = torch.zeros(tokens, kv, dim_v, dtype=dtype), torch.zeros(tokens, heads, dim_v, dtype=dtype)
+    q, d_out = (torch.zeros(tokens, heads, dim, dtype=dtype) for dim in dims)
+    k, v = (torch.zeros(tokens, kv, dim, dtype=dtype) for dim in dims)
     base = torch.zeros(tokens, heads)
     grads = Grads(*(torch.zeros(x.shape) for x in (q, k, v)))
     gluon_span_attention(q, k, v, tables.window, 0.1)
@@ -89,7 +89,7 @@ def attention(kv: int, group: int, dim_v: int, dtype: torch.dtype) -> None:
         block_scores(q, k, base, tables, 0.1, torch.zeros(2, kv, tokens, 4), 0, tokens)
         numbers = torch.zeros(kv + 1, dtype=torch.int32)
         inverse = Inverse(tokens, 1, 64, numbers, numbers.new_zeros(1, 64), numbers)
-        part = q.new_zeros(tokens, choices, heads, 128)
+        part = q.new_zeros(tokens, choices, heads, dims[0])
         block_parts(q, k, v, d_out, base, base, part, inverse, numbers[1:].view(kv, 1), tables, 0.1, grads, 0)
 
 
@@ -161,8 +161,9 @@ def main() -> None:
     hopper.on_hopper = lambda x: True
     hopper.multiprocessors = lambda device: 132  # type: ignore[assignment]
     torch.cuda.device = lambda device: nullcontext()  # type: ignore
-    attention(2, 16, 128, torch.bfloat16)
-    attention(1, 4, 64, torch.float16)
+    attention(2, 16, (128, 128), torch.bfloat16)
+    attention(1, 4, (128, 64), torch.float16)
+    attention(2, 16, (192, 128), torch.bfloat16)
     experts()
     pages(4, 16, (192, 128), torch.bfloat16)
     pages(3, 5, (24, 40), torch.float32)

@@ -14,8 +14,8 @@ import torch
 from shoal.kernels.nsa import BlockSizes
 
 SHARED_MEMORY = 227 * 1024
-KERNELS = {"_span_kernel": 2, "_grad_kernel": 2, "_gather_grad_kernel": 1, "_gemm_kernel": 5, "_outer_kernel": 1}
-KERNELS |= {"_importance_kernel": 1}
+KERNELS = {"_span_kernel": 3, "_grad_kernel": 4, "_gather_grad_kernel": 2, "_gemm_kernel": 5, "_outer_kernel": 1}
+KERNELS |= {"_importance_kernel": 2}
 KERNELS |= {"_plan_kernel": 4, "_before_kernel": 6, "_pack_kernel": 2, "_count_kernel": 2, "_place_kernel": 2}
 KERNELS |= {"_gates_kernel": 2, "_home_kernel": 2, "_expand_kernel": 4, "_address_kernel": 2}
 """Of each kernel, how often it is launched."""
@@ -34,6 +34,27 @@ def test_every_kernel(tmp_path: Path) -> None:
         assert len(mine) == count, (name, told)
         assert all(shared <= SHARED_MEMORY and products == "overlapped" for shared, products in mine), (name, mine)
     assert all(fused == "rounded" for kernel, _, _, fused in told if kernel in ROUNDING), told
+
+
+def test_wide_heads_are_taken_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels for 192 dimensions have to be turned on: none of them has been measured."""
+    gluon_span = pytest.importorskip("shoal.kernels.nsa.gluon_span")
+    gluon_span_grad = pytest.importorskip("shoal.kernels.nsa.gluon_span_grad")
+    gluon_gather_grad = pytest.importorskip("shoal.kernels.nsa.gluon_gather_grad")
+    gluon_importance = pytest.importorskip("shoal.kernels.nsa.gluon_importance")
+    sizes = BlockSizes(32, 16, 64, 16, 1, 2, 512)
+    for module in (gluon_span, gluon_span_grad, gluon_importance):
+        monkeypatch.setattr(module, "on_hopper", lambda x: True)
+    for dim, taken in ((64, True), (96, False), (128, True), (192, False)):
+        q, k, v = (torch.zeros(8, heads, size, dtype=torch.bfloat16) for heads, size in ((32, dim), (2, dim), (2, 128)))
+        assert gluon_span.supported(q, k, v) == taken
+        assert gluon_span.supported(q, k, v, wide=True)
+        assert gluon_importance.supported(q, k, sizes) == taken
+        assert gluon_importance.supported(q, k, sizes, wide=True) == (dim != 96)
+        assert gluon_span_grad.supported(q, v) == (dim == 128)
+        assert gluon_span_grad.supported(q, v, wide=True) == (dim in (128, 192))
+        assert gluon_gather_grad.supported(q, v, 64) == (dim == 128)
+        assert gluon_gather_grad.supported(q, v, 64, wide=True) == (dim in (128, 192))
 
 
 @pytest.mark.parametrize(("group", "count", "taken"), [(8, 3, False), (8, 4, True), (16, 2, True), (64, 1, True)])

@@ -36,30 +36,34 @@ def choices(tables: PackTables, kv: int, n: int, block: int) -> Tensor:
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [[3000], [700, 1, 63, 64, 900], [40]])
 @pytest.mark.parametrize(
-    ("kv", "group", "dim_v", "dtype", "block"),
+    ("kv", "group", "dims", "dtype", "block"),
     [
-        (2, 16, 128, torch.bfloat16, 64),
-        (1, 64, 64, torch.bfloat16, 64),
-        (3, 16, 64, torch.float16, 64),
-        (1, 16, 128, torch.bfloat16, 32),
+        (2, 16, (128, 128), torch.bfloat16, 64),
+        (1, 64, (128, 64), torch.bfloat16, 64),
+        (3, 16, (128, 64), torch.float16, 64),
+        (1, 16, (128, 128), torch.bfloat16, 32),
+        (2, 16, (192, 128), torch.bfloat16, 64),
+        (1, 64, (192, 64), torch.float16, 64),
+        (1, 16, (192, 128), torch.bfloat16, 32),
     ],
+    ids=str,
 )
 @pytest.mark.parametrize("chunk", [2048, 320])
 def test_like_triton(
-    lengths: list[int], kv: int, group: int, dim_v: int, dtype: torch.dtype, block: int, chunk: int
+    lengths: list[int], kv: int, group: int, dims: tuple[int, int], dtype: torch.dtype, block: int, chunk: int
 ) -> None:
     sizes = BlockSizes(32, 16, block, 6, 1, 2, 300)
     tables = make_tables(make_layout(tuple(accumulate(lengths, initial=0)), sizes, DEVICE))
     rows, heads = sum(lengths), kv * group
-    q, k = draw(rows, heads, 128, dtype=dtype, seed=1), draw(rows, kv, 128, dtype=dtype, seed=2)
-    v, d_out = draw(rows, kv, dim_v, dtype=dtype, seed=3), draw(rows, heads, dim_v, dtype=dtype, seed=4)
+    q, k = draw(rows, heads, dims[0], dtype=dtype, seed=1), draw(rows, kv, dims[0], dtype=dtype, seed=2)
+    v, d_out = draw(rows, kv, dims[1], dtype=dtype, seed=3), draw(rows, heads, dims[1], dtype=dtype, seed=4)
     base, dots = (draw(rows, heads, dtype=torch.float32, seed=seed) for seed in (5, 6))
     base[::3, 0] = torch.inf  # a row of weight 0, as a gate of 0 makes it
     blocks = choices(tables, kv, 6, block)
-    assert for_hopper(q, v, tables) is not None
+    assert for_hopper(q, v, tables, wide=True) is not None
     mine, want = (Grads(*(torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))) for _ in range(2))
     operands = (q, k, v, d_out, 5 + base, dots, blocks, tables, SCALE)
-    d_q = selected_backward(*operands, mine, tuning=GatherGradTuning(chunk=chunk, hopper=True))
+    d_q = selected_backward(*operands, mine, tuning=GatherGradTuning(chunk=chunk, wide=True))
     exact = selected_backward(*operands, want, deterministic=True)
     pairs = {"d_q": (d_q, exact), "d_k": (mine.d_k, want.d_k), "d_v": (mine.d_v, want.d_v)}
     for name, (got, expected) in pairs.items():

@@ -29,6 +29,8 @@ SCALE = 0.2
         (1, 64, 64, torch.float16),
         (4, 8, 128, torch.bfloat16),
         (3, 32, 64, torch.bfloat16),
+        (2, 16, 192, torch.bfloat16),
+        (1, 64, 192, torch.float16),
     ],
 )
 @pytest.mark.parametrize("lengths", [[5000], [700, 1, 63, 64, 1900, 320], [6, 401]])
@@ -54,7 +56,7 @@ def compare(tables: Tables, tokens: int, keys: int, kv: int, group: int, dim: in
     sizes = tables.sizes
     q = draw(tokens, kv * group, dim, dtype=dtype, seed=1)
     k, v = (draw(keys, kv, dim, dtype=dtype, seed=seed) for seed in (2, 3))
-    assert supported(q, k, sizes)
+    assert supported(q, k, sizes, wide=dim == 192)
     _, lse = span_attention(q, k, v, tables.cmp, SCALE)
     start, stop = tokens // 5, tokens - 3
     width = -(-tables.longest_within(0, tokens) // 16) * 16

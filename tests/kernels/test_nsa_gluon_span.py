@@ -29,12 +29,12 @@ def rising(tokens: int, keys: int) -> Span:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("kv", "group"), [(2, 16), (4, 1), (1, 64)])
-@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (64, 128)])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (64, 128), (192, 128), (96, 64), (192, 64)], ids=str)
 def test_against_the_oracle(dtype: torch.dtype, kv: int, group: int, dims: tuple[int, int]) -> None:
     tokens, keys = 203, 1000
     q, k = draw(tokens, kv * group, dims[0], dtype=dtype, seed=1), draw(keys, kv, dims[0], dtype=dtype, seed=2)
     v, span = draw(keys, kv, dims[1], dtype=dtype, seed=3), rising(tokens, keys)
-    assert supported(q, k, v)
+    assert supported(q, k, v, wide=dims[0] in (96, 192))
     out, lse = gluon_span_attention(q, k, v, span, SCALE)
     want, want_lse = torch.zeros(*out.shape).double(), torch.full(lse.shape, -torch.inf).double()
     exact = [x.cpu().double() for x in (q, k, v)]
@@ -48,14 +48,15 @@ def test_against_the_oracle(dtype: torch.dtype, kv: int, group: int, dims: tuple
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dim", [128, 192])
 @pytest.mark.parametrize("lengths", [[5000], [700, 1, 63, 64, 900], [40], [20]])
-def test_compressed_keys_like_triton(lengths: list[int]) -> None:
+def test_compressed_keys_like_triton(lengths: list[int], dim: int) -> None:
     """Also packs with fewer keys than a tile has, or none."""
     stops = torch.tensor([0, *lengths]).cumsum(0).tolist()
     layout = make_layout(tuple(stops), BlockSizes(32, 16, 64, 6, 1, 2, 100), DEVICE)
     tables = make_tables(layout)
-    q = draw(layout.tokens, 32, 128, dtype=torch.bfloat16, seed=1)
-    k, v = (draw(layout.cmp_starts.numel(), 2, 128, dtype=torch.bfloat16, seed=seed) for seed in (2, 3))
+    q = draw(layout.tokens, 32, dim, dtype=torch.bfloat16, seed=1)
+    k, v = (draw(layout.cmp_starts.numel(), 2, size, dtype=torch.bfloat16, seed=size) for size in (dim, 64))
     out, lse = gluon_span_attention(q, k, v, tables.cmp, SCALE)
     want, want_lse = span_attention(q, k, v, tables.cmp, SCALE)
     close(out, want.cpu().double(), torch.bfloat16)

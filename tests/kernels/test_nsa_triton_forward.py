@@ -14,6 +14,7 @@ from triton_on_cpu import DEVICE, TOLERANCE, close, draw
 triton_on_cpu.prepare()
 
 from shoal.kernels.nsa import BlockSizes, Layout, make_layout, nsa_attention, oracle  # noqa: E402
+from shoal.kernels.nsa.triton_attention import wide_tunings  # noqa: E402
 from shoal.kernels.nsa.triton_choose import ChooseTuning, choose_blocks  # noqa: E402
 from shoal.kernels.nsa.triton_forward import Forward, ForwardTuning, nsa_forward  # noqa: E402
 from shoal.kernels.nsa.triton_gather import Tuning  # noqa: E402
@@ -125,14 +126,15 @@ def test_chosen_blocks(equal: bool) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("kv", "group"), [(2, 16), (1, 4), (4, 1), (1, 6)])
-@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128), (96, 96)])
-def test_on_a_gpu(dtype: torch.dtype, kv: int, group: int, dims: tuple[int, int]) -> None:
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128), (96, 96)], ids=str)
+@pytest.mark.parametrize("tuning", [None, wide_tunings()[0]], ids=["default", "wide"])
+def test_on_a_gpu(dtype: torch.dtype, kv: int, group: int, dims: tuple[int, int], tuning: ForwardTuning | None) -> None:
     """Against the PyTorch operations in float64, which other tests hold against the oracle."""
     sizes = BlockSizes(32, 16, 64, 6, 1, 2, 100)
     layout = layout_of([700, 1, 63, 64, 900], sizes)
     args = inputs(layout, kv, group, dims, dtype)
     scale = dims[0] ** -0.5
-    result = nsa_forward(*args, layout, scale)
+    result = nsa_forward(*args, layout, scale, tuning)
     exact = make_layout(layout.cu_seqlens, sizes, "cpu")
     want = nsa_attention(*in_float64(args), exact, scale)
     # A block that rounding swaps for an equally important one changes a row, and is not counted as an error.
