@@ -7,8 +7,8 @@ What moves, of one layer, between the ranks of a context group:
 - ``near``: the window before each segment;
 - ``far``: keys and values of the selected branch, for all blocks that a query might choose. They are on their way
   while compressed attention, the choice of blocks and the window are computed; they are not kept for the backward
-  pass, which fetches them again, and whose gradients return while those of the compression are computed. Or only those
-  that were chosen, when that is known: less where queries agree, but nothing hides it.
+  pass, which fetches them again, and whose gradients return while those of the compression are computed. Or only the
+  pages that were chosen, when that is known: less where queries agree, but nothing hides it.
 
 Each query reads its own document, and no later token, so that less moves than all keys to all ranks.
 """
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,11 +32,8 @@ from shoal.kernels.nsa.layout import BlockSizes, Layout, make_layout
 from shoal.kernels.nsa.rows import Rows, needs
 from shoal.workers.exchange import Fetch, Give, Plan, fetch_rows
 from shoal.workers.mesh import Group
-from shoal.workers.pull import Pages, Pull, PullGive
+from shoal.workers.pull import Fetching, Pages, Pull, PullGive
 
-Chosen = Literal["all", "chosen", "less"]
-"""Which pages are fetched, as ``parallel.context_fetch`` says; ``less``: the chosen ones where the ranks together fetch
-fewer rows that way."""
 Pair = tuple[Tensor, Tensor]
 Compress = Callable[[Tensor], Tensor]
 
@@ -58,8 +55,7 @@ class Sequence:
     """A packed batch on one rank of a context group: where its tokens, keys and compressed blocks are.
 
     layout: of this rank's queries. own: the compressed blocks that it makes. pages: of the far keys. received: bytes
-    that arrived, by plan. coverage: where a list, each layer adds the share of the pages at other ranks, of all that
-    it might read, that its queries chose.
+    that arrived, by plan.
     """
 
     layout: Layout
@@ -70,7 +66,6 @@ class Sequence:
     far: Plan
     pages: Pages
     received: Counter[str]
-    coverage: list[float] | None = None
 
 
 def make_sequence(
@@ -123,16 +118,16 @@ def sequence_attention(
     scale: float,
     backend: Backend = "auto",
     wide: bool = False,
-    chosen: Chosen = "all",
+    fetching: Fetching | None = None,
 ) -> Tensor:
     """``nsa_attention`` for this rank's queries, from this rank's tokens. Every rank of the group calls it.
 
     q: ``[t, H, d_qk]``, gates: ``[t, H, 3]``; raw, slc, win: keys ``[t, KV, d_qk]`` and values ``[t, KV, d_v]`` of
     the three branches, rotated but for raw. compress: what makes keys and values of ``sequence.own`` blocks from raw
-    tokens ``[raw, KV, D]``, keys rotated. wide: gradients of the selected branch travel in float32. chosen:
-    whether only the keys of chosen blocks are fetched; alike on all ranks. Returns ``[t, H, d_v]``.
+    tokens ``[raw, KV, D]``, keys rotated. wide: gradients of the selected branch travel in float32. fetching: how its
+    keys are fetched; None: all that may be chosen. Returns ``[t, H, d_v]``.
     """
-    flight = _Flight(sequence, scale, backend, wide, chosen)
+    flight = _Flight(sequence, scale, backend, wide, fetching or Fetching())
     slc = _Deliver.apply(*slc, flight)
     keys, values = fetch_rows(sequence.raw, *raw)
     near = fetch_rows(sequence.near, *win)
@@ -149,7 +144,7 @@ class _Flight:
     scale: float
     backend: Backend
     wide: bool
-    chosen: Chosen
+    fetching: Fetching
     returning: Give | PullGive | None = None
 
 
@@ -160,27 +155,25 @@ class _Arrival:
     """
 
     def __init__(self, flight: _Flight, k: Tensor, v: Tensor) -> None:
-        self.flight, self.kept = flight, (k, v)
-        self.source: Plan | Pull = flight.sequence.far
+        self.flight, self.kept, plan = flight, (k, v), flight.sequence.far
+        self.source: Plan | Pull = plan
         self.fetch: Fetch | None = None
-        if flight.chosen == "all":
-            self.fetch = flight.sequence.far.fetch(k, v)
-            self.buffers = self.fetch.buffers
+        if flight.fetching.pull:
+            self.buffers = tuple(x.new_zeros(plan.needed, *x.shape[1:]) for x in (k, v))
         else:
-            self.buffers = tuple(x.new_empty(flight.sequence.far.needed, *x.shape[1:]) for x in (k, v))
+            self.fetch = plan.fetch(k, v)
+            self.buffers = self.fetch.buffers
 
     def __call__(self, read: Callable[[], Tensor]) -> None:
-        sequence = self.flight.sequence
-        if sequence.coverage is not None:
-            sequence.coverage.append(sequence.pages.coverage(read()))
+        fetching, pages = self.flight.fetching, self.flight.sequence.pages
+        rows = read() if fetching.pull or fetching.count else None
+        if fetching.count and rows is not None:
+            fetching.counts = pages.count(rows)
         if self.fetch is not None:
             self.fetch.wait()
-            return
-        pull = sequence.pages.ask(read())
-        if self.flight.chosen == "chosen" or pull.moved < sequence.pages.fetched_rows(self.kept[0].shape[1]):
-            self.source = pull
-        for buffer, x in zip(self.buffers, self.source.fetch(*self.kept).wait(), strict=True):
-            buffer.copy_(x)
+        elif rows is not None:
+            self.source = pull = pages.ask(rows)
+            pull.fetch(*self.kept, into=self.buffers).wait()
 
 
 class _Deliver(torch.autograd.Function):

@@ -36,7 +36,7 @@ CONTEXTS: dict[str, dict[str, Any]] = {
     "2 ranks share all, chosen blocks": {
         "parallel__ranks": 2,
         "parallel__context": 2,
-        "parallel__context_fetch": "less",
+        "parallel__context_fetch": "chosen",
         "parallel__context_gradients": "float32",
     },
     "2 groups of 2, experts over 4": {"parallel__ranks": 4, "parallel__context": 2},
