@@ -164,6 +164,12 @@ class ParallelTable(Table):
         "hidden behind other work; pages that were chosen, which nothing hides; auto: layer by layer the latter while, "
         "as last measured, it moves less than half the bytes. What is computed is the same",
     )
+    context_heads: int = Field(
+        default=0,
+        ge=0,
+        description="KV heads of NSA that a rank which shares sequences computes at a time, while the next ones' keys "
+        "of other ranks are on their way: of those no more than twice so many are in memory; 0: all at once",
+    )
     context_gradients: Literal["short", "float32"] = Field(
         default="short", description="dtype in which gradients of those keys return: train.dtype, or float32 at least"
     )

@@ -107,13 +107,14 @@ def nsa_shared(
     dense: int | None = None,
     pull: bool = False,
     wide: bool = False,
+    heads: int = 0,
 ) -> Shared:
     """This rank's results, of what one rank would be given."""
     *leaves, upstream = rank_part(p, args, group, TOKENS)
     sequence = make_sequence(p.cu, p.sizes, group, torch.device(p.device), tile, dense)
     sequence.received.clear()
     fetching = Fetching(pull, count=True)
-    out = nsa_of(p, leaves, sequence, fetching, wide)
+    out = nsa_of(p, leaves, sequence, fetching, wide, heads)
     forward = dict(sequence.received)
     results = [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
     assert fetching.counts is not None
@@ -121,13 +122,19 @@ def nsa_shared(
 
 
 def nsa_of(
-    p: Problem, leaves: list[Tensor], sequence: Sequence, fetching: Fetching | None = None, wide: bool = False
+    p: Problem,
+    leaves: list[Tensor],
+    sequence: Sequence,
+    fetching: Fetching | None = None,
+    wide: bool = False,
+    heads: int = 0,
 ) -> Tensor:
     """The output of this rank, from its leaves."""
     q, k_raw, v_raw, k_slc, v_slc, k_win, v_win, gates, *phi = leaves
     compressing = (partial(_phi, phi[:3], sequence.own), partial(_phi, phi[3:], sequence.own))
     pairs = ((k_raw, v_raw), (k_slc, v_slc), (k_win, v_win))
-    return sequence_attention(q, *pairs, gates, compressing, sequence, p.scale, wide=wide, fetching=fetching)
+    args = (q, *pairs, gates, compressing, sequence, p.scale)
+    return sequence_attention(*args, wide=wide, fetching=fetching, heads=heads)
 
 
 def _buffers(sequence: Sequence) -> dict[str, int]:

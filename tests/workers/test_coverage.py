@@ -114,10 +114,11 @@ CASES: dict[str, dict[str, Any]] = {
         "train__accumulate": 3,
         "balance__over": "micro_batch",
     },
-    "4 ranks share all, two layers computed again": {
+    "4 ranks share all, two layers computed again, head by head": {
         "parallel__ranks": 4,
         "parallel__context": 4,
         "train__recompute": 2,
+        "parallel__context_heads": 1,
         "parallel__context_gradients": "float32",
     },
     "2A:2F": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate
@@ -16,17 +17,20 @@ from sequences import SIZES, TOKENS, Problem, drawn, nsa_alone, nsa_of, nsa_shar
 from torch.profiler import ProfilerActivity, profile
 
 from shoal.kernels.nsa import BlockSizes
+from shoal.workers.exchange import Fetch, Plan
 from shoal.workers.mesh import Group
 from shoal.workers.sequence import make_sequence, zigzag
 from shoal.workers.volume import Shape, far_volume, nsa_volume
 
 
-def _on_rank(rank: int, world: int, problems: list[Problem], tile: int, dense: int, pull: bool) -> Any:
+def _on_rank(
+    rank: int, world: int, problems: list[Problem], tile: int, dense: int, pull: bool, wide: bool, heads: int
+) -> Any:
     """Of each problem what this rank computes."""
     import torch.distributed as dist
 
     group = Group(tuple(range(world)), rank, dist.group.WORLD if world > 1 else None)
-    return [nsa_shared(p, drawn(p), group, tile, dense, pull) for p in problems]
+    return [nsa_shared(p, drawn(p), group, tile, dense, pull, wide, heads) for p in problems]
 
 
 def check(
@@ -36,10 +40,13 @@ def check(
     tile: int = 64,
     dense: int = 512,
     pull: bool = False,
+    wide: bool = False,
+    heads: int = 0,
+    kv: int = 2,
 ) -> list[Any]:
     """All ranks' parts put together beside one rank's; returns what the ranks returned."""
-    problems = [Problem(cu, dtype=dtype) for cu in packs]
-    results = run_ranks(world, _on_rank, problems, tile, dense, pull)
+    problems = [Problem(cu, kv=kv, dtype=dtype) for cu in packs]
+    results = run_ranks(world, _on_rank, problems, tile, dense, pull, wide, heads)
     bound = 1e-10 if dtype == torch.float64 else 3e-5
     for i, p in enumerate(problems):
         want = nsa_alone(p, drawn(p))
@@ -116,6 +123,50 @@ def test_chosen_pages_alone_give_the_same_bits_for_the_bytes_of_the_formula(worl
     volumes = [nsa_volume(1024, world, rank, shape, 8, 4, 12) for rank in range(world)]
     far = sum(v["forward"]["far"] + v["backward"]["far"] for v in volumes)
     assert far == sum(fetched[rank][0].total["far"] for rank in range(world))
+
+
+@pytest.mark.parametrize(("world", "heads", "pull"), [(2, 1, False), (3, 2, False), (4, 1, True)])
+def test_heads_in_turns_compute_the_same_and_send_the_same(world: int, heads: int, pull: bool) -> None:
+    packs = [pack(37, 140, 3, 76), pack(5), pack(512)]
+    settings = {"tile": 16, "dense": 64, "pull": pull, "wide": True, "kv": 3}
+    turns, once = (check(world, packs, torch.float64, heads=n, **settings) for n in (heads, 0))  # type: ignore[arg-type]
+    for mine, all_at_once in zip(turns, once, strict=True):
+        for a, b in zip(mine, all_at_once, strict=True):
+            assert (a.counts, a.forward, a.total) == (b.counts, b.forward, b.total)
+
+
+def _far_heads(rank: int, world: int, p: Problem, heads: int) -> tuple[int, int]:
+    """The most heads whose far keys were in memory at a time, and the most bytes at the peak beyond the inputs."""
+    import torch.distributed as dist
+
+    group = Group(tuple(range(world)), rank, dist.group.WORLD)
+    *leaves, upstream = rank_part(p, drawn(p), group, TOKENS)
+    sequence = make_sequence(p.cu, p.sizes, group, torch.device("cpu"), 16, 512)
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most, fetch = 0, Plan.fetch
+
+    def watched(plan: Plan, *xs: torch.Tensor) -> Fetch:
+        nonlocal most
+        found = fetch(plan, *xs)
+        if plan.name == "far":
+            alive.append(weakref.ref(found.buffers[0]))
+            held = [buffer for ref in alive if (buffer := ref()) is not None]
+            most = max(most, sum(buffer.shape[1] for buffer in held))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Plan, "fetch", watched)
+        with allocated() as sizes:
+            torch.autograd.grad(nsa_of(p, leaves, sequence, heads=heads), leaves, upstream)
+    return most, max(accumulate(sizes))
+
+
+def test_far_keys_of_two_heads_are_in_memory_where_one_is_computed_at_a_time() -> None:
+    """Of many ranks, few queries and many keys: with their gradients they are most of what a rank holds."""
+    p = Problem((0, 4096), BlockSizes(32, 16, 64, 4, 1, 2, 64), kv=6, group=1, dims=(32, 32), dtype=torch.float32)
+    (some, low), (every, high) = (run_ranks(4, _far_heads, p, heads)[0] for heads in (1, 0))
+    assert (some, every) == (2, 6)
+    assert low < 0.6 * high
 
 
 def _memory(rank: int, world: int, p: Problem) -> tuple[int, int]:
