@@ -219,6 +219,22 @@ def test_a_resumed_run_goes_on_pulling(corpus: Path, tmp_path: Path) -> None:
             assert got[key] == want[key], key
 
 
+def _decided(rank: int, world: int, tables: dict[str, Any], corpus: str) -> list[list[bool]]:
+    """Which layers pull after steps in which so many of 100 pages of 8 tokens were chosen at each of two places."""
+    coverage, found = _trainer(tables, corpus, rank).watch.coverage, []
+    for pages in (10, 50, 49, 100):
+        coverage.decide([pages, 8 * pages, 100, 800, 0] * (2 * LAYERS))
+        found.append(coverage.pulls)
+    return found
+
+
+@pytest.mark.parametrize(("fetch", "pulls"), [("auto", (1, 0, 1, 0)), ("all", (0,) * 4), ("chosen", (1,) * 4)])
+def test_layers_pull_while_that_moves_less_than_half(corpus: Path, fetch: str, pulls: tuple[int, ...]) -> None:
+    tables = small_recipe(parallel__ranks=2, parallel__context=2, parallel__context_fetch=fetch)
+    for found in run_ranks(2, _decided, tables, str(corpus)):
+        assert found == [[bool(pull)] * LAYERS for pull in pulls]
+
+
 def test_steps_that_are_not_recorded_count_nothing(corpus: Path) -> None:
     """Nor do runs on one rank, whose records have no coverage at all."""
     tables = small_recipe(parallel__ranks=2, parallel__context=2, train__steps=400)
