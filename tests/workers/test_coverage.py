@@ -21,6 +21,7 @@ from shoal.workers.sequence import Sequence, make_sequence
 from shoal.workers.trainer import Trainer
 
 LAYERS, PAGE = 3, 8
+Ways = dict[str, dict[str, Any]]
 Calls = list[tuple[torch.Tensor, torch.Tensor, tuple[int, ...], float]]
 
 
@@ -34,20 +35,25 @@ def _trainer(tables: dict[str, Any], corpus: Path | str, rank: int = 0, checkpoi
     return Trainer(recipe, Path(corpus), folder, make_mesh(Placement.of(recipe), rank), torch.device("cpu"))
 
 
-def _step(rank: int, world: int, tables: dict[str, Any], corpus: str, steps: int) -> list[dict[str, Any]]:
-    """Records of steps, each with the bytes of far keys that arrived at this rank in it."""
+def _ways(rank: int, world: int, ways: Ways, corpus: str, steps: int) -> dict[str, list[dict[str, Any]]]:
+    """Of each way to fetch the records of steps, with the bytes of far keys that arrived at this rank in each."""
     torch.set_num_threads(1)
+    return {fetch: _steps(_trainer(tables, corpus, rank), steps) for fetch, tables in ways.items()}
+
+
+def _steps(trainer: Trainer, steps: int) -> list[dict[str, Any]]:
     made: dict[int, Sequence] = {}
 
     def remembered(*args: Any) -> Sequence:
         sequence = make_sequence(*args)
+        if id(sequence) not in made:
+            sequence.received.clear()
         made[id(sequence)] = sequence
         return sequence
 
     found, before = [], 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(contexts, "make_sequence", remembered)
-        trainer = _trainer(tables, corpus, rank)
         for _ in range(steps):
             record = trainer.train_step()
             arrived = sum(s.received["far"] + s.received["pages"] for s in made.values())
@@ -151,7 +157,8 @@ def test_coverage_in_records_is_that_of_the_blocks_that_were_chosen(
     assert 0 < want.min() < 0.9
 
     ways = {fetch: small_recipe(**shape, **CASES[name], parallel__context_fetch=fetch) for fetch in ("all", "chosen")}
-    found = {fetch: run_ranks(p.ranks, _step, way, str(corpus), 1) for fetch, way in ways.items()}
+    ranks = run_ranks(p.ranks, _ways, ways, str(corpus), 1)
+    found = {fetch: [each[fetch] for each in ranks] for fetch in ways}
     for fetch, by in (("all", "gather_bytes"), ("chosen", "pull_bytes")):
         records = [record for (record,) in found[fetch]]
         for record in records:
@@ -180,10 +187,9 @@ FEW: dict[str, Any] = {  # of a long sequence only forced blocks, and the next o
 
 def test_layers_begin_to_pull_once_it_was_seen_to_move_less_than_half(corpus: Path) -> None:
     """A run's losses are the same bits whatever is fetched, and all ranks decide alike."""
-    runs = {
-        fetch: run_ranks(4, _step, small_recipe(**FEW, parallel__context_fetch=fetch), str(corpus), 3)
-        for fetch in ("auto", "all", "chosen")
-    }
+    ways = {fetch: small_recipe(**FEW, parallel__context_fetch=fetch) for fetch in ("auto", "all", "chosen")}
+    found = run_ranks(4, _ways, ways, str(corpus), 3)
+    runs = {fetch: [each[fetch] for each in found] for fetch in ways}
     for fetch, ranks in runs.items():
         for records in ranks:
             for step, record in enumerate(records):
@@ -219,20 +225,23 @@ def test_a_resumed_run_goes_on_pulling(corpus: Path, tmp_path: Path) -> None:
             assert got[key] == want[key], key
 
 
-def _decided(rank: int, world: int, tables: dict[str, Any], corpus: str) -> list[list[bool]]:
+def _decided(rank: int, world: int, ways: Ways, corpus: str) -> dict[str, list[list[bool]]]:
     """Which layers pull after steps in which so many of 100 pages of 8 tokens were chosen at each of two places."""
-    coverage, found = _trainer(tables, corpus, rank).watch.coverage, []
-    for pages in (10, 50, 49, 100):
-        coverage.decide([pages, 8 * pages, 100, 800, 0] * (2 * LAYERS))
-        found.append(coverage.pulls)
+    found: dict[str, list[list[bool]]] = {fetch: [] for fetch in ways}
+    for fetch, tables in ways.items():
+        coverage = _trainer(tables, corpus, rank).watch.coverage
+        for pages in (10, 50, 49, 100):
+            coverage.decide([pages, 8 * pages, 100, 800, 0] * (2 * LAYERS))
+            found[fetch].append(coverage.pulls)
     return found
 
 
-@pytest.mark.parametrize(("fetch", "pulls"), [("auto", (1, 0, 1, 0)), ("all", (0,) * 4), ("chosen", (1,) * 4)])
-def test_layers_pull_while_that_moves_less_than_half(corpus: Path, fetch: str, pulls: tuple[int, ...]) -> None:
-    tables = small_recipe(parallel__ranks=2, parallel__context=2, parallel__context_fetch=fetch)
-    for found in run_ranks(2, _decided, tables, str(corpus)):
-        assert found == [[bool(pull)] * LAYERS for pull in pulls]
+def test_layers_pull_while_that_moves_less_than_half(corpus: Path) -> None:
+    pulls = {"auto": (True, False, True, False), "all": (False,) * 4, "chosen": (True,) * 4}
+    shared = {"parallel__ranks": 2, "parallel__context": 2}
+    ways = {fetch: small_recipe(**shared, parallel__context_fetch=fetch) for fetch in pulls}
+    for found in run_ranks(2, _decided, ways, str(corpus)):
+        assert found == {fetch: [[pull] * LAYERS for pull in each] for fetch, each in pulls.items()}
 
 
 def test_steps_that_are_not_recorded_count_nothing(corpus: Path) -> None:
