@@ -9,7 +9,7 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge
 
-from shoal.workers.records import GATES, PARTS, spread
+from shoal.workers.records import GATES, PARTS, coverage_figures, spread
 
 # A series per expert is kept by Prometheus for weeks: a model of many layers shows some of them.
 LOAD_SERIES = 1024
@@ -80,9 +80,19 @@ class TrainMetrics:
         self._gate = self._gauge(
             "shoal_gate", "Mean gate of a branch of sparse attention, between 0 and 1", "layer", "branch"
         )
+        chose = "Pages at other ranks that a rank's queries chose, as a share of those they might read"
+        self._coverage = self._gauge("shoal_context_coverage", f"{chose}, mean over ranks", "layer")
+        self._most_coverage = self._gauge("shoal_context_max_coverage", f"{chose}, of the rank with most", "layer")
+        self._far_bytes = self._gauge(
+            "shoal_context_bytes",
+            "Bytes of the selected branch that a rank receives in a step, if by gather, if by pull",
+            "layer",
+            "fetch",
+        )
         self._steps = self._gauge("shoal_train_steps", "Steps of the whole run")
         by_layer = (self._load, self._layer_device, self._busiest, self._entropy, self._gate)
-        self._seldom = (self._bits, self._parts, self._device, self._steps, *by_layer)
+        shared = (self._coverage, self._most_coverage, self._far_bytes)
+        self._seldom = (self._bits, self._parts, self._device, self._steps, *by_layer, *shared)
         self._tokens = self._counter("shoal_train_tokens_total", "Tokens trained on; a repeated step counts again")
         self._failures = self._counter("shoal_failures_total", "Failures that the run recovered from")
         self._last_tokens = 0
@@ -131,6 +141,12 @@ class TrainMetrics:
             for layer, gates in enumerate(record["gates"]):
                 for branch, gate in zip(GATES, gates, strict=True):
                     self._gate.set(gate, tags={"layer": str(layer), "branch": branch})
+        elif kind == "coverage":
+            for layer, figures in enumerate(coverage_figures(record)):
+                self._coverage.set(figures["mean"], tags={"layer": str(layer)})
+                self._most_coverage.set(figures["max"], tags={"layer": str(layer)})
+                for fetch in ("gather", "pull"):
+                    self._far_bytes.set(figures[f"{fetch}_bytes"], tags={"layer": str(layer), "fetch": fetch})
         elif kind == "event" and record["event"] == "recovered":
             self._failures.inc()
 

@@ -98,6 +98,17 @@ TRAINING = (
         "Gate of the selected branch, by layer", "percentunit",
         {"{{run}} layer {{layer}}": "max by (run, layer) (M:gate{branch=\"selected\"})"},
     ),
+    Panel(
+        "Coverage of other ranks' pages, by layer", "percentunit",
+        {"{{run}} layer {{layer}}": "max by (run, layer) (M:context_coverage)"},
+        "Where ranks share sequences: pages of keys that a rank's queries chose, of all that they might read.",
+    ),
+    Panel(
+        "Bytes of selected keys that a rank receives in a step", "bytes",
+        {"{{run}} {{fetch}}": "sum by (run, fetch) (M:context_bytes)"},
+        "Where ranks share sequences: of all layers, with gradients, by gathering what may be chosen and by pulling "
+        "what was.",
+    ),
     Panel("Norm of the gradient", "none", {"{{run}}": "max by (run) (T:grad_norm)"}, "Before clipping."),
     Panel("Learning rate", "none", {"{{run}}": "max by (run) (T:learning_rate)"}),
     Panel(

@@ -158,10 +158,17 @@ class ParallelTable(Table):
         description="steps after which experts move to even out what was measured of ranks' load; 0: never",
     )
     context: int = Field(default=1, ge=1, description="attention ranks that share a packed batch")
-    context_fetch: Literal["all", "chosen", "less"] = Field(
-        default="all",
+    context_fetch: Literal["auto", "all", "chosen"] = Field(
+        default="auto",
         description="keys of NSA's selected branch that these ranks fetch of one another: all that may be chosen, "
-        "hidden behind other work; blocks that were chosen; or the fewer of the two, decided in each layer",
+        "hidden behind other work; pages that were chosen, which nothing hides; auto: layer by layer the latter while, "
+        "as last measured, it moves less than half the bytes. What is computed is the same",
+    )
+    context_heads: int = Field(
+        default=0,
+        ge=0,
+        description="KV heads of NSA that a rank which shares sequences computes at a time, while the next ones' keys "
+        "of other ranks are on their way: of those no more than twice so many are in memory; 0: all at once",
     )
     context_gradients: Literal["short", "float32"] = Field(
         default="short", description="dtype in which gradients of those keys return: train.dtype, or float32 at least"
@@ -266,6 +273,12 @@ class Recipe(Table):
         size, each = self.moe.experts // groups, self.moe.experts // ranks
         widest = max(((g + 1) * size - 1) // each - g * size // each + 1 for g in range(groups))
         return groups if self.route.max_devices * widest < ranks else 0
+
+    @property
+    def counts_first(self) -> bool:
+        """Whether a step counts experts' load in a forward pass of its own, since its losses are over all parts."""
+        b = self.balance
+        return self.train.accumulate > 1 and b.over == "global_batch" and bool(b.expert or b.device)
 
     @model_validator(mode="before")
     @classmethod

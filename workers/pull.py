@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +11,19 @@ from torch import Tensor
 
 from shoal.kernels.nsa.rows import Rows
 from shoal.workers.exchange import Plan
+
+
+@dataclass
+class Fetching:
+    """How a layer fetches the selected branch's keys from other ranks, alike on all of them.
+
+    pull: only pages that were chosen, once they are; else all that may be, on their way meanwhile. count: whether what
+    is chosen is counted; counts: :meth:`Pages.count` of the last forward pass.
+    """
+
+    pull: bool = False
+    count: bool = False
+    counts: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -25,43 +37,41 @@ class Pages:
     size: int
 
     def wanted(self, read: Tensor) -> Tensor:
-        """``[KV, pages]`` bool on the host: pages of other ranks in which this rank reads. read: ``[KV, far]`` bool."""
-        me = self.plan.group.index
-        tokens = self.far[me].indices()
-        read = read.cpu() & ~self.owned[me].holds(tokens)
-        pages = torch.zeros(read.shape[0], -(-self.tokens // self.size), dtype=torch.int32)
-        return pages.index_add_(1, tokens // self.size, read.int()) > 0
+        """``[KV, pages]`` bool: pages of other ranks in which this rank reads. read: ``[KV, far]`` bool."""
+        none = self._count
+        pages = torch.zeros(read.shape[0], none + 1, dtype=torch.bool, device=read.device)
+        return pages.scatter_(1, torch.where(read, self._foreign(read.device), none), True)[:, :none]
 
-    def coverage(self, read: Tensor) -> float:
-        """The share of the pages at other ranks that this rank reads, of all that it might read; 0 of none."""
-        might = self.wanted(torch.ones_like(read)).sum()
-        return float(self.wanted(read).sum() / might.clamp(min=1))
+    def count(self, read: Tensor) -> Tensor:
+        """``[5]`` int64 on read's device, which nothing waits for, counted for each head of keys: pages of other ranks
+        in which this rank reads, and their rows; the same of all that it might read; pages that ``ask`` tells of."""
+        wanted, foreign = self.wanted(read), self._foreign(read.device)
+        rows = foreign.new_zeros(self._count + 1).index_add_(0, foreign, torch.ones_like(foreign))[:-1]
+        heads, told = len(read), foreign.new_full((), wanted.numel())
+        return torch.stack([wanted.sum(), (wanted * rows).sum(), heads * (rows > 0).sum(), heads * rows.sum(), told])
 
     def ask(self, read: Tensor) -> Pull:
         """Tells all ranks what this one reads, and learns what they do. Waits for the choice, on the host."""
         wanted, group = self.wanted(read), self.plan.group
-        everyone = group.all_gather(wanted.to(torch.uint8).to(read.device)).bool().cpu()
+        everyone = group.all_gather(wanted.to(torch.uint8)).bool().cpu()
         self.plan.received["pages"] += (group.size - 1) * wanted.numel()
         me, others = group.index, [i for i in range(group.size) if i != group.index]
         return Pull(
             self.plan,
             [(i, self._rows(everyone[i], me, i, self.owned[me]).to(read.device)) for i in others],
             [(i, self._rows(everyone[me], i, me, self.far[me]).to(read.device)) for i in others],
-            int((everyone * self._foreign[:, None]).sum()),
         )
 
-    def fetched_rows(self, heads: int) -> int:
-        """Rows of a head that all ranks fetch from one another when none asks."""
-        return heads * int(self._foreign.sum())
+    @property
+    def _count(self) -> int:
+        return -(-self.tokens // self.size)
 
-    @cached_property
-    def _foreign(self) -> Tensor:
-        """``[ranks, pages]`` int64: of each rank how many of a page's tokens it may read and does not own."""
-        counts = torch.zeros(len(self.far), -(-self.tokens // self.size), dtype=torch.int64)
-        for count, far, owned in zip(counts, self.far, self.owned, strict=True):
-            tokens = far.indices()
-            count.index_add_(0, tokens // self.size, (~owned.holds(tokens)).long())
-        return counts
+    def _foreign(self, device: torch.device) -> Tensor:
+        """``[far]`` int64: the page of each row that this rank may read; of its own ones one beyond the last."""
+        pages = self.far[self.plan.group.index].indices(device) // self.size
+        for _, here in self.plan.local:
+            pages[here] = self._count
+        return pages
 
     def _rows(self, pages: Tensor, owner: int, reader: int, among: Rows) -> Tensor:
         """Rows, ``place · KV + head``, among some tokens, of an owner's ``pages [KV, pages]`` that a reader may see."""
@@ -72,17 +82,15 @@ class Pages:
 
 @dataclass(frozen=True)
 class Pull:
-    """What was asked for. sends, receives: ``(rank, rows)`` of this rank's own tokens and of those it reads. moved:
-    rows that go from any rank to any other."""
+    """What was asked for. sends, receives: ``(rank, rows)`` of this rank's own tokens and of those it reads."""
 
     plan: Plan
     sends: Sequence[tuple[int, Tensor]]
     receives: Sequence[tuple[int, Tensor]]
-    moved: int
 
-    def fetch(self, *xs: Tensor) -> PullFetch:
-        """Starts to fetch them; see :class:`PullFetch`."""
-        return PullFetch(self, xs)
+    def fetch(self, *xs: Tensor, into: tuple[Tensor, ...] | None = None) -> PullFetch:
+        """Starts to fetch them; see :class:`PullFetch`. into: its buffers, zeros; None: new ones."""
+        return PullFetch(self, xs, into)
 
     def give(self, *grads: Tensor) -> PullGive:
         """Starts to give gradients back; see :class:`PullGive`."""
@@ -92,9 +100,9 @@ class Pull:
 class PullFetch:
     """``buffers [needed, KV, D]``: this rank's own rows, those asked for, and zeros, once :meth:`wait` has returned."""
 
-    def __init__(self, pull: Pull, xs: Sequence[Tensor]) -> None:
+    def __init__(self, pull: Pull, xs: Sequence[Tensor], into: tuple[Tensor, ...] | None) -> None:
         self.pull, plan = pull, pull.plan
-        self.buffers = tuple(x.new_zeros(plan.needed, *x.shape[1:]) for x in xs)
+        self.buffers = into or tuple(x.new_zeros(plan.needed, *x.shape[1:]) for x in xs)
         flat = [x.flatten(0, 1) for x in xs]
         self.sent = [(i, x[rows]) for x in flat for i, rows in pull.sends if len(rows)]
         self.parts = [

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 PARTS = ("data", "forward", "backward", "reduce", "update")
 """Parts of a step, which follow one another; a record has their times as ``data_seconds`` and so on."""
@@ -23,3 +24,10 @@ def spread(load: Sequence[float]) -> dict[str, float]:
     shares = [value / total for value in load if value > 0]
     entropy = -sum(p * math.log(p) for p in shares) / math.log(len(load)) if len(load) > 1 else 1.0
     return {"max": max(load), "min": min(load), "entropy": entropy}
+
+
+def coverage_figures(record: Mapping[str, Any]) -> Iterator[dict[str, float]]:
+    """Of each layer of a record of coverage: its mean and maximum over ranks, and bytes that a rank receives in a step
+    by either way to fetch."""
+    for shares, gather, pull in zip(record["coverage"], record["gather_bytes"], record["pull_bytes"], strict=True):
+        yield {"mean": sum(shares) / len(shares), "max": max(shares), "gather_bytes": gather, "pull_bytes": pull}

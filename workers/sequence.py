@@ -7,8 +7,8 @@ What moves, of one layer, between the ranks of a context group:
 - ``near``: the window before each segment;
 - ``far``: keys and values of the selected branch, for all blocks that a query might choose. They are on their way
   while compressed attention, the choice of blocks and the window are computed; they are not kept for the backward
-  pass, which fetches them again, and whose gradients return while those of the compression are computed. Or only those
-  that were chosen, when that is known: less where queries agree, but nothing hides it.
+  pass, which fetches them again, and whose gradients return while those of the compression are computed. Or only the
+  pages that were chosen, when that is known: less where queries agree, but nothing hides it.
 
 Each query reads its own document, and no later token, so that less moves than all keys to all ranks.
 """
@@ -17,27 +17,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from shoal.kernels.nsa.attention import Backend, Kept, chosen_backend, nsa_backward, nsa_forward, unpacked
+from shoal.kernels.nsa.attention import Backend, Kept, Tensors, chosen_backend, nsa_backward, nsa_forward, unpacked
 from shoal.kernels.nsa.compress import OwnBlocks, own_blocks
 from shoal.kernels.nsa.layout import BlockSizes, Layout, make_layout
 from shoal.kernels.nsa.rows import Rows, needs
 from shoal.workers.exchange import Fetch, Give, Plan, fetch_rows
 from shoal.workers.mesh import Group
-from shoal.workers.pull import Pages, Pull, PullGive
+from shoal.workers.pull import Fetching, Pages, Pull, PullFetch, PullGive
 
-Chosen = Literal["all", "chosen", "less"]
-"""Which pages are fetched, as ``parallel.context_fetch`` says; ``less``: the chosen ones where the ranks together fetch
-fewer rows that way."""
 Pair = tuple[Tensor, Tensor]
+Inputs = list[Tensor] | tuple[Tensor, ...]
+"""Those of :data:`shoal.kernels.nsa.attention.Tensors`, keys of the selected branch being this rank's own."""
 Compress = Callable[[Tensor], Tensor]
 
 
@@ -58,8 +57,7 @@ class Sequence:
     """A packed batch on one rank of a context group: where its tokens, keys and compressed blocks are.
 
     layout: of this rank's queries. own: the compressed blocks that it makes. pages: of the far keys. received: bytes
-    that arrived, by plan. coverage: where a list, each layer adds the share of the pages at other ranks, of all that
-    it might read, that its queries chose.
+    that arrived, by plan.
     """
 
     layout: Layout
@@ -70,7 +68,6 @@ class Sequence:
     far: Plan
     pages: Pages
     received: Counter[str]
-    coverage: list[float] | None = None
 
 
 def make_sequence(
@@ -123,16 +120,18 @@ def sequence_attention(
     scale: float,
     backend: Backend = "auto",
     wide: bool = False,
-    chosen: Chosen = "all",
+    fetching: Fetching | None = None,
+    heads: int = 0,
 ) -> Tensor:
     """``nsa_attention`` for this rank's queries, from this rank's tokens. Every rank of the group calls it.
 
     q: ``[t, H, d_qk]``, gates: ``[t, H, 3]``; raw, slc, win: keys ``[t, KV, d_qk]`` and values ``[t, KV, d_v]`` of
     the three branches, rotated but for raw. compress: what makes keys and values of ``sequence.own`` blocks from raw
-    tokens ``[raw, KV, D]``, keys rotated. wide: gradients of the selected branch travel in float32. chosen:
-    whether only the keys of chosen blocks are fetched; alike on all ranks. Returns ``[t, H, d_v]``.
+    tokens ``[raw, KV, D]``, keys rotated. wide: gradients of the selected branch travel in float32. fetching: how its
+    keys are fetched; None: all that may be chosen. heads: of keys that are computed at a time, while the next ones' far
+    keys travel; 0: all. Returns ``[t, H, d_v]``.
     """
-    flight = _Flight(sequence, scale, backend, wide, chosen)
+    flight = _Flight(sequence, scale, backend, wide, fetching or Fetching(), _turns(slc[0].shape[1], heads))
     slc = _Deliver.apply(*slc, flight)
     keys, values = fetch_rows(sequence.raw, *raw)
     near = fetch_rows(sequence.near, *win)
@@ -141,46 +140,70 @@ def sequence_attention(
     return out
 
 
+def _turns(heads: int, at_once: int) -> list[slice]:
+    step = at_once or heads
+    return [slice(first, min(first + step, heads)) for first in range(0, heads, step)]
+
+
 @dataclass
 class _Flight:
-    """What two nodes of autograd share: the second, which runs first backwards, leaves gradients under way."""
+    """What two nodes of autograd share: the second, which runs first backwards, leaves gradients under way.
+
+    turns: heads of keys that are computed together, one after another. returned: sums of the gradients of the selected
+    branch, of the first turns; returning: those of the last one.
+    """
 
     sequence: Sequence
     scale: float
     backend: Backend
     wide: bool
-    chosen: Chosen
+    fetching: Fetching
+    turns: list[slice]
+    returned: list[tuple[Tensor, ...]] = field(default_factory=list)
     returning: Give | PullGive | None = None
+
+    def give(self, source: Plan | Pull, grads: tuple[Tensor, ...], dtype: torch.dtype) -> None:
+        """Sends a turn's gradients on their way; those of the turn before have travelled during this one."""
+        coming = source.give(*grads)
+        if self.returning is not None:
+            self.returned.append(self.returning.wait(dtype))
+        self.returning = coming
+
+    def take(self, dtype: torch.dtype) -> list[Tensor]:
+        """All of them, of keys and of values."""
+        assert self.returning is not None
+        parts = [*self.returned, self.returning.wait(dtype)]
+        self.returned, self.returning = [], None
+        return [_joined(x) for x in zip(*parts, strict=True)]
 
 
 class _Arrival:
-    """The selected branch's keys and values on their way to ``buffers``; called when they are about to be read.
+    """The selected branch's keys and values of a turn on their way to ``buffers``; called when these are to be read.
 
     source: the plan that brings them, or what was asked for once blocks were chosen.
     """
 
-    def __init__(self, flight: _Flight, k: Tensor, v: Tensor) -> None:
-        self.flight, self.kept = flight, (k, v)
-        self.source: Plan | Pull = flight.sequence.far
+    def __init__(self, flight: _Flight, k: Tensor, v: Tensor, first: bool) -> None:
+        self.flight, self.kept, self.first, plan = flight, (k, v), first, flight.sequence.far
+        self.source: Plan | Pull = plan
         self.fetch: Fetch | None = None
-        if flight.chosen == "all":
-            self.fetch = flight.sequence.far.fetch(k, v)
-            self.buffers = self.fetch.buffers
+        if flight.fetching.pull:
+            self.buffers = tuple(x.new_zeros(plan.needed, *x.shape[1:]) for x in (k, v))
         else:
-            self.buffers = tuple(x.new_empty(flight.sequence.far.needed, *x.shape[1:]) for x in (k, v))
+            self.fetch = plan.fetch(k, v)
+            self.buffers = self.fetch.buffers
 
     def __call__(self, read: Callable[[], Tensor]) -> None:
-        sequence = self.flight.sequence
-        if sequence.coverage is not None:
-            sequence.coverage.append(sequence.pages.coverage(read()))
+        fetching, pages = self.flight.fetching, self.flight.sequence.pages
+        rows = read() if fetching.pull or fetching.count else None
+        if fetching.count and rows is not None:
+            counts = pages.count(rows)
+            fetching.counts = counts if self.first or fetching.counts is None else fetching.counts + counts
         if self.fetch is not None:
             self.fetch.wait()
-            return
-        pull = sequence.pages.ask(read())
-        if self.flight.chosen == "chosen" or pull.moved < sequence.pages.fetched_rows(self.kept[0].shape[1]):
-            self.source = pull
-        for buffer, x in zip(self.buffers, self.source.fetch(*self.kept).wait(), strict=True):
-            buffer.copy_(x)
+        elif rows is not None:
+            self.source = pull = pages.ask(rows)
+            pull.fetch(*self.kept, into=self.buffers).wait()
 
 
 class _Deliver(torch.autograd.Function):
@@ -197,11 +220,7 @@ class _Deliver(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        flight: _Flight = ctx.flight
-        assert flight.returning is not None
-        sums = flight.returning.wait(ctx.dtype)
-        flight.returning = None
-        return (*sums, None)
+        return (*ctx.flight.take(ctx.dtype), None)
 
 
 class _Attend(torch.autograd.Function):
@@ -210,30 +229,86 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         *inputs, flight = args
-        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = inputs
-        sequence: Sequence = flight.sequence
-        arrival = _Arrival(flight, k_slc, v_slc)
-        k_far, v_far = arrival.buffers
-        tensors = (q, k_cmp, v_cmp, k_far, v_far, k_win, v_win, gates)
-        backend = chosen_backend(tensors, sequence.layout, flight.backend)
-        out, kept = nsa_forward(tensors, sequence.layout, flight.scale, backend, arrival)
-        ctx.save_for_backward(*inputs, *kept.tensors)
-        ctx.flight, ctx.backend, ctx.choices, ctx.source = flight, backend, kept.choices, arrival.source
-        return out
+        turns, coming, outs, kept = flight.turns, [], [], []
+
+        def begin(i: int) -> None:
+            k, v = (x[:, turns[i]] for x in inputs[3:5])
+            coming.append(_Arrival(flight, k, v, first=i == 0))
+
+        begin(0)
+        ctx.sources, ctx.choices = [], []
+        for i, turn in enumerate(turns):
+            if i + 1 < len(turns):
+                begin(i + 1)
+            out, left, source = _forward_turn(inputs, turn, coming.pop(0))
+            outs.append(out)
+            kept += left.tensors
+            ctx.choices.append(left.choices)
+            ctx.sources.append(source)
+        ctx.save_for_backward(*inputs, *kept)
+        ctx.flight = flight
+        return _joined(outs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates), kept = unpacked(ctx)
+        inputs, kept = unpacked(ctx)
         flight: _Flight = ctx.flight
-        sequence = flight.sequence
-        source: Plan | Pull = ctx.source
-        fetch = source.fetch(k_slc, v_slc)
-        k_far, v_far = fetch.buffers
-        tensors = (q, k_cmp, v_cmp, k_far, v_far, k_win, v_win, gates)
-        settings = (sequence.layout, flight.scale, ctx.backend, fetch.wait, flight.wide)
-        back = nsa_backward(grads[0], tensors, Kept(kept, ctx.choices), *settings)
-        flight.returning = source.give(*back[3:5])
+        turns, each = flight.turns, len(kept) // len(flight.turns)
+        coming: list[Fetch | PullFetch] = []
+        backs: list[tuple[Tensor, ...]] = []
+
+        def begin(i: int) -> None:
+            coming.append(ctx.sources[i].fetch(*(x[:, turns[i]] for x in inputs[3:5])))
+
+        begin(0)
+        for i, turn in enumerate(turns):
+            if i + 1 < len(turns):
+                begin(i + 1)
+            left = Kept(kept[:each], ctx.choices[i])
+            del kept[:each]  # a turn lets go of what it has read
+            back, far = _backward_turn(grads[0], inputs, turn, left, coming.pop(0), flight)
+            flight.give(ctx.sources[i], far, inputs[3].dtype)
+            backs.append(back)
+            del far
+        d_q, d_k_cmp, d_v_cmp, d_k_win, d_v_win, d_gates = (_joined(x) for x in zip(*backs, strict=True))
         # Only word that gradients are under way: what they come to has the rows of this rank.
-        word = (x.new_zeros(()).expand_as(x) for x in (k_slc, v_slc))
-        return (*back[:3], *word, *back[5:], None)
+        word = (x.new_zeros(()).expand_as(x) for x in inputs[3:5])
+        return (d_q, d_k_cmp, d_v_cmp, *word, d_k_win, d_v_win, d_gates, None)
+
+
+def _forward_turn(inputs: Inputs, turn: slice, arrival: _Arrival) -> tuple[Tensor, Kept, Plan | Pull]:
+    """Output of the queries of some heads of keys, what is left for the backward pass, and where keys came from."""
+    flight, tensors = arrival.flight, _of_heads(inputs, turn, arrival.buffers)
+    layout = flight.sequence.layout
+    backend = chosen_backend(tensors, layout, flight.backend)
+    out, kept = nsa_forward(tensors, layout, flight.scale, backend, arrival)
+    return out, kept, arrival.source
+
+
+def _backward_turn(
+    d_out: Tensor, inputs: Inputs, turn: slice, kept: Kept, fetch: Fetch | PullFetch, flight: _Flight
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Gradients of the inputs that belong to some heads of keys, and those of the far keys and values."""
+    tensors, layout = _of_heads(inputs, turn, fetch.buffers), flight.sequence.layout
+    backend = chosen_backend(tensors, layout, flight.backend)
+    d_out = d_out[:, _queries(inputs, turn)]
+    back = nsa_backward(d_out, tensors, kept, layout, flight.scale, backend, fetch.wait, flight.wide)
+    return (*back[:3], *back[5:]), back[3:5]
+
+
+def _queries(inputs: Inputs, turn: slice) -> slice:
+    share = inputs[0].shape[1] // inputs[3].shape[1]
+    return slice(turn.start * share, turn.stop * share)
+
+
+def _of_heads(inputs: Inputs, turn: slice, far: tuple[Tensor, ...]) -> Tensors:
+    q, k_cmp, v_cmp, _, _, k_win, v_win, gates = inputs
+    k_far, v_far = far
+    at = _queries(inputs, turn)
+    return (q[:, at], k_cmp[:, turn], v_cmp[:, turn], k_far, v_far, k_win[:, turn], v_win[:, turn], gates[:, at])
+
+
+def _joined(parts: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+    """``[rows, heads, …]`` of all turns."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)

@@ -36,7 +36,7 @@ from shoal.workers.validate import validate
 from shoal.workers.watch import StepWatch
 
 NEW_LOAD = 0.02  # weight of a step's load in the running mean of it that experts are placed by
-LOAD_RECORDS = 200  # about so many expert loads, and means of gates, are recorded in a run
+LOAD_RECORDS = 200  # about so many expert loads, means of gates and coverages are recorded in a run
 Record = dict[str, Any]
 
 
@@ -90,13 +90,16 @@ class Trainer:
         """
         t = self.recipe.train
         record = self.train_step()
-        load, gates, last = record.pop("load"), record.pop("gates"), self.step == t.steps
+        load, gates, coverage = (record.pop(key) for key in ("load", "gates", "coverage"))
+        last = self.step == t.steps
         records = [record] if self._logged() else []
         if self._spread():
             if load:
                 records.append({"kind": "load", "step": self.step, **self._spread_of(load)})
             if gates:
                 records.append({"kind": "gates", "step": self.step, "gates": gates})
+            if coverage:
+                records.append({"kind": "coverage", "step": self.step, **coverage})
         if last or (t.eval_every and self.step % t.eval_every == 0):
             evaluation = self.evaluate()
             if not math.isfinite(evaluation["loss"]):
@@ -110,7 +113,7 @@ class Trainer:
         return self.step == t.steps or self.step % t.log_every == 0
 
     def _spread(self) -> bool:
-        """Whether the loads of experts and the means of gates are recorded at this step."""
+        """Whether the loads of experts, the means of gates and coverage are recorded at this step."""
         t = self.recipe.train
         return self.step == t.steps or self.step % max(1, t.steps // LOAD_RECORDS) == 0
 
@@ -136,20 +139,21 @@ class Trainer:
         reads, waited = sum(r.count for r in self.reads), sum(r.seconds for r in self.reads)
         self.step += 1
         clock = self.watch.clock
-        clock.on, self.watch.gates = self._logged(), self._spread()
+        clock.on = self._logged()
+        self.watch.look(self._spread())
         # every step has its own seed: random numbers do not depend on what ran before, so a resumed run draws the same
         torch.manual_seed((t.seed * 1_000_003 + self.step) % 2**63)
         with clock.part("data"):
             here = self.loader.next()
             targets = self._global_targets(here)
             micro = [batch.to(self.device) for batch in here]
-        losses, counts, gate_sums = self._forward_backward(micro, targets)
+        losses, counts, looks = self._forward_backward(micro, targets)
         gradients = self.optimizer.gradients()
         with clock.part("reduce"):
             self.sums.finish(gradients)
         loss, balance, norm = self._totals(losses, gradients)
         # here, where the GPU was waited for anyway: the update of the weights goes on when the next step begins
-        gates = self.watch.gate_means(gate_sums, t.batch * t.sequence)
+        gates, coverage = self.watch.totals(looks, t.batch * t.sequence)
         load = load_fractions(torch.stack(counts)).tolist() if counts else []
         if not (math.isfinite(loss) and math.isfinite(balance) and math.isfinite(norm)):
             where = first_bad_layer(self.model, micro, dict(zip(self.parameters, gradients, strict=True)))
@@ -180,29 +184,30 @@ class Trainer:
             "time": time.time(),
             "load": load,
             "gates": gates,
+            "coverage": coverage,
         }
 
     def _forward_backward(self, micro: list[PackedBatch], targets: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
         """Gradients of the global batch's loss, over so many targets, from this rank's rows; ``[cross entropy,
-        balance]`` parts, counts, and sums of gates."""
+        balance]`` parts, counts, and what the watch adds up."""
         t = self.recipe.train
-        fractions = self._fractions(micro) if self._needs_fractions(micro) else None
+        fractions = self._fractions(micro) if self.recipe.counts_first else None
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         counts: list[Tensor] = []
         self.watch.forget()
-        gates, clock = self.watch.gate_sums(), self.watch.clock
+        looks, clock = self.watch.sums(), self.watch.clock
         for batch in micro:
             load = MoELoad(t.batch * t.sequence, fractions, sequences=self._sequences(batch))
             with clock.part("forward"):
                 cross_entropy = self.model.loss_sum(self.model(batch, load), batch.targets) / targets
                 balance = torch.stack(load.losses).sum() if load.losses else cross_entropy.new_zeros(())
-            gates = gates + self.watch.gate_sums()
+            looks = looks + self.watch.sums()
             with clock.part("backward"):
                 self.last_backward = batch is micro[-1]
                 (cross_entropy + balance).backward()
             sums += torch.stack([cross_entropy.detach().double(), balance.detach().double()])
             counts = [a + b for a, b in zip(counts, load.counts, strict=True)] if counts else load.counts
-        return sums, counts, gates
+        return sums, counts, looks
 
     def _take(self, index: int, _parameter: Tensor) -> None:
         """A backward pass has made the gradient of the parameter of that number."""
@@ -225,10 +230,6 @@ class Trainer:
         if self.mesh.attention is not None:
             self.mesh.attention.all_reduce(count)
         return count.clamp_(min=1)
-
-    def _needs_fractions(self, micro: list[PackedBatch]) -> bool:
-        b = self.recipe.balance
-        return len(micro) > 1 and b.over == "global_batch" and bool(b.expert or b.device)
 
     @torch.no_grad()
     def _fractions(self, micro: list[PackedBatch]) -> list[Tensor]:
@@ -304,6 +305,7 @@ class Trainer:
         state = {"step": self.step, "seed": self.recipe.train.seed, "dtype": dtype, "data": self.loader.state()}
         state |= {"expert_load": self.measured.tolist(), "expert_plan": self.plan}
         state["biased"] = bool(self.recipe.balance.bias_rate)
+        state |= self.watch.coverage.state()
         self.checkpointer.save(self.step, self.tensors(), state)
         self.saved_step = self.step
 
@@ -338,6 +340,7 @@ class Trainer:
         self.step = self.saved_step = int(state["step"])
         self.optimizer.set_steps(self.step)
         self.loader = self._loader(state["data"])
+        self.watch.coverage.restore(state)
         if load := state.get("expert_load"):  # older checkpoints have none
             self.measured = torch.tensor(load, dtype=torch.float64)
             plan = plan_of(state["expert_plan"])

@@ -41,6 +41,16 @@ def nsa_volume(
     return {phase: {k: round(v) for k, v in x.items()} for phase, x in (("forward", forward), ("backward", backward))}
 
 
+def far_volume(rows: int, shape: Shape, forwards: int = 1, told: int = 0) -> int:
+    """Bytes of the selected branch that ranks together receive for one layer, forward and backward, of any documents.
+
+    rows: keys of a head, with their values, that go from one rank to another whenever they are fetched; their gradients
+    return. forwards: passes that fetch them, beside the backward one: one more where a layer is computed again. told:
+    of how many pages ranks tell one another whether they chose them, a byte each, in each of those passes.
+    """
+    return rows * sum(shape.dims) * (shape.itemsize * (forwards + 1) + shape.wide) + forwards * told
+
+
 def ring_volume(tokens: int, ranks: int, shape: Shape) -> dict[str, int]:
     """Bytes by phase of full attention around a ring: keys and values pass every rank; backward, so do gradients."""
     row = shape.kv_heads * sum(shape.dims)

@@ -1,4 +1,7 @@
-"""Watches a rank's steps: where their time goes, and how NSA's branches are mixed. It costs no wait for the GPU."""
+"""Watches a rank's steps: where their time goes, how NSA's branches are mixed, what is chosen of other ranks' keys.
+
+It costs no wait for the GPU.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shoal.workers.clock import Clock
+from shoal.workers.coverage import Coverage
 from shoal.workers.mesh import Mesh
 from shoal.workers.model import Transformer
 from shoal.workers.model.attention import BRANCHES, NativeSparseAttention
@@ -16,10 +20,10 @@ from shoal.workers.records import PARTS
 
 
 class StepWatch:
-    """The clock of a trainer's steps, and the gates of its NSA layers, while ``gates`` is set."""
+    """The clock of a trainer's steps; the gates of its NSA layers and their coverage, of steps that are looked at."""
 
     def __init__(self, model: Transformer, mesh: Mesh, device: torch.device) -> None:
-        self.clock, self.gates = Clock(device), False
+        self.clock, self.coverage, self._on = Clock(device), Coverage(model, device), False
         m = model.recipe.model
         self._heads, self._mesh, self._device = m.heads, mesh, device
         self._layers = m.layers if model.recipe.attention.kind == "nsa" else 0
@@ -34,36 +38,47 @@ class StepWatch:
     def _listen(self, layer: int) -> Any:
         # what is computed again for the backward pass is the same once more: set, not added up
         def hook(_module: Any, _inputs: Any, out: Tensor) -> None:
-            if self.gates:
+            if self._on:
                 gates = torch.sigmoid(out.detach().float()).view(-1, self._heads, BRANCHES)
                 self._sums[layer] = gates.sum((0, 1)).double()
 
         return hook
 
-    def gate_sums(self) -> Tensor:
-        """``[layers · 3]`` float64 of the last forward pass: gates added up over this rank's tokens and heads.
+    def look(self, on: bool) -> None:
+        """Whether the forward passes that follow are looked at."""
+        self._on = on
+        self.coverage.look(on)
 
-        Zeros where this rank has no attention; ``[0]`` without NSA, or while they are not watched.
+    def sums(self) -> Tensor:
+        """``[layers · 3 + …]`` float64 of the last forward pass: gates added up over this rank's tokens and heads, then
+        :meth:`Coverage.sums`.
+
+        Zeros where this rank has no attention; ``[0]`` without NSA, or while nothing is looked at.
         """
-        if not self.gates:
+        if not self._on:
             return torch.zeros(0, dtype=torch.float64, device=self._device)
         sums = torch.zeros(self._layers, BRANCHES, dtype=torch.float64, device=self._device)
         for layer, gates in self._sums.items():
             sums[layer] = gates
         self._sums.clear()
-        return sums.flatten()
+        return torch.cat([sums.flatten(), self.coverage.sums()])
 
     def forget(self) -> None:
         """Leaves out the forward passes so far, of a validation, say."""
         self._sums.clear()
+        self.coverage.forget()
 
-    def gate_means(self, sums: Tensor, tokens: int) -> list[list[float]]:
-        """``[layers][3]``: mean gates of ``tokens``, the global batch. sums: ``gate_sums`` over this rank's part of it.
-        A collective of all ranks, where there are gates."""
+    def totals(self, sums: Tensor, tokens: int) -> tuple[list[list[float]], dict[str, Any]]:
+        """Mean gates ``[layers][3]`` of ``tokens``, the global batch, and what :meth:`Coverage.decide` says of it;
+        nothing where it was not looked at. sums: :meth:`sums` over this rank's part. A collective of all ranks. The
+        look ends."""
+        self.look(False)
         if not len(sums):
-            return []
-        means = (self._mesh.world.all_reduce(sums) / (tokens * self._heads)).tolist()
-        return [means[i : i + BRANCHES] for i in range(0, len(means), BRANCHES)]
+            return [], {}
+        found, gates = self._mesh.world.all_reduce(sums).tolist(), self._layers * BRANCHES
+        means = [value / (tokens * self._heads) for value in found[:gates]]
+        rows = [means[i : i + BRANCHES] for i in range(0, gates, BRANCHES)]
+        return rows, self.coverage.decide(found[gates:]) if len(found) > gates else {}
 
     def parts(self, seconds: float) -> dict[str, float]:
         """``data_seconds`` and so on of a step that took ``seconds``; what is left is the update of the weights.

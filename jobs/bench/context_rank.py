@@ -67,7 +67,7 @@ def train(
     for step in range(1, recipe.train.steps + 1):
         start = time.perf_counter()
         record = trainer.train_step()
-        del record["load"], record["gates"]
+        del record["load"], record["gates"], record["coverage"]
         # the host's clocks differ: whether there is time for another step is decided together
         facts = torch.tensor([time.monotonic() - began, _peak(device)], dtype=torch.float64, device=device)
         passed, peak = mesh.world.all_gather(facts).amax(0).tolist()

@@ -19,6 +19,7 @@ from shoal.jobs.bench.cases import tell
 from shoal.kernels.nsa import BlockSizes, Layout, compress, make_layout, nsa_attention
 from shoal.kernels.nsa.compress import OwnBlocks
 from shoal.workers.mesh import Group
+from shoal.workers.pull import Fetching
 from shoal.workers.ring import make_ring, ring_attention
 from shoal.workers.sequence import make_sequence, sequence_attention, zigzag
 from shoal.workers.volume import Shape, nsa_volume, ring_volume
@@ -106,9 +107,9 @@ def _draw(case: Case, rows: Tensor | None, device: torch.device) -> list[Tensor]
 
 
 def _layer(
-    case: Case, group: Group, device: torch.device, coverage: list[float] | None = None
+    case: Case, group: Group, device: torch.device, fetching: Fetching | None = None
 ) -> tuple[Layer, Callable[[], int]]:
-    """The layer, from the leaves of :func:`_draw`, and how many bytes have arrived. coverage: see ``Sequence``."""
+    """The layer, from the leaves of :func:`_draw`, and how many bytes have arrived; fetching as it takes it."""
     scale = case.dim**-0.5
     cu = (0, case.context)
     if case.kind == "full":
@@ -125,11 +126,12 @@ def _layer(
             return nsa_attention(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, layout, scale)
 
         return alone, lambda: 0
-    sequence = replace(make_sequence(cu, SIZES, group, device), coverage=coverage)
+    sequence = make_sequence(cu, SIZES, group, device)
 
     def shared(x: list[Tensor]) -> Tensor:
         phi = (_phi(x[8:11], sequence.own), _phi(x[11:14], sequence.own))
-        return sequence_attention(x[0], (x[1], x[2]), (x[3], x[4]), (x[5], x[6]), x[7], phi, sequence, scale)
+        keys = ((x[1], x[2]), (x[3], x[4]), (x[5], x[6]))
+        return sequence_attention(x[0], *keys, x[7], phi, sequence, scale, fetching=fetching)
 
     return shared, lambda: sum(sequence.received.values())
 
@@ -229,9 +231,11 @@ def measure(case: Case, group: Group, device: torch.device) -> list[dict[str, An
 @torch.no_grad()
 def _coverage(case: Case, group: Group, device: torch.device, leaves: list[Tensor]) -> float:
     """The mean over ranks of the share of other ranks' pages that was chosen."""
-    found: list[float] = []
-    _layer(case, group, device, found)[0](leaves)
-    return float(group.all_reduce(torch.tensor(found, device=device))) / group.size
+    fetching = Fetching(count=True)
+    _layer(case, group, device, fetching)[0](leaves)
+    assert fetching.counts is not None
+    chosen, _, might, *_ = fetching.counts.double()
+    return float(group.all_reduce(chosen / might.clamp(min=1))) / group.size
 
 
 def memory(device: torch.device, reset: bool = False) -> int:

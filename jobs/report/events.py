@@ -14,7 +14,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from shoal.jobs.report.journal import Record
-from shoal.workers.records import GATES, spread
+from shoal.workers.records import GATES, coverage_figures, spread
 
 _files = itertools.count()
 
@@ -51,7 +51,7 @@ class EventLog:
 
 def scalars(record: Record) -> dict[str, float]:
     """The curves that a record adds a point to: ``train/…``, ``eval/…``, ``expert_load/layer_N/…``, ``device_load/N``,
-    ``device_load/layer_N/…``, ``gate/layer_N/…``."""
+    ``device_load/layer_N/…``, ``gate/layer_N/…``, ``coverage/layer_N/…``."""
     kind = record["kind"]
     if kind in ("train", "eval"):
         return {
@@ -70,5 +70,11 @@ def scalars(record: Record) -> dict[str, float]:
             f"gate/layer_{i}/{branch}": value
             for i, row in enumerate(record["gates"])
             for branch, value in zip(GATES, row, strict=True)
+        }
+    if kind == "coverage":
+        return {
+            f"coverage/layer_{i}/{name}": value
+            for i, figures in enumerate(coverage_figures(record))
+            for name, value in figures.items()
         }
     return {}

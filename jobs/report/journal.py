@@ -14,7 +14,7 @@ from shoal.workers.errors import InvalidInput
 Record = dict[str, Any]
 
 # What a step computed; it is computed again after a fallback. Events happened, and stay.
-REPEATED = ("train", "eval", "load", "gates")
+REPEATED = ("train", "eval", "load", "gates", "coverage")
 
 
 def read_records(path: Path) -> Iterator[Record]:

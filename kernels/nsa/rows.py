@@ -43,9 +43,10 @@ class Rows:
         """Of each range its first place in the buffer."""
         return tuple(accumulate((stop - start for start, stop in self.ranges), initial=0))[:-1]
 
-    def indices(self) -> Tensor:
-        """``[count]`` int64 on the host: the row at each place of the buffer."""
-        return torch.cat([torch.arange(0), *(torch.arange(start, stop) for start, stop in self.ranges)])
+    def indices(self, device: torch.device | None = None) -> Tensor:
+        """``[count]`` int64, on the host unless elsewhere: the row at each place of the buffer."""
+        ranges = ((0, 0), *self.ranges)
+        return torch.cat([torch.arange(start, stop, device=device) for start, stop in ranges])
 
     def at(self, row: int) -> int:
         """Where a row stands in the buffer. Raises ValueError when it is not among these."""

@@ -104,8 +104,10 @@ class PackTables(Tables):
     def rows_read(self, blocks: Tensor) -> Tensor:
         """``[KV, far]`` bool: rows of k_slc that are in one of ``blocks [T, KV, n]``, of ``choose_blocks``."""
         read = torch.zeros(blocks.shape[1], self.blocks + 1, dtype=torch.bool, device=blocks.device)
-        index = torch.where(blocks >= 0, blocks + self.block_base[:, None, None], self.blocks)
-        return read.scatter_(1, index.transpose(0, 1).flatten(1).long(), True)[:, self.row_blocks.long()]
+        for choice in blocks.unbind(-1):  # one at a time: indices are four times as long as what they are made of
+            index = torch.where(choice >= 0, choice + self.block_base[:, None], self.blocks)
+            read.scatter_(1, index.t().long(), True)
+        return read[:, self.row_blocks.long()]
 
 
 @lru_cache(maxsize=128)

@@ -59,7 +59,8 @@ def read_run(endpoint: str, run: str) -> Series:
     values = {}
     for name, own, value in exported(endpoint):
         if own.get("run") == run:
-            rest = ",".join(own[key] for key in ("layer", "expert", "device", "part", "branch") if own.get(key))
+            keys = ("layer", "expert", "device", "part", "branch", "fetch")
+            rest = ",".join(own[key] for key in keys if own.get(key))
             values[f"{name}{{{rest}}}" if rest else name] = value
     return values
 

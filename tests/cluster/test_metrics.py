@@ -67,6 +67,10 @@ def test_a_run_can_be_read_from_the_node(endpoint: str) -> None:
                 "expert_max_load{0}": 1.5,
                 "expert_entropy{1}": 1.0,
                 "layer_device_load{1,0}": 0.25,
+                "context_coverage{1}": 0.625,
+                "context_max_coverage{1}": 0.75,
+                "context_bytes{0,gather}": 4096.0,
+                "context_bytes{1,pull}": 640.0,
             },
         )
         assert "expert_load{2,0}" not in values
@@ -94,6 +98,8 @@ def _record_a_run(metrics: TrainMetrics) -> None:
     by_layer = {"load": [[0.5, 1.5], [1.0, 1.0]], "layer_devices": [[0.75, 1.25], [0.25, 1.75]]}
     metrics.record({"kind": "load", "step": 3, **by_layer, "devices": [0.5, 1.5]})
     metrics.record({"kind": "gates", "step": 3, "gates": [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5], [0.5, 0.75, 0.5]]})
+    far = {"gather_bytes": [4096, 1024], "pull_bytes": [2048, 640], "pulled": [False, True]}
+    metrics.record({"kind": "coverage", "step": 3, "coverage": [[1.0, 0.0], [0.5, 0.75]], **far})
 
 
 def test_what_is_told_once_is_there_until_the_run_ends(endpoint: str) -> None:

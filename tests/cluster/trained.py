@@ -49,7 +49,7 @@ def state(run: Path, step: int) -> dict[str, Any]:
 def assert_same_bits(run: Path, reference: Path, step: int) -> None:
     """The same steps once each, in order, with the same figures; the same weights, optimizer and data position."""
     assert [r["step"] for r in records(run)] == list(range(1, step + 1))
-    for kind in ("train", "eval", "load", "gates"):
+    for kind in ("train", "eval", "load", "gates", "coverage"):
         assert records(run, kind) == records(reference, kind)
     assert state(run, step) == state(reference, step)
     mine, theirs = tensors(run, step), tensors(reference, step)

@@ -53,6 +53,8 @@ def test_tensorboard_reads_the_values_that_were_reported(tmp_path: Path) -> None
         by_layer = [[1.0, 1.0], [0.5, 1.5]]
         report.record({"kind": "load", "step": 3, "load": [], "devices": [0.5, 1.5], "layer_devices": by_layer})
         report.record({"kind": "gates", "step": 3, "gates": [[0.25, 0.5, 0.75]]})
+        far = {"gather_bytes": [512], "pull_bytes": [128], "pulled": [False]}
+        report.record({"kind": "coverage", "step": 3, "coverage": [[0.25, 0.75]], **far})
         report.record({"kind": "event", "step": 3, "event": "checkpoint", "text": "saved"})
     board = scalars(tmp_path)
     assert [(e.step, e.value, e.wall_time) for e in board.Scalars("train/loss")] == [
@@ -65,6 +67,8 @@ def test_tensorboard_reads_the_values_that_were_reported(tmp_path: Path) -> None
     assert board.Scalars("device_load/1")[0].value == 1.5
     assert board.Scalars("device_load/layer_1/max")[0].value == 1.5
     assert board.Scalars("gate/layer_0/selected")[0].value == 0.5
+    assert [board.Scalars(f"coverage/layer_0/{of}")[0].value for of in ("mean", "max")] == [0.5, 0.75]
+    assert board.Scalars("coverage/layer_0/pull_bytes")[0].value == 128
     assert not {"train/step", "train/time", "event/step"} & set(board.Tags()["scalars"])
 
 

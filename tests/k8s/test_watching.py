@@ -48,7 +48,8 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("here")
     corpus = small_corpus(folder)
     changes = {"train__dtype": "float32", "train__steps": 100_000, "train__eval_every": 20, "model__context": 128}
-    recipe = small_recipe(**changes, data__corpus=str(corpus), parallel__ranks=2, checkpoint__every=50)
+    changes |= {"data__corpus": str(corpus), "parallel__ranks": 2, "parallel__context": 2, "checkpoint__every": 50}
+    recipe = small_recipe(**changes)
     (folder / "small.toml").write_text(recipe_to_toml(Recipe.model_validate(recipe)))
     return folder
 

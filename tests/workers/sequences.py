@@ -6,7 +6,7 @@ for each token, of which a rank has its own; what follows are weights, of whose 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,8 +16,9 @@ from shoal.kernels.full import full_attention
 from shoal.kernels.nsa import BlockSizes, Layout, compress, make_layout, nsa_attention
 from shoal.kernels.nsa.compress import OwnBlocks
 from shoal.workers.mesh import Group
+from shoal.workers.pull import Fetching
 from shoal.workers.ring import Ring, gather_attention, key_plan, make_ring, ring_attention
-from shoal.workers.sequence import Chosen, Sequence, make_sequence, sequence_attention, zigzag
+from shoal.workers.sequence import Sequence, make_sequence, sequence_attention, zigzag
 
 SIZES = BlockSizes(8, 4, 8, 4, 1, 2, 12)
 NSA_NAMES = (
@@ -83,13 +84,19 @@ def nsa_alone(p: Problem, args: list[Tensor]) -> list[Tensor]:
 
 @dataclass
 class Shared:
-    """What a rank of several computed. forward, total: bytes it had received after the forward pass, and at last."""
+    """What a rank of several computed. forward, total: bytes it had received after the forward pass, and at last.
+    counts: of the pages that were chosen."""
 
     results: list[Tensor]
     forward: dict[str, int]
     total: dict[str, int]
     buffers: dict[str, int]
-    coverage: list[float]
+    counts: list[int]
+
+    @property
+    def coverage(self) -> float:
+        """The share of the pages at other ranks that this one reads, of all that it might."""
+        return self.counts[0] / max(1, self.counts[2])
 
 
 def nsa_shared(
@@ -98,27 +105,36 @@ def nsa_shared(
     group: Group,
     tile: int | None = None,
     dense: int | None = None,
-    chosen: Chosen = "all",
+    pull: bool = False,
     wide: bool = False,
+    heads: int = 0,
 ) -> Shared:
     """This rank's results, of what one rank would be given."""
     *leaves, upstream = rank_part(p, args, group, TOKENS)
-    made = make_sequence(p.cu, p.sizes, group, torch.device(p.device), tile, dense)
-    made.received.clear()
-    sequence = replace(made, coverage=[])
-    out = nsa_of(p, leaves, sequence, chosen, wide)
+    sequence = make_sequence(p.cu, p.sizes, group, torch.device(p.device), tile, dense)
+    sequence.received.clear()
+    fetching = Fetching(pull, count=True)
+    out = nsa_of(p, leaves, sequence, fetching, wide, heads)
     forward = dict(sequence.received)
     results = [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
-    assert sequence.coverage is not None
-    return Shared(results, forward, dict(sequence.received), _buffers(sequence), sequence.coverage)
+    assert fetching.counts is not None
+    return Shared(results, forward, dict(sequence.received), _buffers(sequence), fetching.counts.tolist())
 
 
-def nsa_of(p: Problem, leaves: list[Tensor], sequence: Sequence, chosen: Chosen = "all", wide: bool = False) -> Tensor:
+def nsa_of(
+    p: Problem,
+    leaves: list[Tensor],
+    sequence: Sequence,
+    fetching: Fetching | None = None,
+    wide: bool = False,
+    heads: int = 0,
+) -> Tensor:
     """The output of this rank, from its leaves."""
     q, k_raw, v_raw, k_slc, v_slc, k_win, v_win, gates, *phi = leaves
     compressing = (partial(_phi, phi[:3], sequence.own), partial(_phi, phi[3:], sequence.own))
     pairs = ((k_raw, v_raw), (k_slc, v_slc), (k_win, v_win))
-    return sequence_attention(q, *pairs, gates, compressing, sequence, p.scale, wide=wide, chosen=chosen)
+    args = (q, *pairs, gates, compressing, sequence, p.scale)
+    return sequence_attention(*args, wide=wide, fetching=fetching, heads=heads)
 
 
 def _buffers(sequence: Sequence) -> dict[str, int]:

@@ -32,7 +32,6 @@ from torch import Tensor
 from shoal.kernels.nsa import BlockSizes
 from shoal.workers.mesh import Group, make_mesh
 from shoal.workers.placement import Placement
-from shoal.workers.sequence import Chosen
 from shoal.workers.volume import Shape, nsa_volume
 
 Errors = dict[str, float]
@@ -55,7 +54,7 @@ class Case:
     dims: tuple[int, int] = (128, 128)
     window: int = 104
     all_blocks: bool = True
-    chosen: Chosen = "all"
+    pull: bool = False
     wide: bool = False
 
     def problem(self, device: str) -> Problem:
@@ -82,8 +81,8 @@ CASES = {
     "d_qk 192, d_v 128": Case((700, 300, 24), dims=(192, 128)),
     "gradients in float32": Case((900, 1000), wide=True),
     "16k": Case((9000, 7384), group=16, window=512, all_blocks=False),
-    "16k, chosen blocks": Case((16384,), group=16, window=512, all_blocks=False, chosen="chosen", wide=True),
-    "chosen blocks where less": Case((3000, 1000), all_blocks=False, chosen="less"),
+    "16k, chosen blocks": Case((16384,), group=16, window=512, all_blocks=False, pull=True, wide=True),
+    "chosen blocks of two documents": Case((3000, 1000), all_blocks=False, pull=True),
     "full, ring": Case((2048,), "ring", group=16),
     "full, ring, d_qk 192, d_v 128": Case((2048,), "ring", dims=(192, 128)),
     "full, gathered": Case((700, 1, 63, 64, 900), "gather", group=16),
@@ -123,7 +122,7 @@ def measured(case: Case, group: Group, device: str) -> dict[str, Any]:
     args, names = (drawn(p), NSA_NAMES) if nsa else (full_drawn(p), FULL_NAMES)
     facts: dict[str, Any] = {"p": p}
     if nsa:
-        shared = nsa_shared(p, args, group, chosen=case.chosen, wide=case.wide)
+        shared = nsa_shared(p, args, group, pull=case.pull, wide=case.wide)
         mine, alone = shared.results, nsa_alone(p, args)
         facts |= {"coverage": shared.coverage, "forward": shared.forward, "total": shared.total}
         facts["gluon"] = device == "cuda" and takes_gluon(args, p.sizes.slc_block)
@@ -199,16 +198,15 @@ def test_bytes_are_those_of_the_formula(found: list[dict[str, dict[str, Any]]]) 
     """Of one document, as it is, and with chosen blocks and gradients in float32, where it is a bound but for pages."""
     for rank, results in enumerate(found):
         for name in ("one document", "16k, chosen blocks"):
-            facts, chosen = results[name], CASES[name].chosen == "chosen"
+            facts, pull = results[name], CASES[name].pull
             p: Problem = facts["p"]
-            shape = Shape(p.kv, p.dims, p.dtype.itemsize, 4 if chosen else p.dtype.itemsize)
+            shape = Shape(p.kv, p.dims, p.dtype.itemsize, 4 if pull else p.dtype.itemsize)
             model = nsa_volume(p.cu[-1], 2, rank, shape, p.sizes.cmp_block, p.sizes.cmp_stride, p.sizes.window)
             total = {k: model["forward"][k] + model["backward"][k] for k in model["forward"]}
-            if not chosen:
+            if not pull:
                 assert facts["total"] == total
                 continue
-            (coverage,) = facts["coverage"]
-            assert 0 < coverage <= 1
+            assert 0 < facts["coverage"] <= 1
             assert 0 < facts["total"].pop("far") <= total.pop("far")
             assert facts["total"].pop("pages") == p.kv * -(-p.cu[-1] // p.sizes.slc_block)
             assert facts["total"] == total

@@ -33,10 +33,11 @@ SHARED: dict[str, Any] = {"model__context": 96, "train__sequence": 96, "train__b
 CONTEXTS: dict[str, dict[str, Any]] = {
     "2 ranks share all": {"parallel__ranks": 2, "parallel__context": 2},
     "4 ranks share all": {"parallel__ranks": 4, "parallel__context": 4},
-    "2 ranks share all, chosen blocks": {
+    "2 ranks share all, chosen blocks, head by head": {
         "parallel__ranks": 2,
         "parallel__context": 2,
-        "parallel__context_fetch": "less",
+        "parallel__context_fetch": "chosen",
+        "parallel__context_heads": 1,
         "parallel__context_gradients": "float32",
     },
     "2 groups of 2, experts over 4": {"parallel__ranks": 4, "parallel__context": 2},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate
@@ -16,17 +17,20 @@ from sequences import SIZES, TOKENS, Problem, drawn, nsa_alone, nsa_of, nsa_shar
 from torch.profiler import ProfilerActivity, profile
 
 from shoal.kernels.nsa import BlockSizes
+from shoal.workers.exchange import Fetch, Plan
 from shoal.workers.mesh import Group
-from shoal.workers.sequence import Chosen, make_sequence, zigzag
-from shoal.workers.volume import Shape, nsa_volume
+from shoal.workers.sequence import make_sequence, zigzag
+from shoal.workers.volume import Shape, far_volume, nsa_volume
 
 
-def _on_rank(rank: int, world: int, problems: list[Problem], tile: int, dense: int, chosen: Chosen) -> Any:
+def _on_rank(
+    rank: int, world: int, problems: list[Problem], tile: int, dense: int, pull: bool, wide: bool, heads: int
+) -> Any:
     """Of each problem what this rank computes."""
     import torch.distributed as dist
 
     group = Group(tuple(range(world)), rank, dist.group.WORLD if world > 1 else None)
-    return [nsa_shared(p, drawn(p), group, tile, dense, chosen) for p in problems]
+    return [nsa_shared(p, drawn(p), group, tile, dense, pull, wide, heads) for p in problems]
 
 
 def check(
@@ -35,11 +39,14 @@ def check(
     dtype: torch.dtype,
     tile: int = 64,
     dense: int = 512,
-    chosen: Chosen = "all",
+    pull: bool = False,
+    wide: bool = False,
+    heads: int = 0,
+    kv: int = 2,
 ) -> list[Any]:
     """All ranks' parts put together beside one rank's; returns what the ranks returned."""
-    problems = [Problem(cu, dtype=dtype) for cu in packs]
-    results = run_ranks(world, _on_rank, problems, tile, dense, chosen)
+    problems = [Problem(cu, kv=kv, dtype=dtype) for cu in packs]
+    results = run_ranks(world, _on_rank, problems, tile, dense, pull, wide, heads)
     bound = 1e-10 if dtype == torch.float64 else 3e-5
     for i, p in enumerate(problems):
         want = nsa_alone(p, drawn(p))
@@ -95,26 +102,71 @@ def test_bytes_and_buffers_are_those_of_the_formula(world: int) -> None:
 
 
 @pytest.mark.parametrize("dense", [0, 10**6])
-def test_only_chosen_pages_are_fetched_where_that_is_less(dense: int) -> None:
+@pytest.mark.parametrize("world", [2, 4])
+def test_chosen_pages_alone_give_the_same_bits_for_the_bytes_of_the_formula(world: int, dense: int) -> None:
     """Of a long document few of its first pages are chosen by few late queries; of a short one all of them."""
     packs = [pack(1024), pack(40, 150, 66)]
-    always = check(4, packs, torch.float64, 16, dense, "chosen")
-    fetched = check(4, packs, torch.float64, 16, dense)
-    for rank in range(4):
-        for many, few in zip(fetched[rank], always[rank], strict=True):
-            assert many.coverage == few.coverage
-            (coverage,) = few.coverage
-            assert few.forward.get("far", 0) <= many.forward.get("far", 0)
-            if many.forward.get("far", 0):
-                assert few.forward.get("far", 0) / many.forward["far"] == pytest.approx(coverage, abs=0.12)
-    less = check(4, packs, torch.float64, 16, dense, "less")
-    for i in range(len(packs)):
-        rows = {
-            name: sum(r[rank][i].forward.get("far", 0) for rank in range(4))
-            for name, r in (("all", fetched), ("few", always), ("less", less))
-        }
-        assert rows["less"] == min(rows["all"], rows["few"])
-    assert 0 < sum(always[rank][0].coverage[0] for rank in range(4)) < 4
+    pulled = check(world, packs, torch.float64, 16, dense, pull=True)
+    fetched = check(world, packs, torch.float64, 16, dense)
+    shape = Shape(Problem.kv, Problem.dims, 8, 8)
+    for i, cu in enumerate(packs):
+        many, few = ([results[rank][i] for rank in range(world)] for results in (fetched, pulled))
+        assert [x.counts for x in many] == [x.counts for x in few]
+        for a, b in zip(many, few, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a.results, b.results, strict=True))
+        _, rows, _, all_rows, told = (sum(x) for x in zip(*(x.counts for x in few), strict=True))
+        assert told == world * Problem.kv * -(-cu[-1] // SIZES.slc_block)
+        assert sum(x.total.get("far", 0) for x in many) == far_volume(all_rows, shape)
+        received = sum(x.total.get("far", 0) + x.total["pages"] for x in few)
+        assert received == far_volume(rows, shape, told=told * (world - 1))
+    assert 0 < max(pulled[rank][0].coverage for rank in range(world)) < 1
+    volumes = [nsa_volume(1024, world, rank, shape, 8, 4, 12) for rank in range(world)]
+    far = sum(v["forward"]["far"] + v["backward"]["far"] for v in volumes)
+    assert far == sum(fetched[rank][0].total["far"] for rank in range(world))
+
+
+@pytest.mark.parametrize(("world", "heads", "pull"), [(2, 1, False), (3, 2, False), (4, 1, True)])
+def test_heads_in_turns_compute_the_same_and_send_the_same(world: int, heads: int, pull: bool) -> None:
+    packs = [pack(37, 140, 3, 76), pack(5), pack(512)]
+    settings = {"tile": 16, "dense": 64, "pull": pull, "wide": True, "kv": 3}
+    turns, once = (check(world, packs, torch.float64, heads=n, **settings) for n in (heads, 0))  # type: ignore[arg-type]
+    for mine, all_at_once in zip(turns, once, strict=True):
+        for a, b in zip(mine, all_at_once, strict=True):
+            assert (a.counts, a.forward, a.total) == (b.counts, b.forward, b.total)
+
+
+def _far_heads(rank: int, world: int, p: Problem, heads: int) -> tuple[int, int]:
+    """The most heads whose far keys were in memory at a time, and the most bytes at the peak beyond the inputs."""
+    import torch.distributed as dist
+
+    group = Group(tuple(range(world)), rank, dist.group.WORLD)
+    *leaves, upstream = rank_part(p, drawn(p), group, TOKENS)
+    sequence = make_sequence(p.cu, p.sizes, group, torch.device("cpu"), 16, 512)
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most, fetch = 0, Plan.fetch
+
+    def watched(plan: Plan, *xs: torch.Tensor) -> Fetch:
+        nonlocal most
+        found = fetch(plan, *xs)
+        if plan.name == "far":
+            alive.append(weakref.ref(found.buffers[0]))
+            held = [buffer for ref in alive if (buffer := ref()) is not None]
+            most = max(most, sum(buffer.shape[1] for buffer in held))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Plan, "fetch", watched)
+        with allocated() as sizes:
+            torch.autograd.grad(nsa_of(p, leaves, sequence, heads=heads), leaves, upstream)
+    return most, max(accumulate(sizes))
+
+
+def test_far_keys_of_two_heads_are_in_memory_where_one_is_computed_at_a_time() -> None:
+    """Of many ranks, few queries and many keys: with their gradients they are most of what a rank holds."""
+    p = Problem((0, 4096), BlockSizes(32, 16, 64, 4, 1, 2, 64), kv=6, group=1, dims=(32, 32), dtype=torch.float32)
+    (some, low), (every, high) = (run_ranks(4, _far_heads, p, heads)[0] for heads in (1, 0))
+    assert (some, every) == (2, 6)
+    assert low < 0.6 * high
 
 
 def _memory(rank: int, world: int, p: Problem) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from shoal.kernels.nsa.compress import OwnBlocks
 from shoal.kernels.nsa.paged_store import Heads
 from shoal.kernels.rope import Yarn, rope_tables, rotate
 from shoal.workers.config import AttentionTable, ModelTable
+from shoal.workers.pull import Fetching
 
 GATE_HIDDEN = 64
 BRANCHES = 3  # compressed, selected, window: the order everywhere
@@ -115,12 +116,12 @@ class NativeSparseAttention(nn.Module):
     """NSA: three branches with their own keys and values, mixed by a sigmoid gate per head (NSA eq. 5).
 
     φ works on keys before RoPE, so that it sees the same block wherever the block stands; a compressed key is rotated
-    at the position of its block's first key.
+    at the position of its block's first key. pull: whether, where ranks share sequences, only chosen pages are fetched.
     """
 
-    def __init__(self, model: ModelTable, table: AttentionTable) -> None:
+    def __init__(self, model: ModelTable, table: AttentionTable, pull: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.fetching = model, Fetching(pull)
         self.wq = nn.Linear(model.hidden, model.heads * model.head_dim, bias=False)
         self.wk = nn.Linear(model.hidden, BRANCHES * model.kv_heads * model.head_dim, bias=False)
         self.wv = nn.Linear(model.hidden, BRANCHES * model.kv_heads * model.v_dim, bias=False)

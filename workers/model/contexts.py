@@ -64,7 +64,7 @@ class SharedContext:
         assert batch.rows is not None
         self.cu_seqlens, self.rows, self.group = batch.cu_seqlens, batch.rows, group
         self.backend = recipe.attention.backend
-        self.chosen, self.wide = recipe.parallel.context_fetch, recipe.parallel.context_gradients == "float32"
+        self.wide, self.heads = recipe.parallel.context_gradients == "float32", recipe.parallel.context_heads
         self.rotation = rotations(recipe.model, batch.positions, dtype)
         if recipe.attention.kind == "nsa":
             device = batch.tokens.device
@@ -89,4 +89,4 @@ class SharedContext:
         branches = ((p.k_cmp, p.v_cmp), (p.k_slc, p.v_slc), (p.k_win, p.v_win))
         keys = (p.q, *branches, p.gates, compress)
         settings = (self.sequence, layer.scale, self.backend)
-        return sequence_attention(*keys, *settings, wide=self.wide, chosen=self.chosen)
+        return sequence_attention(*keys, *settings, wide=self.wide, fetching=layer.fetching, heads=self.heads)

@@ -55,8 +55,9 @@ class Block(nn.Module):
         dense = layer < m.dense_layers or not recipe.moe.experts
         if mesh.hosts_attention:
             self.attention_norm = nn.RMSNorm(m.hidden, m.norm_eps)
+            pull = recipe.parallel.context_fetch == "chosen"
             self.attention = (
-                NativeSparseAttention(m, recipe.attention) if recipe.attention.kind == "nsa" else FullAttention(m)
+                NativeSparseAttention(m, recipe.attention, pull) if recipe.attention.kind == "nsa" else FullAttention(m)
             )
             self.ffn_norm = nn.RMSNorm(m.hidden, m.norm_eps)
             if dense:
