@@ -292,7 +292,7 @@ def test_the_estimate_of_the_recipe_says_what_a_gpu_must_hold() -> None:
     ("recipe", "nodes", "gpus", "least"),
     [
         ("deepseekmoe-16b", 2, 8, "train.accumulate=72"),
-        ("nsa-27b", 8, 8, "train.recompute=21"),
+        ("nsa-27b", 8, 8, "train.recompute=12"),
         ("deepseekmoe-145b", 16, 8, "parallel.shard_dense=false"),
     ],
 )
