@@ -315,7 +315,7 @@ def test_the_command_writes_its_result_and_a_picture(server: Server, tmp_path: P
         (["--concurrency", "1.5"], 2, "whole numbers"),
         (["--rate", "0"], 2, "--rate '0'"),
         (["--mix", "12"], 2, "--mix '12'"),
-        (["nothing"], 5, "shoal runs list"),
+        (["nothing"], 5, "start one with shoal train"),
         (["--url", "http://127.0.0.1:9/v1", "--workers", "2"], 2, "name the run to serve"),
         (["--url", "http://127.0.0.1:9/v1", "--requests", "1"], 4, "cannot be reached"),
     ],
