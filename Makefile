@@ -61,7 +61,7 @@ proto:  ## generate the gRPC code again, after a change of inference.proto
 
 # MegaBlocks pins an older torch, hence --no-deps, and is built for Hopper with this torch (CUDA's compiler is needed).
 # CUDA 13's cub has no `debug_synchronous` any more: it goes from the two calls that pass it on.
-NVCC_PIP := TORCH_CUDA_ARCH_LIST=9.0 $(PIP) --no-deps --no-build-isolation
+NVCC_PIP := TORCH_CUDA_ARCH_LIST=9.0 $(PIP) --no-deps --no-build-isolation --force-reinstall --no-cache-dir
 MEGABLOCKS := megablocks-0.10.0
 
 megablocks: .venv/installed  ## build MegaBlocks, for moe.backend = "megablocks" and its benchmark (on a CUDA machine)

@@ -172,10 +172,10 @@ def _experts(recipe: Recipe, s: Sizes) -> Layer:
     inner, hidden = moe.expert_hidden, m.hidden
     local = moe.shared_experts if moe.shared == "local" else 0
     choices = moe.top_k + moe.shared_experts - local
-    whole = p.expert_ranks == 1 and not p.split and choices == moe.top_k and moe.router == "softmax"
+    whole = p.expert_ranks == 1 and not p.split and choices == moe.top_k and moe.router != "hash"
     kept = (s.rows + s.tokens * local) * 2 * inner * s.width
     # Of each token its scores, gates, experts, and places of its rows; what losses of balance want.
-    scores = moe.experts * (1 + bool(recipe.balance.sequence)) if moe.router == "softmax" else 0
+    scores = moe.experts * (1 + bool(recipe.balance.sequence)) if moe.router != "hash" else 0
     routing = scores + 3 * moe.top_k + choices + bool(recipe.balance.z_loss)
     if not whole:  # places for other ranks; gates and places of all tokens for this rank's experts; tokens that came
         others = p.expert_ranks - (not p.split)

@@ -18,8 +18,9 @@ CUDA = 3 << 29  # bytes of a GPU that its context and NCCL's buffers take
 PIECES = 32  # PyTorch's allocator may hold a 32nd more than is allocated, in pieces between what is (an allowance)
 
 
-def refuse_what_does_not_fit(recipe: Recipe) -> None:
-    """Compares the recipe's estimate with the free memory; the memory of GPUs and clusters answers for itself.
+def refuse_what_does_not_fit(recipe: Recipe, begun: bool = False) -> None:
+    """Compares the recipe's estimate with the free memory; the memory of GPUs and clusters answers for itself. begun: a
+    run of this recipe exists.
 
     Raises ClusterRefused when the ranks need more than there is, or GPUs and there are none.
     """
@@ -33,16 +34,21 @@ def refuse_what_does_not_fit(recipe: Recipe) -> None:
         )
     if device == "cuda" or (gpus and device == "auto"):
         return
-    here = recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"device": "cpu"})})
+    here = on_cpu(recipe)
     free = available_memory()
     needed = _in_all(memory_of(here))
     if free and needed > free:
-        keys = keys_that_fit(here, lambda ranks: _in_all(ranks) <= free)
+        keys = keys_that_fit(here, lambda ranks: _in_all(ranks) <= free, begun)
         raise ClusterRefused(
             f"parallel.ranks={recipe.parallel.ranks} of this recipe need about {gib(needed)} in all, and this machine "
             f"has {gib(free)} of memory free: "
             + (f"add {keys}" if keys else "lower parallel.ranks, train.batch or the model, or use a cluster")
         )
+
+
+def on_cpu(recipe: Recipe) -> Recipe:
+    """The same on CPUs, which compute in float32."""
+    return recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"device": "cpu"})})
 
 
 def memory_of(recipe: Recipe) -> dict[str, RankMemory]:
@@ -56,10 +62,11 @@ def beyond(ranks: dict[str, RankMemory], gpu: int) -> dict[str, int]:
     return {kind: size for kind, size in needed.items() if size > gpu}
 
 
-def keys_that_fit(recipe: Recipe, fits: Callable[[dict[str, RankMemory]], bool]) -> str:
+def keys_that_fit(recipe: Recipe, fits: Callable[[dict[str, RankMemory]], bool], begun: bool = False) -> str:
     """``--set`` of keys that let ranks keep less, and train the same: more micro-batches, layers computed again, dense
-    weights in shards. The first and least of them that ``fits``; "" where none does."""
-    for keys in _smaller(recipe):
+    weights in shards. The first and least of them that ``fits``; "" where none does. begun: only those that a run
+    which exists may change."""
+    for keys in _smaller(recipe, begun):
         tables = recipe.model_dump()
         for key, value in keys.items():
             table, name = key.split(".")
@@ -73,22 +80,28 @@ def keys_that_fit(recipe: Recipe, fits: Callable[[dict[str, RankMemory]], bool])
     return ""
 
 
-def _smaller(recipe: Recipe) -> Iterator[dict[str, Any]]:
+def _smaller(recipe: Recipe, begun: bool) -> Iterator[dict[str, Any]]:
     """Keys that cost less time first."""
     train = recipe.train
     sequences = train.batch // train.accumulate // (recipe.parallel.attention_ranks // recipe.parallel.context)
-    if recipe.balance.over != "global_batch":  # micro-batches then have losses of their own
+    if begun or recipe.balance.over != "global_batch":  # micro-batches then have losses of their own
         sequences = 1
     most = train.accumulate * sequences  # one sequence a rank, or a group that shares it, at a time
     again = range(train.recompute + 1, recipe.model.layers + 1)
     yield from ({"train.accumulate": train.accumulate * n} for n in range(2, sequences + 1) if sequences % n == 0)
     yield from ({"train.recompute": n} for n in again)
+    parts: dict[str, Any] = {"train.accumulate": most} if sequences > 1 else {}
     for sharded in ({}, {"parallel.shard_dense": True}):
-        yield from ({"train.accumulate": most, "train.recompute": n, **sharded} for n in again)
+        yield from ({**parts, "train.recompute": n, **sharded} for n in again)
+
+
+def of_process(rank: RankMemory) -> int:
+    """Bytes of a rank's process on a CPU, with the copy that a checkpoint is written from."""
+    return rank.total + rank.weights + rank.optimizer + PROCESS
 
 
 def _in_all(ranks: dict[str, RankMemory]) -> int:
-    return sum(kind.ranks * (kind.total + PROCESS) for kind in ranks.values())
+    return sum(rank.ranks * of_process(rank) for rank in ranks.values())
 
 
 def available_memory() -> int:

@@ -160,7 +160,7 @@ def check_same_recipe(folder: RunFolder, wanted: Recipe) -> None:
     free: dict[str, Any] = {**dict.fromkeys(MAY_CHANGE, True), "train": {"recompute", "initial"}}
     old, new = (r.model_dump(exclude=free) for r in (folder.recipe(), wanted))
     for key, before, now in _differences(old, new):
-        same_weights = key.split(".")[0] in ("balance", "data", "train")
+        same_weights = key.split(".")[0] in ("balance", "data", "train") and key != "train.dtype"
         begun = f" (--from {folder.name} begins it with these weights)" if same_weights else ""
         raise InvalidInput(
             f"{folder.path} was trained with {key}={before!r}, and --resume was given {key}={now!r}: "

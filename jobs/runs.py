@@ -79,8 +79,9 @@ def show_run(root: Path, name: str) -> RunDetails:
 
 def find_run(root: Path, name: str) -> Path:
     """A run by its folder, or by its name in ``root``. Raises NotFound with near names, or with what there is."""
-    if _is_run(Path(name)):
-        return Path(name)
+    for path in (Path(name), root / name):
+        if name and _is_run(path) and (path == Path(name) or ".." not in path.relative_to(root).parts):
+            return path
     folders = {folder.name: folder for folder in _run_folders(root)}
     if name in folders:
         return folders[name]
@@ -105,7 +106,10 @@ def _run_folders(root: Path) -> list[Path]:
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / RECIPE).is_file() or (folder / METRICS).is_file()
+    try:
+        return (folder / RECIPE).is_file() or (folder / METRICS).is_file()
+    except OSError:  # a name that is too long, or may not be looked at
+        return False
 
 
 def _records(folder: Path) -> list[Record]:

@@ -96,7 +96,7 @@ def _train(
     console: Console,
     started: float,
 ) -> TrainResult:
-    refuse_what_does_not_fit(recipe)
+    refuse_what_does_not_fit(recipe, begun=resume is not None)
     corpus = resume.corpus() if resume else _corpus(recipe, data_root, console)
     manifest = read_manifest(corpus)
     if resume:

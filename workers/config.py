@@ -272,7 +272,10 @@ class Recipe(Table):
             return 0
         size, each = self.moe.experts // groups, self.moe.experts // ranks
         widest = max(((g + 1) * size - 1) // each - g * size // each + 1 for g in range(groups))
-        return groups if self.route.max_devices * widest < ranks else 0
+        # neighbouring groups share a rank where the two do not divide: what M groups reach is not known then
+        divide = groups % ranks == 0 or ranks % groups == 0
+        anywhere = self.route.max_devices * widest >= ranks and divide
+        return 0 if anywhere or self.route.max_devices == groups else groups
 
     @property
     def counts_first(self) -> bool:

@@ -101,17 +101,20 @@ def make_mesh(placement: Placement, rank: int = 0, device: torch.device | str = 
     everyone = tuple(range(placement.ranks))
     world, dispatch = join([everyone]), join(placement.dispatch_groups())
     assert world is not None and dispatch is not None
-    context = join(placement.context_groups())
-    if context is not None and backend == "nccl":
-        # The first call of a group must be one of all its ranks, and who exchanges rows depends on the documents.
-        context.all_reduce(torch.zeros(1, device=device))
+    context, attention = join(placement.context_groups()), join([placement.attention])
+    replicas = join(placement.replica_groups())
+    for group in (context, attention, replicas) if backend == "nccl" else ():
+        # The first call of a group makes its connections, and must be one of all its ranks: who exchanges rows depends
+        # on the documents, and gradients first travel in the midst of a backward pass.
+        if group is not None:
+            group.all_reduce(torch.zeros(1, device=device))
     return Mesh(
         placement=placement,
         rank=rank,
         world=world,
         dispatch=dispatch,
-        attention=join([placement.attention]),
-        replicas=join(placement.replica_groups()),
+        attention=attention,
+        replicas=replicas,
         context=context,
         checkpoint=dist.new_group(list(everyone), backend="gloo") if placement.ranks > 1 else None,
     )

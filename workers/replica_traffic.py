@@ -12,6 +12,8 @@ from torch import Tensor
 from shoal.workers.model import Transformer
 from shoal.workers.replicas import Bucket, Travelling
 
+UNDER_WAY = 8  # buckets of gradients at a time: those of several tensors are copies, in memory until they have landed
+
 
 class GradientSums:
     """Gradients, a bucket of them summed as soon as it is complete. buckets: as a backward pass completes them."""
@@ -26,6 +28,8 @@ class GradientSums:
         """The gradient of the parameter of that number is complete, of all micro-batches."""
         self._gradients[index] = gradient
         while self._waiting and all(piece.index in self._gradients for piece in self._waiting[0].pieces):
+            if len(self._travelling) == UNDER_WAY:
+                self._travelling.pop(0).land()
             self._travelling.append(self._waiting.pop(0).reduce(self._gradients))
 
     def finish(self, gradients: Sequence[Tensor]) -> None:

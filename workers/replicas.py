@@ -111,8 +111,12 @@ class Replicas:
             held: list[Piece] = []
             size = 0
             for piece in sorted(pieces, reverse=True):
+                own = piece.of(tensors).nbytes
+                if held and own >= BUCKET:  # it travels alone, without a copy
+                    out.append(Bucket(self.group, place, tuple(held)))
+                    held, size = [], 0
                 held.append(piece)
-                size += piece.of(tensors).nbytes
+                size += own
                 if size >= BUCKET:
                     out.append(Bucket(self.group, place, tuple(held)))
                     held, size = [], 0

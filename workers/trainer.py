@@ -165,6 +165,7 @@ class Trainer:
         self.weights.begin()
         self.model.nudge(counts)
         seconds = time.perf_counter() - started
+        parts, clock.on = self.watch.parts(seconds) if clock.on else {}, False  # a validation is none of it
         if load:
             self.measured.lerp_(torch.tensor(load, dtype=torch.float64), NEW_LOAD)
         return {
@@ -176,7 +177,7 @@ class Trainer:
             "learning_rate": rate,
             "grad_norm": norm,
             "step_seconds": seconds,
-            **(self.watch.parts(seconds) if clock.on else {}),
+            **parts,
             "tokens_per_second": t.batch * t.sequence / seconds,
             "dispatch_reads": sum(r.count for r in self.reads) - reads,
             "dispatch_wait_seconds": sum(r.seconds for r in self.reads) - waited,
@@ -224,12 +225,10 @@ class Trainer:
         return (at // length).to(self.device), batch.cu_seqlens[-1] // length
 
     def _global_targets(self, micro: list[PackedBatch]) -> Tensor:
-        """Predicted tokens of the global batch, over all attention ranks, at least 1: on the device, since to wait for
+        """Predicted tokens of the global batch, over all ranks, at least 1: on the device, since to wait for
         a number there means to wait for the last step's update. micro: on the host."""
-        count = torch.tensor(sum(b.targets_count for b in micro), device=self.device)
-        if self.mesh.attention is not None:
-            self.mesh.attention.all_reduce(count)
-        return count.clamp_(min=1)
+        count = torch.full((), sum(b.targets_count for b in micro), device=self.device)  # a copy would be waited for
+        return self.mesh.world.all_reduce(count).clamp_(min=1)  # weights are under way in the groups of replicas
 
     @torch.no_grad()
     def _fractions(self, micro: list[PackedBatch]) -> list[Tensor]:

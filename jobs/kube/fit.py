@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from shoal.jobs.kube.options import JobOptions
 from shoal.jobs.kube.quantity import in_gib, to_bytes
 from shoal.jobs.kube.work import Work
-from shoal.jobs.memory import PROCESS, beyond, gib, keys_that_fit, memory_of
+from shoal.jobs.memory import beyond, gib, keys_that_fit, memory_of, of_process, on_cpu
 from shoal.workers.config import Recipe
 from shoal.workers.errors import InvalidInput
 
@@ -44,7 +44,7 @@ def sizes(work: Work, options: JobOptions) -> Sizes:
     shm = to_bytes(options.shm, "--shm") if options.shm else GIB + max(ranks, 1) * SHM_RANK
     if shm < least:
         raise InvalidInput(f"--shm {options.shm} does not fit: Ray and {ranks} ranks need {gib(least)}: raise it")
-    a_rank = _host_memory(work.recipe) if work.recipe else UNKNOWN
+    a_rank = _host_memory(work.recipe, options.gpus_per_node) if work.recipe else UNKNOWN
     others = RAY + shm
     memory = others + max(ranks, 1) * a_rank
     if options.memory_per_node:
@@ -87,23 +87,23 @@ def check_gpus(work: Work, options: JobOptions) -> int:
             f"--gpus-per-node 1"
         )
     if work.recipe and gpus:
-        _check_gpu(work.recipe, options)
+        _check_gpu(work.recipe, options, begun=work.run != work.name)
     return -(-work.ranks // options.nodes)
 
 
-def _host_memory(recipe: Recipe) -> int:
+def _host_memory(recipe: Recipe, gpus: int) -> int:
     """Bytes of a node's memory that a rank needs: on a GPU, for the copy that a checkpoint is written from."""
-    kinds = memory_of(recipe).values()
-    if recipe.parallel.device == "cpu":
-        return max(kind.total for kind in kinds) + PROCESS
-    return max(kind.weights + kind.optimizer for kind in kinds) + HOST
+    if recipe.parallel.device == "cpu" or not gpus:
+        return max(map(of_process, memory_of(on_cpu(recipe)).values()))
+    return max(kind.weights + kind.optimizer for kind in memory_of(recipe).values()) + HOST
 
 
-def _check_gpu(recipe: Recipe, options: JobOptions) -> None:
+def _check_gpu(recipe: Recipe, options: JobOptions, begun: bool) -> None:
+    """begun: the run has a name apart from the job's, and so may exist."""
     asked = to_bytes(options.gpu_memory, "--gpu-memory")
     for kind, needed in beyond(memory_of(recipe), asked).items():
         which = "" if kind == "colocated" else f"{kind} "
-        keys = keys_that_fit(recipe, lambda ranks: not beyond(ranks, asked))
+        keys = keys_that_fit(recipe, lambda ranks: not beyond(ranks, asked), begun)
         remedy = f"{keys}, or nodes or GPUs" if keys else "nodes or GPUs, or lower train.batch or the model"
         raise InvalidInput(
             f"does not fit: needs {gib(needed)} a {which}rank, {gib(asked)} asked (--gpu-memory): add {remedy}"

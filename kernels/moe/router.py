@@ -83,7 +83,8 @@ def load_fractions(counts_N: Tensor) -> Tensor:
 
 def shares_of(scores_TN: Tensor) -> Tensor:
     """Scores that do not add up to 1, as parts of their sum: what balance losses are made of (DeepSeek-V3 eq. 19)."""
-    return scores_TN / scores_TN.sum(-1, keepdim=True)
+    # all of them may be too small for their dtype
+    return scores_TN / scores_TN.sum(-1, keepdim=True).clamp(min=torch.finfo(scores_TN.dtype).tiny)
 
 
 def balance_loss(sums_N: Tensor, fractions_N: Tensor, tokens: int, expert: float, device: float, groups: int) -> Tensor:

@@ -191,7 +191,17 @@ def _limited(groups: int, ranks: int, most: int, **more: object) -> Recipe:
 
 @pytest.mark.parametrize(
     ("groups", "ranks", "most", "bound"),
-    [(4, 4, 2, 4), (4, 4, 4, 0), (8, 4, 2, 8), (8, 4, 4, 0), (2, 6, 1, 2), (4, 1, 1, 0), (3, 2, 1, 0), (4, 6, 1, 4)],
+    [
+        (4, 4, 2, 4),
+        (4, 4, 4, 0),
+        (8, 4, 2, 8),
+        (8, 4, 4, 0),
+        (2, 6, 1, 2),
+        (4, 1, 1, 0),
+        (3, 2, 1, 3),
+        (3, 2, 3, 0),
+        (4, 6, 1, 4),
+    ],
 )
 def test_copies_are_bound_where_a_token_is(groups: int, ranks: int, most: int, bound: int) -> None:
     """Where the limit of groups leaves ranks out, and not where a token may go to all of them."""

@@ -62,6 +62,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "NSA": {},
     "all losses of balance": {"balance__z_loss": 0.1, "balance__sequence": 0.1},
     "a hash for a router": {"moe__router": "hash", "moe__top_k": 1, "balance__expert": 0.0, "balance__device": 0.0},
+    "scores one by one": {"moe__router": "sigmoid", "balance__sequence": 0.1, "balance__z_loss": 0.0},
     "experts over ranks": {"parallel__ranks": 4},
     "shared experts dispatched": {"parallel__ranks": 2, "moe__shared": "dispatched", "moe__shared_experts": 3},
     "NSA, a sequence over ranks": {

@@ -129,6 +129,14 @@ def test_an_unknown_run_is_not_found_with_the_near_names(tmp_path: Path) -> None
         show_run(tmp_path / "large", "../large")
     with pytest.raises(NotFound, match="holds no runs"):
         show_run(tmp_path / "none", "tiny")
+    for name in ("", "a" * 300):
+        with pytest.raises(NotFound, match="there are large, tiny-0001"):
+            show_run(tmp_path, name)
+    assert (
+        find_run("large/", tmp_path).path
+        == find_run(f"{tmp_path.name}/large", tmp_path.parent).path
+        == tmp_path / "large"
+    )
 
 
 def test_no_runs_is_an_empty_list_and_a_file_is_refused(tmp_path: Path) -> None:

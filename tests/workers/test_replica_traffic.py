@@ -100,7 +100,7 @@ def _train(rank: int, world: int, tables: dict[str, Any], corpus: str, late: boo
     finish = trainer.sums.finish
 
     def watched(gradients: Sequence[Tensor]) -> None:
-        begun.append(len(trainer.sums._travelling))
+        begun.append(buckets - len(trainer.sums._waiting))
         finish(gradients)
 
     trainer.sums.finish = watched  # type: ignore[method-assign]
