@@ -18,6 +18,9 @@ from job_request import job_manifest, service_manifest
 from shell import shoal
 
 from shoal.jobs.estimate import estimate
+from shoal.jobs.kube import work
+from shoal.jobs.kube.manifest import checked_objects
+from shoal.jobs.kube.options import resolve_options
 from shoal.jobs.kube.quantity import to_bytes
 from shoal.jobs.memory import gib
 from shoal.jobs.recipe import check_recipe, load_recipe
@@ -307,6 +310,23 @@ def test_what_does_not_fit_a_gpu_is_told_the_keys_with_which_it_does(
     assert job_manifest(recipe, keys, nodes=nodes, gpus_per_node=gpus)
     with pytest.raises(InvalidInput, match="does not fit"):
         job_manifest(recipe, (*keys, least), nodes=nodes, gpus_per_node=gpus)
+
+
+def test_a_run_that_may_exist_is_told_only_keys_that_it_may_change() -> None:
+    """Going on with it would refuse other micro-batches."""
+    options = resolve_options({"name": "again", "volume": ["runs:/mnt/shoal"], "nodes": 2, "gpus_per_node": 8})
+    with pytest.raises(InvalidInput, match=r"add --set train\.recompute=\d+, or") as refused:
+        checked_objects(work.train(options, "deepseekmoe-16b", run="first"), options)
+    keys = tuple(re.findall(r"--set (\S+=\w+)", str(refused.value)))
+    assert checked_objects(work.train(options, "deepseekmoe-16b", keys, run="first"), options)
+
+
+def test_without_gpus_memory_is_that_of_cpus_whatever_the_recipe_leaves_open() -> None:
+    left, told = (
+        pods_of(job_manifest("deepseekmoe-2b", ("parallel.ranks=8", f"parallel.device={device}"), nodes=8))[1]
+        for device in ("auto", "cpu")
+    )
+    assert left["containers"][0]["resources"] == told["containers"][0]["resources"]
 
 
 def test_the_memory_that_is_asked_for_by_itself_is_enough_and_a_byte_less_is_refused() -> None:
