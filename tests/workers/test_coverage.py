@@ -113,6 +113,7 @@ def _counted(read: list[list[set[int]]], cu: tuple[int, ...], ranks: int) -> lis
     return out
 
 
+LONG = ("2 groups of 2", "2A:2F")
 CASES: dict[str, dict[str, Any]] = {
     "2 ranks share all, in three parts": {
         "parallel__ranks": 2,
@@ -137,7 +138,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in CASES])
 def test_coverage_in_records_is_that_of_the_blocks_that_were_chosen(
     corpus: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,7 +122,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if case == "2 replicas of all" else ()) for case in CASES]
+)
 def test_nothing_is_computed_with_that_has_not_come(corpus: Path, case: str) -> None:
     """Exchanges as late as they may be give the bits of those that happen at once, in steps, in validation and in what
     a checkpoint holds. All sums have begun when the backward pass ends."""
