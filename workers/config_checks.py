@@ -19,16 +19,18 @@ def check(recipe: Recipe) -> None:
     _check_backends(recipe)
     _check_experts(recipe)
     _check_train(recipe)
-    _check_parallel(recipe)
+    _check_placement(recipe)
+    _check_ranks(recipe)
+
+
+def _check_divides(key: str, divisor: int, of: str, value: int) -> None:
+    if value % divisor:
+        raise ValueError(f"{of}={value} is not divisible by {key}={divisor}: set {key} to a divisor of {value}")
 
 
 def _check_model(recipe: Recipe) -> None:
     m = recipe.model
-    if m.heads % m.kv_heads:
-        raise ValueError(
-            f"model.heads={m.heads} is not divisible by model.kv_heads={m.kv_heads}: "
-            f"set model.kv_heads to a divisor of {m.heads}"
-        )
+    _check_divides("model.kv_heads", m.kv_heads, "model.heads", m.heads)
     if m.head_dim % 2:
         raise ValueError(f"model.head_dim={m.head_dim} is odd, and RoPE rotates pairs: set an even model.head_dim")
     _check_rope(m)
@@ -153,11 +155,7 @@ def _check_choice(recipe: Recipe) -> None:
 
 def _check_train(recipe: Recipe) -> None:
     t = recipe.train
-    if t.batch % t.accumulate:
-        raise ValueError(
-            f"train.batch={t.batch} is not divisible by train.accumulate={t.accumulate}: "
-            f"set train.accumulate to a divisor of {t.batch}"
-        )
+    _check_divides("train.accumulate", t.accumulate, "train.batch", t.batch)
     if t.recompute > recipe.model.layers:
         raise ValueError(
             f"train.recompute={t.recompute} is more than model.layers={recipe.model.layers}: "
@@ -170,8 +168,8 @@ def _check_train(recipe: Recipe) -> None:
         )
 
 
-def _check_parallel(recipe: Recipe) -> None:
-    p, t = recipe.parallel, recipe.train
+def _check_placement(recipe: Recipe) -> None:
+    p = recipe.parallel
     if p.placement != "colocated" and not p.split:
         raise ValueError(
             f"parallel.placement={p.placement!r} is neither 'colocated' nor of the form nA:mF: set it to, say, 2A:2F"
@@ -199,11 +197,12 @@ def _check_parallel(recipe: Recipe) -> None:
                 f"parallel.placement={p.placement!r} needs a layer with experts, and "
                 f"model.dense_layers={recipe.model.dense_layers} leaves none of {recipe.model.layers}: lower it"
             )
-    elif p.expert and p.ranks % p.expert:
-        raise ValueError(
-            f"parallel.ranks={p.ranks} is not divisible by parallel.expert={p.expert}: "
-            f"set parallel.expert to a divisor of {p.ranks}"
-        )
+    elif p.expert:
+        _check_divides("parallel.expert", p.expert, "parallel.ranks", p.ranks)
+
+
+def _check_ranks(recipe: Recipe) -> None:
+    p, t = recipe.parallel, recipe.train
     groups = recipe.balance.device_groups
     if p.rebalance_every and recipe.route.max_devices and groups % p.expert_ranks:
         raise ValueError(
