@@ -14,7 +14,8 @@ from shoal.workers.placement import Placement
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that take part in a collective. ``handle`` is None for a group of one, where collectives are no-ops."""
+    """Ranks that take part in a collective. ``handle`` is None for a group of one, where all but ``reduce`` and
+    ``broadcast``, which are of several, are no-ops."""
 
     ranks: tuple[int, ...]
     index: int

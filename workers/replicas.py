@@ -112,14 +112,11 @@ class Replicas:
             size = 0
             for piece in sorted(pieces, reverse=True):
                 own = piece.of(tensors).nbytes
-                if held and own >= BUCKET:  # it travels alone, without a copy
+                if held and max(size, own) >= BUCKET:  # a large one travels alone, without a copy
                     out.append(Bucket(self.group, place, tuple(held)))
                     held, size = [], 0
                 held.append(piece)
                 size += own
-                if size >= BUCKET:
-                    out.append(Bucket(self.group, place, tuple(held)))
-                    held, size = [], 0
             if held:
                 out.append(Bucket(self.group, place, tuple(held)))
         return out
