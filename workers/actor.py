@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from shoal.workers.config import Recipe
 from shoal.workers.errors import TrainingFailed
 from shoal.workers.expert_plan import Plan
-from shoal.workers.machine import cores, peak_flops
+from shoal.workers.machine import cores, peak_flops, spare_collector
 from shoal.workers.placement import Placement
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class RankActor:
         self.rank, self.ranks = rank, ranks
         self.trainer: Trainer | None = None
         self.store: Any = None
-        self.failed = False
+        self.failed = self.under_way = False
 
     def pid(self) -> int:
         """Process id, for people and for tests."""
@@ -115,6 +115,9 @@ class RankActor:
                 trainer.save()
             while trainer.step < until and not self.failed:
                 records += trainer.advance()
+                if not self.under_way:  # what the first step makes stays, kernels for example
+                    spare_collector()
+                    self.under_way = True
         except NotFinite as error:
             self.failed = True
             records += error.records

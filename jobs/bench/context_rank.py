@@ -14,6 +14,8 @@ import torch.distributed as dist
 
 from shoal.jobs.recipe import load_recipe
 from shoal.workers.config import Recipe
+from shoal.workers.expert_plan import place_loads
+from shoal.workers.machine import spare_collector
 from shoal.workers.mesh import make_mesh
 from shoal.workers.placement import Placement
 from shoal.workers.trainer import Trainer
@@ -58,21 +60,27 @@ def train(
     """Trains up to ``train.steps``, or for so many seconds once there are ``least`` steps; collective over all ranks.
 
     Yields the record of each step, with its time on the wall (the GPU is done with it: its facts were read), the
-    context, recomputed layers, and ``peak_bytes``, the most that a rank has allocated since the start.
+    context, recomputed layers, ``device_load``, of the rank with most rows for its experts, as a multiple of a fair
+    share, the mean over layers, and ``peak_bytes``, the most that a rank has allocated since the start.
     """
     mesh = make_mesh(Placement.of(recipe), rank, device)
     trainer = Trainer(recipe, corpus, None, mesh, device)
     settings = {"context": recipe.train.sequence, "recompute": recipe.train.recompute}
+    places = mesh.placement.set_size
     began = time.monotonic()
     for step in range(1, recipe.train.steps + 1):
         start = time.perf_counter()
         record = trainer.train_step()
-        del record["load"], record["gates"], record["coverage"]
+        del record["gates"], record["coverage"]
+        rows = [max(place_loads(*each, places)) for each in zip(record.pop("load"), trainer.plan, strict=True)]
         # the host's clocks differ: whether there is time for another step is decided together
         facts = torch.tensor([time.monotonic() - began, _peak(device)], dtype=torch.float64, device=device)
         passed, peak = mesh.world.all_gather(facts).amax(0).tolist()
         wall = time.perf_counter() - start
-        yield {**record, "wall_seconds": wall, **settings, "peak_bytes": int(peak)}
+        load = {"device_load": sum(rows) / len(rows) if rows else 1.0}
+        yield {**record, "wall_seconds": wall, **settings, **load, "peak_bytes": int(peak)}
+        if step == 1:
+            spare_collector()
         if step >= least and passed > seconds:
             break
 

@@ -38,7 +38,7 @@ USUAL = PARTS[:3]
 SHARE = "a rank's share, as one rank alone does it"
 KEPT = (
     "bytes", "bytes_of_rows", "activation_bytes", "steps", "data_ms", "forward_ms", "backward_ms", "reduce_ms",
-    "update_ms", "losses", "ttft_ms", "tpot_ms", "failed",
+    "update_ms", "device_load", "losses", "ttft_ms", "tpot_ms", "failed",
 )  # fmt: skip
 """Facts of a case that stand in its row as they are."""
 NEEDS = ("pydantic", "pyarrow", "tokenizers")  # of training: recipes and corpora
@@ -204,8 +204,9 @@ def result_name() -> str:
     return "scale" if torch.cuda.is_available() else "scale-cpu"
 
 
-def prepared(parts: Sequence[str], ranks: Sequence[int], small: bool, settings: Settings) -> Scale:
-    """Everything that is to be measured, the corpus for training made. Raises UsageError for an unknown part."""
+def prepared(parts: Sequence[str], ranks: Sequence[int], small: bool, settings: Settings, only: str = "") -> Scale:
+    """Everything that is to be measured, the corpus for training made. only: of these parts, what has this in its name.
+    Raises UsageError for an unknown part, or where nothing is left."""
     if unknown := sorted(set(parts) - set(PARTS)):
         raise UsageError(f"--parts {unknown[0]} is none of {', '.join(PARTS)}: name some of these, with commas between")
     missing = [name for name in NEEDS if not find_spec(name)] if "train" in parts else []
@@ -220,6 +221,11 @@ def prepared(parts: Sequence[str], ranks: Sequence[int], small: bool, settings: 
         from shoal.jobs.bench.scale_serve import serve_series
 
         series += serve_series(small)
+    found = [each for each in series if not only or any(only in line.what for line in each.lines())]
+    if only and not found:
+        names = dict.fromkeys(line.what for each in series for line in each.lines())
+        raise UsageError(f"--only {only} is in no name of these parts; there are: {', '.join(names)}")
+    series = found
     training = [each for each in series if isinstance(each, scale_cases.TrainSeries)]
     if training:
         from shoal.jobs.bench.context import long_document
@@ -245,6 +251,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the JSON")
     parser.add_argument("--plots", type=Path, default=None, help="folder for the picture; default: that of the JSON")
+    parser.add_argument("--only", default="", help="of these parts, what has this in its name")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--parts", default=",".join(USUAL), help=f"of {', '.join(PARTS)}, with commas between")
     parser.add_argument(
@@ -275,7 +282,8 @@ def measure(chosen: argparse.Namespace) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of the ranks
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as ranks of training have it
     before = os.getloadavg()[0]
-    scale = prepared(chosen.parts.split(","), ranks, small, Settings(chosen.data_dir, steps=chosen.steps))
+    settings = Settings(chosen.data_dir, steps=chosen.steps)
+    scale = prepared(chosen.parts.split(","), ranks, small, settings, chosen.only)
     name = "scale-cpu" if small else "scale"
 
     def after() -> Path:

@@ -234,6 +234,11 @@ class SequenceSeries(Series):
         return Plan(compute, tuple(sequence_travels(layer, case.tokens, case.ranks, per_flop)))
 
 
+SETTLED = ("train.warmup=2000", "balance.bias_rate=0.002")
+"""Of weights that are new. At the full rate from the first step on, routers send all tokens to a few experts, as they
+do in no training that goes well; as they are at first, biases balance them within ten steps or so."""
+
+
 class TrainSeries(Series):
     """Steps of training. shared: whether all ranks share each sequence."""
 
@@ -269,8 +274,9 @@ class TrainSeries(Series):
         return lambda ranks: self._case(ranks, *self.batch(mode, ranks))
 
     def _case(self, ranks: int, batch: int, micro: int, length: int) -> Case:
-        sets = [*self.sets, f"train.sequence={length}", f"model.context={length}", f"train.steps={self.steps}"]
-        sets += [f"train.batch={batch}", f"train.accumulate={batch // micro}", "train.warmup=0"]
+        sets = [*SETTLED, *self.sets, f"train.steps={self.steps}"]
+        sets += [f"train.sequence={length}", f"model.context={length}"]
+        sets += [f"train.batch={batch}", f"train.accumulate={batch // micro}"]
         sets += [f"parallel.ranks={ranks}", f"parallel.context={ranks if self.shared else 1}"]
         experts = _load(self.recipe, (*self.sets, "parallel.expert=1")).moe.experts
         sets.append(f"parallel.expert={ranks if experts % ranks == 0 else 1}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import statistics
 from datetime import timedelta
@@ -113,14 +114,16 @@ def _waits(dispatcher: Dispatcher, call: Any, group: Group, device: torch.device
 
 
 def _train(training: Training, group: Group, device: torch.device) -> dict[str, Any]:
-    """Medians over the steps after the first ones; ``losses`` of all of them."""
+    """Medians over the later half of the steps; ``losses`` of all of them. ``device_load``: of the rank with most rows
+    for its experts, as a multiple of a fair share."""
     from shoal.jobs.bench.context_rank import train
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     steps = train(training.load(), Path(training.corpus), group.index, device, SECONDS, WARM_UP + 2)
     records = list(steps)
-    later = records[min(WARM_UP, len(records) - 1) :]
+    later = records[max(min(WARM_UP, len(records) - 1), len(records) // 2) :]
+    gc.unfreeze()  # this model goes
 
     def of(key: str) -> float:
         return 1e3 * statistics.median(r[key] for r in later)
@@ -131,6 +134,7 @@ def _train(training: Training, group: Group, device: torch.device) -> dict[str, 
         **{f"{part}_ms": of(f"{part}_seconds") for part in parts},
         "peak_bytes": max(r["peak_bytes"] for r in records),
         "steps": len(records),
+        "device_load": statistics.median(r["device_load"] for r in later),
         "losses": [r["loss"] for r in records],
     }
 

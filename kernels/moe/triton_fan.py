@@ -3,6 +3,9 @@
 Of tokens that travel, four launches plan and pack, and three sort what came, whatever the number of ranks. Blocks of
 tokens count, one kernel adds up what stands before each block, and the next pass over the tokens places them: no
 atomics, and nothing depends on the order in which programs run.
+
+Words behind rows begin anywhere, and those of no rows at address 0: kernels are not compiled for how they are aligned,
+or a rank would compile, and all others wait, when for once nothing comes.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -252,7 +255,7 @@ def _before_kernel(before, counts, blocks, N: tl.constexpr, TILE: tl.constexpr):
     tl.store(counts + n, count)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["words"])
 def _pack_kernel(
     gates,
     slots,
@@ -296,7 +299,7 @@ def _pack_kernel(
             tl.store(words + row * B + K + i, slot, mask=wanted)
 
 
-@triton.jit(do_not_specialize=["tokens", "total", "first", "experts"])
+@triton.jit(do_not_specialize=["tokens", "total", "first", "experts"], do_not_specialize_on_alignment=["words"])
 def _count_kernel(
     slots,
     gates,
@@ -381,14 +384,14 @@ def _place_kernel(
         tl.store(order + free, free * 0, mask=there & (free >= taken) & (free < places))
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["rows"])
 def _gates_kernel(values, rows, out, count, TILE: tl.constexpr):
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
     row = tl.load(rows + i, mask=i < count, other=-1)
     tl.store(out + i, tl.load(values + row, mask=row >= 0, other=0.0), mask=i < count)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["words"])
 def _home_kernel(
     own,
     words,

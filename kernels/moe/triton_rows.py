@@ -21,10 +21,6 @@ def expand(x: Tensor, rows: Tensor, out: Tensor | None = None, more: Tensor | No
     """
     tokens, top_k = rows.shape
     hidden, first = x.shape[1], len(x)
-    if more is not None and not first:
-        x, more = more, None
-    elif more is not None and not len(more):
-        more = None
     some = out is not None
     if out is None:
         out = x.new_empty(tokens * top_k, hidden)
@@ -136,7 +132,7 @@ def _tiles(tokens: int, hidden: int, tile: int, width: int = 1024) -> tuple[tupl
     return (triton.cdiv(tokens, tile), triton.cdiv(hidden, width)), {"TILE": tile, "BH": width}
 
 
-@triton.jit(do_not_specialize=["tokens", "first"])
+@triton.jit(do_not_specialize=["tokens", "first"], do_not_specialize_on_alignment=["rows"])
 def _expand_kernel(
     x,
     more,
@@ -169,7 +165,7 @@ def _expand_kernel(
         tl.store(out + row[:, None] * Y + h[None, :], b_x, mask=wanted)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["rows", "gates"])
 def _combine_kernel(
     results,
     rows,

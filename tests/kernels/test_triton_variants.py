@@ -21,6 +21,7 @@ from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
 from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 from triton.runtime.jit import KernelParam, create_function_from_signature  # noqa: E402
 
+from shoal.kernels.moe import triton_fan, triton_rows  # noqa: E402
 from shoal.kernels.moe.layer import moe_layer  # noqa: E402
 from shoal.kernels.moe.triton_gemms import TritonGemms  # noqa: E402
 from shoal.kernels.moe.triton_tiles import tiles_of  # noqa: E402
@@ -29,8 +30,11 @@ from shoal.kernels.nsa.paged_store import Heads, Phi  # noqa: E402
 from shoal.kernels.nsa.triton_paged import triton_paged_decode, triton_paged_prefill  # noqa: E402
 from shoal.kernels.nsa.triton_store import triton_store_compressed, triton_store_tokens  # noqa: E402
 from shoal.workers.config import Recipe  # noqa: E402
+from shoal.workers.dispatch import Dispatcher  # noqa: E402
 from shoal.workers.engine.cache import reach  # noqa: E402
 from shoal.workers.engine.tables import Part, StepTables, over_page_0, sizes_of, warm_parts  # noqa: E402
+from shoal.workers.mesh import Group  # noqa: E402
+from shoal.workers.transfer import Letters  # noqa: E402
 
 pytestmark = pytest.mark.skipif(triton_on_cpu.ON_GPU, reason="launches are recorded in the interpreter's place")
 
@@ -70,8 +74,10 @@ def variants() -> Iterator[Variants]:
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **constants: Any) -> None:
         signature = inspect.signature(kernel.fn)
         options = {k: constants.pop(k) for k in ("num_warps", "num_stages", "enable_fp_fusion") if k in constants}
-        plain = kernel.kwargs["do_not_specialize"] or ()
-        params = [KernelParam(i, p, n in plain, False) for i, (n, p) in enumerate(signature.parameters.items())]
+        plain, anywhere = (
+            kernel.kwargs.get(each) or () for each in ("do_not_specialize", "do_not_specialize_on_alignment")
+        )
+        params = [KernelParam(i, p, n in plain, n in anywhere) for i, (n, p) in enumerate(signature.parameters.items())]
         _, key, _ = create_function_from_signature(signature, params, backend)(*args, **constants)
         name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
         found[name].add((*map(str, key), *options.items()))
@@ -141,3 +147,26 @@ def test_no_prompt_needs_another_variant(
     count = min(count, RECIPE.model.context - start)
     launch([over_page_0(at, n, page, back, 16) for at, n in (*((s, 1) for s in singles), (start, count))])
     assert {name: each - prepared.get(name, set()) for name, each in variants.items() if each - prepared[name]} == {}
+
+
+def test_rows_that_come_need_no_other_variant_whatever_their_number(variants: Variants) -> None:
+    """Words behind rows begin anywhere, those of no rows at address 0: a rank that compiles holds up all others."""
+    tokens, choices, hidden = 37, 7, 64
+    ints = lambda *shape: torch.zeros(shape, dtype=torch.int32)  # noqa: E731
+    dispatcher = Dispatcher(Group((0, 1), 0), [0, 0, 1, 1], torch.device("cpu"), triton=True)
+    before = {name: set(each) for name, each in variants.items()}
+    counts = []
+    for came in (5, 0, 1, 16):
+        x, gates, slots = torch.zeros(tokens, hidden), torch.zeros(tokens, choices), ints(tokens, choices)
+        letters = Letters.empty(came, x, 2 * choices)
+        travels = triton_fan.plan(slots, gates, dispatcher.ways)
+        going = Letters.empty(tokens, x, 2 * choices)
+        home = triton_fan.pack(travels, x, gates, dispatcher.ways, going.rows, going.behind).rows
+        all_gates, fan, _ = triton_fan.sort(slots, gates, letters.behind, 0, 2, (tokens + came) * choices)
+        rows = triton_rows.expand(x, fan.rows, x.new_empty(len(fan.order), hidden), letters.rows)
+        triton_rows.combine(rows, fan.rows[tokens:], all_gates[tokens:], some=True, out=letters.rows)
+        triton_fan.gates_of_rows(torch.zeros(len(rows)), fan.rows)
+        triton_fan.gates_at_home(gates, letters.behind, home, slots, dispatcher.ways)
+        new = {name: each - before.get(name, set()) for name, each in variants.items()}
+        counts.append({name: len(each) for name, each in new.items() if each})
+    assert len(counts[0]) > 6 and counts == counts[:1] * 4

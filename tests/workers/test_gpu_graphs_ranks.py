@@ -144,7 +144,7 @@ def test_gpus_in_graphs(placement: str, kind: str) -> None:
     for result in results:
         steps, mixes = result["steps"], result["mixes"]
         assert steps["finite"] and all(steps["same"])
-        assert steps["graphs"] > 3
+        assert steps["graphs"] > 1  # fewer than steps: some need the same shapes
         assert all(mixes["same"]) and all(mixes["counted"])
         assert mixes["made"] == [True, True]
     for way in range(2):  # of all ranks, one row beside the other

@@ -33,7 +33,7 @@ class EngineActor(RankActor):
 
         from shoal.workers.engine.engine import Engine
         from shoal.workers.engine.loop import EngineLoop
-        from shoal.workers.machine import free_memory
+        from shoal.workers.machine import free_memory, spare_collector
         from shoal.workers.mesh import make_mesh
         from shoal.workers.run_store import checkpoints_here
         from shoal.workers.weights import load_model
@@ -45,6 +45,7 @@ class EngineActor(RankActor):
         engine = Engine(model, limits_of(checked.serve, device), memory, self.fixed)
         engine.warm_up()
         self.loop = EngineLoop(engine)
+        spare_collector()
 
     def submit(self, request: Request, again: bool = False) -> None:
         """Queues a request. again: it was accepted before, by an engine that is gone: a full queue takes it too.
