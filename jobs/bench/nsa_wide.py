@@ -44,7 +44,7 @@ class Found:
 def run(settings: Settings) -> list[Row]:
     """Rows of both ways and how far apart their results are. Raises UsageError without a GPU."""
     wants_gpu("nsa-wide")
-    from shoal.kernels.nsa.triton_attention import wide_tunings
+    from shoal.kernels.nsa.triton_attention import narrow_tunings
     from shoal.kernels.nsa.triton_backward import BackwardTuning
     from shoal.kernels.nsa.triton_forward import ForwardTuning
 
@@ -53,9 +53,9 @@ def run(settings: Settings) -> list[Row]:
     settings.say(f"context {problem.context}, d_qk {DIMS[0]}, d_v {DIMS[1]}: dense attention")
     dense = dense_ms(problem)
     settings.say("NSA, Triton")
-    triton = _measure(problem, (ForwardTuning(), BackwardTuning()))
+    triton = _measure(problem, narrow_tunings())
     settings.say("NSA, Gluon where it can")
-    gluon = _measure(problem, wide_tunings())
+    gluon = _measure(problem, (ForwardTuning(), BackwardTuning()))
     rows: list[Row] = []
     for phase, target in WIDE_TARGETS.items():
         facts = {"phase": phase, **problem.facts}

@@ -36,7 +36,7 @@ from shoal.kernels.nsa.triton_span_grad import Grads
 from shoal.kernels.nsa.triton_tables import PackTables
 
 
-def supported(q: Tensor, v: Tensor, block: int, *, wide: bool = False) -> bool:
+def supported(q: Tensor, v: Tensor, block: int, *, wide: bool = True) -> bool:
     """Whether :func:`block_parts` is to take these: what ``gluon_span_backward`` does, groups from 16 on, blocks of at
     most 64 tokens."""
     return gluon_span_grad.supported(q, v, wide=wide) and q.shape[1] // v.shape[1] >= 16 and block <= 64

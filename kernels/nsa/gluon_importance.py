@@ -37,7 +37,7 @@ KEYS, COLUMNS = 128, 128
 """Compressed keys of a step, half for each consumer; queries times heads of half a tile."""
 
 
-def supported(q: Tensor, k_cmp: Tensor, sizes: BlockSizes, *, wide: bool = False) -> bool:
+def supported(q: Tensor, k_cmp: Tensor, sizes: BlockSizes, *, wide: bool = True) -> bool:
     """Whether :func:`block_scores` is to take these: Hopper, 16 bits, dimensions 64 or 128, groups of 8 to 64 heads,
     blocks of 1, 2, 4 … 64 strides, and as many keys chosen as a tile has queries: of a document that begins in a tile
     none is scored there. wide: also 192 dimensions."""

@@ -34,7 +34,7 @@ ROWS = 64
 """Rows of a warpgroup's matrix products."""
 
 
-def supported(q: Tensor, k: Tensor, v: Tensor, *, wide: bool = False) -> bool:
+def supported(q: Tensor, k: Tensor, v: Tensor, *, wide: bool = True) -> bool:
     """Whether :func:`gluon_span_attention` is to take these: Hopper, 16 bits, dimensions 64 or 128, groups of 2^i ≤ 64.
     wide: also 96 and 192 dimensions of queries and keys."""
     group, rest = divmod(q.shape[1], k.shape[1])
@@ -56,7 +56,7 @@ def gluon_span_attention(q: Tensor, k: Tensor, v: Tensor, span: Span, scale: flo
     ``[T, H, E]`` in q's dtype and the log-sum-exp of the scaled scores, ``[T, H]`` float32, -inf over no keys (and
     the output is 0). scale: above 0.
     """
-    if not supported(q, k, v, wide=True):
+    if not supported(q, k, v):
         raise ValueError(f"not for {q.dtype} {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} on {q.device}")
     tokens, heads, dim = q.shape
     keys, kv, dim_v = v.shape

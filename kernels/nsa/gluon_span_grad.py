@@ -43,7 +43,7 @@ STAGES = 2
 """Depth of the rings; 3 is no faster."""
 
 
-def supported(q: Tensor, v: Tensor, *, wide: bool = False) -> bool:
+def supported(q: Tensor, v: Tensor, *, wide: bool = True) -> bool:
     """Whether :func:`gluon_span_backward` is to take these: Hopper, 16 bits, 128 dimensions of keys and 64 or 128 of
     values, groups of 4 to 64 heads, powers of two. wide: also 192 dimensions of keys."""
     group, rest = divmod(q.shape[1], v.shape[1])

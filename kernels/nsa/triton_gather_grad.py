@@ -26,7 +26,7 @@ from shoal.kernels.nsa.triton_tables import PackTables
 class GatherGradTuning:
     """chunk: queries whose parts exist at a time. item: queries of a program, a power of two. rows: of a tile, queries
     times padded group. hopper: in Gluon where that takes the shapes, whatever item and rows say. wide: also for 192
-    dimensions of queries and keys; not measured yet."""
+    dimensions of queries and keys."""
 
     chunk: int = 2048
     item: int = 64
@@ -35,7 +35,7 @@ class GatherGradTuning:
     stages: int = 2
     merge_warps: int = 4
     hopper: bool = True
-    wide: bool = False
+    wide: bool = True
 
 
 def selected_backward(
@@ -119,7 +119,7 @@ def selected_backward(
     return d_q
 
 
-def for_hopper(q: Tensor, v: Tensor, tables: PackTables, *, wide: bool = False) -> Callable[..., None] | None:
+def for_hopper(q: Tensor, v: Tensor, tables: PackTables, *, wide: bool = True) -> Callable[..., None] | None:
     """The twin of :func:`_block_kernel` in Gluon, where it takes these."""
     if not q.is_cuda:
         return None

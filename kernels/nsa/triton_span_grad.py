@@ -25,7 +25,7 @@ class SpanGradTuning:
     """rows: of a tile, queries times padded group. keys: of a tile. chunk: queries of a program, 0 for all that see
     its keys; more programs share a tile of keys then, and add up what they find. lap: the queries of a program's round,
     best as many as see a tile of keys. wide: in Gluon on Hopper for 192 dimensions of queries and keys, too, as it is
-    for 128; not measured yet."""
+    for 128."""
 
     rows: int = 64
     keys: int = 128
@@ -33,7 +33,7 @@ class SpanGradTuning:
     lap: int = 1
     warps: int = 8
     stages: int = 2
-    wide: bool = False
+    wide: bool = True
 
 
 @dataclass(frozen=True)

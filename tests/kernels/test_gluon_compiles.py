@@ -36,8 +36,8 @@ def test_every_kernel(tmp_path: Path) -> None:
     assert all(fused == "rounded" for kernel, _, _, fused in told if kernel in ROUNDING), told
 
 
-def test_wide_heads_are_taken_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels for 192 dimensions have to be turned on: none of them has been measured."""
+def test_which_heads_each_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """96 and 192 dimensions can be left to Triton, to measure Gluon beside it."""
     gluon_span = pytest.importorskip("shoal.kernels.nsa.gluon_span")
     gluon_span_grad = pytest.importorskip("shoal.kernels.nsa.gluon_span_grad")
     gluon_gather_grad = pytest.importorskip("shoal.kernels.nsa.gluon_gather_grad")
@@ -45,16 +45,14 @@ def test_wide_heads_are_taken_where_they_are_asked_for(monkeypatch: pytest.Monke
     sizes = BlockSizes(32, 16, 64, 16, 1, 2, 512)
     for module in (gluon_span, gluon_span_grad, gluon_importance):
         monkeypatch.setattr(module, "on_hopper", lambda x: True)
-    for dim, taken in ((64, True), (96, False), (128, True), (192, False)):
+    for dim in (64, 96, 128, 192):
         q, k, v = (torch.zeros(8, heads, size, dtype=torch.bfloat16) for heads, size in ((32, dim), (2, dim), (2, 128)))
-        assert gluon_span.supported(q, k, v) == taken
-        assert gluon_span.supported(q, k, v, wide=True)
-        assert gluon_importance.supported(q, k, sizes) == taken
-        assert gluon_importance.supported(q, k, sizes, wide=True) == (dim != 96)
-        assert gluon_span_grad.supported(q, v) == (dim == 128)
-        assert gluon_span_grad.supported(q, v, wide=True) == (dim in (128, 192))
-        assert gluon_gather_grad.supported(q, v, 64) == (dim == 128)
-        assert gluon_gather_grad.supported(q, v, 64, wide=True) == (dim in (128, 192))
+        for wide in (True, False):
+            narrow = (64, 128, *((96, 192) if wide else ()))
+            assert gluon_span.supported(q, k, v, wide=wide) == (dim in narrow)
+            assert gluon_importance.supported(q, k, sizes, wide=wide) == (dim in narrow and dim != 96)
+            assert gluon_span_grad.supported(q, v, wide=wide) == (dim in narrow[1:] and dim != 96)
+            assert gluon_gather_grad.supported(q, v, 64, wide=wide) == (dim in narrow[1:] and dim != 96)
 
 
 @pytest.mark.parametrize(("group", "count", "taken"), [(8, 3, False), (8, 4, True), (16, 2, True), (64, 1, True)])

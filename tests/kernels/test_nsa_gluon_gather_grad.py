@@ -60,10 +60,10 @@ def test_like_triton(
     base, dots = (draw(rows, heads, dtype=torch.float32, seed=seed) for seed in (5, 6))
     base[::3, 0] = torch.inf  # a row of weight 0, as a gate of 0 makes it
     blocks = choices(tables, kv, 6, block)
-    assert for_hopper(q, v, tables, wide=True) is not None
+    assert for_hopper(q, v, tables) is not None
     mine, want = (Grads(*(torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))) for _ in range(2))
     operands = (q, k, v, d_out, 5 + base, dots, blocks, tables, SCALE)
-    d_q = selected_backward(*operands, mine, tuning=GatherGradTuning(chunk=chunk, wide=True))
+    d_q = selected_backward(*operands, mine, tuning=GatherGradTuning(chunk=chunk))
     exact = selected_backward(*operands, want, deterministic=True)
     pairs = {"d_q": (d_q, exact), "d_k": (mine.d_k, want.d_k), "d_v": (mine.d_v, want.d_v)}
     for name, (got, expected) in pairs.items():

@@ -14,7 +14,7 @@ from triton_on_cpu import DEVICE, close, draw
 triton_on_cpu.prepare()
 
 from shoal.kernels.nsa import BlockSizes, Layout, make_layout, nsa_attention, oracle  # noqa: E402
-from shoal.kernels.nsa.triton_attention import Tunings, nsa_triton, wide_tunings  # noqa: E402
+from shoal.kernels.nsa.triton_attention import Tunings, narrow_tunings, nsa_triton  # noqa: E402
 from shoal.kernels.nsa.triton_backward import BackwardTuning, nsa_backward  # noqa: E402
 from shoal.kernels.nsa.triton_choose import ChooseTuning  # noqa: E402
 from shoal.kernels.nsa.triton_forward import ForwardTuning, nsa_forward  # noqa: E402
@@ -174,7 +174,7 @@ def test_on_a_gpu(dtype: torch.dtype, kv: int, group: int, dims: tuple[int, int]
     exact = [x.cpu().double().requires_grad_() for x in args[:-1]]
     cpu = make_layout(layout.cu_seqlens, sizes, "cpu")
     nsa_attention(*cast(Inputs, exact), cpu, scale).backward(args[-1].cpu().double())
-    for deterministic, tunings in ((False, None), (True, None), (False, wide_tunings())):
+    for deterministic, tunings in ((False, None), (True, None), (False, narrow_tunings())):
         got = gradients(args, layout, scale, deterministic, tunings)
         for name, mine, leaf in zip(NAMES, got, exact, strict=True):
             assert mine is not None and leaf.grad is not None
@@ -189,7 +189,7 @@ def test_long_documents_give_the_same_gradients_both_ways(dims: tuple[int, int])
     """Over many chunks of queries, with blocks to choose: the atomic sums beside the deterministic ones."""
     layout = make_layout((0, 9000, 20000), BlockSizes(32, 16, 64, 16, 1, 2, 512), DEVICE)
     args = inputs(layout, 2, 16, dims, torch.bfloat16)
-    one, other = (gradients(args, layout, 0.1, deterministic, wide_tunings()) for deterministic in (False, True))
+    one, other = (gradients(args, layout, 0.1, deterministic) for deterministic in (False, True))
     for name, first, second in zip(NAMES, one, other, strict=True):
         error = ((first.double() - second.double()).norm() / second.double().norm()).item()
         assert error <= 4e-3, f"{name}: {error:.2e}"

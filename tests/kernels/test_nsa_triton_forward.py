@@ -14,7 +14,7 @@ from triton_on_cpu import DEVICE, TOLERANCE, close, draw
 triton_on_cpu.prepare()
 
 from shoal.kernels.nsa import BlockSizes, Layout, make_layout, nsa_attention, oracle  # noqa: E402
-from shoal.kernels.nsa.triton_attention import wide_tunings  # noqa: E402
+from shoal.kernels.nsa.triton_attention import narrow_tunings  # noqa: E402
 from shoal.kernels.nsa.triton_choose import ChooseTuning, choose_blocks  # noqa: E402
 from shoal.kernels.nsa.triton_forward import Forward, ForwardTuning, nsa_forward  # noqa: E402
 from shoal.kernels.nsa.triton_gather import Tuning  # noqa: E402
@@ -127,7 +127,7 @@ def test_chosen_blocks(equal: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("kv", "group"), [(2, 16), (1, 4), (4, 1), (1, 6)])
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128), (96, 96)], ids=str)
-@pytest.mark.parametrize("tuning", [None, wide_tunings()[0]], ids=["default", "wide"])
+@pytest.mark.parametrize("tuning", [None, narrow_tunings()[0]], ids=["default", "narrow"])
 def test_on_a_gpu(dtype: torch.dtype, kv: int, group: int, dims: tuple[int, int], tuning: ForwardTuning | None) -> None:
     """Against the PyTorch operations in float64, which other tests hold against the oracle."""
     sizes = BlockSizes(32, 16, 64, 6, 1, 2, 100)
