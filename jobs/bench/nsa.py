@@ -1,14 +1,14 @@
-"""NSA on one GPU: forward and backward pass beside PyTorch's dense attention, and the parts of both.
+"""NSA on one GPU: forward and backward pass beside PyTorch's dense attention, and the parts of both; decode; groups.
 
-Everything from q, k_cmp, v_cmp, k, v and gates to the output is in a figure, and back to their gradients; φ, which
-makes k_cmp and v_cmp, stands in rows of its own. Dense attention gets as many KV heads as query heads: its kernels take
-about as long with fewer.
+Part ``passes`` has the contexts, ``wide`` the paper's own heads, ``decode`` is ``nsa_decode.py``, ``groups`` is
+``nsa_groups.py``. Everything from q, k_cmp, v_cmp, k, v and gates to the output is in a figure of a pass, and back to
+their gradients; φ, which makes k_cmp and v_cmp, stands in rows of its own. Dense attention gets as many KV heads as
+query heads: its kernels take about as long with fewer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,8 +40,8 @@ TARGETS = {
     (65536, "backward"): (10.0, 6.0),
 }
 WIDE_TARGETS = {"forward": 4.5, "backward": 6.0}
-DENSE = {"sdpa_flash": ("tab:blue", "FlashAttention-2"), "sdpa_cudnn": ("tab:orange", "cuDNN")}  # in the picture
-NAMES = ("q", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win", "gates")
+DENSE = {"sdpa_flash": "FLASH_ATTENTION", "sdpa_cudnn": "CUDNN_ATTENTION"}  # baselines, and their names in SDPBackend
+WHOLE = "NSA, whole"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Problem:
     d_out: Tensor
 
     @classmethod
-    def draw(cls, context: int, dims: tuple[int, int]) -> Problem:
+    def draw(cls, context: int, dims: tuple[int, int], heads: int = HEADS) -> Problem:
         layout = make_layout((0, context), SIZES, "cuda")
         rows = {"q": context, "cmp": layout.cmp_starts.numel(), "slc": context, "win": context}
 
@@ -63,8 +63,12 @@ class Problem:
             return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
         keys = [normal(rows[branch], KV_HEADS, dim) for branch in ("cmp", "slc", "win") for dim in dims]
-        inputs = (normal(context, HEADS, dims[0]), *keys, normal(context, HEADS, 3).sigmoid())
-        return cls(context, dims, layout, inputs, normal(context, HEADS, dims[1]))
+        inputs = (normal(context, heads, dims[0]), *keys, normal(context, heads, 3).sigmoid())
+        return cls(context, dims, layout, inputs, normal(context, heads, dims[1]))
+
+    @property
+    def heads(self) -> int:
+        return self.inputs[0].shape[1]
 
     @property
     def scale(self) -> float:
@@ -73,24 +77,36 @@ class Problem:
     @property
     def facts(self) -> dict[str, Any]:
         d_qk, d_v = self.dims
-        heads = {"heads": HEADS, "kv_heads": KV_HEADS, "group": HEADS // KV_HEADS}
+        heads = {"heads": self.heads, "kv_heads": KV_HEADS, "group": self.heads // KV_HEADS}
         return {"context": self.context, **heads, "d_qk": d_qk, "d_v": d_v, "batch": 1}
 
 
 def run(settings: Settings) -> list[Row]:
-    """Rows for every context, phase and baseline; then the parts. Raises UsageError without a GPU."""
+    """Rows of the parts that are asked for. Raises UsageError without a GPU."""
+    from shoal.jobs.bench import nsa_decode, nsa_groups
+
     wants_gpu("nsa")
     torch.manual_seed(0)
+    measured = {"passes": _passes, "wide": _wide, "decode": nsa_decode.run, "groups": nsa_groups.run}
+    return [row for part in settings.parts or measured for row in measured[part](settings)]
+
+
+def _passes(settings: Settings) -> list[Row]:
+    """Every context, phase and baseline, and the parts of both phases."""
     rows: list[Row] = []
-    for context, dims in [(n, (128, 128)) for n in CONTEXTS] + [(CONTEXTS[-1], (192, 128))]:
-        settings.say(f"context {context}, d_qk {dims[0]}, d_v {dims[1]}")
-        problem = Problem.draw(context, dims)
-        dense = dense_ms(problem)
-        rows += _whole(problem, dense)
-        if dims == (128, 128):
-            rows += forward_parts(problem) + backward_parts(problem) + _phi(problem)
+    for context in CONTEXTS:
+        settings.say(f"context {context}")
+        problem = Problem.draw(context, (128, 128))
+        rows += _whole(problem, TARGETS) + forward_parts(problem) + backward_parts(problem) + _phi(problem)
         del problem
         torch.cuda.empty_cache()
+    return rows
+
+
+def _wide(settings: Settings) -> list[Row]:
+    settings.say(f"context {CONTEXTS[-1]}, d_qk 192, d_v 128")
+    rows = _whole(Problem.draw(CONTEXTS[-1], (192, 128)), {(CONTEXTS[-1], p): (t, t) for p, t in WIDE_TARGETS.items()})
+    torch.cuda.empty_cache()
     return rows
 
 
@@ -109,27 +125,26 @@ def median_ms(f: Callable[[], object], rep: int = 100) -> float:
     return float(do_bench(f, warmup=20, rep=rep, return_mode="median"))
 
 
-@contextmanager
-def _peak(row: dict[str, Any]) -> Iterator[None]:
-    """Adds ``peak_bytes``, the most memory that was allocated at a time beyond what was before."""
+def peak_bytes(f: Callable[[], object]) -> int:
+    """The most memory that a call, compiled before, has allocated at a time beyond what was there."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    yield
+    f()
     torch.cuda.synchronize()
-    row["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+    return torch.cuda.max_memory_allocated() - before
 
 
-def dense_ms(problem: Problem) -> dict[tuple[str, str], float]:
+def dense_ms(problem: Problem, baselines: Iterable[str] = DENSE) -> dict[tuple[str, str], float]:
     """Milliseconds of dense causal attention by (baseline, phase); where a kernel refuses the shapes it is left out."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
-    shapes = [(1, HEADS, problem.context, dim) for dim in (problem.dims[0], *problem.dims)]
+    shapes = [(1, problem.heads, problem.context, dim) for dim in (problem.dims[0], *problem.dims)]
     q, k, v = (torch.randn(*s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in shapes)
     found = {}
-    for name, backend in (("sdpa_flash", SDPBackend.FLASH_ATTENTION), ("sdpa_cudnn", SDPBackend.CUDNN_ATTENTION)):
-        with sdpa_kernel(backend):
+    for name in baselines:
+        with sdpa_kernel(getattr(SDPBackend, DENSE[name])):
             try:
                 out = scaled_dot_product_attention(q, k, v, is_causal=True)
             except RuntimeError:
@@ -145,38 +160,54 @@ def dense_ms(problem: Problem) -> dict[tuple[str, str], float]:
     return found
 
 
-def _whole(problem: Problem, dense: dict[tuple[str, str], float]) -> list[Row]:
-    leaves = tuple(x.requires_grad_() for x in problem.inputs)
-    memory: dict[str, Any] = {}
+@dataclass(frozen=True)
+class Passes:
+    """The two passes of one problem, ready to be called: forward, and back from an output."""
 
-    def forward() -> Tensor:
-        return nsa_attention(*leaves, problem.layout, problem.scale, "triton")  # type: ignore[call-arg, arg-type]
+    forward: Callable[[], Tensor]
+    back: Callable[[Tensor], object]
 
-    def back(out: Tensor) -> object:
-        return torch.autograd.grad(out, leaves, problem.d_out, retain_graph=True)
+    @classmethod
+    def of(cls, problem: Problem) -> Passes:
+        leaves = tuple(x.requires_grad_() for x in problem.inputs)
 
-    back(forward())  # compiled now
-    with _peak(memory):
-        back(forward())
-    ms = {"forward": median_ms(forward)}
-    out = forward()
-    ms["backward"] = median_ms(lambda: back(out))
+        def forward() -> Tensor:
+            return nsa_attention(*leaves, problem.layout, problem.scale, "triton")  # type: ignore[call-arg, arg-type]
+
+        def back(out: Tensor) -> object:
+            return torch.autograd.grad(out, leaves, problem.d_out, retain_graph=True)
+
+        return cls(forward, back)
+
+    def peak_bytes(self) -> int:
+        """Of both, compiled now."""
+        self.back(self.forward())
+        return peak_bytes(lambda: self.back(self.forward()))
+
+    def ms(self) -> dict[str, float]:
+        """Of each phase."""
+        forward, out = median_ms(self.forward), self.forward()
+        return {"forward": forward, "backward": median_ms(lambda: self.back(out))}
+
+
+def _whole(problem: Problem, targets: dict[tuple[int, str], tuple[float, float]]) -> list[Row]:
+    dense, passes = dense_ms(problem), Passes.of(problem)
+    most, ms = passes.peak_bytes(), passes.ms()
     rows = []
     for phase in ms:
-        for index, name in enumerate(("sdpa_flash", "sdpa_cudnn")):
-            if (name, phase) not in dense:
-                continue
-            target = TARGETS[problem.context, phase][index] if problem.dims[0] == 128 else WIDE_TARGETS[phase]
-            facts = {"phase": phase, **problem.facts, "peak_bytes": memory["peak_bytes"]}
-            rows.append(time_row("NSA, whole", ms[phase], name, dense[name, phase], target, **facts))
+        for index, name in enumerate(DENSE):
+            if (name, phase) in dense:
+                facts = {"phase": phase, **problem.facts, "peak_bytes": most}
+                target = targets[problem.context, phase][index]
+                rows.append(time_row(WHOLE, ms[phase], name, dense[name, phase], target, **facts))
     torch.use_deterministic_algorithms(True)
     try:
-        out = forward()
-        exact = median_ms(lambda: back(out))
+        out = passes.forward()
+        exact = median_ms(lambda: passes.back(out))
     finally:
         torch.use_deterministic_algorithms(False)
-    what = "NSA, whole, deterministic"
-    return [*rows, time_row(what, exact, "NSA, whole", ms["backward"], phase="backward", **problem.facts)]
+    what = f"{WHOLE}, deterministic"
+    return [*rows, time_row(what, exact, WHOLE, ms["backward"], phase="backward", **problem.facts)]
 
 
 @torch.no_grad()
@@ -273,25 +304,8 @@ def _phi(problem: Problem) -> list[Row]:
     return [time_row(what, ms, phase=phase, **problem.facts) for phase, ms in phases.items()]
 
 
-def draw(result: Document, path: Path) -> None:
-    """Writes a PNG: the ratio to each baseline against the context, forward and backward. Raises OSError."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def draw(result: Document, path: Path) -> bool:
+    """Writes a PNG of ratios against the context; False where no part has any to draw. Raises OSError."""
+    from shoal.jobs.bench.nsa_plot import draw as draw_ratios
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    for panel, phase in zip(figure.subplots(1, 2, sharey=True), ("forward", "backward"), strict=True):
-        for name, (colour, label) in DENSE.items():
-            rows = [r for r in result["rows"] if r.get("baseline") == name and r["phase"] == phase and r["d_qk"] == 128]
-            contexts = [row["context"] for row in rows]
-            panel.plot(contexts, [row["ratio"] for row in rows], "o-", color=colour, label=f"over {label}")
-            panel.plot(contexts, [row["target"] for row in rows], ":", color=colour, label=f"target over {label}")
-        panel.set_xscale("log", base=2)
-        panel.set_xticks(contexts, [f"{context >> 10}k" for context in contexts])
-        panel.minorticks_off()
-        panel.axhline(1, color="grey", linewidth=0.8)
-        panel.set_title(f"{phase}, times as fast as dense attention")
-        panel.set_xlabel("context, tokens")
-        panel.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    return draw_ratios(result, path)

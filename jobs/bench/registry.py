@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 from shoal.jobs.bench.result import Document, Row, document, gpu_kind
+from shoal.workers.errors import UsageError
 
 BENCHMARKS = {
     "train": ("shoal.jobs.bench.train", "Tokens/s of tiny under Ray, beside the same training without Ray."),
@@ -16,7 +17,7 @@ BENCHMARKS = {
     "memory": ("shoal.jobs.bench.memory", "Peak memory of a training run, over all its processes."),
     "engine": ("shoal.jobs.bench.engine", "What batching brings to generation, and NSA beside full attention."),
     "serve": ("shoal.jobs.bench.serve", "Latencies and tokens/s of a server, under one load after another."),
-    "nsa": ("shoal.jobs.bench.nsa", "NSA's kernels on a GPU, beside dense attention of cuDNN and FlashAttention-2."),
+    "nsa": ("shoal.jobs.bench.nsa", "NSA's kernels on a GPU, decode too, beside PyTorch's dense attention."),
     "nsa-wide": ("shoal.jobs.bench.nsa_wide", "NSA's kernels for d_qk 192 and d_v 128 on a GPU: Gluon beside Triton."),
     "sequence": ("shoal.jobs.bench.sequence", "Attention over a sequence that GPUs share: NSA beside ring attention."),
     "context": ("shoal.jobs.bench.context", "Training at 64k over two GPUs, NSA beside ring attention; 512k."),
@@ -31,20 +32,40 @@ ON_GPUS = {"nsa": "", "nsa-wide": "", "moe": "", "sequence": "2x", "context": "2
 """Those that need GPUs, and how many, as the name of a result says it."""
 
 
+PARTS = {"nsa": ("passes", "wide", "decode", "groups")}
+"""What some of them can be asked for alone."""
+
+
 @dataclass(frozen=True)
 class Settings:
-    """How to measure. None: the benchmark's own number of repeats or steps. ``say`` tells how far it is."""
+    """How to measure. None: the benchmark's own number of repeats or steps. ``say`` tells how far it is.
+
+    parts: of ``PARTS``, in that order; none: all of them.
+    """
 
     data_dir: Path = Path("data")
     repeats: int | None = None
     steps: int | None = None
     say: Callable[[str], None] = print
+    parts: tuple[str, ...] = ()
+
+
+def parts_of(name: str, text: str) -> tuple[str, ...]:
+    """The parts of a benchmark that ``text`` names, with commas between them; of all, none. Raises UsageError."""
+    asked, known = {part.strip() for part in text.split(",")} - {""}, PARTS.get(name, ())
+    if asked and not known:
+        raise UsageError(f"--parts {text}: shoal bench {name} has no parts, leave the option out")
+    if unknown := sorted(asked - set(known)):
+        raise UsageError(f"--parts {unknown[0]} is none of {', '.join(known)}: name some of these, with commas between")
+    return () if asked == set(known) else tuple(part for part in known if part in asked)
 
 
 def measure(name: str, settings: Settings) -> Document:
     """Runs a benchmark and returns its result. Raises ShoalError for what it cannot do.
 
     One that needs GPUs is named after them as well: ``nsa-h100``, ``dispatch-2xh100``; or by its own ``result_name()``.
+    Where there are parts, ``parts`` of the result lists what was measured, and some alone are named after them,
+    ``nsa-h100-decode``: they do not replace the whole, and what was not measured has no rows.
     """
     before = os.getloadavg()[0]
     module = import_module(BENCHMARKS[name][0])
@@ -52,14 +73,18 @@ def measure(name: str, settings: Settings) -> Document:
     if named := getattr(module, "result_name", None):
         return document(named(), rows, (before, os.getloadavg()[0]))
     kind = gpu_kind() if name in ON_GPUS else ""
-    return document(f"{name}-{ON_GPUS[name]}{kind}" if kind else name, rows, (before, os.getloadavg()[0]))
+    title = "-".join((f"{name}-{ON_GPUS[name]}{kind}" if kind else name, *settings.parts))
+    result = document(title, rows, (before, os.getloadavg()[0]))
+    return result | {"parts": list(settings.parts or PARTS[name])} if name in PARTS else result
 
 
 def draw(name: str, result: Document, folder: Path) -> Path | None:
-    """Draws a result as ``folder/BENCHMARK.png``, where its benchmark has a ``draw(result, path)``. Raises OSError."""
-    drawing: Callable[[Document, Path], None] | None = getattr(import_module(BENCHMARKS[name][0]), "draw", None)
+    """Draws a result as ``folder/BENCHMARK.png``, where its benchmark has a ``draw(result, path)``. Raises OSError.
+
+    None where there is nothing to draw, which a ``draw`` says by returning False.
+    """
+    drawing: Callable[[Document, Path], bool | None] | None = getattr(import_module(BENCHMARKS[name][0]), "draw", None)
     if drawing is None:
         return None
     path = folder / f"{result['benchmark']}.png"
-    drawing(result, path)
-    return path
+    return None if drawing(result, path) is False else path

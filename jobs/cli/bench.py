@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from shoal.jobs.bench.registry import BENCHMARKS, Settings, draw, measure
+from shoal.jobs.bench.registry import BENCHMARKS, PARTS, Settings, draw, measure, parts_of
 from shoal.jobs.bench.result import table, write
 from shoal.jobs.cli.common import (
     RUNS_DIR,
@@ -40,6 +40,10 @@ Examples:
 - `shoal bench {name} --repeats 1 --out scratch -o json`
 """
 
+_PARTS_HELP = "Only these, with commas between, where a benchmark has parts: " + "; ".join(
+    f"{name} has {', '.join(parts)}" for name, parts in PARTS.items()
+)
+
 
 @app.command("list")
 def list_(output: OutputOption = Output.table) -> None:
@@ -67,16 +71,19 @@ def _command(name: str) -> Callable[..., None]:
         steps: Annotated[int | None, typer.Option(min=1, help="Steps trained, where a benchmark trains.")] = None,
         data_dir: Annotated[Path, typer.Option(help="Where prepared corpora lie.")] = Path("data"),
         plots: Annotated[Path, typer.Option(help="Folder for a picture, where one is drawn.")] = Path("benchmarks"),
+        parts: Annotated[str, typer.Option(help=_PARTS_HELP)] = "",
         output: OutputOption = Output.table,
     ) -> None:
+        settings = Settings(data_dir, repeats, steps, _say, parts_of(name, parts))
         _warn_when_busy()
-        result = measure(name, Settings(data_dir, repeats, steps, _say))
+        result = measure(name, settings)
         path = write(result, out)
         picture = draw(name, result, plots)
         emit(result, output, lambda: console().print(table(result)))
         _say(f"written to {path}" + (f" and {picture}" if picture else ""))
 
-    bench.__doc__ = f"{BENCHMARKS[name][1]}\n{EXAMPLES.format(name=name)}"
+    some = f"\n- `shoal bench {name} --parts {','.join(PARTS[name][-2:])}`\n" if name in PARTS else ""
+    bench.__doc__ = f"{BENCHMARKS[name][1]}\n{EXAMPLES.format(name=name)}{some}"
     return bench
 
 

@@ -1,0 +1,44 @@
+"""NSA at 64k with groups of 1 to 16 query heads beside 4 KV heads, whole; the selected branch alone at a group of 1."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from shoal.jobs.bench.nsa import CONTEXTS, KV_HEADS, WHOLE, Passes, Problem, dense_ms, forward_parts
+from shoal.jobs.bench.result import Row, time_row
+
+if TYPE_CHECKING:
+    from shoal.jobs.bench.registry import Settings
+
+GROUPS = (1, 2, 4, 8, 16)
+DENSE = "sdpa_cudnn"
+SELECTED = "selected branch, alone"
+LIMIT_MS = 4.0  # of it, forward, at a group of 1
+OF_SELECTED = ("selected, forced", "selected, others, and gates")
+
+
+def run(settings: Settings) -> list[Row]:
+    """Rows of both phases for every group, beside dense attention of as many heads; of the selected branch at 1."""
+    rows: list[Row] = []
+    for group in GROUPS:
+        settings.say(f"context {CONTEXTS[-1]}, groups of {group}")
+        problem = Problem.draw(CONTEXTS[-1], (128, 128), group * KV_HEADS)
+        dense, passes = dense_ms(problem, (DENSE,)), Passes.of(problem)
+        most = passes.peak_bytes()
+        for phase, ms in passes.ms().items():
+            facts = {"phase": phase, **problem.facts, "peak_bytes": most}
+            rows.append(time_row(f"{WHOLE}, by groups", ms, DENSE, dense.get((DENSE, phase)), **facts))
+        if group == 1:
+            rows += selected_rows(forward_parts(problem))
+        del problem, passes
+        torch.cuda.empty_cache()
+    return rows
+
+
+def selected_rows(parts: list[Row]) -> list[Row]:
+    """The selected branch's parts among those of a forward pass, and before them their sum beside its limit."""
+    mine = [row for row in parts if row["what"] in OF_SELECTED]
+    facts = {key: value for key, value in mine[0].items() if key not in ("what", "ms")}
+    return [time_row(SELECTED, sum(row["ms"] for row in mine), "limit", LIMIT_MS, 1.0, **facts), *mine]
