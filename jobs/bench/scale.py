@@ -205,8 +205,8 @@ def result_name() -> str:
 
 
 def prepared(parts: Sequence[str], ranks: Sequence[int], small: bool, settings: Settings, only: str = "") -> Scale:
-    """Everything that is to be measured, the corpus for training made. only: of these parts, what has this in its name.
-    Raises UsageError for an unknown part, or where nothing is left."""
+    """Everything that is to be measured, the corpus for training made. only: of these parts, what has one of these in
+    its name, with commas between. Raises UsageError for an unknown part, or where nothing is left."""
     if unknown := sorted(set(parts) - set(PARTS)):
         raise UsageError(f"--parts {unknown[0]} is none of {', '.join(PARTS)}: name some of these, with commas between")
     missing = [name for name in NEEDS if not find_spec(name)] if "train" in parts else []
@@ -221,11 +221,10 @@ def prepared(parts: Sequence[str], ranks: Sequence[int], small: bool, settings: 
         from shoal.jobs.bench.scale_serve import serve_series
 
         series += serve_series(small)
-    found = [each for each in series if not only or any(only in line.what for line in each.lines())]
-    if only and not found:
-        names = dict.fromkeys(line.what for each in series for line in each.lines())
-        raise UsageError(f"--only {only} is in no name of these parts; there are: {', '.join(names)}")
-    series = found
+    names = {each: "; ".join({line.what: 0 for line in each.lines()}) for each in series}
+    series = [each for each in series if any(part in names[each] for part in only.split(","))]
+    if names and not series:
+        raise UsageError(f"--only {only} is in no name of these: {'; '.join(names.values())}")
     training = [each for each in series if isinstance(each, scale_cases.TrainSeries)]
     if training:
         from shoal.jobs.bench.context import long_document
@@ -251,7 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the JSON")
     parser.add_argument("--plots", type=Path, default=None, help="folder for the picture; default: that of the JSON")
-    parser.add_argument("--only", default="", help="of these parts, what has this in its name")
+    parser.add_argument("--only", default="", help="of these, what has this in its name, or this, with commas between")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--parts", default=",".join(USUAL), help=f"of {', '.join(PARTS)}, with commas between")
     parser.add_argument(

@@ -115,6 +115,10 @@ def test_a_case_that_fails_is_left_out_with_a_sentence() -> None:
 def test_unknown_parts_are_refused() -> None:
     with pytest.raises(UsageError, match="--parts dance is none of moe, sequence, train, serve"):
         prepared(("moe", "dance"), [1], True, Settings())
+    with pytest.raises(UsageError, match="--only walk is in no name of these: MoE layer"):
+        prepared(("moe",), [1], True, Settings(), "walk")
+    only = prepared(("moe", "sequence"), [1], True, Settings(), "NSA,walk").series
+    assert [each.part for each in only] == ["sequence"]
 
 
 def test_full_sizes_are_possible_on_8_ranks_and_fit_80_gb() -> None:
