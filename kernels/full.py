@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
+from shoal.kernels.host import numbers_on
 from shoal.kernels.nsa.rows import Rows, runs
 
 
@@ -61,7 +63,7 @@ def varlen(
     The arguments changed names between torch 2.10 and 2.12.
     """
     most_q, most_k = (max(stop - start for start, stop in pairwise(x)) for x in (cu_queries, cu_keys))
-    at_q, at_k = (torch.tensor(x, dtype=torch.int32).to(q.device, non_blocking=True) for x in (cu_queries, cu_keys))
+    at_q, at_k = (_offsets(x, q.device) for x in (cu_queries, cu_keys))
     known = inspect.signature(varlen_attn).parameters
     options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     if q.shape[1] != k.shape[1]:
@@ -72,6 +74,12 @@ def varlen(
     out = varlen_attn(q, k, v, at_q, at_k, most_q, most_k, scale=scale, **options)
     assert isinstance(out, Tensor)
     return out
+
+
+@lru_cache(maxsize=32)
+def _offsets(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32 on the device, once for all layers."""
+    return numbers_on(device, cu_seqlens, torch.int32)
 
 
 def full_attention_of(
@@ -124,9 +132,8 @@ def _by_length(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], sca
             groups.setdefault(stop - start, []).append(start)
     order: Tensor | None = None
     if [start for starts in groups.values() for start in starts] != sorted(set(cu_seqlens[:-1]) - {cu_seqlens[-1]}):
-        order = torch.cat(
-            [(torch.tensor(starts)[:, None] + torch.arange(n)).flatten() for n, starts in groups.items()]
-        ).to(q.device)
+        found = [(numbers_on(q.device, x)[:, None], torch.arange(n, device=q.device)) for n, x in groups.items()]
+        order = torch.cat([(first + each).flatten() for first, each in found])
         q, k, v = q[order], k[order], v[order]
     outs, gqa = [], q.shape[1] != k.shape[1]
     sizes = [len(starts) * length for length, starts in groups.items()]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shoal.kernels.host import sent_to
 from shoal.kernels.nsa.rows import Rows
 from shoal.workers.exchange import Plan
 
@@ -58,8 +59,8 @@ class Pages:
         me, others = group.index, [i for i in range(group.size) if i != group.index]
         return Pull(
             self.plan,
-            [(i, self._rows(everyone[i], me, i, self.owned[me]).to(read.device)) for i in others],
-            [(i, self._rows(everyone[me], i, me, self.far[me]).to(read.device)) for i in others],
+            [(i, sent_to(read.device, self._rows(everyone[i], me, i, self.owned[me]))) for i in others],
+            [(i, sent_to(read.device, self._rows(everyone[me], i, me, self.far[me]))) for i in others],
         )
 
     @property

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shoal.workers.model import Transformer
 from shoal.workers.replicas import Bucket, Travelling
@@ -43,17 +43,20 @@ class GradientSums:
 
 class WeightSpread:
     """Updated weights of a model, on their way from the ranks that updated them. A forward pass of the model waits for
-    those of each layer where it comes to the layer; whoever reads weights otherwise has to wait for all."""
+    those of the embedding and of each layer where it comes to them, and at the last norm for the head's, whose only use
+    is behind it; whoever reads weights otherwise has to wait for all."""
 
     def __init__(self, buckets: Sequence[Bucket], model: Transformer) -> None:
         self._buckets = buckets[::-1]
         self._travelling: list[Travelling | None] = [None] * len(buckets)
         numbers = {id(p): i for i, p in enumerate(model.parameters())}
         self._weights = list(model.parameters())
-        inside = [{numbers[id(p)] for p in layer.parameters()} for layer in model.layers]
-        outside = set(numbers.values()).difference(*inside)
-        for module, indices in ((model, outside), *zip(model.layers, inside, strict=True)):
-            module.register_forward_pre_hook(self._before(indices))
+        stages: list[tuple[nn.Module, list[nn.Module]]] = [(layer, [layer]) for layer in model.layers]
+        if model.hosts_attention:
+            head = [] if model.recipe.model.tied_embeddings else [model.head]
+            stages += [(model.embedding, [model.embedding]), (model.norm, [model.norm, *head])]
+        for module, used in stages:
+            module.register_forward_pre_hook(self._before({numbers[id(p)] for m in used for p in m.parameters()}))
 
     def _before(self, indices: Collection[int]) -> Any:
         own = [i for i, bucket in enumerate(self._buckets) if any(p.index in indices for p in bucket.pieces)]

@@ -32,6 +32,7 @@ from shoal.workers.replica_traffic import GradientSums, WeightSpread
 from shoal.workers.replicas import in_order, replicas_of
 from shoal.workers.schedule import learning_rate
 from shoal.workers.shards import as_part, local, shard_dense
+from shoal.workers.transfer import on_host
 from shoal.workers.validate import validate
 from shoal.workers.watch import StepWatch
 
@@ -151,10 +152,11 @@ class Trainer:
         gradients = self.optimizer.gradients()
         with clock.part("reduce"):
             self.sums.finish(gradients)
+        fractions = on_host(load_fractions(torch.stack(counts))) if counts else None
         loss, balance, norm = self._totals(losses, gradients)
         # here, where the GPU was waited for anyway: the update of the weights goes on when the next step begins
+        load = [] if fractions is None else fractions.tolist()
         gates, coverage = self.watch.totals(looks, t.batch * t.sequence)
-        load = load_fractions(torch.stack(counts)).tolist() if counts else []
         if not (math.isfinite(loss) and math.isfinite(balance) and math.isfinite(norm)):
             where = first_bad_layer(self.model, micro, dict(zip(self.parameters, gradients, strict=True)))
             raise NotFinite(f"step {self.step}: {where} (loss {loss:.4g}, gradient norm {norm:.4g})")
@@ -221,8 +223,8 @@ class Trainer:
         length = self.recipe.train.sequence
         if not self.recipe.balance.sequence:
             return None
-        at = batch.rows.indices() if batch.rows else torch.arange(len(batch.tokens))
-        return (at // length).to(self.device), batch.cu_seqlens[-1] // length
+        at = batch.rows.indices(self.device) if batch.rows else torch.arange(len(batch.tokens), device=self.device)
+        return at // length, batch.cu_seqlens[-1] // length
 
     def _global_targets(self, micro: list[PackedBatch]) -> Tensor:
         """Predicted tokens of the global batch, over all ranks, at least 1: on the device, since to wait for

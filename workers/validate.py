@@ -16,10 +16,11 @@ def validate(model: Transformer, loader: ValLoader) -> dict[str, Any]:
     """Nats a token, and bits a byte of the documents' text, over all ranks. Collective: all ranks call it."""
     device = next(model.parameters()).device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    for batch in loader:
-        batch = model.own_part(batch).to(device)
+    for whole in loader:
+        part = model.own_part(whole)
+        batch = part.to(device)
         sums[0] += model.loss_sum(model(batch), batch.targets).double()
-        sums[1] += batch.targets_count
+        sums[1] += part.targets_count  # counted on the host: on the device it would be waited for
     nats, predicted = model.mesh.world.all_reduce(sums).tolist()
     return {
         "loss": nats / max(1.0, predicted),

@@ -28,13 +28,12 @@ class OwnBlocks:
 def own_blocks(layout: Layout) -> OwnBlocks:
     """Those of a layout."""
     needs, stride = layout.needs, layout.sizes.cmp_stride
-    own, chunks = needs.own.indices(), needs.chunks.indices()
-    tokens = layout.chunk_tokens.cpu().view(-1, stride)[chunks].flatten()
+    own, chunks = (rows.indices(layout.device) for rows in (needs.own, needs.chunks))
     return OwnBlocks(
         layout.sizes,
-        needs.raw.places(tokens).to(layout.device),
-        needs.chunks.places(layout.cmp_chunks.cpu()[own]).to(layout.device),
-        layout.cmp_positions.cpu()[own].to(layout.device),
+        needs.raw.places(layout.chunk_tokens.view(-1, stride)[chunks].flatten()),
+        needs.chunks.places(layout.cmp_chunks[own]),
+        layout.cmp_positions[own],
     )
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import pairwise
+from functools import cached_property, lru_cache
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
+from shoal.kernels.host import numbers_on
 from shoal.kernels.nsa.rows import Needs, Rows, Run, needs, runs
 
 
@@ -100,7 +101,7 @@ class Layout:
     compressed key). cmp_documents: ``[C]`` int64. chunk_tokens: ``[n*d]`` int64, the tokens of the n whole chunks of
     ``d`` keys of all documents. cmp_chunks: ``[C]`` int64, the first chunk of each compression block. cmp_before: N+1
     counts, compression blocks before each document. slc_blocks: N counts, selection blocks of each document.
-    tiles: the work of the PyTorch kernels, in order.
+    tile: queries that the PyTorch kernels compute together, at most.
     dense_keys: with at most this many keys, selected attention masks dense scores; with more it gathers blocks.
     """
 
@@ -116,13 +117,19 @@ class Layout:
     cmp_chunks: Tensor
     cmp_before: tuple[int, ...]
     slc_blocks: tuple[int, ...]
-    tiles: tuple[Tile, ...]
+    tile: int
     dense_keys: int
 
     @property
     def tokens(self) -> int:
         """T, the tokens of the pack."""
         return self.cu_seqlens[-1]
+
+    @cached_property
+    def tiles(self) -> tuple[Tile, ...]:
+        """The work of the PyTorch kernels, in order; made when it is first asked for, since Triton's need none."""
+        maker, sizes = _TileMaker(self), self.sizes
+        return tuple(maker.tile(*part) for part in _parts(self.cu_seqlens, self.queries, self.tile, sizes))
 
 
 def make_layout(
@@ -157,41 +164,43 @@ def _make_layout(
     some: Rows | None,
 ) -> Layout:
     lengths = [stop - start for start, stop in pairwise(cu_seqlens)]
-    offsets = torch.tensor(cu_seqlens, dtype=torch.int64)
-    before, documents, index = _ragged([sizes.cmp_blocks(n) for n in lengths])
+    before = tuple(accumulate(map(sizes.cmp_blocks, lengths), initial=0))
+    chunks_before = tuple(accumulate((n // sizes.cmp_stride for n in lengths), initial=0))
+    # All that travels to a GPU: what follows from it is computed there.
+    offsets, cmp_firsts, chunk_firsts = numbers_on(device, [cu_seqlens, before, chunks_before])
+    documents, index = in_documents(cmp_firsts, before[-1])
+    chunk_documents, chunk = in_documents(chunk_firsts, chunks_before[-1])
     positions = index * sizes.cmp_stride
-    starts = offsets[documents] + positions
-    chunks_before, chunk_documents, chunk = _ragged([n // sizes.cmp_stride for n in lengths])
     chunk_starts = offsets[chunk_documents] + chunk * sizes.cmp_stride
-    everything = Rows.of([(0, cu_seqlens[-1])])
-    blocks, chunks = (Rows.of([(0, n)]) for n in (len(starts), len(chunk_starts)))
+    everything, blocks, chunks = (Rows.of([(0, n)]) for n in (cu_seqlens[-1], before[-1], chunks_before[-1]))
     whole = Needs(everything, everything, blocks, blocks, everything, chunks)
     queries, need = (everything, whole) if some is None else (some, needs(cu_seqlens, sizes, some))
-    maker = _TileMaker(cu_seqlens, sizes, before.tolist(), documents, starts, device, queries, need)
     return Layout(
         cu_seqlens=cu_seqlens,
         sizes=sizes,
         device=device,
         queries=queries,
         needs=need,
-        cmp_starts=starts.to(device),
-        cmp_positions=positions.to(device),
-        cmp_documents=documents.to(device),
-        chunk_tokens=(chunk_starts[:, None] + torch.arange(sizes.cmp_stride)).flatten().to(device),
-        cmp_chunks=(chunks_before[documents] + index).to(device),
-        cmp_before=tuple(before.tolist()),
+        cmp_starts=offsets[documents] + positions,
+        cmp_positions=positions,
+        cmp_documents=documents,
+        chunk_tokens=(chunk_starts[:, None] + torch.arange(sizes.cmp_stride, device=device)).flatten(),
+        cmp_chunks=chunk_firsts[documents] + index,
+        cmp_before=before,
         slc_blocks=tuple(sizes.slc_blocks(n) for n in lengths),
-        tiles=tuple(maker.tile(*part) for part in _parts(cu_seqlens, queries, tile, sizes)),
+        tile=tile,
         dense_keys=dense_keys,
     )
 
 
-def _ragged(counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of ``counts`` things a document: N+1 offsets, and for each thing its document and its index in it."""
-    each = torch.tensor(counts, dtype=torch.int64)
-    before = torch.cat((each.new_zeros(1), each.cumsum(0)))
-    documents = torch.repeat_interleave(torch.arange(len(counts)), each)
-    return before, documents, torch.arange(int(before[-1])) - before[documents]
+def in_documents(before: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Of ``total`` things that lie document by document, each one's document, and its index among those of it.
+
+    before: ``[N + 1]`` int64, how many there are before each document, and in all. Returns two ``[total]`` int64.
+    """
+    each = torch.arange(total, device=before.device)
+    documents = torch.searchsorted(before[1:], each, right=True)
+    return documents, each - before[documents]
 
 
 def _parts(
@@ -219,22 +228,11 @@ def _parts(
 class _TileMaker:
     """Makes tiles; those that lie within one document share their masks."""
 
-    def __init__(
-        self,
-        cu_seqlens: tuple[int, ...],
-        sizes: BlockSizes,
-        cmp_before: list[int],
-        cmp_documents: Tensor,
-        cmp_starts: Tensor,
-        device: torch.device,
-        queries: Rows,
-        need: Needs,
-    ) -> None:
-        self.cu_seqlens, self.sizes, self.cmp_before, self.device = cu_seqlens, sizes, cmp_before, device
-        self.queries, self.need = queries, need
-        self.cmp_documents, self.cmp_ends = cmp_documents, cmp_starts + sizes.cmp_block - 1
-        bounds = torch.tensor(cu_seqlens[1:], dtype=torch.int64)
-        self.token_documents = torch.searchsorted(bounds, torch.arange(cu_seqlens[-1]), right=True)
+    def __init__(self, layout: Layout) -> None:
+        self.cu_seqlens, self.sizes, self.cmp_before = layout.cu_seqlens, layout.sizes, layout.cmp_before
+        self.queries, self.need, self.device = layout.queries, layout.needs, layout.device
+        self.cmp_documents, self.cmp_ends = layout.cmp_documents, layout.cmp_starts + self.sizes.cmp_block - 1
+        self.token_documents, _ = in_documents(numbers_on(self.device, self.cu_seqlens), layout.tokens)
         self.shared: dict[tuple[object, ...], Tensor] = {}
 
     def tile(self, doc: int, end: int, start: int, stop: int) -> Tile:
@@ -274,15 +272,15 @@ class _TileMaker:
         known = self.shared.get((kind, *key))
         if known is not None:
             return known
-        rows = torch.arange(start, stop)[:, None]
+        rows = torch.arange(start, stop, device=self.device)[:, None]
         documents = self.token_documents[start:stop, None]
         if kind == "cmp":
             visible = (self.cmp_documents[low:high] == documents) & (self.cmp_ends[low:high] <= rows)
         else:
-            keys = torch.arange(low, high)
+            keys = torch.arange(low, high, device=self.device)
             visible = (self.token_documents[low:high] == documents) & (keys <= rows)
             if kind == "win":
                 visible &= keys > rows - self.sizes.window
-        mask = torch.zeros(visible.shape).masked_fill_(~visible, -torch.inf)[:, None].to(self.device)
+        mask = torch.zeros(visible.shape, device=self.device).masked_fill_(~visible, -torch.inf)[:, None]
         self.shared[(kind, *key)] = mask
         return mask

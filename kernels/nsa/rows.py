@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from shoal.kernels.host import numbers_on
+
 if TYPE_CHECKING:
     from shoal.kernels.nsa.layout import BlockSizes
 
@@ -45,8 +47,11 @@ class Rows:
 
     def indices(self, device: torch.device | None = None) -> Tensor:
         """``[count]`` int64, on the host unless elsewhere: the row at each place of the buffer."""
-        ranges = ((0, 0), *self.ranges)
-        return torch.cat([torch.arange(start, stop, device=device) for start, stop in ranges])
+        if len(self.ranges) < 2:
+            return torch.arange(*(self.ranges or ((0, 0),))[0], device=device)
+        starts, firsts = self._edges(device or torch.device("cpu"))
+        places = torch.arange(self.count, device=device)
+        return places + (starts - firsts)[torch.searchsorted(firsts, places, right=True) - 1]
 
     def at(self, row: int) -> int:
         """Where a row stands in the buffer. Raises ValueError when it is not among these."""
@@ -57,16 +62,20 @@ class Rows:
 
     def places(self, rows: Tensor) -> Tensor:
         """Where rows stand in the buffer, int64; what is not among the rows gets a place that means nothing."""
-        if not self.ranges:
-            return torch.zeros_like(rows)
-        starts = torch.tensor([start for start, _ in self.ranges])
+        if len(self.ranges) < 2:
+            return (rows - self.ranges[0][0]).clamp(min=0) if self.ranges else torch.zeros_like(rows)
+        starts, firsts = self._edges(rows.device)
         index = (torch.searchsorted(starts, rows, right=True) - 1).clamp(min=0)
-        return (rows - starts[index] + torch.tensor(self.firsts)[index]).clamp(min=0)
+        return (rows - (starts - firsts)[index]).clamp(min=0)
 
     def holds(self, rows: Tensor) -> Tensor:
         """Which rows are among these, bool."""
-        edges = torch.tensor([edge for r in self.ranges for edge in r], dtype=torch.int64)
+        edges = numbers_on(rows.device, [edge for r in self.ranges for edge in r])
         return torch.searchsorted(edges, rows, right=True) % 2 == 1
+
+    def _edges(self, device: torch.device) -> Tensor:
+        """``[2, ranges]`` int64: of each range its first row, and its first place in the buffer."""
+        return numbers_on(device, [[start for start, _ in self.ranges], self.firsts])
 
     def shared(self, other: Rows) -> Iterator[tuple[slice, slice]]:
         """The rows that both have, piece by piece: their places in this buffer and in the other one."""

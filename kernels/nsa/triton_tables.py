@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from shoal.kernels.nsa.layout import BlockSizes, Layout
+from shoal.kernels.host import numbers_on
+from shoal.kernels.nsa.layout import BlockSizes, Layout, in_documents
 from shoal.kernels.nsa.rows import Needs, Rows, runs
 
 
@@ -138,70 +139,66 @@ def make_tables(layout: Layout) -> PackTables:
     return _make_tables(layout.cu_seqlens, layout.sizes, layout.device, layout.queries, layout.needs)
 
 
-@dataclass(frozen=True)
-class _Pack:
-    """Of each token of a pack its document's first token, end, first selection and compression block, on the host."""
-
-    starts: Tensor
-    ends: Tensor
-    slc_base: Tensor
-    cmp_base: Tensor
-
-
 @lru_cache(maxsize=8)
 def _make_tables(
     cu_seqlens: tuple[int, ...], sizes: BlockSizes, device: torch.device, queries: Rows, needs: Needs
 ) -> PackTables:
-    lengths = torch.tensor([stop - start for start, stop in pairwise(cu_seqlens)], dtype=torch.int64)
-    slc = torch.tensor([sizes.slc_blocks(n) for n in lengths.tolist()], dtype=torch.int64)
-    cmp = torch.tensor([sizes.cmp_blocks(n) for n in lengths.tolist()], dtype=torch.int64)
-    firsts, slc_before, cmp_before = torch.tensor(cu_seqlens[:-1]).long(), slc.cumsum(0) - slc, cmp.cumsum(0) - cmp
-    pack = _Pack(*(torch.repeat_interleave(x, lengths) for x in (firsts, firsts + lengths, slc_before, cmp_before)))
-    block = torch.arange(int(slc.sum())) - torch.repeat_interleave(slc_before, slc)
-    block_first = torch.repeat_interleave(firsts, slc) + block * sizes.slc_block
-    cmp_first = torch.repeat_interleave(firsts, cmp)
-    cmp_index = torch.arange(int(cmp.sum())) - torch.repeat_interleave(cmp_before, cmp)
-    cmp_last = cmp_first + cmp_index * sizes.cmp_stride + sizes.cmp_block - 1
-    cmp_end = torch.repeat_interleave(firsts + lengths, cmp)
+    lengths = [stop - start for start, stop in pairwise(cu_seqlens)]
+    slc, cmp = ([0, *accumulate(map(blocks, lengths))] for blocks in (sizes.slc_blocks, sizes.cmp_blocks))
+    # All that travels to a GPU: what follows from it is computed there.
+    firsts, slc_before, cmp_before = numbers_on(device, [cu_seqlens, slc, cmp])
 
-    token = queries.indices()
-    starts, position = pack.starts[token], token - pack.starts[token]
+    def of(tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The document of each of some tokens of the pack, and its first token."""
+        documents = torch.searchsorted(firsts[1:], tokens, right=True)
+        return documents, firsts[documents]
+
+    token, far_tokens, near, seen = (x.indices(device) for x in (queries, needs.far, needs.near, needs.cmp))
+    documents, starts = of(token)
+    position = token - starts
     local = starts + (position // sizes.slc_block - sizes.slc_local + 1).clamp(min=0) * sizes.slc_block
     initial = torch.minimum(starts + sizes.slc_initial * sizes.slc_block, local)
     ended = ((position + 1 - sizes.cmp_block).div(sizes.cmp_stride, rounding_mode="floor") + 1).clamp(min=0)
-    far, near, seen = needs.far, needs.near.indices(), needs.cmp.indices()
+    far = needs.far
     own_rows, key_starts, near_rows = far.places(token), far.places(starts), needs.near.places(token)
-    cmp_low = needs.cmp.places(pack.cmp_base[token])
-    here = far.holds(block_first)
+    cmp_low = needs.cmp.places(cmp_before[documents])
+
+    far_documents, far_starts = of(far_tokens)
+    row_blocks = slc_before[far_documents] + (far_tokens - far_starts) // sizes.slc_block
+    block_documents, block = in_documents(slc_before, slc[-1])
+    block_first = firsts[block_documents] + block * sizes.slc_block
+    first_row = torch.where(far.holds(block_first), far.places(block_first), 0)
     # Of a block only what is at hand: it may go on behind the last query.
-    far_tokens = far.indices()
-    row_blocks = pack.slc_base[far_tokens] + (far_tokens - pack.starts[far_tokens]) // sizes.slc_block
-    held = torch.bincount(row_blocks, minlength=len(block_first))
+    low, high = (torch.searchsorted(row_blocks, torch.arange(slc[-1], device=device), right=x) for x in (False, True))
+
+    near_documents, _ = of(near)
+    window_end = torch.minimum(near + sizes.window, firsts[near_documents + 1])
+    cmp_documents = torch.searchsorted(cmp_before[1:], seen, right=True)
+    cmp_last = firsts[cmp_documents] + (seen - cmp_before[cmp_documents]) * sizes.cmp_stride + sizes.cmp_block - 1
 
     def put(x: Tensor) -> Tensor:
-        return x.to(torch.int32).to(device)
+        return x.to(torch.int32)
 
     def queries_from(low: Tensor, high: Tensor) -> Span:
         """Rows of q among tokens ``low ≤ t < high``."""
         return Span(*(put(torch.searchsorted(token, x)) for x in (low, high)))
 
-    first_row = torch.where(here, far.places(block_first), 0)
     return PackTables(
-        stretches=_stretches(cu_seqlens, queries, slc_before.tolist()),
+        stretches=_stretches(cu_seqlens, queries, slc),
         sizes=sizes,
-        starts=put(torch.arange(len(token)) - position),
+        starts=put(torch.arange(len(token), device=device) - position),
         key_starts=put(key_starts),
-        block_base=put(pack.slc_base[token]),
+        block_base=put(slc_before[documents]),
         block_first=put(first_row),
         window=Span(put(near_rows - (token - torch.maximum(starts, token + 1 - sizes.window))), put(near_rows + 1)),
         local=Span(put(own_rows - (token - local)), put(own_rows + 1)),
         initial=Span(put(key_starts), put(key_starts + initial - starts)),
         cmp=Span(put(cmp_low), put(cmp_low + ended)),
         own_rows=put(own_rows),
-        block_last=put(first_row + held),
+        block_last=put(first_row + high - low),
         row_blocks=put(row_blocks),
-        window_seen=queries_from(near, torch.minimum(near + sizes.window, pack.ends[near])),
-        cmp_seen=queries_from(cmp_last[seen], cmp_end[seen]),
+        window_seen=queries_from(near, window_end),
+        cmp_seen=queries_from(cmp_last, firsts[cmp_documents + 1]),
     )
 
 

@@ -23,9 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from shoal.jobs.activations import needed
 from shoal.kernels.moe.triton_gemms import TritonGemms
-from shoal.kernels.nsa import layout, make_layout, triton_tables
-from shoal.kernels.nsa.compress import OwnBlocks, own_blocks
-from shoal.kernels.nsa.layout import Layout
+from shoal.kernels.nsa import layout, triton_tables
 from shoal.kernels.triton_rope import triton_rotate
 from shoal.workers import sequence
 from shoal.workers.config import Recipe
@@ -138,12 +136,6 @@ class Sent:
         pass
 
 
-def _own_blocks(packed: Layout) -> OwnBlocks:
-    """Which reads tables on the host."""
-    found = own_blocks(make_layout(packed.cu_seqlens, packed.sizes, "cpu", queries=packed.queries))
-    return OwnBlocks(found.sizes, *(x.to(META) for x in (found.chunk_tokens, found.cmp_chunks, found.cmp_positions)))
-
-
 def _even_load(recipe: Recipe) -> Callable[..., list[list[int]]]:
     """What the host reads of the sizes of a dispatch, where all experts have as many tokens."""
     p, t, moe = recipe.parallel, recipe.train, recipe.moe
@@ -178,7 +170,6 @@ def as_on_a_gpu(recipe: Recipe) -> Iterator[None]:
             "shoal.workers.model.attention.rotate": triton_rotate,
             "shoal.workers.model.contexts.rotate": triton_rotate,
             "shoal.workers.model.contexts.make_ring": lambda group, q: Ring(group, RingStep()),
-            "shoal.workers.sequence.own_blocks": _own_blocks,
             "shoal.workers.transfer.HostReads.of": _even_load(recipe),
             "torch.nn.functional.rms_norm": lambda x, shape, weight, eps: Norm.apply(x, weight),
             "torch.nn.functional.scaled_dot_product_attention": attention,

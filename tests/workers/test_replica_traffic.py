@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +105,27 @@ def _train(rank: int, world: int, tables: dict[str, Any], corpus: str, late: boo
         finish(gradients)
 
     trainer.sums.finish = watched  # type: ignore[method-assign]
-    records = [trainer.train_step() for _ in range(5)]
+    missing: dict[int, set[str]] = {}
+
+    def note(layer: int, *_: Any) -> None:
+        missing.setdefault(layer, _missing(trainer))
+
+    for i, layer in enumerate(trainer.model.layers):
+        layer.register_forward_pre_hook(partial(note, i))
+    records = [trainer.train_step()]
+    missing.clear()
+    records += [trainer.train_step() for _ in range(4)]
     evaluation = trainer.evaluate()
     tensors = {name: x.clone() for name, x in trainer.tensors().items()}
-    return {"records": records, "eval": evaluation, "tensors": tensors, "buckets": buckets, "begun": begun}
+    found = {"records": records, "eval": evaluation, "tensors": tensors}
+    return {**found, "buckets": buckets, "begun": begun, "missing": missing}
+
+
+def _missing(trainer: Trainer) -> set[str]:
+    """Weights that are on their way still."""
+    names, travelling = list(trainer.parameters), trainer.weights._travelling
+    pairs = zip(trainer.weights._buckets, travelling, strict=True)
+    return {names[piece.index] for bucket, on_its_way in pairs if on_its_way for piece in bucket.pieces}
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -117,6 +135,7 @@ CASES: dict[str, dict[str, Any]] = {
         "parallel__expert": 2,
         "train__recompute": 1,
         "train__dtype": "bfloat16",
+        "model__tied_embeddings": True,
     },
     "2A:2F": {"parallel__placement": "2A:2F"},
 }
@@ -127,7 +146,8 @@ CASES: dict[str, dict[str, Any]] = {
 )
 def test_nothing_is_computed_with_that_has_not_come(corpus: Path, case: str) -> None:
     """Exchanges as late as they may be give the bits of those that happen at once, in steps, in validation and in what
-    a checkpoint holds. All sums have begun when the backward pass ends."""
+    a checkpoint holds. All sums have begun when the backward pass ends. A layer waits for what it and those before it
+    compute with, and the head, the largest of all, travels behind all of them."""
     tables = small_recipe(**CASES[case])
     ranks = Recipe.model_validate(tables).parallel.ranks
     late, soon = (run_ranks(ranks, _train, tables, str(corpus), how) for how in (True, False))
@@ -138,4 +158,10 @@ def test_nothing_is_computed_with_that_has_not_come(corpus: Path, case: str) -> 
         assert all(torch.equal(x, b["tensors"][name]) for name, x in a["tensors"].items())
     for rank in soon:
         assert rank["buckets"] == 0 or set(rank["begun"]) == {rank["buckets"]}
+        assert list(rank["missing"]) == [0, 1, 2]
+        for layer, names in rank["missing"].items():
+            come = ("embedding.", *(f"layers.{i}." for i in range(layer + 1)))
+            assert not [name for name in names if name.startswith(come)]
+        if rank["buckets"] and "model__tied_embeddings" not in CASES[case]:
+            assert "head.weight" in rank["missing"][2]
     assert any(rank["buckets"] > 2 for rank in soon)

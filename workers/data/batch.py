@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shoal.kernels.host import sent_to
 from shoal.kernels.nsa.rows import Rows
 
 IGNORE = -100
@@ -35,13 +36,9 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its tensors on ``device``."""
-        return PackedBatch(
-            self.tokens.to(device, non_blocking=True),
-            self.targets.to(device, non_blocking=True),
-            self.positions.to(device, non_blocking=True),
-            self.cu_seqlens,
-            self.rows,
-        )
+        there = torch.device(device)
+        tokens, targets, positions = (sent_to(there, x) for x in (self.tokens, self.targets, self.positions))
+        return PackedBatch(tokens, targets, positions, self.cu_seqlens, self.rows)
 
     def pinned(self) -> PackedBatch:
         """The same batch in pinned memory of the host."""

@@ -129,15 +129,16 @@ class Transformer(nn.Module):
             raise InvalidInput(
                 "attention.backend='triton' needs a GPU, and this rank computes on a CPU: set attention.backend='auto'"
             )
-        with torch.device("meta"):
+        with torch.device("meta"):  # in the order of use, which is that in which weights travel between replicas
             if mesh.hosts_attention:
                 self.embedding = nn.Embedding(m.vocab, m.hidden)
-                self.norm = nn.RMSNorm(m.hidden, m.norm_eps)
-                if not m.tied_embeddings:
-                    self.head = nn.Linear(m.hidden, m.vocab, bias=False)
             first = m.layers - len(plan or ())
             homes = [None] * first + list(plan or ())
             self.layers = nn.ModuleList(Block(recipe, i, mesh, device, homes[i]) for i in range(m.layers))
+            if mesh.hosts_attention:
+                self.norm = nn.RMSNorm(m.hidden, m.norm_eps)
+                if not m.tied_embeddings:
+                    self.head = nn.Linear(m.hidden, m.vocab, bias=False)
         self.to(self.dtype)
         self.to_empty(device=device)
         if draw and device.type != "meta":  # sizes without values
