@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.varlen import varlen_attn
 
 from shoal.kernels.host import numbers_on
 from shoal.kernels.nsa.rows import Rows, runs
@@ -62,6 +61,8 @@ def varlen(
 
     The arguments changed names between torch 2.10 and 2.12.
     """
+    from torch.nn.attention.varlen import varlen_attn  # brings PyTorch's compiler along, which no CPU needs
+
     most_q, most_k = (max(stop - start for start, stop in pairwise(x)) for x in (cu_queries, cu_keys))
     at_q, at_k = (_offsets(x, q.device) for x in (cu_queries, cu_keys))
     known = inspect.signature(varlen_attn).parameters

@@ -41,7 +41,7 @@ LONG = (
 SMALL = (
     "model.layers=2", "model.hidden=64", "model.heads=4", "model.head_dim=16", "model.dense_hidden=64", "moe.experts=4",
     "moe.top_k=2", "moe.expert_hidden=32", "model.vocab=512", "attention.window=64", "parallel.device=cpu",
-    "model.context=4096", "train.sequence=2048",
+    "data.shuffle_tokens=65536", "model.context=4096", "train.sequence=2048",
 )  # fmt: skip
 """To try all of it on a CPU."""
 Records = list[dict[str, Any]]

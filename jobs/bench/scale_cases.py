@@ -404,7 +404,7 @@ def _small(steps: int) -> list[Series]:
     layer = Layer("nsa", 0, 1, heads=4, kv_heads=2, dim=16, repeats=1)
     tiny = (
         "model.layers=2", "model.hidden=64", "model.heads=4", "model.kv_heads=4", "model.head_dim=16",
-        "moe.expert_hidden=32", "model.vocab=512", "parallel.device=cpu",
+        "moe.expert_hidden=32", "model.vocab=512", "parallel.device=cpu", "data.shuffle_tokens=65536",
     )  # fmt: skip
     of_2b = lambda mode, n: (8 * n if mode == "weak" else 8, min(2 * n, 8), 128)  # noqa: E731
     of_64k = lambda mode, n: (n if mode == "weak" else 1, 1, 2048)  # noqa: E731

@@ -81,7 +81,7 @@ def even(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=settings().max_examples // 10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_layer_keeps_what_the_formula_says(kind: str, data: st.DataObject, even: None) -> None:
     """A dense layer and one with experts: one more of each. To a fiftieth, and the counts of experts' tokens: for the

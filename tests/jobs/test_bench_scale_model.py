@@ -34,7 +34,7 @@ SETS = (
     "model.layers=2", "model.hidden=64", "model.heads=4", "model.kv_heads=4", "model.head_dim=16", "model.vocab=512",
     "moe.experts=64", "moe.expert_hidden=32", "model.context=128", "train.sequence=128", "train.batch=8",
     "train.accumulate=2", "train.steps=1", "train.recompute=1", "train.warmup=0", "parallel.ranks=2",
-    "parallel.expert=2", "parallel.device=cpu",
+    "parallel.expert=2", "parallel.device=cpu", "data.shuffle_tokens=8192",
 )  # fmt: skip
 NVLINK = Link(3e11)
 

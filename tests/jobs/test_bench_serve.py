@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from bench_server import MIX, TEXT, Server, serving
 from rich.console import Console
-from shell import processes_in, shoal
+from shell import processes_in, shoal, shoal_here
 from small import small_corpus, small_recipe
 
 from shoal.jobs.bench import serve_view
@@ -321,7 +321,7 @@ def test_the_command_writes_its_result_and_a_picture(server: Server, tmp_path: P
     ],
 )
 def test_a_mistake_is_one_sentence(arguments: list[str], code: int, says: str, tmp_path: Path) -> None:
-    result = shoal("bench", "serve", *arguments, cwd=tmp_path)
+    result = shoal_here("bench", "serve", *arguments, cwd=tmp_path)
     assert result.returncode == code, result.stderr
     assert says in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr

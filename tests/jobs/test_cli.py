@@ -124,8 +124,8 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str], says: str, tmp_path: P
     assert says in result.stderr
 
 
-def test_config_show_prints_the_papers_figures_as_json() -> None:
-    data = json.loads(run("config", "show", "deepseekmoe-16b", "-o", "json").stdout)
+def test_config_show_prints_the_papers_figures_as_json(tmp_path: Path) -> None:
+    data = json.loads(shoal_here("config", "show", "deepseekmoe-16b", "-o", "json", cwd=tmp_path).stdout)
     assert round(data["parameters"]["total"] / 1e9, 1) == 16.4
     assert round(data["parameters"]["active"] / 1e9, 1) == 2.8
     assert data["recipe"]["moe"]["experts"] == 64
@@ -135,25 +135,26 @@ def test_config_show_prints_the_papers_figures_as_json() -> None:
     assert rank["step"] > max(rank["gradients"], rank["activations"]) > 0
 
 
-def test_config_show_as_a_table_for_people() -> None:
-    out = run("config", "show", "deepseekmoe-145b", "--set", "parallel.placement=8A:128F").stdout
+def test_config_show_as_a_table_for_people(tmp_path: Path) -> None:
+    sets = ("--set", "parallel.placement=8A:128F")
+    out = shoal_here("config", "show", "deepseekmoe-145b", *sets, cwd=tmp_path).stdout
     for text in ("144.6B total", "22.2B active", 'placement="8A:128F"', "routed experts", "attention", "GiB"):
         assert text in out
 
 
 def test_config_show_as_toml_is_a_recipe_again(tmp_path: Path) -> None:
-    out = run("config", "show", "nsa-27b", "--set", "train.steps=3", "-o", "toml").stdout
+    out = shoal_here("config", "show", "nsa-27b", "--set", "train.steps=3", "-o", "toml", cwd=tmp_path).stdout
     assert tomllib.loads(out)["train"]["steps"] == 3
     file = tmp_path / "mine.toml"
     file.write_text(out, encoding="utf-8")
     assert load_recipe(file) == load_recipe("nsa-27b", ["train.steps=3"])
-    assert "is valid" in run("config", "check", str(file)).stdout
+    assert "is valid" in shoal_here("config", "check", str(file), cwd=tmp_path).stdout
 
 
-def test_config_list_names_every_recipe() -> None:
-    rows = json.loads(run("config", "list", "-o", "json").stdout)
+def test_config_list_names_every_recipe(tmp_path: Path) -> None:
+    rows = json.loads(shoal_here("config", "list", "-o", "json", cwd=tmp_path).stdout)
     assert {row["name"]: round(row["total"] / 1e9) for row in rows}["nsa-27b"] == 27
-    assert "nsa-27b" in run("config", "list").stdout
+    assert "nsa-27b" in shoal_here("config", "list", cwd=tmp_path).stdout
 
 
 def test_a_recipe_of_pure_ascii_terminals_can_be_refused_too() -> None:

@@ -12,15 +12,15 @@ import sysconfig
 from importlib.metadata import version
 from pathlib import Path
 
+from shell import shoal_here
+
 from shoal.jobs.doctor import Check, can_train, examine
 
 SHOAL = [sys.executable, "-m", "shoal.jobs.cli.main", "doctor"]
 
 
 def test_this_machine_can_train_and_the_facts_are_right(tmp_path: Path) -> None:
-    result = subprocess.run(
-        [*SHOAL, "--runs-dir", str(tmp_path / "runs"), "-o", "json"], capture_output=True, text=True, timeout=120
-    )
+    result = shoal_here("doctor", "--runs-dir", "runs", "-o", "json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     data = json.loads(result.stdout)
     assert data["can_train"] is True
@@ -62,12 +62,10 @@ def test_a_megablocks_that_was_built_for_another_torch_is_no_good(tmp_path: Path
 def test_runs_that_cannot_be_written_are_exit_code_3(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
-    command, env = [*SHOAL, "--runs-dir", str(file / "runs")], {**os.environ, "COLUMNS": "300"}
-    result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    result = shoal_here("doctor", "--runs-dir", str(file / "runs"), cwd=tmp_path, COLUMNS="300")
     assert result.returncode == 3
     assert "Not a directory" in result.stdout
     assert "training is impossible here" in result.stdout
-    assert "Traceback" not in result.stderr
 
 
 def test_a_port_in_use_is_a_warning_that_names_it(tmp_path: Path) -> None:

@@ -66,11 +66,10 @@ def test_what_is_copied_is_there_and_is_not_ignored() -> None:
     kept = {
         line[1:] for line in (DOCKERFILE.parent / "Dockerfile.dockerignore").read_text().splitlines() if line[:1] == "!"
     }
-    for steps in stages().values():
-        for instruction, text in steps:
-            if instruction == "COPY":
-                for source in shlex.split(text)[:-1]:
-                    assert source in kept and (CHECKOUT / source).exists(), source
+    steps = [step for stage in stages().values() for step in stage]
+    sources = {source for name, text in steps if name == "COPY" for source in shlex.split(text)[:-1]}
+    assert sources and sources <= kept
+    assert [source for source in sources if not (CHECKOUT / source).exists()] == []
 
 
 def test_the_versions_of_ray_python_and_shoal_agree() -> None:

@@ -87,7 +87,7 @@ def test_against_the_oracle(
 def test_selected_keys_may_arrive_last(deterministic: bool) -> None:
     """They are not read before, and gradients are those of keys that are there; what was kept is let go of."""
     layout = make_layout((0, 37, 39), BlockSizes(4, 2, 8, 4, 1, 2, 11), DEVICE)
-    args = inputs(layout, 2, 2, (8, 4), torch.float32)
+    args = inputs(layout, 1, 2, (8, 4), torch.float32)
     want = gradients(args, layout, SCALE, deterministic, TINY)
     *tensors, d_out = args
     kept = list(nsa_forward(*cast(Inputs, tuple(tensors)), layout, SCALE, TINY[0]).kept)

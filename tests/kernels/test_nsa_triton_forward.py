@@ -60,7 +60,7 @@ def run(lengths: list[int], sizes: BlockSizes, kv: int, group: int, dims: tuple[
 @pytest.mark.parametrize(
     ("lengths", "sizes", "kv", "group", "dims"),
     [
-        ([61, 2, 40], BlockSizes(4, 2, 8, 4, 1, 2, 11), 2, 2, (8, 4)),
+        ([41, 2, 24], BlockSizes(4, 2, 8, 4, 1, 2, 11), 2, 2, (8, 4)),
         ([1, 1, 3, 50], BlockSizes(6, 2, 8, 3, 0, 1, 100), 1, 3, (20, 6)),
         ([70], BlockSizes(4, 4, 4, 4, 2, 1, 1), 1, 1, (16, 16)),
         ([30], BlockSizes(4, 2, 4, 3, 1, 2, 7), 2, 1, (8, 8)),

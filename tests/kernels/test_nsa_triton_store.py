@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import pytest
 import torch
 import triton_on_cpu
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from triton_on_cpu import DEVICE, draw
@@ -115,7 +115,6 @@ def check(s: Shape, model: torch.dtype, kept: torch.dtype) -> None:
     same(want, got)
 
 
-@settings(max_examples=25)
 @given(SHAPES)
 def test_of_any_shape(shape: Shape) -> None:
     """Groups that do not fill a program, keys wider or narrower than values, no row at all, rows that nobody needs."""

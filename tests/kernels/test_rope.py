@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from shoal.kernels.rope import Yarn, rope_tables, rotate
 
 
 @pytest.mark.parametrize("dim", [2, 8, 64])
 def test_rotate_is_llamas(dim: int) -> None:
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # seconds, for whoever runs other files
+
     x = torch.randn(11, 3, dim, dtype=torch.float64)
     cos, sin = rope_tables(torch.arange(11) + 5, dim, 10000.0, torch.float64)
     theirs, _ = apply_rotary_pos_emb(x, x, torch.cat((cos, cos), -1), torch.cat((sin, sin), -1))
@@ -22,6 +21,9 @@ def test_rotate_is_llamas(dim: int) -> None:
     [(128, 10000.0, 8.0, 8192), (64, 500000.0, 4.0, 2048), (16, 10000.0, 40.0, 64), (8, 100.0, 1.0, 512)],
 )
 def test_yarn_is_transformers(dim: int, base: float, factor: float, original: int) -> None:
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     config = LlamaConfig(
         hidden_size=2 * dim,
         num_attention_heads=2,

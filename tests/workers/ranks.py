@@ -12,6 +12,7 @@ Put the functions that run on the ranks at the top level of the test's module (a
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import pickle
@@ -30,7 +31,8 @@ import torch.multiprocessing as mp
 # A server process imports what ranks need once and forks them: a rank starts in milliseconds, not seconds. It takes the
 # environment variables of the first run_ranks of a test session.
 multiprocessing.set_forkserver_preload(
-    ["pytest", "torch", "small", "shoal.workers.trainer", "shoal.workers.checkpoint"]
+    # not "small", which this process would not find; PyTorch's optimizers import torch._dynamo when they are made
+    ["pytest", "torch._dynamo", "shoal.jobs.data.prepare", "shoal.workers.trainer", "shoal.workers.checkpoint"]
 )
 TIMEOUT = timedelta(seconds=120)
 
@@ -89,6 +91,7 @@ def start_ranks(
 def _rank(
     rank: int, world: int, port: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...], device: str
 ) -> None:
+    gc.freeze()  # what was imported before the fork is no garbage: to look through it would copy all of its memory
     torch.set_num_threads(1)
     if device == "cuda":
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast wants rights that containers lack

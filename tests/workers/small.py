@@ -47,6 +47,8 @@ def small_recipe(**changes: Any) -> dict[str, Any]:
         "attention": {"cmp_block": 8, "cmp_stride": 4, "slc_block": 8, "slc_count": 4, "window": 12},
         "moe": {"experts": 8, "top_k": 3, "shared_experts": 2, "expert_hidden": 16},
         "balance": {"expert": 0.05, "device": 0.05, "device_groups": 4},
+        # the default would read the small corpus a hundred times before the first step
+        "data": {"shuffle_tokens": 4096},
         "train": {
             "steps": 20,
             "batch": 8,

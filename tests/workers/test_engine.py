@@ -108,7 +108,7 @@ class Mix:
         assert outputs[-1].finish
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(20))
 def test_greedy_tokens_are_those_of_the_loop(seed: int, model: Transformer) -> None:
     Mix(random.Random(seed)).check(model)
 
@@ -118,7 +118,7 @@ def test_greedy_tokens_of_full_attention(seed: int, full: Transformer) -> None:
     Mix(random.Random(seed)).check(full)
 
 
-@pytest.mark.parametrize("seed", range(100, 120))
+@pytest.mark.parametrize("seed", range(100, 112))
 def test_greedy_tokens_in_steps_of_fixed_shapes(seed: int, model: Transformer, full: Transformer) -> None:
     Mix(random.Random(seed)).check(full if seed % 4 == 0 else model, fixed=True)
 

@@ -163,7 +163,7 @@ def _far_heads(rank: int, world: int, p: Problem, heads: int) -> tuple[int, int]
 
 def test_far_keys_of_two_heads_are_in_memory_where_one_is_computed_at_a_time() -> None:
     """Of many ranks, few queries and many keys: with their gradients they are most of what a rank holds."""
-    p = Problem((0, 4096), BlockSizes(32, 16, 64, 4, 1, 2, 64), kv=6, group=1, dims=(32, 32), dtype=torch.float32)
+    p = Problem((0, 2048), BlockSizes(32, 16, 64, 4, 1, 2, 64), kv=6, group=1, dims=(32, 32), dtype=torch.float32)
     (some, low), (every, high) = (run_ranks(4, _far_heads, p, heads)[0] for heads in (1, 0))
     assert (some, every) == (2, 6)
     assert low < 0.6 * high

@@ -131,7 +131,8 @@ class Transformer(nn.Module):
             )
         with torch.device("meta"):  # in the order of use, which is that in which weights travel between replicas
             if mesh.hosts_attention:
-                self.embedding = nn.Embedding(m.vocab, m.hidden)
+                # not drawn: drawing without values imports PyTorch's compiler
+                self.embedding = nn.Embedding.from_pretrained(torch.empty(m.vocab, m.hidden), freeze=False)
             first = m.layers - len(plan or ())
             homes = [None] * first + list(plan or ())
             self.layers = nn.ModuleList(Block(recipe, i, mesh, device, homes[i]) for i in range(m.layers))
