@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shoal.kernels.nsa.layout import BlockSizes
-from shoal.kernels.nsa.paged import DecodeTables, PagedCache
+from shoal.kernels.nsa.paged import DecodeTables, HiddenGates, PagedCache
 from shoal.kernels.nsa.triton_forward import ForwardTuning, attend
 from shoal.kernels.nsa.triton_select import LOG2E, halves, load_keys, load_rows, padded, precision, query_keys
 from shoal.kernels.nsa.triton_tables import chunk_tables
@@ -35,7 +35,7 @@ class PagedTuning:
 
 def triton_paged_decode(
     q: Tensor,
-    gates: Tensor,
+    gates: Tensor | HiddenGates,
     cache: PagedCache,
     tables: DecodeTables,
     sizes: BlockSizes,
@@ -108,8 +108,18 @@ def triton_paged_decode(
         **shape,
         **halves(dim),
     )
-    args = (part, tops, totals, gates.contiguous(), out, splits, splits + sizes.slc_count, parts)
-    _sum_kernel[(n * heads,)](*args, G=group, E=dim_v, EP=padded(dim_v))
+    hidden = isinstance(gates, HiddenGates)
+    last = (gates.hidden, gates.weight) if isinstance(gates, HiddenGates) else (gates, gates)
+    depth = last[1].shape[1] if hidden else 0
+    _sum_kernel[(n * heads,)](
+        *(part, tops, totals, *(x.contiguous() for x in last), out, splits, splits + sizes.slc_count, parts),
+        H=heads,
+        G=group,
+        R=depth,
+        RP=padded(depth, least=1),
+        E=dim_v,
+        EP=padded(dim_v),
+    )
     return out
 
 
@@ -386,17 +396,34 @@ def _sum_branch(part, tops, totals, at, g, begin, stop, parts, G, E: tl.constexp
     return acc / tl.where(total == 0.0, 1.0, total)
 
 
+@triton.jit
+def _gate(gates, weight, row, c, H: tl.constexpr, R: tl.constexpr, RP: tl.constexpr):
+    """The gate of branch c of a query's head; of R hidden numbers where it is not computed yet."""
+    if R:
+        o_r = tl.arange(0, RP)
+        hidden = tl.load(gates + row // H * R + o_r, mask=o_r < R, other=0.0).to(tl.float32)
+        b_w = tl.load(weight + (row % H * 3 + c) * R + o_r, mask=o_r < R, other=0.0).to(tl.float32)
+        gate = 1.0 / (1.0 + tl.exp(-tl.sum(hidden / (1.0 + tl.exp(-hidden)) * b_w, 0)))
+    else:
+        gate = tl.load(gates + row * 3 + c).to(tl.float32)
+    return gate
+
+
 @triton.jit(do_not_specialize=["slc", "win", "parts"])
 def _sum_kernel(
     part,
     tops,
     totals,
     gates,
+    weight,
     out,
     slc,
     win,
     parts,
+    H: tl.constexpr,
     G: tl.constexpr,
+    R: tl.constexpr,
+    RP: tl.constexpr,
     E: tl.constexpr,
     EP: tl.constexpr,
 ):
@@ -404,10 +431,7 @@ def _sum_kernel(
     row = tl.program_id(0).to(tl.int64)
     at, g = row // G, row % G
     o_e = tl.arange(0, EP)
-    acc = _sum_branch(part, tops, totals, at, g, 0, slc, parts, G, E, EP)
-    acc = acc * tl.load(gates + row * 3).to(tl.float32)
-    o = _sum_branch(part, tops, totals, at, g, slc, win, parts, G, E, EP)
-    acc += o * tl.load(gates + row * 3 + 1).to(tl.float32)
-    o = _sum_branch(part, tops, totals, at, g, win, parts, parts, G, E, EP)
-    acc += o * tl.load(gates + row * 3 + 2).to(tl.float32)
+    acc = _sum_branch(part, tops, totals, at, g, 0, slc, parts, G, E, EP) * _gate(gates, weight, row, 0, H, R, RP)
+    acc += _sum_branch(part, tops, totals, at, g, slc, win, parts, G, E, EP) * _gate(gates, weight, row, 1, H, R, RP)
+    acc += _sum_branch(part, tops, totals, at, g, win, parts, parts, G, E, EP) * _gate(gates, weight, row, 2, H, R, RP)
     tl.store(out + row * E + o_e, acc.to(out.dtype.element_ty), mask=o_e < E)

@@ -1,5 +1,5 @@
-"""Compiles the Gluon kernels, those of dispatch, and those that write to pages, for Hopper on a machine without a GPU,
-with the ptxas that Triton brings along.
+"""Compiles the Gluon kernels, those of dispatch, of few rows, and those that write to pages, for Hopper on a machine
+without a GPU, with the ptxas that Triton brings along.
 
 ``python hopper_compiler.py`` calls what the package calls, with tensors of the CPU; launches compile and go no further.
 Prints a line for each kernel: its name, bytes of shared memory, whether ptxas had to serialize matrix products, and
@@ -28,7 +28,7 @@ from triton.runtime.jit import JITFunction
 from shoal.kernels import hopper
 
 HOPPER = GPUTarget("cuda", 90, 32)
-COMPILED = ("triton_address", "triton_fan", "triton_rows", "triton_store", "triton_rope")
+COMPILED = ("triton_address", "triton_fan", "triton_rows", "triton_store", "triton_rope", "triton_few")
 """Modules of Triton kernels that are compiled as well."""
 PTXAS = str(Path(triton.__file__).parent / "backends/nvidia/bin/ptxas")
 
@@ -39,7 +39,7 @@ def compile_for_hopper(kernel: JITFunction[Any], *arguments: Any, grid: Any, war
     if not gluon and kernel.__module__.rpartition(".")[2] not in COMPILED:
         return
     given = dict(zip(kernel.arg_names, arguments, strict=False)) | named
-    options = {name: given.pop(name) for name in ("num_warps", "enable_fp_fusion") if name in given}
+    options = {name: given.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in given}
     signature, constants, attributes = {}, {}, {}
     for index, param in enumerate(kernel.params):
         value = given[param.name]
@@ -156,6 +156,22 @@ def dispatch(world: int, experts: int, copies: int, tokens: int) -> None:
     gates_at_home(gates, words[:, choices:], fan.rows, chosen, ways, True)
 
 
+def few(tokens: int, hidden: int, inner: int, dtype: torch.dtype, **how: Any) -> None:
+    """A decode step of few rows: projections, sums that are normed, routing, experts."""
+    from shoal.kernels.few import add_norm, few_parts, few_products
+    from shoal.kernels.moe.few import FewRoute, few_choices, few_experts
+
+    x, weight = torch.zeros(tokens, hidden, dtype=dtype), torch.zeros(hidden, dtype=dtype)
+    few_products(x, [x.new_zeros(n, hidden) for n in (512, 96, 96, 64)], True)
+    parts = few_parts(x, x.new_zeros(hidden, hidden), True)
+    live = torch.ones(tokens, dtype=torch.int64)
+    chosen = few_choices(x, parts, weight, 1e-6, live, FewRoute(x.new_zeros(64, hidden), 6, **how), True)
+    shapes = [(64, hidden, 2 * inner), (64, inner, hidden), (2, hidden, 2 * inner), (2, inner, hidden)]
+    gate_up, down, *shared = (x.new_zeros(shape) for shape in shapes)
+    results = few_experts(x, chosen.experts, gate_up, down, (shared[0], shared[1]), True)
+    add_norm(x, results, weight, 1e-6, True, chosen.gates)
+
+
 def main() -> None:
     JITFunction.run = compile_for_hopper  # type: ignore[method-assign]
     hopper.on_hopper = lambda x: True
@@ -169,6 +185,8 @@ def main() -> None:
     pages(3, 5, (24, 40), torch.float32)
     dispatch(2, 64, 1, 16384)
     dispatch(32, 256, 2, 512)
+    few(1, 2048, 1408, torch.bfloat16)
+    few(7, 200, 72, torch.float16, normalize=True, bias=torch.zeros(64), groups=8, most=3, score="sigmoid")
 
 
 if __name__ == "__main__":

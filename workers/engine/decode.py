@@ -22,6 +22,7 @@ from shoal.kernels.nsa.paged import PagedCache, decode_tables
 from shoal.kernels.nsa.paged_store import Compressed
 from shoal.workers.data.batch import PackedBatch
 from shoal.workers.engine.cache import PagedAttention, reach
+from shoal.workers.engine.few import few_stages, takes_few
 from shoal.workers.engine.request import UNSHAPED, Shape
 from shoal.workers.engine.tables import ALIGNED, SINGLE, Part, Tables, sizes_of
 from shoal.workers.gathered import Live
@@ -235,7 +236,10 @@ class DecodeSteps:
         if self.model.hosts_attention:
             tables = RowTables(self.model, rows, shape.compress, self.scratch[0])
             attention = PagedAttention(tables, self.caches)
-        hidden = run(self.model.stages(batch, load, attention))
+        if attention and takes_few(self.model, self.caches, shape.rows):
+            hidden = run(few_stages(self.model, batch, load, attention))
+        else:
+            hidden = run(self.model.stages(batch, load, attention))
         load.add_to(self.experts)
         return self.model.logits(hidden) if attention else hidden.new_empty(0, self.model.recipe.model.vocab)
 

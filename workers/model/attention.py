@@ -138,10 +138,14 @@ class NativeSparseAttention(nn.Module):
 
     def heads(self, x_TH: Tensor) -> Heads:
         """Queries, keys and values of ``[T, hidden]``, not rotated."""
-        m, tokens = self.model, len(x_TH)
-        q = self.wq(x_TH).view(tokens, m.heads, m.head_dim)
-        k = self.wk(x_TH).view(tokens, BRANCHES, m.kv_heads, m.head_dim)
-        return Heads(q, k, self.wv(x_TH).view(tokens, BRANCHES, m.kv_heads, m.v_dim))
+        return self.split(self.wq(x_TH), self.wk(x_TH), self.wv(x_TH))
+
+    def split(self, q: Tensor, k: Tensor, v: Tensor) -> Heads:
+        """Products with the three weights, ``[T, …]``, by heads."""
+        m, tokens = self.model, len(q)
+        q = q.view(tokens, m.heads, m.head_dim)
+        k = k.view(tokens, BRANCHES, m.kv_heads, m.head_dim)
+        return Heads(q, k, v.view(tokens, BRANCHES, m.kv_heads, m.v_dim))
 
     def gates(self, x_TH: Tensor) -> Tensor:
         """``[T, hidden] -> [T, H, 3]``, after the sigmoid."""
