@@ -23,6 +23,8 @@ from shoal.kernels.nsa.triton_forward import ForwardTuning, attend
 from shoal.kernels.nsa.triton_select import LOG2E, halves, load_keys, load_rows, padded, precision, query_keys
 from shoal.kernels.nsa.triton_tables import chunk_tables
 
+IMPORTANT = 32  # blocks whose importance a program adds up
+
 
 @dataclass(frozen=True)
 class PagedTuning:
@@ -79,7 +81,7 @@ def triton_paged_decode(
     )
     choice = {"COUNT": sizes.slc_count, "INITIAL": sizes.slc_initial, "LOCAL": sizes.slc_local}
     if pages > sizes.slc_count:
-        width = min(128, padded(pages, least=1))
+        width = min(IMPORTANT, padded(pages, least=1))
         _importance_kernel[(n, kv, triton.cdiv(pages, width))](
             *(weights, tops, totals, tables.positions, importance, pages, splits, parts),
             SP=padded(splits, least=1),
@@ -89,11 +91,12 @@ def triton_paged_decode(
             **rows,
             **choice,
         )
+    width = padded(pages)
     _choose_kernel[(n, kv)](
         *(importance, tables.positions, chosen, pages),
-        WIDTH=padded(pages),
+        WIDTH=width,
         BLOCK=sizes.slc_block,
-        num_warps=2,
+        num_warps=min(8, max(1, width // 1024)),  # within one warp a search needs no barrier
         **choice,
     )
     _pages_kernel[(n, kv, sizes.slc_count + windows)](
@@ -307,11 +310,13 @@ def _choose_kernel(
     free = (block >= INITIAL) & (block <= own - LOCAL)
     # Queries that take all blocks were not scored.
     score = tl.load(importance + at * pages + block, mask=free & (own >= COUNT) & (block < pages), other=0.0)
-    score = tl.where(free, score, -1.0)
+    # Numbers that are not negative have the order of their bits, and the largest integer is found in one instruction.
+    bits = tl.where(free, score.to(tl.int32, bitcast=True), -1)
     for i in range(INITIAL + LOCAL, COUNT):
-        best, index = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
-        tl.store(out + i, tl.where(best >= 0.0, index, -1))
-        score = tl.where(block == index, -1.0, score)
+        best = tl.max(bits, 0)
+        index = tl.min(tl.where(bits == best, block, WIDTH), 0)
+        tl.store(out + i, tl.where(best >= 0, index, -1))
+        bits = tl.where(block == index, -1, bits)
 
 
 @triton.jit(do_not_specialize=["pages", "windows", "splits", "parts"])
