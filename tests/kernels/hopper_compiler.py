@@ -28,7 +28,7 @@ from triton.runtime.jit import JITFunction
 from shoal.kernels import hopper
 
 HOPPER = GPUTarget("cuda", 90, 32)
-COMPILED = ("triton_address", "triton_fan", "triton_rows", "triton_store", "triton_rope", "triton_few")
+COMPILED = ("triton_address", "triton_fan", "triton_rows", "triton_store", "triton_rope", "triton_few", "triton_places")
 """Modules of Triton kernels that are compiled as well."""
 PTXAS = str(Path(triton.__file__).parent / "backends/nvidia/bin/ptxas")
 
@@ -111,10 +111,11 @@ def experts() -> None:
 
 
 def pages(kv: int, group: int, dims: tuple[int, int], dtype: torch.dtype) -> None:
-    """What a step's tokens and compressed rows write to the paged cache; and RoPE of training."""
+    """Where a step's rows lie, what tokens and compressed rows write to the paged cache; and RoPE of training."""
     from shoal.kernels.nsa import BlockSizes
     from shoal.kernels.nsa.paged import make_cache
     from shoal.kernels.nsa.paged_store import Compressed, Heads, Phi
+    from shoal.kernels.nsa.triton_places import triton_row_places
     from shoal.kernels.nsa.triton_store import triton_store_compressed, triton_store_tokens
     from shoal.kernels.triton_rope import triton_rotate
 
@@ -126,6 +127,10 @@ def pages(kv: int, group: int, dims: tuple[int, int], dtype: torch.dtype) -> Non
     phi = [Phi(*(x.new_zeros(kv, *shape) for shape in ((32, dim), (32 * dim, 8), (8, dim)))) for dim in dims]
     new = Compressed(numbers[:, :kv].clone(), numbers, numbers, (angles, angles))
     triton_store_compressed(new, cache, (phi[0], phi[1]))
+    for scratch in (None, 0):
+        arrays = numbers[:, 0].clone(), numbers[:, 1].clone(), numbers, numbers
+        sizes = BlockSizes(32, 16, 64, 16, 1, 2, 512)
+        triton_row_places(*arrays, torch.zeros(dims[0] // 2 + 1).double(), kv, sizes, torch.float32, scratch)
     triton_rotate(heads.q.requires_grad_(), angles, angles).sum().backward()
 
 

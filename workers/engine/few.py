@@ -8,12 +8,13 @@ several ranks exchange rows as ever.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
-from shoal.kernels.few import MOST, add_norm
+from shoal.kernels.few import add_norm
 from shoal.kernels.moe.few import FewChoice, FewRoute, few_choices, few_experts
+from shoal.kernels.nsa.paged import PagedCache, reads_in_place
 from shoal.workers.config import Recipe
 from shoal.workers.data.batch import PackedBatch
 from shoal.workers.engine.cache import PagedAttention
@@ -21,20 +22,14 @@ from shoal.workers.model import Transformer
 from shoal.workers.model.attention import NativeSparseAttention
 from shoal.workers.model.feedforward import MoE, MoELoad, Stages
 
-if TYPE_CHECKING:
-    from shoal.kernels.nsa.paged import PagedCache
 
-
-def takes_few(model: Transformer, caches: dict[nn.Module, PagedCache], rows: int) -> bool:
-    """Whether a step of so many rows is computed by :func:`few_stages`: with NSA that reads pages in place."""
-    from shoal.kernels.nsa.paged import reads_in_place
-
+def by_triton(model: Transformer, caches: dict[nn.Module, PagedCache]) -> bool:
+    """Whether this rank computes NSA, and Triton does it, in the pages: only then :func:`few_stages` gains anything."""
     recipe: Recipe = model.recipe
-    if not caches or rows > MOST or recipe.attention.kind != "nsa":
+    if not caches or recipe.attention.kind != "nsa":
         return False
-    cache = next(iter(caches.values()))
     q = model.vocabulary.new_empty(0, recipe.model.heads, recipe.model.head_dim)
-    return reads_in_place(q, cache, recipe.attention.backend)
+    return reads_in_place(q, next(iter(caches.values())), recipe.attention.backend)
 
 
 def few_stages(
