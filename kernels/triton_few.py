@@ -65,10 +65,10 @@ def triton_add_norm(
     return total, normed
 
 
-def norm_shape(hidden: int, parts: int, eps: float) -> dict[str, int | float]:
-    """What :func:`sum_and_norm` has to know when it is compiled, and how many warps hold a row."""
+def norm_shape(hidden: int, parts: int, eps: float, each: int = 256) -> dict[str, int | float]:
+    """What :func:`sum_and_norm` has to know when it is compiled. each: elements of a row that a warp holds, about."""
     width = triton.next_power_of_2(hidden)
-    warps = min(16, max(1, width // 256))
+    warps = min(16, max(1, width // each))
     return {"H": hidden, "HP": width, "P": parts, "EPS": eps, "num_warps": warps}
 
 

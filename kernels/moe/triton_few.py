@@ -19,7 +19,9 @@ from shoal.kernels.triton_few import FewTuning, norm_shape, sum_and_norm
 
 UP = FewTuning(columns=64, depth=64)
 DOWN = FewTuning(columns=64, depth=128)
-ELEMENTS = 32768  # of the centroids that a program reads at a time
+ELEMENTS = (
+    131072  # of the centroids that a program reads at a time: as many loads as its registers hold are on their way
+)
 
 
 def triton_choices(
@@ -33,7 +35,7 @@ def triton_choices(
     gates = torch.empty(tokens, r.top_k, dtype=torch.float32, device=base.device)
     chosen = torch.empty(tokens, r.top_k, dtype=torch.int32, device=base.device)
     if tokens:
-        shape = norm_shape(hidden, parts.shape[1], eps)
+        shape = norm_shape(hidden, parts.shape[1], eps, each=128)
         _choices_kernel[(tokens,)](
             *(base, parts.contiguous(), weight, r.centroids.contiguous(), base if r.bias is None else r.bias, live),
             *(total, normed, gates, chosen),
