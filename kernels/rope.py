@@ -43,6 +43,13 @@ class Yarn:
         return rates * (1 - slowed) + rates / self.factor * slowed
 
 
+def rope_rates(dim: int, base: float, device: torch.device, yarn: Yarn | None = None) -> tuple[Tensor, float]:
+    """Angles a token, ``[dim/2]`` float64, and the factor on cosines and sines; arguments as :func:`rope_tables` has
+    them."""
+    rates = base ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float64) / dim)
+    return (rates, 1.0) if yarn is None else (yarn.rates(rates, base), yarn.temperature)
+
+
 def rope_tables(
     positions: Tensor, dim: int, base: float, dtype: torch.dtype = torch.float32, yarn: Yarn | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -52,11 +59,8 @@ def rope_tables(
     Returns two ``[T, dim/2]`` of ``dtype``. The angles are computed in float64: in float32, position 64k would be off
     by up to 0.004 radian.
     """
-    rates = base ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float64) / dim)
-    if yarn is not None:
-        rates = yarn.rates(rates, base)
+    rates, size = rope_rates(dim, base, positions.device, yarn)
     angles = positions.to(torch.float64)[:, None] * rates
-    size = 1.0 if yarn is None else yarn.temperature
     return (size * angles.cos()).to(dtype), (size * angles.sin()).to(dtype)
 
 

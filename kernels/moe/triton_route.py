@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shoal.kernels.moe.triton_best import best_of, scores_of
+
 SCORES = ("softmax", "sigmoid")
 MOST = 128
 """Experts whose logits fit into the kernel that chooses; of more, they are computed before it."""
@@ -193,19 +195,6 @@ def _logits(x, centroids, t, e, there, H: tl.constexpr, N: tl.constexpr, BH: tl.
 
 
 @triton.jit
-def _of_best_groups(left, e, GROUP: tl.constexpr, MOST: tl.constexpr):
-    """Experts of other groups than the MOST with the best experts fall below all others, but stay above those taken."""
-    search = left
-    allowed = left != left
-    for _ in tl.static_range(MOST):
-        best = tl.argmax(search, 1, tie_break_left=True)
-        mine = (e // GROUP)[None, :] == (best // GROUP)[:, None]
-        allowed = allowed | mine
-        search = tl.where(mine, float("-inf"), search)
-    return tl.where(allowed, left, tl.minimum(left, -2e38))
-
-
-@triton.jit
 def _sort(taken, b_experts, t, e, k, there, ends, rows, order, N: tl.constexpr, K: tl.constexpr):
     """Of a tile that holds all tokens what ``_scan_kernel`` and ``_place_kernel`` make of many."""
     b_counts = tl.sum(taken, 0)
@@ -263,35 +252,12 @@ def _choose_kernel(
         logits = tl.load(x + t[:, None] * N + e[None, :], mask=there[:, None] & real, other=0.0).to(tl.float32)
     else:
         logits = _logits(x, centroids, t, e, there, H, N, BH, PRECISION)
-    if SIGMOID:
-        b_scores = tl.where(real, 1.0 / (1.0 + tl.exp(-logits)), 0.0)
-    else:
-        logits = tl.where(real, logits, float("-inf"))
-        shares = tl.exp(logits - tl.max(logits, 1)[:, None])
-        b_scores = shares / tl.sum(shares, 1)[:, None]
-        if LSE:
-            tl.store(lse + t, tl.max(logits, 1) + tl.log(tl.sum(shares, 1)), mask=there)
+    b_scores, b_lse = scores_of(logits, real, SIGMOID)
+    if LSE:
+        tl.store(lse + t, b_lse, mask=there)
     tl.store(scores + t[:, None] * N + e[None, :], b_scores, mask=there[:, None] & real)
     tl.store(block_sums + block * N + e, tl.sum(tl.where(there[:, None], b_scores, 0.0), 0), mask=e < N)
-    left = b_scores
-    if BIAS:
-        left += tl.load(bias + e, mask=e < N, other=0.0)[None, :]
-    # An expert that is not there or is taken must stand below every other one, whatever that one's score.
-    left = tl.where(left > -1e38, left, -1e38)
-    left = tl.where(real, left, float("-inf"))
-    if MOST:
-        left = _of_best_groups(left, e, GROUP, MOST)
-    b_gates = tl.zeros([TILE, KP], tl.float32)
-    b_experts = tl.zeros([TILE, KP], tl.int32)
-    for i in tl.static_range(K):
-        best = tl.argmax(left, 1, tie_break_left=True)
-        hit = e[None, :] == best[:, None]
-        gate = tl.sum(tl.where(hit, b_scores, 0.0), 1)
-        left = tl.where(hit, float("-inf"), left)
-        b_gates = tl.where(k[None, :] == i, gate[:, None], b_gates)
-        b_experts = tl.where(k[None, :] == i, best[:, None], b_experts)
-    if NORMALIZE:
-        b_gates = b_gates / tl.sum(b_gates, 1)[:, None]
+    b_gates, b_experts, left = best_of(b_scores, bias, e, k, N, K, BIAS, GROUP, MOST, NORMALIZE)
     at = t[:, None] * K + k[None, :]
     inside = there[:, None] & (k[None, :] < K)
     tl.store(gates + at, b_gates, mask=inside)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from shoal.kernels.nsa.attention import Backend, takes_triton
@@ -132,6 +133,19 @@ def decode_tables(
     return DecodeTables(positions, by_head(far, kv), by_head(near, kv), near_first, sizes, blind)
 
 
+@dataclass(frozen=True)
+class HiddenGates:
+    """Gates before their last product. hidden: ``[N, R]``, before its activation. weight: ``[3 · H, R]``."""
+
+    hidden: Tensor
+    weight: Tensor
+
+    def gates(self) -> Tensor:
+        """``[N, H, 3]``, after the sigmoid (NSA eq. 5)."""
+        logits = F.linear(F.silu(self.hidden), self.weight)
+        return torch.sigmoid(logits).view(len(logits), -1, 3)
+
+
 def reads_in_place(q: Tensor, cache: PagedCache, backend: Backend) -> bool:
     """Whether :func:`paged_decode` reads keys where they lie, with Triton, instead of copying them."""
     return backend == "triton" or (backend == "auto" and takes_triton(q, cache.v_slc))
@@ -139,14 +153,14 @@ def reads_in_place(q: Tensor, cache: PagedCache, backend: Backend) -> bool:
 
 def paged_decode(
     q: Tensor,
-    gates: Tensor,
+    gates: Tensor | HiddenGates,
     cache: PagedCache,
     tables: DecodeTables,
     sizes: BlockSizes,
     scale: float,
     backend: Backend = "auto",
 ) -> Tensor:
-    """NSA of single queries: ``[N, H, d_qk] -> [N, H, d_v]`` in q's dtype. gates: ``[N, H, 3]``.
+    """NSA of single queries: ``[N, H, d_qk] -> [N, H, d_v]`` in q's dtype. gates: ``[N, H, 3]``, or what they are of.
 
     Everything up to each query's own position must have been written to its pages. backend: as of ``nsa_attention``.
     """
@@ -155,6 +169,7 @@ def paged_decode(
         from shoal.kernels.nsa.triton_paged import triton_paged_decode
 
         return triton_paged_decode(q, gates, cache, tables, sizes, scale)
+    gates = gates.gates() if isinstance(gates, HiddenGates) else gates
     n, heads, dim = q.shape
     kv = cache.k_slc.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)

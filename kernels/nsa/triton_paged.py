@@ -18,10 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from shoal.kernels.nsa.layout import BlockSizes
-from shoal.kernels.nsa.paged import DecodeTables, PagedCache
+from shoal.kernels.nsa.paged import DecodeTables, HiddenGates, PagedCache
 from shoal.kernels.nsa.triton_forward import ForwardTuning, attend
+from shoal.kernels.nsa.triton_paged_sum import sum_branches
 from shoal.kernels.nsa.triton_select import LOG2E, halves, load_keys, load_rows, padded, precision, query_keys
 from shoal.kernels.nsa.triton_tables import chunk_tables
+
+IMPORTANT = 32  # blocks whose importance a program adds up
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class PagedTuning:
 
 def triton_paged_decode(
     q: Tensor,
-    gates: Tensor,
+    gates: Tensor | HiddenGates,
     cache: PagedCache,
     tables: DecodeTables,
     sizes: BlockSizes,
@@ -79,7 +82,7 @@ def triton_paged_decode(
     )
     choice = {"COUNT": sizes.slc_count, "INITIAL": sizes.slc_initial, "LOCAL": sizes.slc_local}
     if pages > sizes.slc_count:
-        width = min(128, padded(pages, least=1))
+        width = min(IMPORTANT, padded(pages, least=1))
         _importance_kernel[(n, kv, triton.cdiv(pages, width))](
             *(weights, tops, totals, tables.positions, importance, pages, splits, parts),
             SP=padded(splits, least=1),
@@ -89,11 +92,12 @@ def triton_paged_decode(
             **rows,
             **choice,
         )
+    width = padded(pages)
     _choose_kernel[(n, kv)](
         *(importance, tables.positions, chosen, pages),
-        WIDTH=padded(pages),
+        WIDTH=width,
         BLOCK=sizes.slc_block,
-        num_warps=2,
+        num_warps=min(8, max(1, width // 1024)),  # within one warp a search needs no barrier
         **choice,
     )
     _pages_kernel[(n, kv, sizes.slc_count + windows)](
@@ -108,8 +112,7 @@ def triton_paged_decode(
         **shape,
         **halves(dim),
     )
-    args = (part, tops, totals, gates.contiguous(), out, splits, splits + sizes.slc_count, parts)
-    _sum_kernel[(n * heads,)](*args, G=group, E=dim_v, EP=padded(dim_v))
+    sum_branches((part, tops, totals), gates, out, (splits, splits + sizes.slc_count), group)
     return out
 
 
@@ -297,11 +300,13 @@ def _choose_kernel(
     free = (block >= INITIAL) & (block <= own - LOCAL)
     # Queries that take all blocks were not scored.
     score = tl.load(importance + at * pages + block, mask=free & (own >= COUNT) & (block < pages), other=0.0)
-    score = tl.where(free, score, -1.0)
+    # Numbers that are not negative have the order of their bits, and the largest integer is found in one instruction.
+    bits = tl.where(free, score.to(tl.int32, bitcast=True), -1)
     for i in range(INITIAL + LOCAL, COUNT):
-        best, index = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
-        tl.store(out + i, tl.where(best >= 0.0, index, -1))
-        score = tl.where(block == index, -1.0, score)
+        best = tl.max(bits, 0)
+        index = tl.min(tl.where(bits == best, block, WIDTH), 0)
+        tl.store(out + i, tl.where(best >= 0, index, -1))
+        bits = tl.where(block == index, -1, bits)
 
 
 @triton.jit(do_not_specialize=["pages", "windows", "splits", "parts"])
@@ -363,51 +368,3 @@ def _pages_kernel(
     p = tl.exp2(s - tl.where(m == float("-inf"), 0.0, m)[:, None])
     acc = tl.dot(p.to(b_v.dtype), b_v, input_precision=PRECISION)
     _put_part(part, tops, totals, at * parts + splits + i, m, tl.sum(p, 1), acc, G, GP, E, EP)
-
-
-@triton.jit
-def _sum_branch(part, tops, totals, at, g, begin, stop, parts, G, E: tl.constexpr, EP: tl.constexpr):
-    """One branch's output ``[EP]`` of one head from partial ones, many at a time; 0 over no keys."""
-    o_i, o_e = tl.arange(0, 32), tl.arange(0, EP)
-    m, total = float("-inf"), 0.0
-    acc = tl.zeros([EP], tl.float32)
-    for i in range(begin, stop, 32):
-        inside = i + o_i < stop
-        rows = (at * parts + i + o_i) * G + g
-        b_tops = tl.load(tops + rows, mask=inside, other=float("-inf"))
-        b_totals = tl.load(totals + rows, mask=inside, other=0.0)
-        b_part = tl.load(part + rows[:, None] * E + o_e[None, :], inside[:, None] & (o_e < E)[None, :], other=0.0)
-        m_new = tl.maximum(m, tl.max(b_tops, 0))
-        base = tl.where(m_new == float("-inf"), 0.0, m_new)
-        fade, weights = tl.exp2(m - base), tl.exp2(b_tops - base)
-        total = total * fade + tl.sum(weights * b_totals, 0)
-        acc = acc * fade + tl.sum(weights[:, None] * b_part, 0)
-        m = m_new
-    return acc / tl.where(total == 0.0, 1.0, total)
-
-
-@triton.jit(do_not_specialize=["slc", "win", "parts"])
-def _sum_kernel(
-    part,
-    tops,
-    totals,
-    gates,
-    out,
-    slc,
-    win,
-    parts,
-    G: tl.constexpr,
-    E: tl.constexpr,
-    EP: tl.constexpr,
-):
-    """``Σ_c g_c · o_c`` (NSA eq. 5) of one query and head. slc, win: the first partial outputs of those branches."""
-    row = tl.program_id(0).to(tl.int64)
-    at, g = row // G, row % G
-    o_e = tl.arange(0, EP)
-    acc = _sum_branch(part, tops, totals, at, g, 0, slc, parts, G, E, EP)
-    acc = acc * tl.load(gates + row * 3).to(tl.float32)
-    o = _sum_branch(part, tops, totals, at, g, slc, win, parts, G, E, EP)
-    acc += o * tl.load(gates + row * 3 + 1).to(tl.float32)
-    o = _sum_branch(part, tops, totals, at, g, win, parts, parts, G, E, EP)
-    acc += o * tl.load(gates + row * 3 + 2).to(tl.float32)
-    tl.store(out + row * E + o_e, acc.to(out.dtype.element_ty), mask=o_e < E)

@@ -1,5 +1,5 @@
-"""Compiles the Gluon kernels, those of dispatch, and those that write to pages, for Hopper on a machine without a GPU,
-with the ptxas that Triton brings along.
+"""Compiles the Gluon kernels, those of dispatch, of few rows, and those that write to pages, for Hopper on a machine
+without a GPU, with the ptxas that Triton brings along.
 
 ``python hopper_compiler.py`` calls what the package calls, with tensors of the CPU; launches compile and go no further.
 Prints a line for each kernel: its name, bytes of shared memory, whether ptxas had to serialize matrix products, and
@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction
 from shoal.kernels import hopper
 
 HOPPER = GPUTarget("cuda", 90, 32)
-COMPILED = ("triton_address", "triton_fan", "triton_rows", "triton_store", "triton_rope")
+COMPILED = ("triton_address", "triton_fan", "triton_rows", "triton_store", "triton_rope", "triton_few", "triton_places")
 """Modules of Triton kernels that are compiled as well."""
 
 
@@ -36,7 +36,7 @@ def compile_for_hopper(kernel: JITFunction[Any], *arguments: Any, grid: Any, war
     if not gluon and kernel.__module__.rpartition(".")[2] not in COMPILED:
         return
     given = dict(zip(kernel.arg_names, arguments, strict=False)) | named
-    options = {name: given.pop(name) for name in ("num_warps", "enable_fp_fusion") if name in given}
+    options = {name: given.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in given}
     signature, constants, attributes = {}, {}, {}
     for index, param in enumerate(kernel.params):
         value = given[param.name]
@@ -105,10 +105,11 @@ def experts() -> None:
 
 
 def pages(kv: int, group: int, dims: tuple[int, int], dtype: torch.dtype) -> None:
-    """What a step's tokens and compressed rows write to the paged cache; and RoPE of training."""
+    """Where a step's rows lie, what tokens and compressed rows write to the paged cache; and RoPE of training."""
     from shoal.kernels.nsa import BlockSizes
     from shoal.kernels.nsa.paged import make_cache
     from shoal.kernels.nsa.paged_store import Compressed, Heads, Phi
+    from shoal.kernels.nsa.triton_places import triton_row_places
     from shoal.kernels.nsa.triton_store import triton_store_compressed, triton_store_tokens
     from shoal.kernels.triton_rope import triton_rotate
 
@@ -120,6 +121,10 @@ def pages(kv: int, group: int, dims: tuple[int, int], dtype: torch.dtype) -> Non
     phi = [Phi(*(x.new_zeros(kv, *shape) for shape in ((32, dim), (32 * dim, 8), (8, dim)))) for dim in dims]
     new = Compressed(numbers[:, :kv].clone(), numbers, numbers, (angles, angles))
     triton_store_compressed(new, cache, (phi[0], phi[1]))
+    for scratch in (None, 0):
+        arrays = numbers[:, 0].clone(), numbers[:, 1].clone(), numbers, numbers
+        sizes = BlockSizes(32, 16, 64, 16, 1, 2, 512)
+        triton_row_places(*arrays, torch.zeros(dims[0] // 2 + 1).double(), kv, sizes, torch.float32, scratch)
     triton_rotate(heads.q.requires_grad_(), angles, angles).sum().backward()
 
 
@@ -150,6 +155,22 @@ def dispatch(world: int, experts: int, copies: int, tokens: int) -> None:
     gates_at_home(gates, words[:, choices:], fan.rows, chosen, ways, True)
 
 
+def few(tokens: int, hidden: int, inner: int, dtype: torch.dtype, **how: Any) -> None:
+    """A decode step of few rows: projections, sums that are normed, routing, experts."""
+    from shoal.kernels.few import add_norm, few_parts, few_products
+    from shoal.kernels.moe.few import FewRoute, few_choices, few_experts
+
+    x, weight = torch.zeros(tokens, hidden, dtype=dtype), torch.zeros(hidden, dtype=dtype)
+    few_products(x, [x.new_zeros(n, hidden) for n in (512, 96, 96, 64)], True)
+    parts = few_parts(x, x.new_zeros(hidden, hidden), True)
+    live = torch.ones(tokens, dtype=torch.int64)
+    chosen = few_choices(x, parts, weight, 1e-6, live, FewRoute(x.new_zeros(64, hidden), 6, **how), True)
+    shapes = [(64, hidden, 2 * inner), (64, inner, hidden), (2, hidden, 2 * inner), (2, inner, hidden)]
+    gate_up, down, *shared = (x.new_zeros(shape) for shape in shapes)
+    results = few_experts(x, chosen.experts, gate_up, down, (shared[0], shared[1]), True)
+    add_norm(x, results, weight, 1e-6, True, chosen.gates)
+
+
 def main() -> None:
     triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True  # what is cached has no log
     JITFunction.run = compile_for_hopper  # type: ignore[method-assign]
@@ -164,6 +185,8 @@ def main() -> None:
     pages(3, 5, (24, 40), torch.float32)
     dispatch(2, 64, 1, 16384)
     dispatch(32, 256, 2, 512)
+    few(1, 2048, 1408, torch.bfloat16)
+    few(7, 200, 72, torch.float16, normalize=True, bias=torch.zeros(64), groups=8, most=3, score="sigmoid")
 
 
 if __name__ == "__main__":

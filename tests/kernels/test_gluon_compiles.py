@@ -18,6 +18,8 @@ KERNELS = {"_span_kernel": 3, "_grad_kernel": 4, "_gather_grad_kernel": 2, "_gem
 KERNELS |= {"_importance_kernel": 2}
 KERNELS |= {"_plan_kernel": 4, "_before_kernel": 6, "_pack_kernel": 2, "_count_kernel": 2, "_place_kernel": 2}
 KERNELS |= {"_gates_kernel": 2, "_home_kernel": 2, "_expand_kernel": 4, "_address_kernel": 2}
+KERNELS |= {"_products_kernel": 4, "_choices_kernel": 2, "_add_norm_kernel": 2, "_up_kernel": 2, "_down_kernel": 2}
+KERNELS |= {"_places_kernel": 4}
 """Of each kernel, how often it is launched."""
 ROUNDING = {"_tokens_kernel": 2, "_blocks_kernel": 2, "_compressed_kernel": 2, "_rotate_kernel": 4}
 

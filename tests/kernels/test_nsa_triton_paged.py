@@ -16,6 +16,7 @@ triton_on_cpu.prepare()
 from shoal.kernels.nsa.layout import BlockSizes  # noqa: E402
 from shoal.kernels.nsa.paged import (  # noqa: E402
     DecodeTables,
+    HiddenGates,
     PagedCache,
     decode_tables,
     make_cache,
@@ -95,6 +96,26 @@ def test_against_float64(positions: list[int], sizes: BlockSizes, kv: int, group
         close(triton_paged_decode(*args, sizes, 0.4, tuning), want, torch.float32)
 
 
+@pytest.mark.parametrize("depth", [1, 20])
+def test_gates_before_their_last_product(depth: int) -> None:
+    sizes = BlockSizes(4, 2, 8, 4, 1, 2, 11)
+    q, _, cache, tables = case([0, 17, 100], sizes, 2, 3, (8, 4), torch.float32)
+    gates = HiddenGates(draw(3, depth, dtype=torch.float32, seed=30), draw(18, depth, dtype=torch.float32, seed=31))
+    given = HiddenGates(gates.hidden.cpu().double(), gates.weight.cpu().double()).gates()
+    want = exact(q, given, cache, tables, sizes, 0.4)
+    for mixed in (gates, gates.gates()):
+        close(triton_paged_decode(q, mixed, cache, tables, sizes, 0.4), want, torch.float32)
+
+
+def test_of_equally_important_blocks_the_lower_is_chosen() -> None:
+    """All queries and keys alike: of the blocks that have as many keys of compressed rows the first ones."""
+    sizes = BlockSizes(4, 4, 4, 5, 1, 1, 1)
+    q, gates, cache, tables = case([79], sizes, 1, 2, (16, 4), torch.float32)
+    cache.k_cmp.zero_()
+    want = exact(q, gates, cache, tables, sizes, 0.4)
+    close(triton_paged_decode(q, gates, cache, tables, sizes, 0.4), want, torch.float32)
+
+
 @pytest.mark.parametrize(
     ("position", "count", "sizes", "kv", "group", "dims"),
     [
@@ -142,6 +163,17 @@ def test_on_a_gpu(dtype: torch.dtype, kv: int, group: int, dims: tuple[int, int]
     assert not got.isnan().any()
     assert ((got - want)[:-1].norm() / want[:-1].norm()) <= TOLERANCE[dtype]
     assert ((got - want)[-1].norm() / want[-1].norm()) <= 0.2
+
+
+@pytest.mark.gpu
+def test_gates_on_a_gpu() -> None:
+    """Before their last product, rounded but once."""
+    sizes = BlockSizes(32, 16, 64, 16, 1, 2, 512)
+    q, _, cache, tables = case([0, 1000], sizes, 4, 16, (128, 128), torch.bfloat16)
+    gates = HiddenGates(draw(2, 64, dtype=torch.bfloat16, seed=30), draw(192, 64, dtype=torch.bfloat16, seed=31) / 8)
+    given = HiddenGates(gates.hidden.cpu().double(), gates.weight.cpu().double()).gates()
+    want = exact(q, given, cache, tables, sizes, 0.1)
+    close(triton_paged_decode(q, gates, cache, tables, sizes, 0.1), want, torch.bfloat16)
 
 
 @pytest.mark.gpu

@@ -7,7 +7,9 @@ from collections.abc import Sequence as SequenceOf
 import torch
 from torch import Tensor, nn
 
+from shoal.kernels.few import few_parts, few_products
 from shoal.kernels.nsa.paged import (
+    HiddenGates,
     PagedCache,
     make_cache,
     paged_decode,
@@ -15,7 +17,7 @@ from shoal.kernels.nsa.paged import (
     reads_in_place,
     store_rows,
 )
-from shoal.kernels.nsa.paged_store import Phi, store_compressed, store_tokens
+from shoal.kernels.nsa.paged_store import Heads, Phi, store_compressed, store_tokens
 from shoal.kernels.paged_full import paged_full_decode, paged_full_prefill
 from shoal.workers.config import Recipe
 from shoal.workers.engine.tables import Tables, sizes_of
@@ -69,9 +71,7 @@ class PagedAttention:
         t, cache = self.tables, self.caches[layer]
         backend, heads, gates = t.recipe.attention.backend, layer.heads(x_TH), layer.gates(x_TH)
         in_place = reads_in_place(heads.q, cache, backend)
-        q = store_tokens(heads, t.rotation, cache, t.far, t.near, in_place)
-        if t.compressed:
-            store_compressed(t.compressed, cache, (_weights(layer.compress_k), _weights(layer.compress_v)), in_place)
+        q = self._store(layer, heads, in_place)
         pieces = t.whole if in_place else t.pieces
         outs = [paged_decode(q[rows], gates[rows], cache, d, t.sizes, layer.scale, backend) for rows, d in pieces]
         for rows, part, far, near in t.prefill:
@@ -79,6 +79,30 @@ class PagedAttention:
             read = (q[rows], gates[rows], cache, part.start, far, near, first, t.sizes, layer.scale)
             outs.append(paged_prefill(*read, backend=backend))
         return _joined(outs, q.new_empty(0, q.shape[1], heads.v.shape[-1]))
+
+    def few_nsa(self, layer: NativeSparseAttention, x_TH: Tensor, triton: bool) -> Tensor:
+        """``[T, hidden] -> [T, P, hidden]``: parts that add up to the layer's output, of few single queries.
+
+        triton: as :mod:`shoal.kernels.few` has it; pages are read and written as the recipe's backend says.
+        """
+        t, cache, backend = self.tables, self.caches[layer], self.tables.recipe.attention.backend
+        weights = [each.weight for each in (layer.wq, layer.wk, layer.wv, layer.gate_in)]
+        q, k, v, hidden = few_products(x_TH, weights, triton)
+        heads = layer.split(q, k, v)
+        in_place = reads_in_place(heads.q, cache, backend)
+        q = self._store(layer, heads, in_place)
+        gates = HiddenGates(hidden, layer.gate_out.weight)
+        ((_, d),) = t.whole
+        mixed = paged_decode(q, gates, cache, d, t.sizes, layer.scale, backend)
+        return few_parts(mixed.flatten(1), layer.wo.weight, triton)
+
+    def _store(self, layer: NativeSparseAttention, heads: Heads, in_place: bool) -> Tensor:
+        """Writes the step's tokens and compressed rows to their pages; returns rotated queries."""
+        t, cache = self.tables, self.caches[layer]
+        q = store_tokens(heads, t.rotation, cache, t.far, t.near, in_place)
+        if t.compressed:
+            store_compressed(t.compressed, cache, (_weights(layer.compress_k), _weights(layer.compress_v)), in_place)
+        return q
 
 
 def _weights(phi: Compression) -> Phi:

@@ -18,14 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shoal.kernels.few import MOST
 from shoal.kernels.nsa.paged import PagedCache, decode_tables
 from shoal.kernels.nsa.paged_store import Compressed
 from shoal.workers.data.batch import PackedBatch
 from shoal.workers.engine.cache import PagedAttention, reach
+from shoal.workers.engine.few import by_triton, few_stages
 from shoal.workers.engine.request import UNSHAPED, Shape
 from shoal.workers.engine.tables import ALIGNED, SINGLE, Part, Tables, sizes_of
 from shoal.workers.gathered import Live
 from shoal.workers.model import Transformer
+from shoal.workers.model.attention import rotation_rates
 from shoal.workers.model.feedforward import MoELoad, run
 
 MOST_ROWS = 256
@@ -47,21 +50,34 @@ class Rows:
 
 
 class RowTables(Tables):
-    """Tables of single rows, made on the device. scratch: the far page for compressed rows that do not end."""
+    """Tables of single rows, made on the device. scratch: the far page for compressed rows that do not end. rates: of
+    ``rotation_rates``, for NSA that Triton computes, whose tables then take one launch."""
 
-    def __init__(self, model: Transformer, rows: Rows, compress: bool, scratch: int) -> None:
-        recipe = model.recipe
+    def __init__(
+        self, model: Transformer, rows: Rows, compress: bool, scratch: int, rates: Tensor | None = None
+    ) -> None:
+        recipe, m = model.recipe, model.recipe.model
+        if rates is not None:
+            from shoal.kernels.nsa.triton_places import triton_row_places
+
+            at, wide = sizes_of(recipe), torch.promote_types(model.dtype, torch.float32)
+            arrays = (rows.positions, rows.near_start, rows.far, rows.near, rates)
+            places = triton_row_places(*arrays, m.kv_heads, at, wide, scratch if compress else None)
+            super().__init__(recipe, rows.tokens, rows.positions, model.dtype, places.rotation)
+            self.far, self.near, self.compressed = places.far, places.near, places.compressed
+            self.whole = [(slice(0, len(rows.positions)), places.tables)]
+            return
         super().__init__(recipe, rows.tokens, rows.positions, model.dtype)
         page = self.sizes.slc_block
-        own, at = rows.positions // page, rows.positions % page
-        self.far = self.to_rows(_pick(rows.far, own), at)
+        own, place = rows.positions // page, rows.positions % page
+        self.far = self.to_rows(_pick(rows.far, own), place)
         self.near = self.far[:0]
         if self.nsa:
-            self.near = self.to_rows(_pick(rows.near, own - rows.near_start), at)
+            self.near = self.to_rows(_pick(rows.near, own - rows.near_start), place)
             self.compressed = self._compress(rows, scratch) if compress else None
         first = rows.near_start * page
-        tables = decode_tables(rows.positions, rows.far, rows.near, first, recipe.model.kv_heads, self.sizes)
-        self.whole = [(slice(0, len(at)), tables)]
+        tables = decode_tables(rows.positions, rows.far, rows.near, first, m.kv_heads, self.sizes)
+        self.whole = [(slice(0, len(place)), tables)]
 
     def _compress(self, rows: Rows, scratch: int) -> Compressed:
         """A compressed row for every row of the step; those that do not end yet go to the scratch page."""
@@ -101,6 +117,7 @@ class DecodeSteps:
         self.device = next(model.parameters()).device
         whole = -(-model.recipe.model.context // self.sizes.slc_block)
         self.rows, self.pages = _doubled(min(most, MOST_ROWS)), _quartered(whole)
+        self.rates = rotation_rates(model.recipe.model, self.device) if by_triton(model, caches) else None
         back = reach(model.recipe)
         self.windows = (back + SINGLE) // self.sizes.slc_block + 2 if back else 0
         size = self._places(Shape(self.rows[-1], self.pages[-1], False))[-1][0].stop
@@ -233,9 +250,12 @@ class DecodeSteps:
         load = MoELoad(shape.rows, balance=False, live=Live(rows.live, shape.rows))
         attention = None
         if self.model.hosts_attention:
-            tables = RowTables(self.model, rows, shape.compress, self.scratch[0])
+            tables = RowTables(self.model, rows, shape.compress, self.scratch[0], self.rates)
             attention = PagedAttention(tables, self.caches)
-        hidden = run(self.model.stages(batch, load, attention))
+        if attention and self.rates is not None and shape.rows <= MOST:
+            hidden = run(few_stages(self.model, batch, load, attention))
+        else:
+            hidden = run(self.model.stages(batch, load, attention))
         load.add_to(self.experts)
         return self.model.logits(hidden) if attention else hidden.new_empty(0, self.model.recipe.model.vocab)
 

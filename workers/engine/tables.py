@@ -58,11 +58,19 @@ class Tables:
     far: Tensor
     near: Tensor
 
-    def __init__(self, recipe: Recipe, tokens: Tensor, positions: Tensor, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        tokens: Tensor,
+        positions: Tensor,
+        dtype: torch.dtype,
+        rotation: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """rotation: of the positions, where it is known."""
         self.recipe, self.tokens, self.positions = recipe, tokens, positions
         self.sizes, self.nsa = sizes_of(recipe), recipe.attention.kind == "nsa"
         self.dtype = torch.promote_types(dtype, torch.float32)
-        self.rotation = self.rope(positions)
+        self.rotation = rotation or self.rope(positions)
         self.compressed: Compressed | None = None
         self.whole: list[tuple[slice, DecodeTables]] = []
         self.prefill: list[tuple[slice, Part, Tensor, Tensor]] = []

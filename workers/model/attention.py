@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from shoal.kernels.nsa import BlockSizes, Layout, compress
 from shoal.kernels.nsa.compress import OwnBlocks
 from shoal.kernels.nsa.paged_store import Heads
-from shoal.kernels.rope import Yarn, rope_tables, rotate
+from shoal.kernels.rope import Yarn, rope_rates, rope_tables, rotate
 from shoal.workers.config import AttentionTable, ModelTable
 from shoal.workers.pull import Fetching
 
@@ -36,8 +36,17 @@ def block_sizes(table: AttentionTable) -> BlockSizes:
 def rotations(model: ModelTable, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """RoPE's cosines and sines at ``positions [T]``, each ``[T, d_qk/2]``, for activations of ``dtype``."""
     wide = torch.promote_types(dtype, torch.float32)
-    yarn = Yarn(model.rope_factor, model.rope_original) if model.rope_scaling == "yarn" else None
-    return rope_tables(positions, model.head_dim, model.rope_base, wide, yarn)
+    return rope_tables(positions, model.head_dim, model.rope_base, wide, _yarn(model))
+
+
+def rotation_rates(model: ModelTable, device: torch.device) -> Tensor:
+    """``[d_qk/2 + 1]`` float64: RoPE's angles a token, and the factor on its cosines and sines."""
+    rates, size = rope_rates(model.head_dim, model.rope_base, device, _yarn(model))
+    return torch.cat((rates, rates.new_full((1,), size)))
+
+
+def _yarn(model: ModelTable) -> Yarn | None:
+    return Yarn(model.rope_factor, model.rope_original) if model.rope_scaling == "yarn" else None
 
 
 @dataclass(frozen=True)
@@ -138,10 +147,14 @@ class NativeSparseAttention(nn.Module):
 
     def heads(self, x_TH: Tensor) -> Heads:
         """Queries, keys and values of ``[T, hidden]``, not rotated."""
-        m, tokens = self.model, len(x_TH)
-        q = self.wq(x_TH).view(tokens, m.heads, m.head_dim)
-        k = self.wk(x_TH).view(tokens, BRANCHES, m.kv_heads, m.head_dim)
-        return Heads(q, k, self.wv(x_TH).view(tokens, BRANCHES, m.kv_heads, m.v_dim))
+        return self.split(self.wq(x_TH), self.wk(x_TH), self.wv(x_TH))
+
+    def split(self, q: Tensor, k: Tensor, v: Tensor) -> Heads:
+        """Products with the three weights, ``[T, …]``, by heads."""
+        m, tokens = self.model, len(q)
+        q = q.view(tokens, m.heads, m.head_dim)
+        k = k.view(tokens, BRANCHES, m.kv_heads, m.head_dim)
+        return Heads(q, k, v.view(tokens, BRANCHES, m.kv_heads, m.v_dim))
 
     def gates(self, x_TH: Tensor) -> Tensor:
         """``[T, hidden] -> [T, H, 3]``, after the sigmoid."""

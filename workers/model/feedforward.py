@@ -95,8 +95,8 @@ class MoELoad:
         self.tokens, self.fractions, self.balance, self.live = tokens, fractions, balance, live
         self.sequences = sequences
         self.counts: list[Tensor] = []
-        # ``[T, K]`` a layer instead of counts, where not all tokens count; of several ranks together, -1 for those,
-        # and on ranks with experts alone
+        # ``[T, K]`` a layer instead of counts, where not all tokens count; -1 for those of several ranks together, on
+        # ranks with experts alone, and of few rows
         self.chosen: list[Tensor] = []
         self.losses: list[Tensor] = []
 
@@ -113,15 +113,11 @@ class MoELoad:
         if self.live is None:
             total += torch.stack(self.counts)
             return
-        chosen = torch.stack(self.chosen)
-        mask = self.live.mask
-        of_all = chosen.shape[1] > len(mask)
-        chosen = chosen.long().flatten(1)
-        if of_all:
-            total.scatter_add_(1, chosen.clamp(min=0), (chosen >= 0).long())
-            return
-        each = mask[:, None].expand(-1, chosen.shape[1] // len(mask)).reshape(-1)
-        total.scatter_add_(1, chosen, each.expand(len(chosen), -1))
+        chosen = torch.stack(self.chosen).long()
+        count = chosen >= 0
+        if chosen.shape[1] == len(self.live.mask):  # those of other ranks are marked already
+            count = count & (self.live.mask != 0)[:, None]
+        total.scatter_add_(1, chosen.clamp(min=0).flatten(1), count.flatten(1).long())
 
 
 class MoE(nn.Module):
