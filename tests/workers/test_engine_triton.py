@@ -15,6 +15,7 @@ from test_engine_cache import model_of
 
 triton_on_cpu.prepare()
 
+from shoal.kernels.few import MOST  # noqa: E402
 from shoal.kernels.nsa.paged import PagedCache  # noqa: E402
 from shoal.workers.engine import decode  # noqa: E402
 from shoal.workers.engine.cache import make_caches, reach  # noqa: E402
@@ -64,8 +65,10 @@ def step(
         {"whole": True, "moe__shared_experts": 0, "moe__normalize_gates": True, "balance__bias_rate": 0.1},
     ],
 )
-def test_pages_and_logits(changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("few", [0, MOST])
+def test_pages_and_logits(few: int, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """With experts that are computed where choices stand, or by the layer that other steps have."""
+    monkeypatch.setattr(decode, "FEW", few)
     (want, kept, chosen), (got, pages, counted) = step("torch", **changes | {"whole": False}), step("triton", **changes)
     assert torch.equal(counted, chosen)
     assert chosen.sum() > 0
@@ -77,6 +80,7 @@ def test_pages_and_logits(changes: dict[str, Any]) -> None:
 def test_the_same_steps_in_other_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows in PyTorch's operations and float64: nothing but the order of sums is another."""
     want, kept, chosen = step("torch", dtype="float64")
+    monkeypatch.setattr(decode, "FEW", MOST)
     monkeypatch.setattr(decode, "by_triton", lambda model, caches: True)
     monkeypatch.setattr(decode, "few_stages", partial(few_stages, triton=False))
     for whole in (False, True):

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shoal.kernels.few import MOST
 from shoal.kernels.nsa.paged import PagedCache, decode_tables
 from shoal.kernels.nsa.paged_store import Compressed
 from shoal.workers.data.batch import PackedBatch
@@ -31,6 +30,9 @@ from shoal.workers.model import Transformer
 from shoal.workers.model.attention import rotation_rates
 from shoal.workers.model.feedforward import MoELoad, run
 
+FEW = 0
+"""Rows up to which a step takes its layers in few launches, ``shoal.kernels.few.MOST`` at most. None until a GPU has
+run those launches: so far they were compiled for one, and agree in Triton's interpreter."""
 MOST_ROWS = 256
 FEWEST_PAGES = 64  # that a graph has room for: below, a step costs the same
 BOTH = 8  # rows up to which a step without compressed rows has a graph of its own: of more, some row mostly ends one
@@ -252,7 +254,7 @@ class DecodeSteps:
         if self.model.hosts_attention:
             tables = RowTables(self.model, rows, shape.compress, self.scratch[0], self.rates)
             attention = PagedAttention(tables, self.caches)
-        if attention and self.rates is not None and shape.rows <= MOST:
+        if attention and self.rates is not None and shape.rows <= FEW:
             hidden = run(few_stages(self.model, batch, load, attention))
         else:
             hidden = run(self.model.stages(batch, load, attention))
