@@ -8,6 +8,7 @@ import time
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -71,7 +72,8 @@ class Trainer:
         self.sums, self.weights, self.last_backward = GradientSums(buckets), WeightSpread(buckets, self.model), False
         for i, parameter in enumerate(weights):
             if not isinstance(parameter, DTensor):  # FSDP2 sums gradients of parts, and keeps them
-                parameter.register_post_accumulate_grad_hook(partial(self._take, i))
+                # weak: Python's collector does not see a tensor's hooks, and what they hold would never go
+                parameter.register_post_accumulate_grad_hook(partial(_came, ref(self), i))
         self.reads = [m.dispatcher.reads for m in self.model.modules() if isinstance(m, MoE)]
         # Begins at nothing, so it counts as shares only: the mean of the steps so far, the last ones for more.
         self.measured = torch.zeros(len(self.model.moe_layers), recipe.moe.experts, dtype=torch.float64)
@@ -212,7 +214,7 @@ class Trainer:
             counts = [a + b for a, b in zip(counts, load.counts, strict=True)] if counts else load.counts
         return sums, counts, looks
 
-    def _take(self, index: int, _parameter: Tensor) -> None:
+    def take(self, index: int) -> None:
         """A backward pass has made the gradient of the parameter of that number."""
         total = self.optimizer.take(index)
         if self.last_backward:
@@ -373,6 +375,11 @@ class Trainer:
         """Which part of the rows is read here: all ranks of a context group read the same one."""
         group, placement = self.mesh.attention, self.mesh.placement
         return (group.index // placement.context if group else None), len(placement.context_groups())
+
+
+def _came(trainer: ref[Trainer], index: int, _parameter: Tensor) -> None:
+    if (there := trainer()) is not None:
+        there.take(index)
 
 
 def _by_layer(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:

@@ -142,7 +142,8 @@ def measured() -> Iterator[tuple[str, Recipe, int]]:
     """Peaks of training on GPUs under benchmarks/results: of what, its recipe, and bytes on the rank that had most."""
     scale = Scale(all_series(False, None), (1, 2, 4))
     trainings = {(case.name, case.ranks, case.tokens): case.sizes for n in (1, 2, 4) for case in scale.cases(n)}
-    rows = {(row["what"], row["ranks"], row["tokens"]): row for row in results("scale") if row["part"] == "train"}
+    scaling = (*results("scale-unbalanced"), *results("scale"))
+    rows = {(row["what"], row["ranks"], row["tokens"]): row for row in scaling if row["part"] == "train"}
     for key, row in rows.items():
         training = trainings[key]
         assert isinstance(training, Training)

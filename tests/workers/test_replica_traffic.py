@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -165,3 +167,14 @@ def test_nothing_is_computed_with_that_has_not_come(corpus: Path, case: str) -> 
         if rank["buckets"] and "model__tied_embeddings" not in CASES[case]:
             assert "head.weight" in rank["missing"][2]
     assert any(rank["buckets"] > 2 for rank in soon)
+
+
+def test_a_model_goes_with_its_trainer(corpus: Path) -> None:
+    """Whose hooks its parameters have: of two runs in one process the second one needs the memory of the first."""
+    recipe = Recipe.model_validate(small_recipe())
+    trainer = Trainer(recipe, corpus, None, make_mesh(Placement.of(recipe)), torch.device("cpu"))
+    trainer.train_step()
+    model = weakref.ref(trainer.model)
+    del trainer
+    gc.collect()
+    assert model() is None
