@@ -78,6 +78,7 @@ def varlen(
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # what a prompt leaves behind may serve a step of training, which saves it
 def _offsets(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
     """int32 on the device, once for all layers."""
     return numbers_on(device, cu_seqlens, torch.int32)

@@ -65,7 +65,7 @@ def panels_of(rows: list[Row]) -> Iterator[tuple[str, list[Line]]]:
         ]
         if lines:
             yield f"{phase}, times as fast as dense attention", lines
-    mine = [row for row in rows if row["what"] == DECODE and row.get("best")]
+    mine = [row for row in rows if row["what"] == DECODE and row.get("best") and "lengths" not in row]
     batches = sorted({row["batch"] for row in mine})
     if batches:
         yield (

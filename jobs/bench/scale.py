@@ -9,7 +9,9 @@ beyond its inputs. Beside each row stands what ``scale_model`` predicts, also fo
 
 ``python -m shoal.jobs.bench.scale --out FOLDER`` needs no Ray but for ``--parts serve``; the parts ``moe`` and
 ``sequence`` need torch and Triton alone. ``--device cpu`` runs all of it in small, over gloo. The JSON is written anew
-after each case.
+after each case; of other parts than the usual ones it is named after these, ``scale-moe.json``, and with ``--only``
+``scale-some.json``. Training is measured with weights that hardly move and experts that biases even out;
+``device_load`` says how even the ranks' rows were by then.
 """
 
 from __future__ import annotations
@@ -222,7 +224,8 @@ def prepared(parts: Sequence[str], ranks: Sequence[int], small: bool, settings: 
 
         series += serve_series(small)
     names = {each: "; ".join({line.what: 0 for line in each.lines()}) for each in series}
-    series = [each for each in series if any(part in names[each] for part in only.split(","))]
+    wanted = [part for part in only.split(",") if part.strip()]
+    series = [each for each in series if not wanted or any(part in names[each] for part in wanted)]
     if names and not series:
         raise UsageError(f"--only {only} is in no name of these: {'; '.join(names.values())}")
     training = [each for each in series if isinstance(each, scale_cases.TrainSeries)]
@@ -283,7 +286,7 @@ def measure(chosen: argparse.Namespace) -> None:
     before = os.getloadavg()[0]
     settings = Settings(chosen.data_dir, steps=chosen.steps)
     scale = prepared(chosen.parts.split(","), ranks, small, settings, chosen.only)
-    name = "scale-cpu" if small else "scale"
+    name = _title(small, chosen.parts.split(","), chosen.only)
 
     def after() -> Path:
         result = document(name, scale.rows(), (before, os.getloadavg()[0])) | {"notes": scale.notes}
@@ -294,6 +297,12 @@ def measure(chosen: argparse.Namespace) -> None:
     picture = (chosen.plots or chosen.out) / f"{name}.png"
     draw(json.loads(path.read_text()), picture)
     print(f"written to {path} and {picture}")
+
+
+def _title(small: bool, parts: Sequence[str], only: str = "") -> str:
+    """What a result is called: some series alone do not take the place of all of them."""
+    alone = [part for part in PARTS if part in parts] if set(parts) != set(USUAL) else []
+    return "-".join(("scale", *["cpu"] * small, *alone, *["some"] * bool(only)))
 
 
 def _numbers(text: str) -> list[int]:

@@ -222,8 +222,9 @@ def test_the_picture_has_a_panel_for_each_phase_that_was_measured(tmp_path: Path
         for context in (8192, 65536) for batch in (1, 16)
     ]  # fmt: skip
     slower = time_row(nsa_decode.DECODE, 0.02, "matmul", 0.9, phase="decode", context=8192, batch=1, **facts)
+    ragged = {**decode[-1], "ratio": 9.0, "lengths": "4096 to 65536"}  # of 16 as well, but of other lengths
     grouped = time_row("NSA, whole, by groups", 9.0, "sdpa_cudnn", 30.0, phase="forward", context=65536, **facts)
-    ((title, lines),) = nsa_plot.panels_of([*decode, slower, grouped])
+    ((title, lines),) = nsa_plot.panels_of([*decode, slower, ragged, grouped])
     assert title.startswith("decode")
     assert [(line.label, len(line.rows)) for line in lines] == [("batch 1", 2), ("batch 16", 2)]
     whole = [

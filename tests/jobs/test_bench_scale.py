@@ -119,6 +119,16 @@ def test_unknown_parts_are_refused() -> None:
         prepared(("moe",), [1], True, Settings(), "walk")
     only = prepared(("moe", "sequence"), [1], True, Settings(), "NSA,walk").series
     assert [each.part for each in only] == ["sequence"]
+    assert [each.part for each in prepared(("moe", "sequence"), [1], True, Settings(), "NSA,").series] == ["sequence"]
+
+
+def test_some_series_do_not_take_the_place_of_all(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "shoal.jobs.bench.scale", "--device", "cpu", "--out", str(tmp_path)]
+    some = [*command, "--parts", "moe,sequence", "--only", "NSA", "--ranks", "1"]
+    subprocess.run(some, check=True, env=environment(), timeout=120)
+    assert {path.name for path in tmp_path.iterdir()} == {f"scale-cpu-moe-sequence-some.{x}" for x in ("json", "png")}
+    rows = json.loads((tmp_path / "scale-cpu-moe-sequence-some.json").read_text())["rows"]
+    assert {row["part"] for row in rows} == {"sequence"}
 
 
 def test_full_sizes_are_possible_on_8_ranks_and_fit_80_gb() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shoal.kernels.full import full_attention, full_attention_oracle
+from shoal.kernels.full import _offsets, full_attention, full_attention_oracle
 
 
 def inputs(tokens: int, heads: int, kv: int, dims: tuple[int, int], dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -32,6 +32,13 @@ def test_forward_and_gradients(lengths: list[int], kv: int, group: int, dims: tu
     if cu[-1]:
         for g, w in zip(got, torch.autograd.grad(want, (q, k, v), upstream), strict=True):
             torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-11)
+
+
+def test_what_a_prompt_leaves_behind_serves_training() -> None:
+    """Autograd saves no tensor that was made in inference mode."""
+    with torch.inference_mode():
+        _offsets((0, 3, 8), torch.device("cpu"))
+    assert not _offsets((0, 3, 8), torch.device("cpu")).is_inference()
 
 
 def test_no_tokens_stay_in_the_graph() -> None:

@@ -31,8 +31,9 @@ from shoal.workers.model.attention import rotation_rates
 from shoal.workers.model.feedforward import MoELoad, run
 
 FEW = 0
-"""Rows up to which a step takes its layers in few launches, ``shoal.kernels.few.MOST`` at most. None until a GPU has
-run those launches: so far they were compiled for one, and agree in Triton's interpreter."""
+"""Rows up to which a step takes its layers in few launches, ``shoal.kernels.few.MOST`` at most. None, and tables of
+steps in many launches too, until a GPU has run those: so far they were compiled for one, and agree in Triton's
+interpreter."""
 MOST_ROWS = 256
 FEWEST_PAGES = 64  # that a graph has room for: below, a step costs the same
 BOTH = 8  # rows up to which a step without compressed rows has a graph of its own: of more, some row mostly ends one
@@ -119,7 +120,8 @@ class DecodeSteps:
         self.device = next(model.parameters()).device
         whole = -(-model.recipe.model.context // self.sizes.slc_block)
         self.rows, self.pages = _doubled(min(most, MOST_ROWS)), _quartered(whole)
-        self.rates = rotation_rates(model.recipe.model, self.device) if by_triton(model, caches) else None
+        few = FEW > 0 and by_triton(model, caches)
+        self.rates = rotation_rates(model.recipe.model, self.device) if few else None
         back = reach(model.recipe)
         self.windows = (back + SINGLE) // self.sizes.slc_block + 2 if back else 0
         size = self._places(Shape(self.rows[-1], self.pages[-1], False))[-1][0].stop
