@@ -64,7 +64,7 @@ def train(
     share, the mean over layers, and ``peak_bytes``, the most that a rank has allocated since the start.
     """
     mesh = make_mesh(Placement.of(recipe), rank, device)
-    trainer = Trainer(recipe, corpus, None, mesh, device)
+    trainer = Trainer(_within_a_long_run(recipe), corpus, None, mesh, device)
     settings = {"context": recipe.train.sequence, "recompute": recipe.train.recompute}
     places = mesh.placement.set_size
     began = time.monotonic()
@@ -83,6 +83,12 @@ def train(
             spare_collector()
         if step >= least and passed > seconds:
             break
+
+
+def _within_a_long_run(recipe: Recipe) -> Recipe:
+    """A run looks at what was chosen some 200 times in all, which a short one would in each step."""
+    table = recipe.train.model_copy(update={"steps": recipe.train.steps + 1_000_000, "log_every": 1})
+    return recipe.model_copy(update={"train": table})
 
 
 def _peak(device: torch.device) -> int:
