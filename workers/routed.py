@@ -17,6 +17,7 @@ from shoal.kernels.moe import gemms as ffn
 from shoal.kernels.moe.fan import combine, expand
 from shoal.kernels.moe.gemms import Gemms, apart
 from shoal.kernels.moe.plan import gates_of_rows
+from shoal.kernels.moe.router import Router
 from shoal.workers.dispatch import Dispatcher
 from shoal.workers.gathered import Live
 
@@ -26,21 +27,6 @@ if TYPE_CHECKING:
 Pair = tuple[Tensor, Tensor]
 Weights = tuple[Tensor | None, Tensor | None]
 """Of experts: gate_up ``[E, H, 2F]`` (gate first) and down ``[E, F, H]``; None for none."""
-
-
-class Router(NamedTuple):
-    """Who chooses. centroids: ``[N, H]``; the others as :func:`shoal.kernels.moe.route` has them. scores: whether those
-    of each token are asked for, not their sums alone."""
-
-    centroids: Tensor
-    top_k: int
-    normalize: bool = False
-    bias: Tensor | None = None
-    groups: int = 1
-    most: int = 0
-    squares: bool = False
-    scores: bool = False
-    score: str = "softmax"
 
 
 class Found(NamedTuple):

@@ -19,9 +19,10 @@ from torch import Tensor
 from shoal.kernels.moe import route
 from shoal.kernels.moe.backend import experts_backend
 from shoal.kernels.moe.fan import by_rank, expand
+from shoal.kernels.moe.router import Router
 from shoal.workers.dispatch import Dispatcher
 from shoal.workers.mesh import Group
-from shoal.workers.routed import Pass, RoutedFFN, Router
+from shoal.workers.routed import Pass, RoutedFFN
 from shoal.workers.symmetric import BACK, OUT, Inbox, inbox
 
 

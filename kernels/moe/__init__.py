@@ -2,6 +2,7 @@
 
 from shoal.kernels.moe.experts import grouped_ffn, swiglu_ffn
 from shoal.kernels.moe.router import (
+    Router,
     Routing,
     balance_loss,
     hash_route,
@@ -13,6 +14,7 @@ from shoal.kernels.moe.router import (
 )
 
 __all__ = [
+    "Router",
     "Routing",
     "balance_loss",
     "grouped_ffn",

@@ -13,19 +13,7 @@ from torch import Tensor
 
 from shoal.kernels.few import add_norm
 from shoal.kernels.moe.experts import swiglu_ffn
-from shoal.kernels.moe.router import route
-
-
-class FewRoute(NamedTuple):
-    """How experts are chosen, as :func:`shoal.kernels.moe.route` has it. centroids: ``[N, H]``, bias: ``[N]``."""
-
-    centroids: Tensor
-    top_k: int
-    normalize: bool = False
-    bias: Tensor | None = None
-    groups: int = 1
-    most: int = 0
-    score: str = "softmax"
+from shoal.kernels.moe.router import Router
 
 
 class FewChoice(NamedTuple):
@@ -39,7 +27,7 @@ class FewChoice(NamedTuple):
 
 
 def few_choices(
-    base: Tensor, parts: Tensor, weight: Tensor, eps: float, live: Tensor, router: FewRoute, triton: bool
+    base: Tensor, parts: Tensor, weight: Tensor, eps: float, live: Tensor, router: Router, triton: bool
 ) -> FewChoice:
     """:func:`shoal.kernels.few.add_norm` of the first four, and the experts of the normed rows (DeepSeekMoE eq. 10-11).
 
@@ -50,10 +38,7 @@ def few_choices(
 
         return triton_choices(base, parts, weight, eps, live, router)
     total, normed = add_norm(base, parts, weight, eps, triton)
-    r = router
-    chosen = route(
-        normed, r.centroids, r.top_k, r.normalize, score=r.score, bias=r.bias, groups=r.groups, most=r.most
-    )  # fmt: skip
+    chosen = router.route(normed)
     idle = (live == 0)[:, None]
     wide = torch.promote_types(base.dtype, torch.float32)
     return FewChoice(

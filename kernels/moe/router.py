@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +53,35 @@ def route(
     if normalize:
         gates = gates / gates.sum(-1, keepdim=True)
     return Routing(scores, gates, experts, logits.logsumexp(-1).square().sum() if squares else None)
+
+
+class Router(NamedTuple):
+    """Who chooses. centroids: ``[N, H]``; the others as :func:`route` has them. scores: whether those of each token are
+    asked for, not their sums alone."""
+
+    centroids: Tensor
+    top_k: int
+    normalize: bool = False
+    bias: Tensor | None = None
+    groups: int = 1
+    most: int = 0
+    squares: bool = False
+    scores: bool = False
+    score: str = "softmax"
+
+    def route(self, x: Tensor) -> Routing:
+        """Of ``[T, H]``, in PyTorch's operations."""
+        return route(
+            x,
+            self.centroids,
+            self.top_k,
+            self.normalize,
+            score=self.score,
+            bias=self.bias,
+            groups=self.groups,
+            most=self.most,
+            squares=self.squares,
+        )
 
 
 def _wanted(scores: Tensor, bias: Tensor | None, groups: int, most: int) -> Tensor:

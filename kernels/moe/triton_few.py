@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from shoal.kernels.few import MOST
-from shoal.kernels.moe.few import FewChoice, FewRoute
+from shoal.kernels.moe.few import FewChoice
+from shoal.kernels.moe.router import Router
 from shoal.kernels.moe.triton_best import best_of, scores_of
 from shoal.kernels.triton_few import FewTuning, norm_shape, sum_and_norm
 
@@ -24,9 +25,7 @@ ELEMENTS = (
 )
 
 
-def triton_choices(
-    base: Tensor, parts: Tensor, weight: Tensor, eps: float, live: Tensor, router: FewRoute
-) -> FewChoice:
+def triton_choices(base: Tensor, parts: Tensor, weight: Tensor, eps: float, live: Tensor, router: Router) -> FewChoice:
     """What :func:`shoal.kernels.moe.few.few_choices` returns."""
     (tokens, hidden), r = base.shape, router
     experts = len(r.centroids)

@@ -158,13 +158,14 @@ def dispatch(world: int, experts: int, copies: int, tokens: int) -> None:
 def few(tokens: int, hidden: int, inner: int, dtype: torch.dtype, **how: Any) -> None:
     """A decode step of few rows: projections, sums that are normed, routing, experts."""
     from shoal.kernels.few import add_norm, few_parts, few_products
-    from shoal.kernels.moe.few import FewRoute, few_choices, few_experts
+    from shoal.kernels.moe.few import few_choices, few_experts
+    from shoal.kernels.moe.router import Router
 
     x, weight = torch.zeros(tokens, hidden, dtype=dtype), torch.zeros(hidden, dtype=dtype)
     few_products(x, [x.new_zeros(n, hidden) for n in (512, 96, 96, 64)], True)
     parts = few_parts(x, x.new_zeros(hidden, hidden), True)
     live = torch.ones(tokens, dtype=torch.int64)
-    chosen = few_choices(x, parts, weight, 1e-6, live, FewRoute(x.new_zeros(64, hidden), 6, **how), True)
+    chosen = few_choices(x, parts, weight, 1e-6, live, Router(x.new_zeros(64, hidden), 6, **how), True)
     shapes = [(64, hidden, 2 * inner), (64, inner, hidden), (2, hidden, 2 * inner), (2, inner, hidden)]
     gate_up, down, *shared = (x.new_zeros(shape) for shape in shapes)
     results = few_experts(x, chosen.experts, gate_up, down, (shared[0], shared[1]), True)

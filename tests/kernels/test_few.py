@@ -16,8 +16,8 @@ from triton_on_cpu import DEVICE, close, draw
 triton_on_cpu.prepare()
 
 from shoal.kernels.few import MOST, add_norm, few_parts, few_products  # noqa: E402
-from shoal.kernels.moe.few import FewRoute, few_choices, few_experts  # noqa: E402
-from shoal.kernels.moe.router import route  # noqa: E402
+from shoal.kernels.moe.few import few_choices, few_experts  # noqa: E402
+from shoal.kernels.moe.router import Router, route  # noqa: E402
 from shoal.kernels.moe.triton_few import triton_experts  # noqa: E402
 from shoal.kernels.triton_few import FewTuning, triton_parts, triton_products  # noqa: E402
 
@@ -32,7 +32,7 @@ def exact(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     def wide(x: Any) -> Any:
         if isinstance(x, Tensor):
             return x.cpu().double() if x.is_floating_point() else x.cpu()
-        if isinstance(x, FewRoute):
+        if isinstance(x, Router):
             return x._replace(centroids=wide(x.centroids), bias=None if x.bias is None else wide(x.bias))
         return type(x)(map(wide, x)) if isinstance(x, tuple | list) else x
 
@@ -83,7 +83,7 @@ def test_sums_of_any_shape(tokens: int, hidden: int, count: int, gated: int) -> 
     check_sums(tokens, hidden, count, min(gated, count), torch.float32)
 
 
-def check_choices(tokens: int, hidden: int, dtype: torch.dtype, router: FewRoute) -> None:
+def check_choices(tokens: int, hidden: int, dtype: torch.dtype, router: Router) -> None:
     """Of all rows but one, which nobody needs, against the choice of the rows as they were normed."""
     base, weight = draw(tokens, hidden, dtype=dtype, seed=1), draw(hidden, dtype=dtype, seed=2)
     parts = draw(tokens, 2, hidden, dtype=torch.float32, seed=3)
@@ -130,12 +130,12 @@ def test_choices(
     k = min(k, count // groups * (most or groups))
     bias = draw(count, dtype=torch.float32, seed=5) / 4 if biased else None
     centroids = draw(count, hidden, dtype=torch.float32, seed=4) / hidden**0.5
-    check_choices(tokens, hidden, torch.float32, FewRoute(centroids, k, normalize, bias, groups, most, score))
+    check_choices(tokens, hidden, torch.float32, Router(centroids, k, normalize, bias, groups, most, score=score))
 
 
 def test_centroids_that_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shoal.kernels.moe.triton_few.ELEMENTS", 256)
-    check_choices(3, 40, torch.float32, FewRoute(draw(30, 40, dtype=torch.float32, seed=4), 5))
+    check_choices(3, 40, torch.float32, Router(draw(30, 40, dtype=torch.float32, seed=4), 5))
 
 
 def check_experts(
@@ -189,9 +189,9 @@ def test_on_a_gpu(dtype: torch.dtype, tokens: int) -> None:
     check_sums(tokens, 2048, 8, 6, dtype)
     check_sums(tokens, 1000, 3, 0, dtype)
     centroids = draw(64, 512, dtype=dtype, seed=4) / 512**0.5
-    check_choices(tokens, 512, dtype, FewRoute(centroids, 6))
+    check_choices(tokens, 512, dtype, Router(centroids, 6))
     check_choices(
-        tokens, 512, dtype, FewRoute(centroids, 6, True, draw(64, dtype=torch.float32, seed=5), 8, 3, "sigmoid")
+        tokens, 512, dtype, Router(centroids, 6, True, draw(64, dtype=torch.float32, seed=5), 8, 3, score="sigmoid")
     )
     check_experts(tokens, 6, 16, 2, 512, 352, dtype)
     check_experts(tokens, 3, 8, 1, 200, 72, dtype)

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from shoal.kernels.moe.gemms import Gemms
 from shoal.kernels.moe.oracle import ffn
+from shoal.kernels.moe.router import Router
 from shoal.workers import symmetric
 from shoal.workers.dispatch import Dispatcher
 from shoal.workers.flight import PackedFlight
 from shoal.workers.gathered import ApartFlight, GatheredFlight, Live
 from shoal.workers.mesh import Group
-from shoal.workers.routed import Pass, RoutedFFN, Router
+from shoal.workers.routed import Pass, RoutedFFN
 from shoal.workers.symmetric import Inbox
 
 HIDDEN, INNER, SHARED = 16, 8, 2

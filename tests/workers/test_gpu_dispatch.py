@@ -19,10 +19,11 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from shoal.kernels.moe.backend import experts_backend
+from shoal.kernels.moe.router import Router
 from shoal.workers import symmetric
 from shoal.workers.dispatch import Dispatcher
 from shoal.workers.mesh import Group
-from shoal.workers.routed import Pass, RoutedFFN, Router
+from shoal.workers.routed import Pass, RoutedFFN
 
 HIDDEN, INNER, EXPERTS, TOP_K, SHARED, CAPACITY = 256, 128, 16, 4, 2, 600
 TOKENS = ((600, 600), (600, 411), (37, 600), (1, 1), (0, 600), (512, 512))

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from shoal.kernels.few import add_norm
-from shoal.kernels.moe.few import FewChoice, FewRoute, few_choices, few_experts
+from shoal.kernels.moe.few import FewChoice, few_choices, few_experts
 from shoal.kernels.nsa.paged import PagedCache, reads_in_place
 from shoal.workers.config import Recipe
 from shoal.workers.data.batch import PackedBatch
@@ -63,7 +63,6 @@ def few_stages(
 
 def _choices(moe: MoE, x: Tensor, parts: Tensor, norm: nn.RMSNorm, load: MoELoad, triton: bool) -> FewChoice:
     """Who chooses is what the layer has; whose choices count, what the step says."""
-    table, limit = moe.table, {"groups": moe.balance.device_groups, "most": moe.most}
-    router = FewRoute(moe.centroids, table.top_k, table.normalize_gates, moe.bias, score=table.router, **limit)
-    assert load.live is not None and norm.eps is not None
+    router = moe.router(load)
+    assert router is not None and load.live is not None and norm.eps is not None
     return few_choices(x, parts, norm.weight, norm.eps, load.live.mask, router, triton)

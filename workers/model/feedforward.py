@@ -11,7 +11,6 @@ from shoal.kernels.moe import (
     balance_loss,
     hash_route,
     load_fractions,
-    route,
     sequence_counts,
     sequence_loss,
     shares_of,
@@ -19,14 +18,14 @@ from shoal.kernels.moe import (
 )
 from shoal.kernels.moe.backend import counts_stay, experts_backend
 from shoal.kernels.moe.gemms import Gemms, side_by_side
-from shoal.kernels.moe.router import Routing
+from shoal.kernels.moe.router import Router, Routing
 from shoal.workers.config import Recipe
 from shoal.workers.dispatch import Dispatcher
 from shoal.workers.errors import InvalidInput
 from shoal.workers.expert_plan import Homes, even_homes
 from shoal.workers.gathered import GatheredFlight, Live
 from shoal.workers.mesh import Mesh
-from shoal.workers.routed import Found, Pass, RoutedFFN, Router, Weights
+from shoal.workers.routed import Found, Pass, RoutedFFN, Weights
 
 Stages = Generator[None, None, Tensor]
 """A computation that pauses where it would wait for other ranks, so that another one can go on meanwhile."""
@@ -188,7 +187,7 @@ class MoE(nn.Module):
         """The same; without gradients with a pause while the results are on their way home."""
         if self.whole:
             return self._on_this_rank(x_TH, load)
-        own, shared, router = _weights(self, "experts"), _weights(self, "shared"), self._router(load)
+        own, shared, router = _weights(self, "experts"), _weights(self, "shared"), self.router(load)
         inside = router if self.products.triton else None
         passing = Pass(self.dispatcher, self.products, own, shared, self.sent_shared, inside, load.live)
         given = None if inside else self._route(x_TH, tokens_T, router)
@@ -214,7 +213,7 @@ class MoE(nn.Module):
             load.chosen.append(passing.chosen)
         return out
 
-    def _router(self, load: MoELoad) -> Router | None:
+    def router(self, load: MoELoad) -> Router | None:
         """Who chooses the experts of this rank's tokens; None for a hash of them, and without tokens."""
         moe, b = self.table, self.balance
         if moe.router == "hash" or not self.mesh.hosts_attention:
@@ -235,7 +234,7 @@ class MoE(nn.Module):
         """The layer in one piece."""
         from shoal.kernels.moe.layer import moe_layer
 
-        r = self._router(load)
+        r = self.router(load)
         assert r is not None
         shared = self._shared_weights()
         weights = (r.centroids, self.experts.gate_up, self.experts.down)
@@ -292,9 +291,7 @@ class MoE(nn.Module):
         if router is None:
             none = torch.zeros(0, moe.top_k, dtype=torch.int64, device=x.device)
             return Routing(None, x.new_zeros(0, moe.top_k), none)
-        r = router
-        limit = {"groups": r.groups, "most": r.most}
-        return route(x, r.centroids, r.top_k, r.normalize, score=r.score, bias=r.bias, **limit, squares=r.squares)
+        return router.route(x)
 
     def _count(self, found: Found, counts: Tensor, chosen: Tensor, load: MoELoad) -> None:
         """Adds this layer's load and its part of the balance losses."""
