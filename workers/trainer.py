@@ -120,11 +120,13 @@ class Trainer:
         t = self.recipe.train
         return self.step == t.steps or self.step % max(1, t.steps // LOAD_RECORDS) == 0
 
+    def by_place(self, load: list[list[float]]) -> list[list[float]]:
+        """Of each layer's load of experts that of the places in a set of expert ranks; 1.0 is a fair share."""
+        return [place_loads(*each, self.mesh.placement.set_size) for each in zip(load, self.plan, strict=True)]
+
     def _spread_of(self, load: list[list[float]]) -> Record:
         """Figures of each layer's load, of experts and of places in a set of expert ranks; 1.0 is a fair share."""
-        places = self.mesh.placement.set_size
-        layers = zip(load, self.model.moe_layers, strict=True)
-        by_place = [place_loads(row, layer.homes, places) for row, layer in layers]
+        by_place = self.by_place(load)
         figures = [spread(row) for row in load]
         return {
             "load": load,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Iterator
@@ -14,7 +15,6 @@ import torch.distributed as dist
 
 from shoal.jobs.recipe import load_recipe
 from shoal.workers.config import Recipe
-from shoal.workers.expert_plan import place_loads
 from shoal.workers.machine import spare_collector
 from shoal.workers.mesh import make_mesh
 from shoal.workers.placement import Placement
@@ -66,23 +66,25 @@ def train(
     mesh = make_mesh(Placement.of(recipe), rank, device)
     trainer = Trainer(_within_a_long_run(recipe), corpus, None, mesh, device)
     settings = {"context": recipe.train.sequence, "recompute": recipe.train.recompute}
-    places = mesh.placement.set_size
     began = time.monotonic()
-    for step in range(1, recipe.train.steps + 1):
-        start = time.perf_counter()
-        record = trainer.train_step()
-        del record["gates"], record["coverage"]
-        rows = [max(place_loads(*each, places)) for each in zip(record.pop("load"), trainer.plan, strict=True)]
-        # the host's clocks differ: whether there is time for another step is decided together
-        facts = torch.tensor([time.monotonic() - began, _peak(device)], dtype=torch.float64, device=device)
-        passed, peak = mesh.world.all_gather(facts).amax(0).tolist()
-        wall = time.perf_counter() - start
-        load = {"device_load": sum(rows) / len(rows) if rows else 1.0}
-        yield {**record, "wall_seconds": wall, **settings, **load, "peak_bytes": int(peak)}
-        if step == 1:
-            spare_collector()
-        if step >= least and passed > seconds:
-            break
+    try:
+        for step in range(1, recipe.train.steps + 1):
+            start = time.perf_counter()
+            record = trainer.train_step()
+            del record["gates"], record["coverage"]
+            rows = [max(layer) for layer in trainer.by_place(record.pop("load"))]
+            # the host's clocks differ: whether there is time for another step is decided together
+            facts = torch.tensor([time.monotonic() - began, _peak(device)], dtype=torch.float64, device=device)
+            passed, peak = mesh.world.all_gather(facts).amax(0).tolist()
+            wall = time.perf_counter() - start
+            load = {"device_load": sum(rows) / len(rows) if rows else 1.0}
+            yield {**record, "wall_seconds": wall, **settings, **load, "peak_bytes": int(peak)}
+            if step == 1:
+                spare_collector()
+            if step >= least and passed > seconds:
+                break
+    finally:
+        gc.unfreeze()  # this model goes
 
 
 def _within_a_long_run(recipe: Recipe) -> Recipe:

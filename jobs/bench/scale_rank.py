@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import statistics
 from datetime import timedelta
@@ -123,7 +122,6 @@ def _train(training: Training, group: Group, device: torch.device) -> dict[str, 
     steps = train(training.load(), Path(training.corpus), group.index, device, SECONDS, WARM_UP + 2)
     records = list(steps)
     later = records[max(min(WARM_UP, len(records) - 1), len(records) // 2) :]
-    gc.unfreeze()  # this model goes
 
     def of(key: str) -> float:
         return 1e3 * statistics.median(r[key] for r in later)
