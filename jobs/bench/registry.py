@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -55,9 +55,14 @@ def parts_of(name: str, text: str) -> tuple[str, ...]:
     asked, known = {part.strip() for part in text.split(",")} - {""}, PARTS.get(name, ())
     if asked and not known:
         raise UsageError(f"--parts {text}: shoal bench {name} has no parts, leave the option out")
-    if unknown := sorted(asked - set(known)):
-        raise UsageError(f"--parts {unknown[0]} is none of {', '.join(known)}: name some of these, with commas between")
+    check_parts(asked, known)
     return () if asked == set(known) else tuple(part for part in known if part in asked)
+
+
+def check_parts(asked: Collection[str], known: Sequence[str]) -> None:
+    """Raises UsageError where one that is asked for is not known."""
+    if unknown := sorted(set(asked) - set(known)):
+        raise UsageError(f"--parts {unknown[0]} is none of {', '.join(known)}: name some of these, with commas between")
 
 
 def measure(name: str, settings: Settings) -> Document:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shoal.jobs.bench.cases import run_cases
-from shoal.jobs.bench.registry import Settings
+from shoal.jobs.bench.registry import Settings, check_parts
 from shoal.jobs.bench.result import Document, Row, document, time_row, value_row, write
 from shoal.jobs.bench.scale_model import NVLINK, Curve, Link, fit
 from shoal.workers.errors import InvalidInput, ShoalError, UsageError
@@ -209,8 +209,7 @@ def result_name() -> str:
 def prepared(parts: Sequence[str], ranks: Sequence[int], small: bool, settings: Settings, only: str = "") -> Scale:
     """Everything that is to be measured, the corpus for training made. only: of these parts, what has one of these in
     its name, with commas between. Raises UsageError for an unknown part, or where nothing is left."""
-    if unknown := sorted(set(parts) - set(PARTS)):
-        raise UsageError(f"--parts {unknown[0]} is none of {', '.join(PARTS)}: name some of these, with commas between")
+    check_parts(parts, PARTS)
     missing = [name for name in NEEDS if not find_spec(name)] if "train" in parts else []
     notes = []
     if missing:
