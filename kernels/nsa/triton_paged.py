@@ -1,39 +1,69 @@
 """NSA over a paged cache, in Triton: single queries, as a decode step has them, and chunks of a prompt.
 
-Single queries take five launches, each with work for many programs even when there is one query: scores on compressed
-rows and their partial outputs, the blocks' importance, the choice, partial outputs of chosen and window pages, their
-sum. Nothing is read by the host and no size depends on how long the sequences are, only on how many pages the tables
-have room for: a CUDA graph can hold it. A chunk's keys and values are copied out of their pages and read by the kernels
-of training.
+Single queries take four launches, each with work for many programs even when there is one query: partial outputs of
+compressed rows and what importance needs of them, the choice, partial outputs of chosen and window pages, their sum.
+Each launch may begin before the one before it has ended, and waits inside for what it reads. Nothing is read by the
+host and no size depends on how long the sequences are, only on how many pages the tables have room for: a CUDA graph
+can hold it. A chunk's keys and values are copied out of their pages and read by the kernels of training.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from shoal.kernels.hopper import on_hopper
 from shoal.kernels.nsa.layout import BlockSizes
 from shoal.kernels.nsa.paged import DecodeTables, HiddenGates, PagedCache
 from shoal.kernels.nsa.triton_forward import ForwardTuning, attend
+from shoal.kernels.nsa.triton_paged_choose import choose_kernel
 from shoal.kernels.nsa.triton_paged_sum import sum_branches
 from shoal.kernels.nsa.triton_select import LOG2E, halves, load_keys, load_rows, padded, precision, query_keys
 from shoal.kernels.nsa.triton_tables import chunk_tables
 
-IMPORTANT = 32  # blocks whose importance a program adds up
+MOST = 32  # programs that share a head's compressed rows: their outputs are added up by one program
 
 
 @dataclass(frozen=True)
 class PagedTuning:
-    """rows: compressed rows of a tile. programs: how many share the compressed rows of all queries, about."""
+    """rows: compressed rows of a tile. programs: how many run at a time, about. blocks: whose importance one adds up.
+    warps, stages: of a program that reads compressed rows, and of one that reads pages. ahead: whether a launch may
+    begin before the one before it has ended, where the GPU can do that."""
 
     rows: int = 64
-    programs: int = 512
-    warps: int = 4
+    programs: int = 384
+    blocks: int = 64
+    warps: tuple[int, int] = (4, 4)
+    stages: tuple[int, int] = (3, 3)
+    ahead: bool = True
+
+
+@lru_cache(maxsize=1024)
+def _shared(heads: int, tiles: int, programs: int) -> int:
+    """How many programs share the tiles of each head, so that those which run at a time end at one time, about."""
+
+    def cost(splits: int) -> int:
+        return triton.cdiv(heads * splits, programs) * (triton.cdiv(tiles, splits) + 1)
+
+    best = min(range(1, min(tiles, MOST) + 1), key=cost)
+    return triton.cdiv(tiles, triton.cdiv(tiles, best))
+
+
+@lru_cache(maxsize=1024)
+def _at_once(heads: int, count: int, windows: int, programs: int) -> int:
+    """How many pages a program takes, of those chosen for each head and of its window."""
+
+    def cost(each: int) -> int:
+        return triton.cdiv(heads * (triton.cdiv(count, each) + triton.cdiv(windows, each)), programs) * (each + 1)
+
+    return min(range(1, max(count, windows) + 1), key=cost)
 
 
 def triton_paged_decode(
@@ -50,69 +80,73 @@ def triton_paged_decode(
     n, heads, dim = q.shape
     kv, dim_v = cache.v_slc.shape[1], cache.v_slc.shape[3]
     pages, windows = tables.far.shape[-1], tables.near.shape[-1]
-    per = sizes.slc_block // sizes.cmp_stride
+    per, skipped, count = sizes.slc_block // sizes.cmp_stride, sizes.cmp_block // sizes.cmp_stride - 1, sizes.slc_count
     out = q.new_empty(n, heads, dim_v)
     if not n:
         return out
-    tile = max(1, tuning.rows // per)  # pages of a tile
-    tiles = triton.cdiv(pages, tile)
-    splits = min(tiles, max(1, triton.cdiv(tuning.programs, n * kv)))
-    parts = splits + sizes.slc_count + windows
-    group = heads // kv
+    q, group = q.contiguous(), heads // kv
+    tile = padded(tuning.rows // per, least=1)  # pages of a tile
+    tiles, lags = triton.cdiv(pages, tile), 1 + triton.cdiv(skipped, per)
+    splits = _shared(n * kv, tiles, tuning.programs)
+    each = _at_once(n * kv, count, windows, tuning.programs)
+    chosen_parts = triton.cdiv(count, each)
+    parts = splits + chosen_parts + triton.cdiv(windows, each)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(n, kv, *shape, dtype=dtype, device=q.device)
 
-    weights, part = empty(group, pages * per), empty(parts, group, dim_v)
-    tops, totals = empty(parts, group), empty(parts, group)
-    importance, chosen = empty(pages), empty(sizes.slc_count, dtype=torch.int32)
+    part, tops, totals = empty(parts, group, dim_v), empty(parts, group), empty(parts, group)
+    sums, edges, bases = empty(pages, group), empty(tiles, group), empty(tiles, group)
+    blocks = max(tile, min(tuning.blocks * padded(pages // 4096, least=1), padded(pages, least=1)))
+    sharers, free = triton.cdiv(pages, blocks), count - sizes.slc_initial - sizes.slc_local
+    best, arrivals = empty(sharers, free, 2, dtype=torch.int32), empty(dtype=torch.int32)
+    chosen = empty(count, dtype=torch.int32)
+    ahead = tuning.ahead and on_hopper(q)
+    launch: dict[str, Any] = {"launch_pdl": True} if ahead else {}
     # What grows with the sequences is no constant of a kernel: it would be compiled again and again while serving.
-    shape = {"G": group, "GP": padded(group), "E": dim_v, "EP": padded(dim_v)}
-    rows = {"PER": per, "SKIPPED": sizes.cmp_block // sizes.cmp_stride - 1, "STRIDE": sizes.cmp_stride}
-    _compressed_kernel[(n, kv, splits)](
-        *(q.contiguous(), cache.k_cmp, cache.v_cmp, tables.positions, tables.far, weights, part, tops, totals),
+    shape = {"G": group, "GP": padded(group), "AHEAD": ahead}
+    widths = {"E": dim_v, "EP": padded(dim_v), "PRECISION": precision(q.dtype), **halves(dim)}
+    rows = {"PER": per, "STRIDE": sizes.cmp_stride, "LAGS": lags, "TILE": tile}
+    _compressed_rows_kernel[(kv, n, splits)](
+        *(q, cache.k_cmp, cache.v_cmp, tables.positions, tables.far, sums, edges, bases, arrivals, part, tops, totals),
         *(scale * LOG2E, pages, triton.cdiv(tiles, splits), parts),
-        BJ=padded(tile, least=1),
         PER_P=padded(per, least=1),
-        PRECISION=precision(q.dtype),
-        num_warps=tuning.warps,
+        SKIPPED=skipped,
+        num_warps=tuning.warps[0],
+        num_stages=tuning.stages[0],
+        **shape,
+        **widths,
+        **rows,
+        **launch,
+    )
+    choose_kernel[(n, kv, sharers)](
+        *(sums, edges, bases, tops, totals, tables.positions, best, arrivals, chosen, pages, splits, parts),
+        SP=MOST,
+        EACH=blocks,
+        CP=padded(sharers * free, least=1),
+        BLOCK=sizes.slc_block,
+        COUNT=count,
+        INITIAL=sizes.slc_initial,
+        LOCAL=sizes.slc_local,
+        num_warps=1,
         **shape,
         **rows,
-        **halves(dim),
+        **launch,
     )
-    choice = {"COUNT": sizes.slc_count, "INITIAL": sizes.slc_initial, "LOCAL": sizes.slc_local}
-    if pages > sizes.slc_count:
-        width = min(IMPORTANT, padded(pages, least=1))
-        _importance_kernel[(n, kv, triton.cdiv(pages, width))](
-            *(weights, tops, totals, tables.positions, importance, pages, splits, parts),
-            SP=padded(splits, least=1),
-            WIDTH=width,
-            BLOCK=sizes.slc_block,
-            **shape,
-            **rows,
-            **choice,
-        )
-    width = padded(pages)
-    _choose_kernel[(n, kv)](
-        *(importance, tables.positions, chosen, pages),
-        WIDTH=width,
-        BLOCK=sizes.slc_block,
-        num_warps=min(8, max(1, width // 1024)),  # within one warp a search needs no barrier
-        **choice,
-    )
-    _pages_kernel[(n, kv, sizes.slc_count + windows)](
-        *(q.contiguous(), cache.k_slc, cache.v_slc, cache.k_win, cache.v_win, tables.positions, tables.far),
-        *(tables.near, tables.near_first, chosen, part, tops, totals, scale * LOG2E, pages, windows, splits, parts),
-        COUNT=sizes.slc_count,
+    _pages_kernel[(kv, n, parts - splits)](
+        *(q, cache.k_slc, cache.v_slc, cache.k_win, cache.v_win, tables.positions, tables.far, tables.near),
+        *(tables.near_first, chosen, part, tops, totals, scale * LOG2E, pages, windows, splits, parts, each),
+        COUNT=count,
         WINDOW=sizes.window,
         BLOCK=sizes.slc_block,
         BN=padded(sizes.slc_block),
-        PRECISION=precision(q.dtype),
-        num_warps=tuning.warps,
+        num_warps=tuning.warps[1],
+        num_stages=tuning.stages[1],
         **shape,
-        **halves(dim),
+        **widths,
+        **launch,
     )
-    sum_branches((part, tops, totals), gates, out, (splits, splits + sizes.slc_count), group)
+    sum_branches((part, tops, totals), gates, out, (splits, splits + chosen_parts), group, launch)
     return out
 
 
@@ -146,24 +180,78 @@ def _rows(cache: Tensor, pages: Tensor) -> Tensor:
 
 
 @triton.jit
+def _scores(
+    b_q,
+    b_q2,
+    k,
+    v,
+    place,
+    seen,
+    scale,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    E: tl.constexpr,
+    EP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Scores ``[rows, GP]`` of keys with a group's queries ``[D1, GP]`` and ``[D2, GP]``, and values ``[rows, EP]``.
+
+    Rows come first in all that is computed, as a tensor core takes 64 of them and as few as 8 of the queries.
+    """
+    o_e = tl.arange(0, EP)
+    b_k, b_k2 = load_rows(k, place, seen, D, D1, D2)
+    b_v = tl.load(v + place[:, None] * E + o_e[None, :], mask=seen[:, None] & (o_e < E)[None, :], other=0.0)
+    s = query_keys(b_k, b_k2, b_q, b_q2, D2, PRECISION) * scale
+    return tl.where(seen[:, None], s, float("-inf")), b_v
+
+
+@triton.jit
+def _fold(s, b_v, m, total, acc, PRECISION: tl.constexpr):
+    """Take scores and values into maxima, sums of weights and outputs ``[EP, GP]`` of the rows before; and the weights,
+    with what they are relative to."""
+    m_new = tl.maximum(m, tl.max(s, 0))
+    # A query without any row yet has m = -inf; 0 in its place keeps exp2(-inf - m) at 0 instead of NaN.
+    base = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(s - base[None, :])
+    fade = tl.exp2(m - base)
+    total = total * fade + tl.sum(p, 0)
+    acc = tl.dot(tl.trans(b_v), p.to(b_v.dtype), acc * fade[None, :], input_precision=PRECISION)
+    return m_new, base, total, acc, p
+
+
+@triton.jit
+def _shared_keys(p, lag: tl.constexpr, PER: tl.constexpr, PER_P: tl.constexpr, SKIPPED: tl.constexpr):
+    """Weights of pages' rows ``[pages, PER_P, GP]``, summed by how many strides of keys each shares with the block of
+    its page, or with the one before (lag 1). Row c ends with key ``(c + 1) · d - 1``."""
+    i = lag * PER + tl.arange(0, PER_P)
+    shared = tl.maximum(tl.minimum(tl.minimum(SKIPPED + 1, i + 1), PER + SKIPPED - i), 0)
+    shared = tl.where(tl.arange(0, PER_P) < PER, shared, 0).to(tl.float32)
+    return tl.sum(p * shared[None, :, None], 1)
+
+
+@triton.jit
 def _put_part(part, tops, totals, at, m, total, acc, G: tl.constexpr, GP: tl.constexpr, E: tl.constexpr, EP):
-    """Store one partial output ``[GP, EP]``, not divided by its sum of weights, with maximum and sum."""
+    """Store one partial output ``[EP, GP]``, not divided by its sum of weights, with maximum and sum."""
     o_g, o_e = tl.arange(0, GP), tl.arange(0, EP)
     in_g = o_g < G
     tl.store(tops + at * G + o_g, m, mask=in_g)
     tl.store(totals + at * G + o_g, total, mask=in_g)
     inside = in_g[:, None] & (o_e < E)[None, :]
-    tl.store(part + (at * G + o_g)[:, None] * E + o_e[None, :], acc, mask=inside)
+    tl.store(part + (at * G + o_g)[:, None] * E + o_e[None, :], tl.trans(acc), mask=inside)
 
 
 @triton.jit(do_not_specialize=["pages", "tiles", "parts"])
-def _compressed_kernel(
+def _compressed_rows_kernel(
     q,
     k,
     v,
     positions,
     far,
-    weights,
+    sums,
+    edges,
+    bases,
+    arrivals,
     part,
     tops,
     totals,
@@ -171,11 +259,12 @@ def _compressed_kernel(
     pages,
     tiles,
     parts,
-    BJ: tl.constexpr,
+    TILE: tl.constexpr,
     PER: tl.constexpr,
     PER_P: tl.constexpr,
     SKIPPED: tl.constexpr,
     STRIDE: tl.constexpr,
+    LAGS: tl.constexpr,
     G: tl.constexpr,
     GP: tl.constexpr,
     D: tl.constexpr,
@@ -184,132 +273,48 @@ def _compressed_kernel(
     E: tl.constexpr,
     EP: tl.constexpr,
     PRECISION: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    """Partial attention over some of the compressed rows; their scores, base 2, are kept for the choice."""
-    n, h, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    at = n * tl.num_programs(1) + h
-    o_g, o_e, o_c = tl.arange(0, GP), tl.arange(0, EP), tl.arange(0, BJ * PER_P)
+    """Partial attention over some of the compressed rows, and what their pages give to blocks' importance."""
+    # Heads whose rows lie side by side in a page are read at one time.
+    h, n, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    at = n * tl.num_programs(0) + h
+    o_g, o_c, o_p = tl.arange(0, GP), tl.arange(0, TILE * PER_P), tl.arange(0, TILE)
     in_g = o_g < G
-    rows = at * G + o_g
-    b_q, b_q2 = load_rows(q, rows, in_g, D, D1, D2)
     ended = (tl.load(positions + n).to(tl.int32) + 1) // STRIDE
+    if AHEAD:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if split == 0:
+        tl.store(arrivals + at, 0)
+    b_q, b_q2 = load_keys(q, at * G + o_g, in_g, D, D1, D2)
     m = tl.full([GP], float("-inf"), tl.float32)
     total = tl.zeros([GP], tl.float32)
-    acc = tl.zeros([GP, EP], tl.float32)
-    first = split * tiles * BJ
-    stop = tl.minimum(first + tiles * BJ, tl.minimum(pages, tl.cdiv(ended, PER)))
-    for tile in range(first, stop, BJ):
+    acc = tl.zeros([EP, GP], tl.float32)
+    first = split * tiles * TILE
+    stop = tl.minimum(first + tiles * TILE, tl.minimum(pages, tl.cdiv(ended, PER)))
+    for tile in range(first, stop, TILE):
         page = tile + o_c // PER_P
-        inside = (o_c % PER_P < PER) & (page < stop)
         row = page * PER + o_c % PER_P
-        seen = inside & (row >= SKIPPED) & (row < ended)
-        place = tl.load(far + at * pages + page, mask=inside, other=0).to(tl.int64) * PER + o_c % PER_P
-        b_k, b_k2 = load_keys(k, place, seen, D, D1, D2)
-        b_v = tl.load(v + place[:, None] * E + o_e[None, :], mask=seen[:, None] & (o_e < E)[None, :], other=0.0)
-        s = query_keys(b_q, b_q2, b_k, b_k2, D2, PRECISION) * scale
-        s = tl.where(seen[None, :], s, float("-inf"))
-        tl.store(weights + rows[:, None] * (pages * PER) + row[None, :], s, mask=in_g[:, None] & inside[None, :])
-        m_new = tl.maximum(m, tl.max(s, 1))
-        # A query without any row yet has m = -inf; 0 in its place keeps exp2(-inf - m) at 0 instead of NaN.
-        base = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s - base[:, None])
-        fade = tl.exp2(m - base)
-        total = total * fade + tl.sum(p, 1)
-        acc = tl.dot(p.to(b_v.dtype), b_v, acc * fade[:, None], input_precision=PRECISION)
-        m = m_new
+        seen = (o_c % PER_P < PER) & (row >= SKIPPED) & (row < ended) & (page < pages)
+        place = tl.load(far + at * pages + page, mask=seen, other=0).to(tl.int64) * PER + o_c % PER_P
+        s, b_v = _scores(b_q, b_q2, k, v, place, seen, scale, D, D1, D2, E, EP, PRECISION)
+        m, base, total, acc, p = _fold(s, b_v, m, total, acc, PRECISION)
+        tiled = (at * tl.cdiv(pages, TILE) + tile // TILE) * G + o_g
+        tl.store(bases + tiled, base, mask=in_g)
+        by_page = tl.reshape(p, [TILE, PER_P, GP])
+        sum_ = _shared_keys(by_page, 0, PER, PER_P, SKIPPED)
+        if LAGS == 2:
+            after = _shared_keys(by_page, 1, PER, PER_P, SKIPPED)
+            tl.store(edges + tiled, tl.sum(tl.where((o_p == 0)[:, None], after, 0.0), 0), mask=in_g)
+            following = tl.minimum(o_p + 1, TILE - 1)[:, None] + tl.zeros([TILE, GP], tl.int32)
+            sum_ += tl.where((o_p < TILE - 1)[:, None], tl.gather(after, following, 0), 0.0)
+        out = sums + (at * pages + tile + o_p)[:, None] * G + o_g[None, :]
+        tl.store(out, sum_, mask=(tile + o_p < pages)[:, None] & in_g[None, :])
     _put_part(part, tops, totals, at * parts + split, m, total, acc, G, GP, E, EP)
 
 
-@triton.jit(do_not_specialize=["pages", "splits", "parts"])
-def _importance_kernel(
-    weights,
-    tops,
-    totals,
-    positions,
-    importance,
-    pages,
-    splits,
-    parts,
-    SP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PER: tl.constexpr,
-    SKIPPED: tl.constexpr,
-    STRIDE: tl.constexpr,
-    COUNT: tl.constexpr,
-    INITIAL: tl.constexpr,
-    LOCAL: tl.constexpr,
-    G: tl.constexpr,
-    GP: tl.constexpr,
-    E: tl.constexpr,
-    EP: tl.constexpr,
-):
-    """Importance of ``WIDTH`` blocks (NSA eq. 9), summed over the group (eq. 10), for queries that have to choose."""
-    n, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    at = n * tl.num_programs(1) + h
-    own = tl.load(positions + n).to(tl.int32) // BLOCK
-    block = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
-    if (own < COUNT) | (tl.program_id(2) * WIDTH > own - LOCAL):
-        return
-    o_g, o_s = tl.arange(0, GP), tl.arange(0, SP)
-    inside = (o_s < splits)[:, None] & (o_g < G)[None, :]
-    each = (at * parts + o_s)[:, None] * G + o_g[None, :]
-    b_tops = tl.load(tops + each, mask=inside, other=float("-inf"))
-    m = tl.max(b_tops, 0)
-    m = tl.where(m == float("-inf"), 0.0, m)
-    total = tl.sum(tl.exp2(b_tops - m[None, :]) * tl.load(totals + each, mask=inside, other=0.0), 0)
-    lse = tl.where(total > 0.0, m + tl.log2(tl.where(total > 0.0, total, 1.0)), float("inf"))
-    ended = (tl.load(positions + n).to(tl.int32) + 1) // STRIDE
-    acc = tl.zeros([WIDTH], tl.float32)
-    for i in tl.static_range(PER + SKIPPED):
-        # Row c ends with key (c + 1) · d - 1: a block shares keys with the rows of its page and the next one's first.
-        row = block * PER + i
-        seen = (row >= SKIPPED) & (row < ended) & (block <= own)
-        s = tl.load(
-            weights + (at * G + o_g)[:, None] * (pages * PER) + row[None, :],
-            mask=(o_g < G)[:, None] & seen[None, :],
-            other=float("-inf"),
-        )
-        shared = min(SKIPPED + 1, i + 1, PER + SKIPPED - i)
-        acc += shared * tl.sum(tl.exp2(s - lse[:, None]), 0)
-    tl.store(importance + at * pages + block, acc, mask=block < pages)
-
-
-@triton.jit(do_not_specialize=["pages"])
-def _choose_kernel(
-    importance,
-    positions,
-    chosen,
-    pages,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    COUNT: tl.constexpr,
-    INITIAL: tl.constexpr,
-    LOCAL: tl.constexpr,
-):
-    """The forced blocks, then the most important others, of equals the lower; -1 for each one that does not exist."""
-    n, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    at = n * tl.num_programs(1) + h
-    own = tl.load(positions + n).to(tl.int32) // BLOCK
-    out = chosen + at * COUNT
-    for i in tl.static_range(INITIAL):
-        tl.store(out + i, tl.where(i <= own - LOCAL, i, -1))
-    for i in tl.static_range(LOCAL):
-        tl.store(out + INITIAL + i, tl.maximum(own - LOCAL + 1 + i, -1))
-    block = tl.arange(0, WIDTH)
-    free = (block >= INITIAL) & (block <= own - LOCAL)
-    # Queries that take all blocks were not scored.
-    score = tl.load(importance + at * pages + block, mask=free & (own >= COUNT) & (block < pages), other=0.0)
-    # Numbers that are not negative have the order of their bits, and the largest integer is found in one instruction.
-    bits = tl.where(free, score.to(tl.int32, bitcast=True), -1)
-    for i in range(INITIAL + LOCAL, COUNT):
-        best = tl.max(bits, 0)
-        index = tl.min(tl.where(bits == best, block, WIDTH), 0)
-        tl.store(out + i, tl.where(best >= 0, index, -1))
-        bits = tl.where(block == index, -1, bits)
-
-
-@triton.jit(do_not_specialize=["pages", "windows", "splits", "parts"])
+@triton.jit(do_not_specialize=["pages", "windows", "splits", "parts", "each"])
 def _pages_kernel(
     q,
     k_slc,
@@ -329,6 +334,7 @@ def _pages_kernel(
     windows,
     splits,
     parts,
+    each,
     COUNT: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -341,30 +347,37 @@ def _pages_kernel(
     E: tl.constexpr,
     EP: tl.constexpr,
     PRECISION: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    """Partial attention over one page: one of the chosen ones, or one of the window's."""
-    n, h, i = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    at = n * tl.num_programs(1) + h
-    o_g, o_n, o_e = tl.arange(0, GP), tl.arange(0, BN), tl.arange(0, EP)
+    """Partial attention over ``each`` of the window's pages, which need not wait for the choice, or of those chosen."""
+    h, n, i = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    at = n * tl.num_programs(0) + h
+    o_g, o_n = tl.arange(0, GP), tl.arange(0, BN)
     t = tl.load(positions + n).to(tl.int32)
-    if i < COUNT:
-        block = tl.load(chosen + at * COUNT + i)
-        first, low, there = block * BLOCK, 0, block >= 0
-        page = tl.load(far + at * pages + block, mask=there, other=0).to(tl.int64)
-        k, v = k_slc, v_slc
+    b_q, b_q2 = load_keys(q, at * G + o_g, o_g < G, D, D1, D2)
+    near_parts = tl.cdiv(windows, each)
+    selected = i >= near_parts
+    if selected:
+        k, v, table = k_slc, v_slc, far + at * pages
+        begin, base, low = (i - near_parts) * each, 0, 0
+        stop, to = tl.minimum(begin + each, COUNT), splits + i - near_parts
+        if AHEAD:
+            tl.extra.cuda.gdc_wait()
     else:
-        first = tl.load(near_first + n).to(tl.int32) + (i - COUNT) * BLOCK
-        low, there = tl.maximum(t - WINDOW + 1, 0), first >= 0
-        page = tl.load(near + at * windows + i - COUNT).to(tl.int64)
-        k, v = k_win, v_win
-    keys = first + o_n
-    seen = there & (o_n < BLOCK) & (keys <= t) & (keys >= low)
-    b_q, b_q2 = load_rows(q, at * G + o_g, o_g < G, D, D1, D2)
-    place = page * BLOCK + o_n
-    b_k, b_k2 = load_keys(k, place, seen, D, D1, D2)
-    b_v = tl.load(v + place[:, None] * E + o_e[None, :], mask=seen[:, None] & (o_e < E)[None, :], other=0.0)
-    s = tl.where(seen[None, :], query_keys(b_q, b_q2, b_k, b_k2, D2, PRECISION) * scale, float("-inf"))
-    m = tl.max(s, 1)
-    p = tl.exp2(s - tl.where(m == float("-inf"), 0.0, m)[:, None])
-    acc = tl.dot(p.to(b_v.dtype), b_v, input_precision=PRECISION)
-    _put_part(part, tops, totals, at * parts + splits + i, m, tl.sum(p, 1), acc, G, GP, E, EP)
+        k, v, table = k_win, v_win, near + at * windows
+        begin, base = i * each, tl.load(near_first + n).to(tl.int32)
+        low = tl.maximum(t - WINDOW + 1, 0)
+        stop, to = tl.minimum(begin + each, windows), splits + tl.cdiv(COUNT, each) + i
+    if AHEAD:
+        tl.extra.cuda.gdc_launch_dependents()
+    m = tl.full([GP], float("-inf"), tl.float32)
+    total = tl.zeros([GP], tl.float32)
+    acc = tl.zeros([EP, GP], tl.float32)
+    for j in range(begin, stop):
+        block = tl.where(selected, tl.load(chosen + at * COUNT + j, mask=selected, other=0), j)
+        keys = base + block * BLOCK + o_n
+        seen = (block >= 0) & (o_n < BLOCK) & (keys <= t) & (keys >= low)
+        place = tl.load(table + block, mask=block >= 0, other=0).to(tl.int64) * BLOCK + o_n
+        s, b_v = _scores(b_q, b_q2, k, v, place, seen, scale, D, D1, D2, E, EP, PRECISION)
+        m, _, total, acc, _ = _fold(s, b_v, m, total, acc, PRECISION)
+    _put_part(part, tops, totals, at * parts + to, m, total, acc, G, GP, E, EP)

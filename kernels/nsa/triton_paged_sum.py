@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,15 +19,18 @@ def sum_branches(
     out: Tensor,
     begins: tuple[int, int],
     group: int,
+    launch: dict[str, Any],
 ) -> None:
     """parts: ``[N, KV, P, G, d_v]``, not divided by their sums of weights, maxima, and those sums, ``[N, KV, P, G]``,
-    in float32. gates: ``[N, H, 3]``, or what they are of. begins: of the second and the third branch's parts."""
+    in float32. gates: ``[N, H, 3]``, or what they are of. begins: of the second and the third branch's parts. launch:
+    how Triton is to do it."""
     n, heads, dim_v = out.shape
     if isinstance(gates, HiddenGates):
         given, weight, depth = gates.hidden.contiguous(), gates.weight.contiguous(), gates.weight.shape[1]
     else:
         given = weight = gates.contiguous()
         depth = 0
+    width = padded(parts[0].shape[2])
     _sum_kernel[(n * heads,)](
         *(*parts, given, weight, out, *begins, parts[0].shape[2]),
         H=heads,
@@ -34,28 +39,11 @@ def sum_branches(
         RP=padded(depth, least=1),
         E=dim_v,
         EP=padded(dim_v),
+        PP=width,
+        AHEAD="launch_pdl" in launch,
+        num_warps=min(8, width // 16),
+        **launch,
     )
-
-
-@triton.jit
-def _sum_branch(part, tops, totals, at, g, begin, stop, parts, G, E: tl.constexpr, EP: tl.constexpr):
-    """One branch's output ``[EP]`` of one head from partial ones, many at a time; 0 over no keys."""
-    o_i, o_e = tl.arange(0, 32), tl.arange(0, EP)
-    m, total = float("-inf"), 0.0
-    acc = tl.zeros([EP], tl.float32)
-    for i in range(begin, stop, 32):
-        inside = i + o_i < stop
-        rows = (at * parts + i + o_i) * G + g
-        b_tops = tl.load(tops + rows, mask=inside, other=float("-inf"))
-        b_totals = tl.load(totals + rows, mask=inside, other=0.0)
-        b_part = tl.load(part + rows[:, None] * E + o_e[None, :], inside[:, None] & (o_e < E)[None, :], other=0.0)
-        m_new = tl.maximum(m, tl.max(b_tops, 0))
-        base = tl.where(m_new == float("-inf"), 0.0, m_new)
-        fade, weights = tl.exp2(m - base), tl.exp2(b_tops - base)
-        total = total * fade + tl.sum(weights * b_totals, 0)
-        acc = acc * fade + tl.sum(weights[:, None] * b_part, 0)
-        m = m_new
-    return acc / tl.where(total == 0.0, 1.0, total)
 
 
 @triton.jit
@@ -69,6 +57,16 @@ def _gate(gates, weight, row, c, H: tl.constexpr, R: tl.constexpr, RP: tl.conste
     else:
         gate = tl.load(gates + row * 3 + c).to(tl.float32)
     return gate
+
+
+@triton.jit
+def _factor(tops, totals, mine, gate):
+    """What a branch's partial outputs count for, 0 for those of the others: all 0 over no keys."""
+    b_tops = tl.where(mine, tops, float("-inf"))
+    m = tl.max(b_tops, 0)
+    weights = tl.exp2(b_tops - tl.where(m == float("-inf"), 0.0, m))
+    total = tl.sum(weights * totals, 0)
+    return weights * (gate / tl.where(total == 0.0, 1.0, total))
 
 
 @triton.jit(do_not_specialize=["slc", "win", "parts"])
@@ -88,12 +86,25 @@ def _sum_kernel(
     RP: tl.constexpr,
     E: tl.constexpr,
     EP: tl.constexpr,
+    PP: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """``Σ_c g_c · o_c`` (NSA eq. 5) of one query and head. slc, win: the first partial outputs of those branches."""
     row = tl.program_id(0).to(tl.int64)
-    at, g = row // G, row % G
-    o_e = tl.arange(0, EP)
-    acc = _sum_branch(part, tops, totals, at, g, 0, slc, parts, G, E, EP) * _gate(gates, weight, row, 0, H, R, RP)
-    acc += _sum_branch(part, tops, totals, at, g, slc, win, parts, G, E, EP) * _gate(gates, weight, row, 1, H, R, RP)
-    acc += _sum_branch(part, tops, totals, at, g, win, parts, parts, G, E, EP) * _gate(gates, weight, row, 2, H, R, RP)
+    at, g = row // G * parts, row % G
+    f_cmp = _gate(gates, weight, row, 0, H, R, RP)
+    f_slc = _gate(gates, weight, row, 1, H, R, RP)
+    f_win = _gate(gates, weight, row, 2, H, R, RP)
+    if AHEAD:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    o_i, o_e = tl.arange(0, PP), tl.arange(0, EP)
+    rows = (at + o_i) * G + g
+    b_part = tl.load(part + rows[:, None] * E + o_e[None, :], (o_i < parts)[:, None] & (o_e < E)[None, :], other=0.0)
+    b_tops = tl.load(tops + rows, mask=o_i < parts, other=float("-inf"))
+    b_totals = tl.load(totals + rows, mask=o_i < parts, other=0.0)
+    factor = _factor(b_tops, b_totals, o_i < slc, f_cmp)
+    factor += _factor(b_tops, b_totals, (o_i >= slc) & (o_i < win), f_slc)
+    factor += _factor(b_tops, b_totals, o_i >= win, f_win)
+    acc = tl.sum(factor[:, None] * b_part, 0)
     tl.store(out + row * E + o_e, acc.to(out.dtype.element_ty), mask=o_e < E)

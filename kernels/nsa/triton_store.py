@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shoal.kernels.hopper import on_hopper
 from shoal.kernels.nsa.paged import PagedCache
 from shoal.kernels.nsa.paged_store import Compressed, Heads, Phi
 from shoal.kernels.nsa.triton_select import padded
@@ -35,8 +36,10 @@ def triton_store_tokens(
         TILE=TILE,
         KV=kv,
         KVP=padded(kv, least=1),
+        AHEAD=on_hopper(q),
         enable_fp_fusion=False,
         **_widths(dim, dim_v),
+        **({"launch_pdl": True} if on_hopper(q) else {}),
     )
     return out
 
@@ -124,8 +127,12 @@ def _tokens_kernel(
     HALFP: tl.constexpr,
     E: tl.constexpr,
     EP: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """One token: some of its query heads, or the keys or the values of one branch."""
+    if AHEAD:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     n, i = tl.program_id(0).to(tl.int64), tl.program_id(1)
     tiles: tl.constexpr = (H + TILE - 1) // TILE
     if i < tiles:

@@ -1,5 +1,5 @@
-"""Compiles the Gluon kernels, those of dispatch, of few rows, and those that write to pages, for Hopper on a machine
-without a GPU, with the ptxas that Triton brings along.
+"""Compiles the Gluon kernels, those of dispatch, of few rows, and those that read and write pages, for Hopper on a
+machine without a GPU, with the ptxas that Triton brings along.
 
 ``python hopper_compiler.py`` calls what the package calls, with tensors of the CPU; launches compile and go no further.
 Prints a line for each kernel: its name, bytes of shared memory, whether ptxas had to serialize matrix products, and
@@ -26,8 +26,10 @@ from triton.runtime.jit import JITFunction
 from shoal.kernels import hopper
 
 HOPPER = GPUTarget("cuda", 90, 32)
-COMPILED = ("triton_address", "triton_fan", "triton_rows", "triton_store", "triton_rope", "triton_few", "triton_places")
+COMPILED = ("triton_address", "triton_fan", "triton_rows", "triton_store", "triton_rope", "triton_few", "triton_places",
+            "triton_paged", "triton_paged_choose", "triton_paged_sum")  # fmt: skip
 """Modules of Triton kernels that are compiled as well."""
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")
 
 
 def compile_for_hopper(kernel: JITFunction[Any], *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
@@ -36,7 +38,7 @@ def compile_for_hopper(kernel: JITFunction[Any], *arguments: Any, grid: Any, war
     if not gluon and kernel.__module__.rpartition(".")[2] not in COMPILED:
         return
     given = dict(zip(kernel.arg_names, arguments, strict=False)) | named
-    options = {name: given.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in given}
+    options = {name: given.pop(name) for name in OPTIONS if name in given}
     signature, constants, attributes = {}, {}, {}
     for index, param in enumerate(kernel.params):
         value = given[param.name]
@@ -105,15 +107,17 @@ def experts() -> None:
 
 
 def pages(kv: int, group: int, dims: tuple[int, int], dtype: torch.dtype) -> None:
-    """Where a step's rows lie, what tokens and compressed rows write to the paged cache; and RoPE of training."""
+    """Where a step's rows lie, what tokens and compressed rows write to the paged cache, what reads it; RoPE."""
     from shoal.kernels.nsa import BlockSizes
-    from shoal.kernels.nsa.paged import make_cache
+    from shoal.kernels.nsa.paged import DecodeTables, make_cache
     from shoal.kernels.nsa.paged_store import Compressed, Heads, Phi
+    from shoal.kernels.nsa.triton_paged import triton_paged_decode
     from shoal.kernels.nsa.triton_places import triton_row_places
     from shoal.kernels.nsa.triton_store import triton_store_compressed, triton_store_tokens
     from shoal.kernels.triton_rope import triton_rotate
 
-    cache = make_cache(1, 1, kv, dims, BlockSizes(32, 16, 64, 16, 1, 2, 512), dtype, torch.device("cpu"))
+    sizes = BlockSizes(32, 16, 64, 16, 1, 2, 512)
+    cache = make_cache(1, 1, kv, dims, sizes, dtype, torch.device("cpu"))
     x, angles = torch.zeros(3, dtype=dtype), torch.zeros(3, dims[0] // 2)
     numbers = torch.zeros(3, 32, dtype=torch.int64)
     heads = Heads(x.new_zeros(3, kv * group, dims[0]), *(x.new_zeros(3, 3, kv, dim) for dim in dims))
@@ -121,9 +125,13 @@ def pages(kv: int, group: int, dims: tuple[int, int], dtype: torch.dtype) -> Non
     phi = [Phi(*(x.new_zeros(kv, *shape) for shape in ((32, dim), (32 * dim, 8), (8, dim)))) for dim in dims]
     new = Compressed(numbers[:, :kv].clone(), numbers, numbers, (angles, angles))
     triton_store_compressed(new, cache, (phi[0], phi[1]))
+    queries = torch.zeros(3, dtype=torch.int64)
+    for room in (1, 1024):
+        far = queries.new_zeros(3, kv, room)
+        tables = DecodeTables(queries, far, far[:, :, :1].expand(-1, -1, 9).contiguous(), queries, sizes)
+        triton_paged_decode(heads.q, x.new_zeros(3, kv * group, 3), cache, tables, sizes, 0.1)
     for scratch in (None, 0):
         arrays = numbers[:, 0].clone(), numbers[:, 1].clone(), numbers, numbers
-        sizes = BlockSizes(32, 16, 64, 16, 1, 2, 512)
         triton_row_places(*arrays, torch.zeros(dims[0] // 2 + 1).double(), kv, sizes, torch.float32, scratch)
     triton_rotate(heads.q.requires_grad_(), angles, angles).sum().backward()
 

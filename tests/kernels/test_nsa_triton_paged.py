@@ -86,13 +86,16 @@ def exact(q: Tensor, gates: Tensor, cache: PagedCache, tables: DecodeTables, siz
         ([70, 1, 30], BlockSizes(6, 2, 8, 3, 0, 1, 20), 1, 3, (24, 6)),
         ([40], BlockSizes(4, 4, 4, 5, 2, 1, 1), 1, 1, (16, 16)),
         ([9, 2], BlockSizes(4, 2, 8, 4, 1, 2, 11), 1, 4, (8, 8)),
+        ([90, 2, 24], BlockSizes(4, 2, 8, 3, 1, 2, 11), 1, 4, (8, 8)),
+        ([150, 60], BlockSizes(8, 2, 8, 6, 1, 1, 9), 2, 2, (8, 8)),
     ],
 )
 def test_against_float64(positions: list[int], sizes: BlockSizes, kv: int, group: int, dims: tuple[int, int]) -> None:
-    """Sequences of one token, at the ends of blocks, that choose and that do not; rows shared by programs or not."""
+    """Sequences of one token, at the ends of blocks, that choose and that do not; rows shared by programs or not; no
+    block left to choose; rows as long as blocks."""
     args = case(positions, sizes, kv, group, dims, torch.float32)
     want = exact(*args, sizes, 0.4)
-    for tuning in (PagedTuning(rows=16), PagedTuning(rows=16, programs=1)):
+    for tuning in (PagedTuning(rows=16), PagedTuning(rows=16, programs=1, blocks=2)):
         close(triton_paged_decode(*args, sizes, 0.4, tuning), want, torch.float32)
 
 
