@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shoal.kernels.few import MOST
 from shoal.kernels.nsa.paged import PagedCache, decode_tables
 from shoal.kernels.nsa.paged_store import Compressed
 from shoal.workers.data.batch import PackedBatch
@@ -30,10 +31,8 @@ from shoal.workers.model import Transformer
 from shoal.workers.model.attention import rotation_rates
 from shoal.workers.model.feedforward import MoELoad, run
 
-FEW = 0
-"""Rows up to which a step takes its layers in few launches, ``shoal.kernels.few.MOST`` at most. None, and tables of
-steps in many launches too, until a GPU has run those: so far they were compiled for one, and agree in Triton's
-interpreter."""
+FEW = MOST
+"""Rows up to which a step takes its layers in few launches. 0: none, and tables of steps in many launches too."""
 MOST_ROWS = 256
 FEWEST_PAGES = 64  # that a graph has room for: below, a step costs the same
 BOTH = 8  # rows up to which a step without compressed rows has a graph of its own: of more, some row mostly ends one
