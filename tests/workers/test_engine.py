@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ from small import VOCAB, small_recipe
 from shoal.workers.config import Recipe
 from shoal.workers.engine.engine import Engine
 from shoal.workers.engine.request import Busy, Finish, Limits, Output, Request, Sampling, Token
-from shoal.workers.engine.sampling import NO_TOKEN, choose
+from shoal.workers.engine.sampling import NO_TOKEN, choose, uniform
 from shoal.workers.errors import ClusterRefused, InvalidInput
 from shoal.workers.model import Transformer
 from shoal.workers.sample import sample
@@ -365,6 +366,25 @@ def test_tokens_come_as_often_as_they_should(options: dict[str, Any], kept: int)
         got[token.id] += 1 / 4000
     assert ((got == 0) == (want == 0)).all()
     assert (got - want).abs().max() < 4 * 0.5 / 4000**0.5  # four standard deviations at most
+
+
+@given(st.integers(1, 700), st.sampled_from([0.1, 1.0, 20.0]), st.floats(0.01, 100), st.integers(0, 2**32))
+@settings(deadline=None)
+def test_a_token_is_where_the_running_total_exceeds_the_number(
+    vocab: int, spread: float, temperature: float, seed: int
+) -> None:
+    """Of logits half of which are impossible, the first, the last and whole stretches among them."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, spread, (3, vocab)).astype(np.float32)
+    logits[rng.random((3, vocab)) < 0.5] = -np.inf
+    logits[:, : rng.integers(vocab)] = -np.inf
+    logits[:, rng.integers(vocab)] = 1.0
+    samplings = [Sampling(1, temperature=temperature, seed=seed + i) for i in range(3)]
+    tokens = choose(torch.from_numpy(logits), samplings, [4, 5, 6])
+    for row, token, sampling, place in zip(logits, tokens, samplings, [4, 5, 6], strict=True):
+        total = np.exp((row - row.max()).astype(np.float64) / temperature).cumsum()
+        want = np.searchsorted(total, uniform(sampling.seed, place) * total[-1], side="right")
+        assert token.id == want
 
 
 @given(

@@ -16,6 +16,7 @@ from shoal.workers.engine.request import Sampling, Token
 
 NO_TOKEN = -1  # where the logits are not numbers
 ROWS = 64  # rows whose probabilities, float64, exist at one time
+BLOCK = 128  # tokens whose weights are summed before a token is looked for among them
 _MASK = (1 << 64) - 1
 
 
@@ -33,29 +34,15 @@ def uniform(seed: int, place: int) -> float:
 def choose(logits: Tensor, samplings: Sequence[Sampling], places: Sequence[int]) -> list[Token]:
     """A token for each row of ``logits [N, V]``, as that row's sampling says. places: its place in the answer.
 
-    A row that holds a NaN or +inf gives ``NO_TOKEN``.
+    A row that holds a NaN or +inf gives ``NO_TOKEN``. The host waits once, for all rows.
     """
-    tokens: list[Token] = []
-    for start in range(0, len(logits), ROWS):
-        rows = slice(start, start + ROWS)
-        tokens += _choose(logits[rows], samplings[rows], places[rows])
-    return tokens
-
-
-def _choose(logits: Tensor, samplings: Sequence[Sampling], places: Sequence[int]) -> list[Token]:
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     best, ids = logits.max(-1)  # NaN, where there is one
-    spoilt = ~torch.isfinite(best)
-    for draw, rows in ((_draw_any, _rows(samplings, cut=False)), (_draw_likely, _rows(samplings, cut=True))):
-        if not rows:
-            continue
-        draws = Draws.of([samplings[i] for i in rows], [places[i] for i in rows], logits)
-        if len(rows) == len(samplings):
-            ids = draw(logits, draws)
-        else:
+    for draw, drawn in ((_draw_any, _rows(samplings, cut=False)), (_draw_likely, _rows(samplings, cut=True))):
+        for rows in (drawn[start : start + ROWS] for start in range(0, len(drawn), ROWS)):
+            draws = Draws.of([samplings[i] for i in rows], [places[i] for i in rows], logits)
             index = to_device(torch.tensor(rows), logits.device)
-            ids = ids.index_copy(0, index, draw(logits.index_select(0, index), draws))
-    return _with_logprobs(logits, ids.masked_fill(spoilt, NO_TOKEN), samplings)
+            ids = ids.index_copy(0, index, draw(_wide(logits.index_select(0, index)), draws))
+    return _with_logprobs(logits, ids.masked_fill(~torch.isfinite(best), NO_TOKEN), samplings)
 
 
 @dataclass(frozen=True)
@@ -90,23 +77,44 @@ def _rows(samplings: Sequence[Sampling], cut: bool) -> list[int]:
     return [i for i, s in drawn if cut == (s.top_k > 0 or s.top_p < 1 or s.min_p > 0)]
 
 
-def _probabilities(logits: Tensor, temperature: Tensor) -> Tensor:
-    """Softmax at each row's temperature, float64."""
-    gap = (logits - logits.amax(-1, keepdim=True)).double()  # at most 0: no temperature makes infinities of it
-    return torch.softmax((gap / temperature).nan_to_num(neginf=-1e300), -1)
+def _wide(logits: Tensor) -> Tensor:
+    """Logits as at least float32."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _weights(logits: Tensor, temperature: Tensor, out: Tensor | None = None) -> Tensor:
+    """What probabilities at each row's temperature are in proportion to: float64, 1 for the likeliest token."""
+    gap = logits - logits.amax(-1, keepdim=True)  # at most 0: no temperature makes infinities of it
+    return torch.div(gap, temperature, out=out).exp_()
+
+
+def _found(total: Tensor, target: Tensor) -> Tensor:
+    """Where running totals ``[n, m]`` first exceed ``[n, 1]``: never behind the last that grows, whatever rounding."""
+    at = torch.searchsorted(total, target.contiguous(), right=True)
+    last = torch.searchsorted(total, total[:, -1:].contiguous())
+    return torch.minimum(at, last).clamp(max=total.shape[-1] - 1)  # of totals that are not numbers too
 
 
 def _draw_any(logits: Tensor, draws: Draws) -> Tensor:
-    """Inverse-transform sampling over all tokens in the order of their ids."""
-    total = _probabilities(logits, draws.temperature).cumsum(-1)
-    at = torch.searchsorted(total, (draws.number * total[:, -1:]).contiguous(), right=True)
-    return at.clamp(max=logits.shape[-1] - 1)[:, 0]
+    """Inverse-transform sampling over all tokens in the order of their ids: first among blocks of them, then among the
+    tokens of a block, since running totals of whole rows take a GPU longer than everything else."""
+    n, vocab = logits.shape
+    weights = logits.new_empty(n, -(-vocab // BLOCK), BLOCK, dtype=torch.float64)
+    flat = weights.view(n, -1)
+    _weights(logits, draws.temperature, flat[:, :vocab])
+    flat[:, vocab:] = 0
+    ends = weights.sum(-1).cumsum(-1)
+    target = draws.number * ends[:, -1:]
+    block = _found(ends, target)
+    before = torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0)
+    inside = weights.gather(1, block[..., None].expand(n, 1, BLOCK))[:, 0].cumsum(-1)
+    return (block * BLOCK + _found(inside, target - before))[:, 0]
 
 
 def _draw_likely(logits: Tensor, draws: Draws) -> Tensor:
     """Inverse-transform sampling among the likely tokens; of equally likely ones the lower ids are kept."""
     ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
-    p = _probabilities(ordered, draws.temperature)
+    p = _weights(ordered, draws.temperature)
     place = torch.arange(p.shape[-1], device=p.device)
     kept = place < draws.top_k
     kept &= p >= draws.min_p * p[:, :1]
@@ -117,25 +125,21 @@ def _draw_likely(logits: Tensor, draws: Draws) -> Tensor:
     kept[:, 0] = True
     # Drawn in the order of ids, as without a cut: rounding may swap the places of two that are equally likely.
     total = torch.zeros_like(p).scatter_(-1, ids, p * kept).cumsum(-1)
-    at = torch.searchsorted(total, (draws.number * total[:, -1:]).contiguous(), right=True)
-    last = torch.searchsorted(total, total[:, -1:].contiguous())  # the last that is kept: rounding must not lead past
-    return torch.minimum(at, last)[:, 0]
+    return _found(total, draws.number * total[:, -1:])[:, 0]
 
 
 def _with_logprobs(logits: Tensor, ids: Tensor, samplings: Sequence[Sampling]) -> list[Token]:
-    chosen = ids.tolist()  # waits for all that was computed
+    tokens = [Token(i) for i in ids.tolist()]  # waits for all that was computed
     asked = [i for i, s in enumerate(samplings) if s.logprobs is not None]
-    if not asked:
-        return [Token(i) for i in chosen]
-    tokens = [Token(i) for i in chosen]
-    rows = to_device(torch.tensor(asked), logits.device)
-    logprobs = torch.log_softmax(logits[rows], -1)
-    most = min(logits.shape[-1], max(samplings[i].logprobs or 0 for i in asked))
-    best, which = (x.tolist() for x in logprobs.topk(most, dim=-1))
-    own = logprobs.gather(-1, ids[rows][:, None].clamp(min=0))[:, 0].tolist()
-    for row, i in enumerate(asked):
-        count = samplings[i].logprobs or 0
-        tokens[i] = Token(chosen[i], own[row], tuple(zip(which[row][:count], best[row][:count], strict=True)))
+    for some in (asked[start : start + ROWS] for start in range(0, len(asked), ROWS)):
+        rows = to_device(torch.tensor(some), logits.device)
+        logprobs = torch.log_softmax(_wide(logits[rows]), -1)
+        most = min(logits.shape[-1], max(samplings[i].logprobs or 0 for i in some))
+        best, which = (x.tolist() for x in logprobs.topk(most, dim=-1))
+        own = logprobs.gather(-1, ids[rows][:, None].clamp(min=0))[:, 0].tolist()
+        for row, i in enumerate(some):
+            count = samplings[i].logprobs or 0
+            tokens[i] = Token(tokens[i].id, own[row], tuple(zip(which[row][:count], best[row][:count], strict=True)))
     return tokens
 
 
