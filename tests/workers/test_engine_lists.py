@@ -12,18 +12,22 @@ from shoal.workers.engine.sequence import Ngrams
 TOKENS = st.lists(st.integers(0, 3), min_size=1, max_size=60)
 
 
-@given(st.lists(st.integers(0, 1000)), st.lists(st.integers(0, 1000), max_size=50))
-def test_a_page_list_is_a_list_and_an_array(first: list[int], more: list[int]) -> None:
-    pages, seen = PageList(first), []
-    for page in more:
-        seen.append((len(pages), pages.array))
-        pages.append(page)
-    whole = first + more
+@given(st.lists(st.integers(0, 1000)), st.lists(st.none() | st.integers(0, 1000), max_size=50))
+def test_a_page_list_is_a_list_and_an_array(first: list[int], changes: list[int | None]) -> None:
+    """Appended to, and, for each None, taken from at its beginning."""
+    pages, whole, seen = PageList(first), list(first), []
+    for page in changes:
+        seen.append((list(whole), pages.array))
+        if page is not None:
+            pages.append(page)
+            whole.append(page)
+        elif whole:
+            assert pages.popleft() == whole.pop(0)
     assert list(pages) == pages.array.tolist() == whole
     assert list(reversed(pages)) == whole[::-1]
     assert [pages[i] for i in range(len(pages))] == whole
-    for length, array in seen:  # what a step was given does not change under it
-        assert array.tolist() == whole[:length]
+    for before, array in seen:  # what a step was given does not change under it
+        assert array.tolist() == before
 
 
 def newest(tokens: list[int], from_: int) -> list[int]:

@@ -25,7 +25,7 @@ from shoal.workers.data.batch import PackedBatch
 from shoal.workers.engine.cache import PagedAttention, reach
 from shoal.workers.engine.few import by_triton, few_stages
 from shoal.workers.engine.request import UNSHAPED, Shape
-from shoal.workers.engine.tables import ALIGNED, SINGLE, Part, Tables, sizes_of
+from shoal.workers.engine.tables import ALIGNED, SINGLE, Part, Tables, fill, sizes_of
 from shoal.workers.gathered import Live
 from shoal.workers.model import Transformer
 from shoal.workers.model.attention import rotation_rates
@@ -204,18 +204,18 @@ class DecodeSteps:
         places = self._places(shape)
         size = places[-1][0].stop
         host = torch.empty(size, dtype=torch.int64, pin_memory=self.device.type == "cuda")
-        flat, row = host.numpy(), 0
+        flat = host.numpy()
         tokens, positions, live, near_start, near, far = (flat[place].reshape(dims) for place, dims in places)
-        for p in parts:
-            rows = slice(row, row + len(p.tokens))
-            tokens[rows], positions[rows] = p.tokens, range(p.start, p.stop)
-            live[rows], near_start[rows] = 1, p.near_start
-            _fill(far[rows], p.far)
-            _fill(near[rows], p.near)
-            row = rows.stop
+        # One array for all rows: numbers that are put one by one take longer than the pages.
+        numbers = [(token, p.start + i, 1, p.near_start) for p in parts for i, token in enumerate(p.tokens)]
+        count = len(numbers)
+        if numbers:
+            tokens[:count], positions[:count], live[:count], near_start[:count] = np.array(numbers, np.int64).T
+            fill(near[:count], [p.near for p in parts for _ in p.tokens])
+            fill(far[:count], [p.far for p in parts for _ in p.tokens])
         for array in (tokens, positions, live, near_start):
-            array[row:] = 0
-        far[row:], near[row:] = self.scratch
+            array[count:] = 0
+        far[count:], near[count:] = self.scratch
         self.numbers[:size].copy_(host, non_blocking=True)
 
     def _run(self, shape: Shape) -> Tensor:
@@ -286,9 +286,3 @@ def _quartered(whole: int) -> list[int]:
 def _pick(table: Tensor, column: Tensor) -> Tensor:
     """Of each row of ``[B, n]`` the element in its column ``[B]``."""
     return table.gather(1, column[:, None])[:, 0]
-
-
-def _fill(rows: np.ndarray, pages: np.ndarray) -> None:
-    """Puts pages into each row, filled up with the first of them, which is its own to read."""
-    rows[:, : len(pages)] = pages
-    rows[:, len(pages) :] = pages[0] if len(pages) else 0

@@ -6,7 +6,6 @@ import time
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -148,8 +147,12 @@ class Engine:
         turn = turn or self.turn()
         chunks, _ = self._planned
         self.model.join_shared()  # of weights that were loaded anew
+        fixed = self.decode is not None and self.decode.fits(turn.shape)
+        halves = 2 if turn.requests > 1 and self._apart and not fixed else 1
+        computed = self._compute(turn, fixed, halves)
+        # Until it asks for the tokens, the host goes on while a GPU computes.
         prompt = sum(min(c.count, max(0, len(c.sequence.request.prompt) - c.sequence.computed)) for c in chunks)
-        tokens = self._compute(turn)
+        tokens = self._choose(computed, fixed, halves)
         outputs = [self._take(chunk, new) for chunk, new in zip(chunks, tokens, strict=True)]
         self._count(chunks, outputs, prompt, time.perf_counter() - began)
         return [o for o in outputs if o.tokens or o.finish]
@@ -190,11 +193,17 @@ class Engine:
             expert_tokens=() if self._experts is None else tuple(map(tuple, self._experts.tolist())),
         )
 
-    def _compute(self, turn: Turn) -> list[list[Token]]:
+    def _compute(self, turn: Turn, fixed: bool, halves: int) -> Tensor:
+        """Of all tokens logits ``[tokens, vocab]``, or, not ``fixed``, hidden states, half by half."""
+        _, parts = self._planned
+        if fixed:
+            assert self.decode is not None
+            return self.decode.logits(parts, turn.shape)
+        return torch.cat(interleave([self._forward(parts[half::halves]) for half in range(halves)]))
+
+    def _choose(self, computed: Tensor, fixed: bool, halves: int) -> list[list[Token]]:
         """Of each chunk the tokens chosen after its last token and after each guess; none if it ends before."""
         chunks, _ = self._planned
-        fixed = self.decode is not None and self.decode.fits(turn.shape)
-        halves = 2 if turn.requests > 1 and self._apart and not fixed else 1
         order = [chunk for half in range(halves) for chunk in chunks[half::halves]]
         rows: list[int] = []
         places: list[int] = []
@@ -204,21 +213,13 @@ class Engine:
                 rows += range(span.start + chunk.count - 1, span.stop)
                 samplings += [chunk.sequence.request.sampling] * (1 + len(chunk.guesses))
                 places += range(chunk.sequence.generated, chunk.sequence.generated + 1 + len(chunk.guesses))
-        logits = self._logits(turn, halves, rows)
         if not rows:
             return [[] for _ in chunks]
-        chosen = choose(logits, samplings, places)
+        computed = _rows(computed, rows)
+        chosen = choose(computed if fixed else self.model.logits(computed), samplings, places)
         counts = spans([1 + len(c.guesses) if c.samples else 0 for c in order])
         found = {id(chunk): chosen[span] for chunk, span in zip(order, counts, strict=True)}
         return [found[id(chunk)] for chunk in chunks]
-
-    def _logits(self, turn: Turn, halves: int, rows: list[int]) -> Tensor:
-        """``[len(rows), vocab]`` of rows of the parts, computed in ``halves`` halves."""
-        _, parts = self._planned
-        if self.decode and self.decode.fits(turn.shape):
-            return _rows(self.decode.logits(parts, turn.shape), rows)
-        hidden = torch.cat(interleave([self._forward(parts[half::halves]) for half in range(halves)]))
-        return self.model.logits(_rows(hidden, rows)) if rows else hidden
 
     def _forward(self, parts: list[Part]) -> Stages:
         """Hidden states ``[tokens, hidden]`` of parts, short ones first."""
@@ -250,7 +251,8 @@ class Engine:
             if sequence.generated >= sampling.max_tokens:
                 finish = Finish.length
                 break
-        sequence.advance(min(right, len(new)))  # guesses that came true are in the cache
+        if right:
+            sequence.advance(min(right, len(new)))  # guesses that came true are in the cache
         if finish:
             self.cancel(sequence.request.id)
         self._accepted += right
@@ -289,7 +291,7 @@ class Engine:
 def _part(chunk: Chunk) -> Part:
     s = chunk.sequence
     tokens = (*s.tokens[s.computed : s.computed + chunk.count], *chunk.guesses)
-    return Part(tokens, s.computed, s.far.array, np.fromiter(s.near, np.int64), s.near_start)
+    return Part(tokens, s.computed, s.far.array, s.near.array, s.near_start)
 
 
 def _rows(x: Tensor, rows: list[int]) -> Tensor:

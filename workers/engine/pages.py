@@ -18,22 +18,29 @@ class PageList:
 
     def __init__(self, pages: Iterable[int] = ()) -> None:
         self._array = np.fromiter(pages, np.int64)
-        self._size = len(self._array)
+        self._start, self._stop = 0, len(self._array)
 
     @property
     def array(self) -> np.ndarray:
-        """``[n]`` int64; what is appended later is not in it."""
-        return self._array[: self._size]
+        """``[n]`` int64; what is appended or taken away later does not change it."""
+        return self._array[self._start : self._stop]
 
     def append(self, page: int) -> None:
         """One more at the end."""
-        if self._size == len(self._array):
-            self._array = np.concatenate([self._array, np.zeros(max(16, self._size), np.int64)])
-        self._array[self._size] = page
-        self._size += 1
+        if self._stop == len(self._array):
+            self._array = np.concatenate([self.array, np.zeros(max(16, len(self)), np.int64)])
+            self._start, self._stop = 0, len(self)
+        self._array[self._stop] = page
+        self._stop += 1
+
+    def popleft(self) -> int:
+        """Takes the first away; there must be one."""
+        page = self[0]
+        self._start += 1
+        return page
 
     def __len__(self) -> int:
-        return self._size
+        return self._stop - self._start
 
     def __getitem__(self, at: int) -> int:
         return int(self.array[at])

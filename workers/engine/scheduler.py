@@ -58,9 +58,11 @@ class Scheduler:
         """The chunks of the next step; their pages are reserved."""
         budget = self.limits.step
         chunks: list[Chunk] = []
+        preempted = self.preemptions
         for prefilling in (False, True):
             for sequence in [s for s in self.running if (s.remaining > 1) == prefilling]:
-                if budget and sequence in self.running:  # it may have been preempted for one before it
+                # it may have been preempted for one before it
+                if budget and (preempted == self.preemptions or sequence in self.running):
                     chunk = _chunk(sequence, budget)
                     if self._make_room(sequence, sequence.computed + chunk.count, chunks):
                         chunks.append(chunk)
@@ -82,8 +84,7 @@ class Scheduler:
             sequence = chunk.sequence
             guesses = self._guesses(sequence, budget) if chunk.samples and sequence.generated else ()
             upto = sequence.computed + chunk.count + len(guesses)
-            if guesses and sequence.fits(upto):
-                sequence.reserve(upto)
+            if guesses and sequence.reserve(upto):
                 budget -= len(guesses)
                 chunk = replace(chunk, guesses=guesses)
             guessing.append(chunk)
@@ -97,13 +98,12 @@ class Scheduler:
 
     def _make_room(self, sequence: Sequence, upto: int, chunks: list[Chunk]) -> bool:
         """Reserves pages, if need be those of sequences that came later. False when this one had to give way itself."""
-        while not sequence.fits(upto):
+        while not sequence.reserve(upto):
             last = self.running[-1]
             self._preempt(last)
             chunks[:] = [c for c in chunks if c.sequence is not last]
             if last is sequence:
                 return False
-        sequence.reserve(upto)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:

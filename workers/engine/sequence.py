@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence as SequenceOf
 
 from shoal.workers.engine.pages import Key, PageList, PagePool, page_keys
@@ -43,7 +42,7 @@ class Sequence:
         self.cached: int | None = None
         self.told = False
         self.far = PageList()
-        self.near: deque[int] = deque()
+        self.near = PageList()
         self.near_start = 0
         self.ngrams = Ngrams(self.tokens)
         self._keys: list[Key] = []
@@ -69,12 +68,16 @@ class Sequence:
         far, near = self.missing(upto)
         return far <= self.pools.far.free and near <= self.pools.near.free
 
-    def reserve(self, upto: int) -> None:
-        """Takes the pages for the tokens up to ``upto``; they must be free."""
+    def reserve(self, upto: int) -> bool:
+        """Takes the pages for the tokens up to ``upto``. False when they are not free: then it takes none."""
         far, near = self.missing(upto)
+        if far > self.pools.far.free or near > self.pools.near.free:
+            return False
         for _ in range(far):
             self.far.append(self.pools.far.take())
-        self.near.extend(self.pools.near.take() for _ in range(near))
+        for _ in range(near):
+            self.near.append(self.pools.near.take())
+        return True
 
     def advance(self, count: int) -> None:
         """``count`` more tokens are in the cache: makes whole pages findable, lets go of near ones out of reach."""
@@ -115,7 +118,7 @@ class Sequence:
             self.pools.far.hold(page)
         for page in near:
             self.pools.near.hold(page)
-        self.far, self.near = PageList(far), deque(near)
+        self.far, self.near = PageList(far), PageList(near)
         self.near_start = self._near_of(len(far)) if self.pools.reach else 0
         self.computed = len(far) * self.pools.page
         self._ends.add(len(far))
@@ -127,7 +130,7 @@ class Sequence:
             self.pools.far.release(page)
         for page in reversed(self.near):
             self.pools.near.release(page)
-        self.far, self.near, self.near_start, self.computed = PageList(), deque(), 0, 0
+        self.far, self.near, self.near_start, self.computed = PageList(), PageList(), 0, 0
 
     def _drop_near(self, first: int) -> None:
         while self.near and self.near_start < first:

@@ -220,7 +220,7 @@ class _HostTables:
         """Pages of each part from number ``begin`` on."""
         found = {}
         for i, p in enumerate(self.parts[begin:]):
-            found[f"far {i}"], found[f"near {i}"] = _ints(p.far), _ints(p.near)
+            found[f"far {i}"], found[f"near {i}"] = p.far, p.near
         return found
 
 
@@ -245,9 +245,14 @@ def _spread(starts: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _pad(lists: SequenceOf[np.ndarray]) -> np.ndarray:
-    """Rows of one length, filled up with their own first page, which is theirs to read."""
+    """Rows of one length."""
     table = np.zeros((len(lists), max(map(len, lists), default=0)), np.int64)
-    for row, pages in zip(table, lists, strict=True):
-        row[len(pages) :] = pages[0] if len(pages) else 0
-        row[: len(pages)] = pages
+    fill(table, lists)
     return table
+
+
+def fill(rows: np.ndarray, lists: SequenceOf[np.ndarray]) -> None:
+    """Puts pages into rows, each filled up with the first of them, which is its own to read."""
+    for row, pages in zip(rows, lists, strict=True):
+        row[: len(pages)] = pages
+        row[len(pages) :] = pages[0] if len(pages) else 0
