@@ -24,6 +24,7 @@ from shoal.kernels.nsa.layout import BlockSizes
 from shoal.kernels.nsa.paged import DecodeTables, HiddenGates, PagedCache
 from shoal.kernels.nsa.triton_forward import ForwardTuning, attend
 from shoal.kernels.nsa.triton_paged_choose import choose_kernel
+from shoal.kernels.nsa.triton_paged_copy import copy_rows
 from shoal.kernels.nsa.triton_paged_sum import sum_branches
 from shoal.kernels.nsa.triton_select import LOG2E, halves, load_keys, load_rows, padded, precision, query_keys
 from shoal.kernels.nsa.triton_tables import chunk_tables
@@ -165,18 +166,12 @@ def triton_paged_prefill(
     """What :func:`shoal.kernels.nsa.paged.paged_prefill` returns, from the same arguments. scale: above 0."""
     far = far[: sizes.slc_blocks(position + q.shape[0])]
     skipped = sizes.cmp_block // sizes.cmp_stride - 1  # rows that do not exist
-    k_cmp, v_cmp = (_rows(x, far)[skipped:] for x in (cache.k_cmp, cache.v_cmp))
-    k_slc, v_slc = (_rows(x, far) for x in (cache.k_slc, cache.v_slc))
-    k_win, v_win = (_rows(x, near) for x in (cache.k_win, cache.v_win))
+    k_cmp, v_cmp = (x[skipped:] for x in copy_rows(cache.k_cmp, cache.v_cmp, far))
+    k_slc, v_slc = copy_rows(cache.k_slc, cache.v_slc, far)
+    k_win, v_win = copy_rows(cache.k_win, cache.v_win, near)
     tables = chunk_tables(position, q.shape[0], near_first, sizes, q.device)
     tensors = (q.contiguous(), k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates.contiguous())
     return attend(*tensors, tables, scale, tuning or ForwardTuning()).out
-
-
-def _rows(cache: Tensor, pages: Tensor) -> Tensor:
-    """Rows of a sequence, in order: ``[pages, KV, rows, D]`` at ``pages [P]`` to ``[P · rows, KV, D]``."""
-    # A reshape of one page would be a view that is not contiguous.
-    return cache[pages].transpose(1, 2).contiguous().view(-1, cache.shape[1], cache.shape[3])
 
 
 @triton.jit
