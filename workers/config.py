@@ -225,7 +225,7 @@ class ServeTable(Table):
     step_tokens: int = Field(
         default=0,
         ge=0,
-        description="tokens of one step; longer prompts are cut into chunks; 0: 512 on a CPU, 2,048 on a GPU",
+        description="tokens of one step; longer prompts are cut into chunks; 0: 512 on a CPU, 4,096 on a GPU",
     )
     waiting: int = Field(default=256, ge=1, description="requests in the queue; more are refused")
     pages: int = Field(

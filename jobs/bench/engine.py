@@ -61,11 +61,11 @@ SCALES = {
     "cuda": [
         Scale(
             "deepseekmoe-2b", ("model.heads=32", "model.kv_heads=2", "parallel.device=cuda"),
-            at_once={4096: (1, 7, 32), 16384: (1, 7, 32), 65536: (1, 7, 32)}, step=2048,
+            at_once={4096: (1, 7, 32), 16384: (1, 7, 32), 65536: (1, 7, 32)}, step=4096,
         ),
         Scale(
             "deepseekmoe-16b", ("model.heads=64", "model.kv_heads=4", "parallel.device=cuda"),
-            at_once={4096: (1, 7, 128), 65536: (1, 7)}, step=2048, memory=70e9,
+            at_once={4096: (1, 7, 128), 65536: (1, 7)}, step=4096, memory=70e9,
         ),
     ],
 }  # fmt: skip

@@ -82,7 +82,8 @@ class EngineActor(RankActor):
 def limits_of(s: ServeTable, device: str) -> Limits:
     """A recipe's ``[serve]`` table as an engine on a device of this type takes it.
 
-    A layer costs a GPU's host some milliseconds whatever its tokens are, so that long chunks suit it.
+    A layer costs a GPU's host some milliseconds, and a read of all experts' weights, whatever its tokens are, so that
+    long chunks suit it.
     """
-    step = s.step_tokens or (2048 if device == "cuda" else 512)
+    step = s.step_tokens or (4096 if device == "cuda" else 512)
     return Limits(s.sequences, step, s.waiting, s.pages, s.speculate, s.prefix_cache, s.cuda_graphs)
