@@ -112,7 +112,7 @@ class Engines:
                 ended = output.finish is not None
                 if output.finish is Finish.error:
                     raise ClusterRefused(NOT_FINITE)
-                yield replace(output, request=request.id)
+                yield output._replace(request=request.id)
         finally:
             self._names.discard(request.id)
             self.flights.pop(flight.request.id, None)

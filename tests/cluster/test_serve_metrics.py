@@ -366,7 +366,7 @@ async def test_outputs_and_load_pass_through_as_they_are(endpoint: str, model: s
     measured = Measured(bare, ServeMetrics(model))
     clients: list[Callable[[Request], AsyncGenerator[Output, None]]] = [bare.generate, measured.generate]
     one, other = [[output async for output in generate(ask("a", prompt=20))] for generate in clients]
-    assert [replace(o, cached=0, tokens=()) for o in one] == [replace(o, cached=0, tokens=()) for o in other]
+    assert [o._replace(cached=0, tokens=()) for o in one] == [o._replace(cached=0, tokens=()) for o in other]
     assert [t.id for o in one for t in o.tokens] == [t.id for o in other for t in o.tokens]
     assert other[0].cached > one[0].cached == 0
     loads: list[Awaitable[Load]] = [bare.load(), measured.load()]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,8 +25,7 @@ ALIGNED = 16  # numbers: an array that begins anywhere else would be another var
 SINGLE = 8  # chunks of at most this many tokens are computed as single queries, all sequences together
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """The tokens of one sequence in a step: ``tokens`` stand at ``start …``. far: its pages from the start on; near:
     its pages from page number ``near_start`` on; both reach to its last token."""
 

@@ -266,9 +266,11 @@ class MoE(nn.Module):
         Called again after the parameters changed, it brings them up to date in their place, where a CUDA graph reads
         them. Returns the bytes that it allocated.
         """
-        if not self.whole or not hasattr(self, "shared") or len(self.shared.names) < 2:
+        shared: ExpertStack | None = getattr(self, "shared", None)  # once: a module's attributes are slow, steps many
+        if not self.whole or shared is None or len(shared.names) < 2:
             return 0
-        weight, kept, version = self.shared.gate_up, self._joined, _version(self.shared.gate_up)
+        weight, kept = shared.gate_up, self._joined
+        version = _version(weight)
         if kept is None:
             self._joined = side_by_side(weight.detach()), version
             return self._joined[0].nbytes

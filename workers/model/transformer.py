@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from copy import copy
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -190,7 +191,7 @@ class Transformer(nn.Module):
         device = batch.tokens.device
         return torch.zeros(0, self.recipe.model.hidden, dtype=self.dtype, device=device).requires_grad_()
 
-    @property
+    @cached_property
     def moe_layers(self) -> list[MoE]:
         """Those with experts, in order."""
         return [block.moe for block in self.layers if isinstance(block.moe, MoE)]
