@@ -97,7 +97,7 @@ def _found(total: Tensor, target: Tensor) -> Tensor:
 
 def _draw_any(logits: Tensor, draws: Draws) -> Tensor:
     """Inverse-transform sampling over all tokens in the order of their ids: first among blocks of them, then among the
-    tokens of a block, since running totals of whole rows take a GPU longer than everything else."""
+    tokens of a block, since PyTorch has one multiprocessor compute the running totals of a row."""
     n, vocab = logits.shape
     weights = logits.new_empty(n, -(-vocab // BLOCK), BLOCK, dtype=torch.float64)
     flat = weights.view(n, -1)
