@@ -25,10 +25,7 @@ class GluonGemms(TritonGemms):
     def tiles(self, rows: Tensor) -> Tiles:
         """Of this division into groups; without groups all rows are one."""
         if self._tiles is None:
-            ends = self.ends
-            if ends is None:
-                ends = torch.full((1,), len(rows), dtype=torch.int32, device=rows.device)
-            self._tiles = tiles_of(ends, len(rows), ROWS)
+            self._tiles = tiles_of(self.ends, len(rows), ROWS, rows.device)
         return self._tiles
 
     def rows_by_weight(self, rows: Tensor, weight: Tensor) -> Tensor:

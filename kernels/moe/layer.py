@@ -98,11 +98,12 @@ class _MoELayer(torch.autograd.Function):
             most=options.most,
             lse=options.squares,
         )
-        ctx.products = kind(choice.ends)
+        ctx.set_materialize_grads(False)
+        ctx.products, ctx.shared = kind(choice.ends), kind(None)
         hidden, results = ffn.forward(ctx.products, expand(x, choice.rows), gate_up, down)
         shared_hidden = base = None
         if shared_up is not None and shared_down is not None:
-            shared_hidden, base = ffn.forward(kind(None), x, shared_up, _flat(shared_down))
+            shared_hidden, base = ffn.forward(ctx.shared, x, shared_up, _flat(shared_down))
         out = combine(results, choice.rows, choice.gates, base)
         ctx.save_for_backward(
             x, centroids, gate_up, down, shared_up, shared_down, hidden, shared_hidden, *vars(choice).values()
@@ -115,16 +116,16 @@ class _MoELayer(torch.autograd.Function):
     @staticmethod
     def backward(  # type: ignore[override]
         ctx: Any,
-        grad: Tensor,
+        grad: Tensor | None,
         _counts: None,
-        sum_grads: Tensor,
+        sum_grads: Tensor | None,
         _experts: None,
         square_grad: Tensor | None,
         score_grads: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         x, centroids, gate_up, down, shared_up, shared_down, hidden, shared_hidden, *tables = ctx.saved_tensors
-        kind = ctx.options.kind
-        choice, grad = Choice(*tables), grad.contiguous()
+        choice = Choice(*tables)
+        grad = torch.zeros_like(x) if grad is None else grad.contiguous()
         d_rows, d_gate_up, d_down, d_gates = ffn.backward(
             ctx.products,
             expand(grad, choice.rows),
@@ -139,7 +140,7 @@ class _MoELayer(torch.autograd.Function):
         d_logits = choose_backward(
             choice,
             d_gates,
-            sum_grads.contiguous(),
+            None if sum_grads is None else sum_grads.contiguous(),
             x.dtype,
             score=ctx.options.score,
             normalize=ctx.options.normalize,
@@ -150,9 +151,8 @@ class _MoELayer(torch.autograd.Function):
         d_shared_up: Tensor | None = None
         d_shared_down: Tensor | None = None
         if shared_up is not None:
-            products = kind(None)
             down = _flat(shared_down)
-            base, d_up, d_wide_down, _ = ffn.backward(products, grad, lambda: x, shared_hidden, shared_up, down)
+            base, d_up, d_wide_down, _ = ffn.backward(ctx.shared, grad, lambda: x, shared_hidden, shared_up, down)
             d_shared_up = d_up if shared_up.dim() == 2 else apart(d_up, len(shared_up))
             d_shared_down = d_wide_down.view_as(shared_down)
         d_x = combine(d_rows, choice.rows, None, base, d_logits, centroids)

@@ -139,7 +139,7 @@ def _ints(like: Tensor, *shape: int) -> Tensor:
 def choose_backward(
     choice: Choice,
     row_grads: Tensor,
-    sum_grads: Tensor,
+    sum_grads: Tensor | None,
     dtype: torch.dtype,
     *,
     score: str,
@@ -150,8 +150,8 @@ def choose_backward(
     """Gradient of the logits, ``[T, N]`` in ``dtype``.
 
     row_grads: ``[T·K]`` float32, gradients of the gates in the order of the sorted rows. sum_grads: ``[N]`` float32, of
-    the sums. score_grads: ``[T, N]`` float32, contiguous, of the scores themselves. square_grad: float32, one number,
-    of ``choice.squares``.
+    the sums; None: zeros. score_grads: ``[T, N]`` float32, contiguous, of the scores themselves. square_grad: float32,
+    one number, of ``choice.squares``.
     """
     tokens, experts = choice.scores.shape
     top_k = choice.gates.shape[1]
@@ -164,10 +164,10 @@ def choose_backward(
             choice.experts,
             choice.rows,
             row_grads,
-            sum_grads,
-            sum_grads if score_grads is None else score_grads,
-            sum_grads if choice.lse is None else choice.lse,
-            sum_grads if square_grad is None else square_grad,
+            row_grads if sum_grads is None else sum_grads,
+            row_grads if score_grads is None else score_grads,
+            row_grads if choice.lse is None else choice.lse,
+            row_grads if square_grad is None else square_grad,
             out,
             tokens,
             N=experts,
@@ -176,6 +176,7 @@ def choose_backward(
             TILE=tile,
             SIGMOID=score == "sigmoid",
             NORMALIZE=normalize,
+            SUMS=sum_grads is not None,
             SCORES=score_grads is not None,
             SQUARES=square_grad is not None and choice.lse is not None,
             num_warps=2,
@@ -338,6 +339,7 @@ def _choose_backward_kernel(
     TILE: tl.constexpr,
     SIGMOID: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    SUMS: tl.constexpr,
     SCORES: tl.constexpr,
     SQUARES: tl.constexpr,
 ):
@@ -346,7 +348,9 @@ def _choose_backward_kernel(
     there = t < tokens
     inside = there[:, None] & (e[None, :] < N)
     s = tl.load(scores + t[:, None] * N + e[None, :], mask=inside, other=0.0)
-    ds = tl.zeros([TILE, NP], tl.float32) + tl.load(sum_grads + e, mask=e < N, other=0.0)[None, :]
+    ds = tl.zeros([TILE, NP], tl.float32)
+    if SUMS:
+        ds += tl.load(sum_grads + e, mask=e < N, other=0.0)[None, :]
     if SCORES:
         ds += tl.load(score_grads + t[:, None] * N + e[None, :], mask=inside, other=0.0)
     total = tl.zeros([TILE], tl.float32)

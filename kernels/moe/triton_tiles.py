@@ -23,25 +23,50 @@ class Tiles:
     count: Tensor
 
 
-def tiles_of(ends: Tensor, rows: int, size: int) -> Tiles:
-    """ends: ``[E]`` int32, where each group of the sorted ``rows`` ends."""
-    groups = len(ends)
+def tiles_of(ends: Tensor | None, rows: int, size: int, device: torch.device | None = None) -> Tiles:
+    """ends: ``[E]`` int32, where each group of the sorted ``rows`` ends; none: they are one group, on ``device``."""
+    groups = 1 if ends is None else len(ends)
+    device = device if ends is None else ends.device
     most = rows // size + min(groups, rows)
-    table = torch.empty(3, most, dtype=torch.int32, device=ends.device)
-    count = torch.empty(1, dtype=torch.int32, device=ends.device)
+    table = torch.empty(3, most, dtype=torch.int32, device=device)
+    count = torch.empty(1, dtype=torch.int32, device=device)
     _tiles_kernel[(groups,)](
-        ends, table, count, most, E=groups, EP=triton.next_power_of_2(groups), SIZE=size, CHUNK=128, num_warps=2
+        count if ends is None else ends,
+        table,
+        count,
+        most,
+        rows,
+        E=groups,
+        EP=triton.next_power_of_2(groups),
+        SIZE=size,
+        CHUNK=128,
+        GIVEN=ends is not None,
+        num_warps=2,
     )
     return Tiles(size, most, table, count)
 
 
-@triton.jit(do_not_specialize=["most"])
-def _tiles_kernel(ends, table, count, most, E: tl.constexpr, EP: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr):
+@triton.jit(do_not_specialize=["most", "rows"])
+def _tiles_kernel(
+    ends,
+    table,
+    count,
+    most,
+    rows,
+    E: tl.constexpr,
+    EP: tl.constexpr,
+    SIZE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    GIVEN: tl.constexpr,
+):
     """Writes the tiles of one group."""
     own = tl.program_id(0)
     e = tl.arange(0, EP)
-    b_end = tl.load(ends + e, mask=e < E, other=0)
-    b_start = tl.load(ends + e - 1, mask=(e > 0) & (e < E), other=0)
+    b_start = tl.zeros([EP], tl.int32)
+    b_end = b_start + rows
+    if GIVEN:
+        b_end = tl.load(ends + e, mask=e < E, other=0)
+        b_start = tl.load(ends + e - 1, mask=(e > 0) & (e < E), other=0)
     tiles = tl.where(e < E, (b_end - b_start + SIZE - 1) // SIZE, 0)
     first = tl.sum(tl.where(e < own, tiles, 0), 0)
     number = tl.sum(tl.where(e == own, tiles, 0), 0)

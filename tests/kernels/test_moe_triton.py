@@ -322,11 +322,13 @@ def test_no_tokens() -> None:
 def test_tiles_cover_each_row_once_and_no_two_groups(counts: list[int]) -> None:
     size = 16
     ends = torch.tensor(counts).cumsum(0, dtype=torch.int32)
-    tiles = tiles_of(ends.to(DEVICE), sum(counts), size)
+    given = [ends.to(DEVICE), None] if len(counts) == 1 else [ends.to(DEVICE)]
     want = [
         (start, end, group)
         for group, (end, count) in enumerate(zip(ends.tolist(), counts, strict=True))
         for start in range(end - count, end, size)
     ]
-    assert tiles.count.tolist() == [len(want)]
-    assert tiles.table[:, : len(want)].T.tolist() == [list(tile) for tile in want]
+    for groups in given:
+        tiles = tiles_of(groups, sum(counts), size, torch.device(DEVICE))
+        assert tiles.count.tolist() == [len(want)]
+        assert tiles.table[:, : len(want)].T.tolist() == [list(tile) for tile in want]
