@@ -87,30 +87,61 @@ def _save(x, slots, i: gl.constexpr, SLOTS: gl.constexpr, out, group, a, b):
 
 
 @gluon.jit
+def _wipe(granule, rows):
+    """Zeros below so many of 16 rows ``[16, 64]``."""
+    L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    r = gl.arange(0, 16, layout=gl.SliceLayout(1, L))
+    kept = granule.load(L)
+    granule.store(gl.where((r < rows)[:, None], kept, gl.zeros_like(kept)))
+
+
+@gluon.jit
+def _rest(acc, rows, a_ring, b_ring, slot, C):
+    """The product of the last rows of a group, fewer than 64: by 16, without those of the next group.
+
+    Both consumers write zeros to the right side; they write the same.
+    """
+    own = a_ring.index(2 * slot + C)
+    b = b_ring.index(slot)
+    if rows % 16:
+        last = rows // 16
+        a_parts = a_ring._reinterpret(a_ring.dtype, [4 * a_ring.shape[0], 16, 64], a_ring.layout)
+        b_parts = b_ring._reinterpret(b_ring.dtype, [16 * b_ring.shape[0], 16, 64], b_ring.layout)
+        _wipe(a_parts.index(4 * (2 * slot + C) + last), rows % 16)
+        for c in gl.static_range(4):
+            _wipe(b_parts.index(16 * slot + 4 * c + last), rows % 16)
+        fence_async_shared()
+        barrier()
+    for j in gl.static_range(4):
+        if 16 * j < rows:
+            acc = warpgroup_mma(own.slice(16 * j, 16, 0).permute((1, 0)), b.slice(16 * j, 16, 0), acc)
+    return acc
+
+
+@gluon.jit
 def _consumer(C, a_ring, b_ring, full, empty, slots, out, ends, E, A, B, STAGES, SLOTS):
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
-    WIPE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     i = 0
     for lap in range(_laps(E, A, B)):
         group, start, end, a, b = _tile(lap, ends, A, B)
         acc = gl.zeros([64, 256], gl.float32, ACC)
-        for row in range(start, end, 64):
+        whole = start + (end - start) // 64 * 64
+        for row in range(start, whole, 64):
             slot = i % STAGES
             mbarrier.wait(full.index(slot), i // STAGES & 1)
             own = a_ring.index(2 * slot + C)
-            if row + 64 > end:
-                # Rows of the next group count for nothing; nobody else reads these 64 columns.
-                r = row + gl.arange(0, 64, layout=gl.SliceLayout(1, WIPE))
-                kept = own.load(WIPE)
-                own.store(gl.where((r < end)[:, None], kept, gl.zeros_like(kept)))
-                fence_async_shared()
-                barrier()
             acc = warpgroup_mma(own.permute((1, 0)), b_ring.index(slot), acc, is_async=True)
             acc = warpgroup_mma_wait(1, [acc])
             mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), pred=row > start)
             i += 1
         acc = warpgroup_mma_wait(0, [acc])
-        mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), pred=end > start)
+        mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), pred=whole > start)
+        if whole < end:
+            slot = i % STAGES
+            mbarrier.wait(full.index(slot), i // STAGES & 1)
+            acc = _rest(acc, end - whole, a_ring, b_ring, slot, C)
+            mbarrier.arrive(empty.index(slot))
+            i += 1
         left, right = split_columns(acc)
         q0, q1 = split_columns(left)
         q2, q3 = split_columns(right)

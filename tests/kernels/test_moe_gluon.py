@@ -72,6 +72,19 @@ def test_gradient_of_the_activation(counts: list[int], width: int, inner: int, w
 
 
 @pytest.mark.gpu
+def test_what_is_not_a_number_stays_with_its_expert() -> None:
+    ours, exact = both([300, 77, 130, 5])
+    left, right = draw(512, 256, dtype=torch.bfloat16, seed=1), draw(512, 512, dtype=torch.bfloat16, seed=2)
+    want = exact.rows_by_rows(left.cpu().double(), right.cpu().double())
+    for x in (left, right):
+        spoilt = x.clone()
+        spoilt[300:377] = torch.nan
+        got = ours.rows_by_rows(spoilt if x is left else left, spoilt if x is right else right)
+        assert got[1].isnan().all()
+        near(got[[0, 2, 3]], want[[0, 2, 3]])
+
+
+@pytest.mark.gpu
 def test_one_group_of_all_rows() -> None:
     ours = GluonGemms(None)
     rows, weight = draw(333, 256, dtype=torch.bfloat16, seed=1), draw(256, 512, dtype=torch.bfloat16, seed=2) / 16
