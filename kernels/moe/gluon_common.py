@@ -44,3 +44,17 @@ def split_columns(x):
     M: gl.constexpr = x.shape[0]
     N: gl.constexpr = x.shape[1] // 2
     return x.reshape([M, 2, N]).permute((0, 2, 1)).split()
+
+
+@gluon.jit
+def sigmoid_of(x):
+    """Of float32, to some 1e-7: by 4 instructions instead of the 12 that are right for all numbers of all sizes."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; "
+        "rcp.approx.ftz.f32 $0, t; }",
+        "=f,f",
+        [x],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )

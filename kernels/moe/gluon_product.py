@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from shoal.kernels.hopper import barrier, descriptor
-from shoal.kernels.moe.gluon_common import launch, split_columns
+from shoal.kernels.moe.gluon_common import launch, sigmoid_of, split_columns
 from shoal.kernels.moe.triton_tiles import Tiles
 
 PLAIN, UP, ACT = 0, 1, 2
@@ -205,8 +205,8 @@ def _epilogue_up(acc, slots, SLOTS, out, act, out_ptr, act_ptr, row, end, column
     gate, up = split_columns(acc)
     g0, g1 = split_columns(gate)
     u0, u1 = split_columns(up)
-    a0 = g0 / (1.0 + gl.exp(-g0)) * u0
-    a1 = g1 / (1.0 + gl.exp(-g1)) * u1
+    a0 = g0 * sigmoid_of(g0) * u0
+    a1 = g1 * sigmoid_of(g1) * u1
     _store(g0, slots, 0, SLOTS, out, 0, out_ptr, row, column, end, 2 * N, N)
     _store(u0, slots, 1, SLOTS, out, 1, out_ptr, row, column, end, 2 * N, N)
     _store(a0, slots, 2, SLOTS, act, 0, act_ptr, row, column, end, N, N)
@@ -232,7 +232,7 @@ def _act_chunk(
     mbarrier.wait(there.index(pair), phase)
     gate = slots.index(2 * pair).reshape([64, 64]).load(L).to(gl.float32)
     up = slots.index(2 * pair + 1).reshape([64, 64]).load(L).to(gl.float32)
-    sigmoid = 1.0 / (1.0 + gl.exp(-gate))
+    sigmoid = sigmoid_of(gate)
     silu = gate * sigmoid
     b_act = silu * up
     part = gl.sum(b_act * d, 1)
