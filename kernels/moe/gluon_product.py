@@ -71,7 +71,7 @@ def product(
     stages, slots = SHAPES[mode]
     planes = _planes(out, halves)
     arguments = (
-        descriptor(rows, ROWS, DEPTH),
+        descriptor(rows, ROWS // 2, DEPTH),
         descriptor(flat, *block),
         planes,
         planes if act is out else _planes(act, 1),
@@ -128,19 +128,25 @@ def _tile(lap, table, count, most, N: gl.constexpr, BN: gl.constexpr, GROUP: gl.
 
 
 @gluon.jit
-def _producer(a, b, a_ring, b_ring, full, empty, table, count, most, K, N, MODE, BY_COLUMN, STAGES, GROUP, SIDE):
-    """Fill the rings with rows ``[128, 64]`` and weights ``[64, 256]``."""
+def _producer(
+    a, b, a_ring, b_ring, full, empty, table, count, most, K, N, MODE, BY_COLUMN, STAGES, GROUP, SIDE, PIECES
+):
+    """Fill the rings with rows, those of the expert in pieces ``[64, 64]``, and weights ``[64, 256]``."""
     BN: gl.constexpr = 256 if MODE == 0 else 128
-    DEPTH: gl.constexpr = 64
+    WEIGHTS: gl.constexpr = b.block_type.nbytes * (2 if MODE == 1 else 1)
     i = 0
     for lap in range(_laps(count, N, BN)):
-        row, _, expert, n = _tile(lap, table, count, most, N, BN, GROUP)
-        for k in range(0, K, DEPTH):
+        row, end, expert, n = _tile(lap, table, count, most, N, BN, GROUP)
+        taken = gl.minimum(gl.cdiv(end - row, 64), PIECES)
+        for k in range(0, K, 64):
             slot = i % STAGES
             mbarrier.wait(empty.index(slot), (i // STAGES & 1) ^ 1)
             bar = full.index(slot)
-            mbarrier.expect(bar, a.block_type.nbytes + b.block_type.nbytes * (2 if MODE == 1 else 1))
-            tma.async_copy_global_to_shared(a, [row, k], bar, a_ring.index(slot))
+            for p in gl.static_range(PIECES):
+                mbarrier.expect(bar, (p + 1) * a.block_type.nbytes + WEIGHTS, pred=taken == p + 1)
+            for p in gl.static_range(PIECES):
+                at = a_ring.index(PIECES * slot + p)
+                tma.async_copy_global_to_shared(a, [row + 64 * p, k], bar, at, pred=p < taken)
             if MODE == 1:
                 # Of experts side by side: which one these columns are of, and where its gates and ups begin.
                 OWN: gl.constexpr = N // SIDE
@@ -355,8 +361,8 @@ def _gemm_kernel(
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
     BUFFERS: gl.constexpr = STAGES * (2 if MODE == 1 else 1)
-    a_tma = gl.allocate_shared_memory(a.dtype, [STAGES, 128, 64], a.layout)
-    a_ring = a_tma._reinterpret(a.dtype, [2 * STAGES, 64, 64], a.layout)
+    PIECES: gl.constexpr = 2
+    a_ring = gl.allocate_shared_memory(a.dtype, [PIECES * STAGES, 64, 64], a.layout)
     b_tma = gl.allocate_shared_memory(b.dtype, [BUFFERS] + b.block_type.shape, b.layout)  # noqa: RUF005
     b_ring = b_tma
     if MODE == 1:
@@ -389,7 +395,8 @@ def _gemm_kernel(
             ),
             (
                 _producer,
-                (a, b, a_tma, b_tma, full, empty, table, count, most, K, N, MODE, BY_COLUMN, STAGES, GROUP, SIDE),
+                (a, b, a_ring, b_tma, full, empty, table, count, most, K, N, MODE, BY_COLUMN, STAGES, GROUP, SIDE,
+                 PIECES),
             ),
         ],
         [4, 1],
