@@ -1,4 +1,5 @@
-"""What kernels in Gluon for Hopper share: where they can run, descriptors for TMA, a barrier, halves of registers.
+"""What kernels in Gluon for Hopper share: where they can run, descriptors for TMA, a barrier, halves of registers, work
+that programs take, numbers told from warp to warp.
 
 Tensors in Gluon have powers of two for sizes: what is 192 columns wide in memory is three pieces of 64 in shared
 memory, whose products are added up in the same registers.
@@ -79,3 +80,24 @@ def scores(k, q, PIECES: gl.constexpr, S: gl.constexpr):
     for c in gl.static_range(PIECES):
         s = warpgroup_mma(k[c], q[c].permute((1, 0)), s, use_acc=c > 0, is_async=True)
     return s
+
+
+@gluon.jit
+def take(taken):
+    """The number of the next unit of work that nobody has, for a warp. Units differ too much in length to be dealt out
+    beforehand."""
+    lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    number = gl.atomic_add(taken + lane * 0, lane * 0 + 1, mask=lane == 0, sem="relaxed")
+    return gl.max(gl.where(lane == 0, number, 0), 0)
+
+
+@gluon.jit
+def tell(smem, at, value):
+    """Write a number to shared memory."""
+    smem.index(at).store(gl.full([1], value, gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0])))
+
+
+@gluon.jit
+def told(smem, at):
+    """Read a number from shared memory."""
+    return gl.max(smem.index(at).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)

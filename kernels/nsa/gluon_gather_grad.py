@@ -27,7 +27,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from shoal.kernels.hopper import barrier, descriptor, half_rows, multiprocessors, pieces, scores, split_halves
+from shoal.kernels.hopper import (
+    barrier,
+    descriptor,
+    half_rows,
+    multiprocessors,
+    pieces,
+    scores,
+    split_halves,
+    take,
+    tell,
+    told,
+)
 from shoal.kernels.nsa import gluon_span_grad
 from shoal.kernels.nsa.gluon_span_grad import reduce_add
 from shoal.kernels.nsa.triton_inverse import Inverse
@@ -52,13 +63,15 @@ def block_parts(
     part: Tensor,
     inverse: Inverse,
     ends: Tensor,
+    taken: Tensor,
     tables: PackTables,
     scale: float,
     grads: Grads,
     index: int,
 ) -> None:
     """Of the queries of chunk ``index``: the parts of their gradients, ``part [chunk, n, H, D]``, and what they add to
-    the gradients of keys and values. ends: of ``ends_by_head``."""
+    the gradients of keys and values. ends: of ``ends_by_head``. taken: ``[chunks]`` int32, zeros at first: how many
+    items of each chunk workers have taken."""
     tokens, heads, dim = q.shape
     keys, kv, dim_v = v.shape
     group, n, piece = heads // kv, part.shape[1], gcd(dim, 128)
@@ -76,6 +89,7 @@ def block_parts(
         inverse.item_pairs,
         inverse.first_items,
         ends,
+        taken,
         tables.block_first,
         tables.block_last,
         tables.own_rows,
@@ -97,13 +111,6 @@ def block_parts(
 
 
 @gluon.jit
-def _own_items(C: gl.constexpr, ends, index, chunks, KV: gl.constexpr):
-    """The first of this worker's items, and how many it takes: every one a grid of workers further on."""
-    own = 2 * gl.program_id(0) + C
-    return own, gl.cdiv(gl.load(ends + (KV - 1) * chunks + index) - own, 2 * gl.num_programs(0))
-
-
-@gluon.jit
 def _item_of(idx, first, ends, index, chunks, KV: gl.constexpr):
     """Head and place in the table of the chunk's item ``idx``."""
     h = 0
@@ -116,34 +123,28 @@ def _item_of(idx, first, ends, index, chunks, KV: gl.constexpr):
 
 
 @gluon.jit
-def _tell(smem, at, value):
-    """Write a number to shared memory."""
-    smem.index(at).store(gl.full([1], value, gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0])))
-
-
-@gluon.jit
-def _told(smem, at):
-    """Read a number from shared memory."""
-    return gl.max(smem.index(at).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
-
-
-@gluon.jit
 def _producer(
-    C, q, k, v, d_out, worker, source, KV: gl.constexpr, G: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr,
+    q, k, v, d_out, worker, source, KV: gl.constexpr, G: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr,
     N: gl.constexpr, ITEM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Copy the keys and values of each item, and its queries and gradients of outputs, tile by tile."""
+    """Take items; copy the keys and values of each, and its queries and gradients of outputs, tile by tile."""
     q_ring, o_ring, _, _, base_ring, dots_ring, k_smem, v_smem, _, _, places, facts, kv_bars, full, empty = worker
-    base, dots, own_rows, items, pairs, first, ends, block_first, block_last, index, chunks, begin, tokens = source
+    (
+        base, dots, own_rows, items, pairs, first, ends, taken, block_first, block_last, index, chunks,
+        begin, tokens,
+    ) = source  # fmt: skip
     WIDTH: gl.constexpr = k.block_type.shape[1]
     PIECES: gl.constexpr = D // WIDTH
     E: gl.constexpr = v.block_type.shape[1]
     L: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
     r = gl.arange(0, 64, layout=L)
-    own, laps = _own_items(C, ends, index, chunks, KV)
+    every_item = gl.load(ends + (KV - 1) * chunks + index)
+    idx = take(taken + index)
     i = 0
-    for lap in range(laps):
-        h, item = _item_of(own + lap * 2 * gl.num_programs(0), first, ends, index, chunks, KV)
+    lap = 0
+    while idx < every_item:
+        following = take(taken + index)
+        h, item = _item_of(idx, first, ends, index, chunks, KV)
         block = gl.load(items + item)
         p_pairs = pairs + item.to(gl.int64) * ITEM
         every = gl.load(p_pairs + gl.arange(0, ITEM, layout=L))
@@ -173,7 +174,7 @@ def _producer(
                 for c in gl.static_range(E // 64):
                     at = (slot * (E // 64) + c) * TILE + j
                     tma.async_copy_global_to_shared(d_out, [t, h * G, c * 64], bar, o_ring.index(at))
-                _tell(places, i % (2 * STAGES) * TILE + j, gl.where(mates[j] >= 0, mates[j] - begin, -1))
+                tell(places, i % (2 * STAGES) * TILE + j, gl.where(mates[j] >= 0, mates[j] - begin, -1))
             base_ring.index(slot).store(b_base)
             dots_ring.index(slot).store(b_dots)
             barrier()
@@ -187,13 +188,21 @@ def _producer(
                     column = h * D + piece * WIDTH
                     tma.async_copy_global_to_shared(k, [key, column], kv_bars.index(0), k_smem.index(piece))
                 tma.async_copy_global_to_shared(v, [key, h * E], kv_bars.index(0), v_smem.index(0))
-                _tell(facts, 0, h)
-                _tell(facts, 1, key)
-                _tell(facts, 2, stop)
-                _tell(facts, 3, gl.cdiv(count, TILE))
-                _tell(facts, 4, unclear.to(gl.int32))
+                tell(facts, 0, h)
+                tell(facts, 1, key)
+                tell(facts, 2, stop)
+                tell(facts, 3, gl.cdiv(count, TILE))
+                tell(facts, 4, unclear.to(gl.int32))
+                tell(facts, 5, item)
                 barrier()
                 mbarrier.arrive(kv_bars.index(0))
+        idx = following
+        lap += 1
+    # An item without tiles is the end.
+    mbarrier.wait(kv_bars.index(1), (lap & 1) ^ 1)
+    tell(facts, 3, 0)
+    barrier()
+    mbarrier.arrive(kv_bars.index(0), count=2)
 
 
 @gluon.jit
@@ -210,7 +219,7 @@ def _put(
     r = gl.arange(0, 64, layout=gl.SliceLayout(1, WIDE))
     place = r * 0 - 1
     for j in gl.static_range(TILE):
-        place = gl.where(r // G == j, _told(places, at + j), place)
+        place = gl.where(r // G == j, told(places, at + j), place)
     row = (place * KV + h) * G + r % G
     p_part = part + row[:, None] * D + (column + gl.arange(0, 64, layout=gl.SliceLayout(0, WIDE)))[None, :]
     gl.store(p_part, smem.load(WIDE), mask=place[:, None] >= 0, eviction_policy="evict_first")
@@ -239,12 +248,11 @@ def _add_keys(x, acc, at, column, one, two):
 
 @gluon.jit
 def _masked(
-    w, r, L: gl.constexpr, idx, n, key, stop, listed, KV: gl.constexpr, G: gl.constexpr, TILE: gl.constexpr,
-    N: gl.constexpr, ITEM: gl.constexpr,
+    w, r, L: gl.constexpr, item, n, key, stop, listed, G: gl.constexpr, TILE: gl.constexpr, N: gl.constexpr,
+    ITEM: gl.constexpr,
 ):  # fmt: skip
     """Weights ``[keys, rows r of tile n]`` of keys that are there: of its own block a query sees what stands before."""
-    own_rows, pairs, first, ends, index, chunks = listed
-    item = _item_of(idx, first, ends, index, chunks, KV)[1]
+    own_rows, pairs = listed
     mine = gl.load(pairs + item.to(gl.int64) * ITEM + n * TILE + r // G)
     t = gl.load(own_rows + mine // N, mask=mine >= 0, other=0)
     o_n = key + gl.arange(0, 64, layout=gl.SliceLayout(1, L))
@@ -253,7 +261,7 @@ def _masked(
 
 @gluon.jit
 def _consumer(
-    C, part, d_k, d_v, worker, listed, scale, KV: gl.constexpr, G: gl.constexpr, D: gl.constexpr, E: gl.constexpr,
+    part, d_k, d_v, worker, listed, scale, KV: gl.constexpr, G: gl.constexpr, D: gl.constexpr, E: gl.constexpr,
     TILE: gl.constexpr, N: gl.constexpr, ITEM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The gradients of the items' keys, and the parts of their queries'."""
@@ -274,7 +282,6 @@ def _consumer(
         full,
         empty,
     ) = worker
-    _own_rows, _pairs, _first, ends, index, chunks = listed
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     WIDTH: gl.constexpr = k_smem.shape[2]
     PIECES: gl.constexpr = D // WIDTH
@@ -285,23 +292,23 @@ def _consumer(
     HALF_ROW: gl.constexpr = gl.SliceLayout(0, HALF)
     zeros = gl.zeros([64, 64], gl.float32, S)
     k_parts = k_smem._reinterpret(k_smem.dtype, [D // 64, 64, 64], k_smem.layout)
-    own, laps = _own_items(C, ends, index, chunks, KV)
     i = 0
-    for lap in range(laps):
+    lap = 0
+    mbarrier.wait(kv_bars.index(0), 0)
+    count = told(facts, 3)
+    while count > 0:
         dk = ()
         for _c in gl.static_range(PIECES):
             dk = dk + (gl.zeros([64, WIDTH], gl.float32, ACC_D),)  # noqa: RUF005
         dv = gl.zeros([64, E], gl.float32, ACC_E)
-        mbarrier.wait(kv_bars.index(0), lap & 1)
-        h, key, stop = _told(facts, 0), _told(facts, 1), _told(facts, 2)
-        count, unclear = _told(facts, 3), _told(facts, 4)
+        h, key, stop = told(facts, 0), told(facts, 1), told(facts, 2)
+        unclear, item = told(facts, 4), told(facts, 5)
         for n in range(count):
             # i >> 30 is 0, which the compiler does not know: it would keep all addresses in registers.
             slot = i % STAGES + (i >> 30 if STAGES == 1 else 0)
             b_q, b_o = pieces(q_ring, slot, PIECES), o_ring.index(slot)
             b_k, b_v, b_ds = pieces(k_smem, i >> 30, PIECES), v_smem.index(i >> 30), ds_smem.index(i >> 30)
             mbarrier.wait(full.index(slot), i // STAGES & 1)
-            idx = own + lap * 2 * gl.num_programs(0)
             if PIECES == 1:
                 s = scores(b_k, b_q, PIECES, S)
                 dp = warpgroup_mma(b_v, b_o.permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -309,7 +316,7 @@ def _consumer(
                 s = warpgroup_mma_wait(1, [s])
                 w = gl.exp2(s * scale - b_base[None, :])
                 if unclear > 0:
-                    w = _masked(w, gl.arange(0, 64, layout=ROW), S, idx, n, key, stop, listed, KV, G, TILE, N, ITEM)
+                    w = _masked(w, gl.arange(0, 64, layout=ROW), S, item, n, key, stop, listed, G, TILE, N, ITEM)
                 b_w = gl.convert_layout(w.to(k_smem.dtype), gl.DotOperandLayout(0, ACC_E, 2))
                 dv = warpgroup_mma(b_w, b_o, dv, is_async=True)
                 b_dots = dots_ring.index(slot).load(ROW)
@@ -332,7 +339,7 @@ def _consumer(
                     w = gl.exp2(s * scale - h_base[None, :])
                     if unclear > 0:
                         r = 32 * half + gl.arange(0, 32, layout=HALF_ROW)
-                        w = _masked(w, r, HALF, idx, n, key, stop, listed, KV, G, TILE, N, ITEM)
+                        w = _masked(w, r, HALF, item, n, key, stop, listed, G, TILE, N, ITEM)
                     b_w = gl.convert_layout(w.to(k_smem.dtype), gl.DotOperandLayout(0, ACC_E, 2))
                     dv = warpgroup_mma(b_w, h_o, dv, is_async=True)
                     h_dots = dots_ring.index(slot).slice(32 * half, 32, 0).load(HALF_ROW)
@@ -376,6 +383,9 @@ def _consumer(
         _add_keys(d_v, dv, key, h * E, part_smem.index(0), ds_smem.index(0))
         tma.store_wait(0)
         barrier()
+        lap += 1
+        mbarrier.wait(kv_bars.index(0), lap & 1)
+        count = told(facts, 3)
 
 
 @gluon.jit
@@ -396,7 +406,7 @@ def _buffers(q, k, v, d_out, D: gl.constexpr, TILE: gl.constexpr, G: gl.constexp
     ds_smem = gl.allocate_shared_memory(q.dtype, [1, 64, 64], k.layout)
     part_smem = gl.allocate_shared_memory(q.dtype, [1, 64, 64], k.layout)
     places = gl.allocate_shared_memory(gl.int32, [2 * STAGES * TILE, 1], NUMBERS)
-    facts = gl.allocate_shared_memory(gl.int32, [5, 1], NUMBERS)
+    facts = gl.allocate_shared_memory(gl.int32, [6, 1], NUMBERS)
     kv_bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -424,26 +434,27 @@ def _buffers(q, k, v, d_out, D: gl.constexpr, TILE: gl.constexpr, G: gl.constexp
     )
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["index", "begin"])
 def _gather_grad_kernel(
-    q, k, v, d_out, part, d_k, d_v, base, dots, items, pairs, first, ends, block_first, block_last, own_rows, index,
-    chunks, begin, scale, tokens, KV: gl.constexpr, G: gl.constexpr, D: gl.constexpr, E: gl.constexpr,
-    TILE: gl.constexpr, N: gl.constexpr, ITEM: gl.constexpr, STAGES: gl.constexpr,
+    q, k, v, d_out, part, d_k, d_v, base, dots, items, pairs, first, ends, taken, block_first,
+    block_last, own_rows, index, chunks, begin, scale, tokens, KV: gl.constexpr, G: gl.constexpr, D: gl.constexpr,
+    E: gl.constexpr, TILE: gl.constexpr, N: gl.constexpr, ITEM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Programs take two items each in turn, until the chunk has no more."""
-    FIRST: gl.constexpr = 0
-    SECOND: gl.constexpr = 1
+    """Programs work on two items at a time, until the chunk has no more."""
     one = _buffers(q, k, v, d_out, D, TILE, G, STAGES)
     two = _buffers(q, k, v, d_out, D, TILE, G, STAGES)
     fence_async_shared()
-    source = (base, dots, own_rows, items, pairs, first, ends, block_first, block_last, index, chunks, begin, tokens)
-    listed = (own_rows, pairs, first, ends, index, chunks)
+    source = (
+        base, dots, own_rows, items, pairs, first, ends, taken, block_first, block_last, index, chunks,
+        begin, tokens,
+    )  # fmt: skip
+    listed = (own_rows, pairs)
     gl.warp_specialize(
         [
-            (_consumer, (FIRST, part, d_k, d_v, one, listed, scale, KV, G, D, E, TILE, N, ITEM, STAGES)),
-            (_consumer, (SECOND, part, d_k, d_v, two, listed, scale, KV, G, D, E, TILE, N, ITEM, STAGES)),
-            (_producer, (FIRST, q, k, v, d_out, one, source, KV, G, D, TILE, N, ITEM, STAGES)),
-            (_producer, (SECOND, q, k, v, d_out, two, source, KV, G, D, TILE, N, ITEM, STAGES)),
+            (_consumer, (part, d_k, d_v, one, listed, scale, KV, G, D, E, TILE, N, ITEM, STAGES)),
+            (_consumer, (part, d_k, d_v, two, listed, scale, KV, G, D, E, TILE, N, ITEM, STAGES)),
+            (_producer, (q, k, v, d_out, one, source, KV, G, D, TILE, N, ITEM, STAGES)),
+            (_producer, (q, k, v, d_out, two, source, KV, G, D, TILE, N, ITEM, STAGES)),
         ],
         [4, 1, 1],
         [240, 24, 24],

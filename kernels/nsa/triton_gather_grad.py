@@ -79,13 +79,14 @@ def selected_backward(
         inverse = invert(blocks, tables, chunk, tuning.item)
         pairs, first, chunks = inverse.item_pairs, inverse.first_items, inverse.chunks
         items, size = inverse.item_blocks, inverse.size
-        ends = None if hopper is None else ends_by_head(inverse, kv)
+        if hopper is not None:
+            ends, taken = ends_by_head(inverse, kv), blocks.new_zeros(chunks)
     group_p = padded(group, least=1)
     shape = {"N": n, "KV": kv, "G": group, "D": dim}
     for index, start in enumerate(range(0, tokens, chunk)):
         stop = min(start + chunk, tokens)
         if hopper is not None:
-            hopper(*operands, part, inverse, ends, tables, scale, grads, index)
+            hopper(*operands, part, inverse, ends, taken, tables, scale, grads, index)
         else:
             low, high = tables.reach(start, stop)
             programs = high - low

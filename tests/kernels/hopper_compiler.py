@@ -86,7 +86,9 @@ def attention(kv: int, group: int, dims: tuple[int, int], dtype: torch.dtype) ->
         numbers = torch.zeros(kv + 1, dtype=torch.int32)
         inverse = Inverse(tokens, 1, 64, numbers, numbers.new_zeros(1, 64), numbers)
         part = q.new_zeros(tokens, choices, heads, dims[0])
-        block_parts(q, k, v, d_out, base, base, part, inverse, numbers[1:].view(kv, 1), tables, 0.1, grads, 0)
+        block_parts(
+            q, k, v, d_out, base, base, part, inverse, numbers[1:].view(kv, 1), numbers[:1], tables, 0.1, grads, 0
+        )
 
 
 def experts() -> None:
