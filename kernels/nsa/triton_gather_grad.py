@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shoal.kernels.nsa.triton_inverse import ends_by_head, invert, lists_by_block
+from shoal.kernels.nsa.triton_inverse import ends_by_head, invert, lists_by_block, longest_first
 from shoal.kernels.nsa.triton_select import LOG2E, halves, load_rows, padded, precision
 from shoal.kernels.nsa.triton_span_grad import Grads, score_weights
 from shoal.kernels.nsa.triton_tables import PackTables
@@ -26,7 +26,7 @@ from shoal.kernels.nsa.triton_tables import PackTables
 class GatherGradTuning:
     """chunk: queries whose parts exist at a time. item: queries of a program, a power of two. rows: of a tile, queries
     times padded group. hopper: in Gluon where that takes the shapes, whatever item and rows say. wide: also for 192
-    dimensions of queries and keys."""
+    dimensions of queries and keys. longest: in Gluon the items with the most queries first."""
 
     chunk: int = 2048
     item: int = 64
@@ -36,6 +36,7 @@ class GatherGradTuning:
     merge_warps: int = 4
     hopper: bool = True
     wide: bool = True
+    longest: bool = True
 
 
 def selected_backward(
@@ -77,6 +78,8 @@ def selected_backward(
         items, size = pairs, 0
     else:
         inverse = invert(blocks, tables, chunk, tuning.item)
+        if hopper is not None and tuning.longest:
+            inverse = longest_first(inverse)
         pairs, first, chunks = inverse.item_pairs, inverse.first_items, inverse.chunks
         items, size = inverse.item_blocks, inverse.size
         if hopper is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ triton_on_cpu.prepare()
 
 from shoal.kernels.nsa import BlockSizes, make_layout, oracle  # noqa: E402
 from shoal.kernels.nsa.triton_gather import Tuning, selected_by_block  # noqa: E402
-from shoal.kernels.nsa.triton_inverse import invert  # noqa: E402
+from shoal.kernels.nsa.triton_inverse import invert, longest_first  # noqa: E402
 from shoal.kernels.nsa.triton_select import selected_by_query  # noqa: E402
 from shoal.kernels.nsa.triton_tables import Tables, make_tables  # noqa: E402
 
@@ -154,6 +154,23 @@ def test_every_pair_lies_once_in_an_item_of_its_block(chunk: int, size: int) -> 
                 got.append((t, h, i))
     want = (blocks >= 0).nonzero().tolist()
     assert sorted(map(list, got)) == want
+
+
+@pytest.mark.parametrize(("chunk", "size"), [(10, 1), (16, 4), (1000, 8)])
+def test_items_with_the_most_queries_go_first(chunk: int, size: int) -> None:
+    """Of each head's chunk; they are the same items."""
+    tables = tables_of([30, 1, 45], sizes(8, 3))
+    inverse = invert(random_blocks(tables, 2), tables, chunk, size)
+    ordered = longest_first(inverse)
+    assert torch.equal(inverse.first_items, ordered.first_items)
+    for begin, end in pairwise(inverse.first_items.tolist()):
+        was, now = (
+            [(int(x.item_blocks[i]), tuple(sorted(x.item_pairs[i].tolist()))) for i in range(begin, end)]
+            for x in (inverse, ordered)
+        )
+        assert sorted(was) == sorted(now)
+        lengths = (ordered.item_pairs[begin:end] >= 0).sum(1).tolist()
+        assert lengths == sorted(lengths, reverse=True)
 
 
 @pytest.mark.gpu
