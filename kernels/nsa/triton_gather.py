@@ -19,6 +19,9 @@ from shoal.kernels.nsa.triton_inverse import invert
 from shoal.kernels.nsa.triton_select import LOG2E, halves, load_keys, load_rows, padded, precision, query_keys
 from shoal.kernels.nsa.triton_tables import Tables
 
+EARLY = True
+"""Whether partial outputs are asked for before blocks are read query by query."""
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -115,6 +118,7 @@ def selected_by_block(
                 *(mix if mix is not None else (out, out, lse, out)),
                 *(scale * LOG2E, head, start, blocks.stride(0), blocks.stride(1)),
                 DIRECT=direct,
+                EARLY=EARLY and direct > 0 and n * group * dim_v <= 5 * 16 * 128,  # what registers hold
                 GP=padded(group),
                 NP=triton.next_power_of_2(max(n, 1)),
                 BESIDE=beside is not None,
@@ -276,6 +280,7 @@ def _merge_kernel(
     stride_t,
     stride_h,
     DIRECT: tl.constexpr,
+    EARLY: tl.constexpr,
     BESIDE: tl.constexpr,
     MIX: tl.constexpr,
     NP: tl.constexpr,
@@ -317,17 +322,27 @@ def _merge_kernel(
     base = tl.where(m == float("-inf"), 0.0, m)
     total = tl.sum(tl.exp2(each - base[None, :]), 0)
     acc = tl.zeros([GP, EP], tl.float32)
+    parts = ()
+    if EARLY:
+        # On their way while blocks are read, and before it is known whether somebody wrote them.
+        for i in tl.static_range(N):
+            slot = (slots + i * HEADS) * G + o_g
+            weight = tl.exp2(tl.load(part_lse + slot, mask=in_g, other=float("-inf")) - base)
+            b_part = tl.load(part + slot[:, None] * E + o_e[None, :], inside, 0.0, eviction_policy="evict_first")
+            yes = tl.load(chosen + DIRECT + i) >= 0
+            parts = parts + ((yes, weight, b_part),)  # type: ignore[assignment]  # noqa: RUF005
     if BESIDE:
         weight = tl.exp2(b_beside - base)
         total += weight
         acc += weight[:, None] * tl.load(beside + at, mask=inside, other=0.0)
-    for i in tl.static_range(N):
-        yes = tl.load(chosen + DIRECT + i) >= 0
-        slot = (slots + i * HEADS) * G + o_g
-        weight = tl.exp2(tl.load(part_lse + slot, mask=in_g & yes, other=float("-inf")) - base)
-        acc += weight[:, None] * tl.load(
-            part + slot[:, None] * E + o_e[None, :], mask=inside & yes, other=0.0, eviction_policy="evict_first"
-        )
+    if not EARLY:
+        for i in tl.static_range(N):
+            yes = tl.load(chosen + DIRECT + i) >= 0
+            slot = (slots + i * HEADS) * G + o_g
+            weight = tl.exp2(tl.load(part_lse + slot, mask=in_g & yes, other=float("-inf")) - base)
+            acc += weight[:, None] * tl.load(
+                part + slot[:, None] * E + o_e[None, :], mask=inside & yes, other=0.0, eviction_policy="evict_first"
+            )
     if DIRECT > 0:
         first = tl.load(key_starts + t).to(tl.int64)
         last = first + t - tl.load(starts + t)
@@ -335,6 +350,10 @@ def _merge_kernel(
             *(q, k, v, rows, in_g, chosen, last, h, first, scale, DIRECT, OWN),
             *(KV, GP, E, EP, D, D1, D2, BLOCK, BN, PRECISION),
         )
+        if EARLY:
+            for i in tl.static_range(N):
+                yes, weight, b_part = parts[i]
+                acc += tl.where(yes, weight[:, None] * b_part, 0.0)
         both = tl.maximum(m, m_d)
         both = tl.where(both == float("-inf"), 0.0, both)
         # total is 0 where m is -inf, whatever base is then.

@@ -117,7 +117,7 @@ def selected_backward(
             ALONE=alone,
             GP=group_p,
             DP=padded(dim),
-            num_warps=tuning.merge_warps,
+            num_warps=max(tuning.merge_warps, padded(dim) // 32),
             **shape,
         )
     return d_q
@@ -276,5 +276,7 @@ def _sum_kernel(
     for i in tl.static_range(N):
         yes = tl.load(blocks + t * stride_t + h * stride_h + i) >= 0
         slot = (slots + i * KV) * G + o_g
-        acc += tl.load(part + slot[:, None] * D + o_d[None, :], mask=inside & yes, other=0.0).to(tl.float32)
+        # Read before it is known whether somebody wrote it: else each part waits for its own choice.
+        b_part = tl.load(part + slot[:, None] * D + o_d[None, :], inside, 0.0, eviction_policy="evict_first")
+        acc += tl.where(yes, b_part.to(tl.float32), 0.0)
     tl.store(d_q + at, (acc * scale).to(d_q.dtype.element_ty), mask=inside)
