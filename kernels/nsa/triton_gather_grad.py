@@ -28,7 +28,7 @@ class GatherGradTuning:
     times padded group. hopper: in Gluon where that takes the shapes, whatever item and rows say. wide: also for 192
     dimensions of queries and keys. longest: in Gluon the items with the most queries first."""
 
-    chunk: int = 2048
+    chunk: int = 3072
     item: int = 64
     rows: int = 64
     warps: int = 4

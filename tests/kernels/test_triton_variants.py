@@ -128,6 +128,7 @@ def test_few_variants_are_prepared(prepared: Variants) -> None:
         "triton_choose._top_kernel": 5,  # lists of up to 16, 32 … 256 blocks
         "triton_paged_choose.choose_kernel": 5,
         "triton_paged_copy._copy_kernel": 2,  # a page's tokens, or the compressed rows that end in it
+        "triton_paged_sum._sum_kernel": 2,  # few partial outputs, or more
         "triton_route._choose_kernel": 2,  # one tile of tokens, which sorts them as well, or more
         "triton_rows._swiglu_kernel": 2,  # routed and shared experts
         "triton_span._span_kernel": 3,  # compressed keys, the window, forced blocks in two spans
