@@ -173,6 +173,11 @@ class ParallelTable(Table):
     context_gradients: Literal["short", "float32"] = Field(
         default="short", description="dtype in which gradients of those keys return: train.dtype, or float32 at least"
     )
+    dispatch: Literal["auto", "exchanged", "put"] = Field(
+        default="auto",
+        description="how rows reach the experts of other ranks: those that are needed by all-to-all; or all of them by "
+        "copy engines, into the memory of a node's other GPUs; auto: put where nearly all are needed, and can be",
+    )
     shard_dense: bool = Field(
         default=False,
         description="weights outside experts, and their gradients, in parts over the attention ranks (FSDP2)",

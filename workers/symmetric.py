@@ -5,7 +5,8 @@ says behind each token what it chose. So nothing is packed, and no host reads a 
 needs nearly every rank: of 64 experts, 6 of them chosen, 99 % of tokens need a given one of 2 ranks, 84 % one of 4.
 
 A slot is written again only after its last content was used: a rank puts rows out when it has what came home from the
-pass before, which the others sent after they had used all that came to them; and the other way round.
+pass before, which the others sent after they had used all that came to them; and the other way round. So there is one
+pass at a time, of all layers that share the slots.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 
 COUNTS, OUT, BACK, WORDS_OUT, WORDS_BACK = range(5)
 """Parts of a slot: counts, rows out, rows that come home, and the words that go with each row."""
+
+SPARE = 2
+"""Multiprocessors without products of the shared experts, which would take all of them at once: for the kernels, of one
+warp each, that say what is there and wait for it. Without, rows would leave when those products are done."""
 
 ROOM = 256 << 20
 """Bytes of experts' rows that may be asked for without knowing how many there are; of more, the host reads it."""
@@ -129,17 +134,30 @@ def inbox(
     dist.all_gather_object(found, (socket.gethostname(), own), group=group.handle)
     indices = [index for _, index in found]
     near = len({host for host, _ in found}) == 1 and len(set(indices)) == group.size
-    if not near or not all(index == own or _reaches(own, index) for index in indices):
+    if not near or not _all(group, all(index == own or _reaches(own, index) for index in indices)):
         return None
-    return Inbox(group, capacity, hidden, dtype, choices, experts, device)
+    try:
+        box = Inbox(group, capacity, hidden, dtype, choices, experts, device)
+    except RuntimeError:  # memory, or what a container does not let its processes share
+        box = None
+    return box if _all(group, box is not None) else None
 
 
 def _reaches(own: int, other: int) -> bool:
     return torch.cuda.can_device_access_peer(torch.device("cuda", own), torch.device("cuda", other))
 
 
+def _all(group: Group, here: bool) -> bool:
+    """Whether it is so on all ranks."""
+    found: list[Any] = [None] * group.size
+    dist.all_gather_object(found, here, group=group.handle)
+    return all(found)
+
+
 class SymmetricFlight(Flight):
     """Rows that are put where they are needed. Gates are float32."""
+
+    spare = SPARE
 
     def __init__(self, dispatcher: Dispatcher, x: Tensor, gates: Tensor, experts: Tensor, keep: bool) -> None:
         assert dispatcher.inbox is not None and len(x) <= dispatcher.inbox.capacity
@@ -150,14 +168,16 @@ class SymmetricFlight(Flight):
         del self._plan
         self._places = (self.tokens + len(box.others) * box.capacity) * min(self.choices, len(dispatcher.local))
         self._host: Tensor | None = None
-        with beside(x.device, Moment(x.device)):
+        planned = Moment(x.device)
+        with beside(x.device, planned, lane=1):  # the host reads counts while rows are on their way
             self._put({COUNTS: self.counts}, COUNTS)
-            self._put({WORDS_OUT: words, OUT: x}, OUT)
             box.hear(COUNTS)
             self._all = torch.cat([self.counts[None], box.counts()])  # copied: the slots are written again
             if self._places * x.shape[1] * x.element_size() > ROOM:
                 self._host = on_host(self._all)
             self._counted = Moment(x.device)
+        with beside(x.device, planned):
+            self._put({WORDS_OUT: words, OUT: x}, OUT)
 
     def _put(self, parts: dict[int, Tensor], told: int) -> None:
         """Slots of capacity rows, for all others, on the current stream; or a part of one for each of them."""
@@ -186,6 +206,7 @@ class SymmetricFlight(Flight):
     def arrive(self, x: Tensor, gates: Tensor) -> Arrived:
         """As the base class has it; what came is copied where a backward pass will ask for it."""
         box = self._inbox
+        self._counted.before_here()  # and so before word goes home that slots may be written again
         self._hear(OUT)
         rows = box.rows(OUT).clone() if self.keep else box.rows(OUT)
         return self._sorted((x, rows), gates, box.words(WORDS_OUT), self._places)

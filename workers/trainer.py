@@ -23,6 +23,7 @@ from shoal.workers.data.batch import PackedBatch
 from shoal.workers.data.loader import TrainLoader, ValLoader
 from shoal.workers.expert_plan import Plan, place_loads, places_of, plan_of
 from shoal.workers.guard import first_bad_layer
+from shoal.workers.inboxes import open_inbox
 from shoal.workers.mesh import Mesh
 from shoal.workers.model import Transformer
 from shoal.workers.model.feedforward import MoE, MoELoad, named_biases, named_views
@@ -62,6 +63,7 @@ class Trainer:
         torch.use_deterministic_algorithms(recipe.train.deterministic and device.type == "cuda")
         self.recipe, self.corpus, self.mesh, self.device = recipe, corpus, mesh, device
         self.model = Transformer(recipe, mesh, device)
+        open_inbox(self.model)
         if recipe.parallel.shard_dense:
             shard_dense(self.model, mesh)
         self.parameters = dict(self.model.named_parameters())

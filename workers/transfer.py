@@ -94,15 +94,15 @@ class Moment:
 
 
 @lru_cache(maxsize=8)
-def _stream(device: torch.device) -> torch.cuda.Stream:
+def _stream(device: torch.device, lane: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)
 
 
-def beside(device: torch.device, after: Moment) -> AbstractContextManager[None]:
-    """What is launched in this context runs beside the current stream, after a moment."""
+def beside(device: torch.device, after: Moment, lane: int = 0) -> AbstractContextManager[None]:
+    """What is launched in this context runs beside the current stream, after a moment, and beside other lanes."""
     if after.event is None:
         return nullcontext()
-    stream = _stream(device)
+    stream = _stream(device, lane)
     stream.wait_event(after.event)
     return torch.cuda.stream(stream)
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import triton_on_cpu
 from ranks import run_ranks
+from shared_inbox import SharedInbox
 from torch import Tensor
 
 from shoal.kernels.moe.gemms import Gemms
@@ -22,7 +23,6 @@ from shoal.workers.flight import PackedFlight
 from shoal.workers.gathered import ApartFlight, GatheredFlight, Live
 from shoal.workers.mesh import Group
 from shoal.workers.routed import Pass, RoutedFFN
-from shoal.workers.symmetric import Inbox
 
 HIDDEN, INNER, SHARED = 16, 8, 2
 
@@ -82,29 +82,6 @@ APART = {
 """Tokens and experts on different ranks, in steps of one shape."""
 BY_TRITON = ("uneven tokens, and none", "a rank without experts", "dispatched shared experts")
 """The interpreter takes long."""
-
-
-class SharedInbox(Inbox):
-    """An inbox in files that processes map into their memory; signals are messages."""
-
-    def __init__(self, folder: str, *sizes: Any) -> None:
-        self._folder = folder
-        self.said: list[Any] = []
-        super().__init__(*sizes)
-
-    def _share(self, words: int, device: torch.device) -> list[Tensor]:
-        path = str(Path(self._folder) / str(self.group.index))
-        torch.from_file(path, shared=True, size=words, dtype=torch.int32).fill_(-7)
-        dist.barrier()
-        ranks = range(self.group.size)
-        return [torch.from_file(f"{self._folder}/{r}", shared=True, size=words, dtype=torch.int32) for r in ranks]
-
-    def say(self, part: int, rank: int) -> None:
-        self.said.append(dist.isend(torch.zeros(1), rank, tag=part))
-
-    def hear(self, part: int) -> None:
-        for rank in self.others:
-            dist.recv(torch.zeros(1), rank, tag=part)
 
 
 def on_ranks(

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
+from shared_inbox import SharedInbox
 from small import small_corpus, small_recipe
 
+from shoal.workers import symmetric
 from shoal.workers.config import Recipe
 from shoal.workers.mesh import make_mesh
 from shoal.workers.placement import Placement
@@ -67,6 +69,24 @@ def _train(rank: int, world: int, tables: dict[str, Any], corpus: str, steps: in
     trainer.optimizer.step = watched  # type: ignore[method-assign]
     records = [trainer.train_step() for _ in range(steps)]
     return {"records": records, "gradients": gradients, "eval": trainer.evaluate()}
+
+
+def _train_putting(
+    rank: int, world: int, tables: dict[str, Any], corpus: str, steps: int, folder: str
+) -> dict[str, Any]:
+    """The same with rows put into memory that the ranks share."""
+    boxes: list[SharedInbox] = []
+
+    def inbox(*sizes: Any) -> SharedInbox:
+        boxes.append(SharedInbox(folder, *sizes))
+        return boxes[0]
+
+    symmetric.inbox = inbox  # type: ignore[assignment]
+    result = _train(rank, world, tables, corpus, steps)
+    assert len(boxes) == 1 and boxes[0].said
+    for message in boxes[0].said:  # one that is let go of before it was heard is lost
+        message.wait()
+    return result
 
 
 def _named_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -159,6 +179,22 @@ def test_full_attention_over_ranks_that_share_sequences(corpus: Path, batch: int
     wanted = {**SHARED, "attention__kind": "full", "train__batch": batch}
     one = _one_rank(small_recipe(**wanted), corpus, 4)
     _check(one, _ranks(small_recipe(**wanted, **CONTEXTS["2 ranks share all"]), corpus, 4), 1e-9)
+
+
+PUT: dict[str, dict[str, Any]] = {
+    "in parts of a batch, layers computed again": {"train__accumulate": 3, "train__recompute": 2},
+    "shared experts dispatched, biases": {"moe__shared": "dispatched", "balance__bias_rate": 0.05},
+    "two ranks share each sequence": {"parallel__context": 2},
+}
+
+
+@pytest.mark.parametrize("case", PUT)
+def test_rows_put_into_the_memory_of_others_equal_one_rank(corpus: Path, tmp_path: Path, case: str) -> None:
+    """Training and validation; in float32, as gates are."""
+    changes = {**SHARED, "train__dtype": "float32", **PUT[case]}
+    one = _one_rank(small_recipe(**{**changes, "parallel__context": 1}), corpus, 1)
+    tables = small_recipe(**changes, parallel__ranks=2, parallel__dispatch="put")
+    _check(one, run_ranks(2, _train_putting, tables, str(corpus), 1, str(tmp_path)), 2e-5)
 
 
 @pytest.mark.parametrize("placement", ["4 colocated", "2A:2F"])
