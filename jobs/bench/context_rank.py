@@ -17,10 +17,14 @@ from shoal.jobs.recipe import load_recipe
 from shoal.workers.config import Recipe
 from shoal.workers.machine import spare_collector
 from shoal.workers.mesh import make_mesh
+from shoal.workers.model.feedforward import MoELoad
 from shoal.workers.placement import Placement
 from shoal.workers.trainer import Trainer
 
 RECIPE = "nsa-64k-small"
+PASSES, FIRST = 16, 1e-3
+"""Forward passes that move the biases of experts to where a long run has them, and their rate to begin with."""
+ENOUGH = 1 << 17  # tokens of a pass
 
 
 def rank_main(
@@ -65,6 +69,7 @@ def train(
     """
     mesh = make_mesh(Placement.of(recipe), rank, device)
     trainer = Trainer(_within_a_long_run(recipe), corpus, None, mesh, device)
+    settle(trainer)
     settings = {"context": recipe.train.sequence, "recompute": recipe.train.recompute}
     began = time.monotonic()
     try:
@@ -91,6 +96,39 @@ def _within_a_long_run(recipe: Recipe) -> Recipe:
     """A run looks at what was chosen some 200 times in all, which a short one would in each step."""
     table = recipe.train.model_copy(update={"steps": recipe.train.steps + 1_000_000, "log_every": 1})
     return recipe.model_copy(update={"train": table})
+
+
+@torch.no_grad()
+def settle(trainer: Trainer) -> None:
+    """Evens out the load of experts by their biases, where there are any, before the first step; collective.
+
+    Routers that are new send tokens to few experts, and a benchmark has fewer steps than biases take. So each expert's
+    rate grows as long as its load stays on one side of the mean, and is halved when it changes sides (Rprop).
+    """
+    layers = trainer.model.moe_layers
+    if not trainer.recipe.balance.bias_rate:
+        return
+    rates = torch.full((len(layers), trainer.recipe.moe.experts), FIRST, device=trainer.device)
+    before = torch.zeros_like(rates)
+    for _ in range(PASSES):
+        counts = counts_of(trainer)
+        side = (counts.sum(1, keepdim=True) - counts * counts.shape[1]).sign().float()
+        rates *= torch.where(before * side < 0, 0.5, torch.where(before * side > 0, 1.2, 1.0))
+        before = side
+        for layer, own, rate in zip(layers, counts, rates, strict=True):
+            layer.nudge(own, rate)
+
+
+def counts_of(trainer: Trainer) -> torch.Tensor:
+    """``[layers, experts]``: tokens of each expert, of the next batch's first micro-batches."""
+    t, total = trainer.recipe.train, torch.zeros(())
+    for i, batch in enumerate(trainer.loader.next(), 1):
+        load = MoELoad(1)
+        trainer.model(batch.to(trainer.device), load)
+        total = torch.stack(load.counts) + total.to(trainer.device)
+        if i * (t.batch // t.accumulate) * t.sequence >= ENOUGH:
+            break
+    return total
 
 
 def _peak(device: torch.device) -> int:

@@ -10,8 +10,8 @@ beyond its inputs. Beside each row stands what ``scale_model`` predicts, also fo
 ``python -m shoal.jobs.bench.scale --out FOLDER`` needs no Ray but for ``--parts serve``; the parts ``moe`` and
 ``sequence`` need torch and Triton alone. ``--device cpu`` runs all of it in small, over gloo. The JSON is written anew
 after each case; of other parts than the usual ones it is named after these, ``scale-moe.json``, and with ``--only``
-``scale-some.json``. Training is measured with weights that hardly move and experts that biases even out;
-``device_load`` says how even the ranks' rows were by then.
+``scale-some.json``. Training is measured with weights that hardly move and experts whose load biases evened out before
+the first step, as in a long run; ``device_load`` says how even the ranks' rows were in the steps that count.
 """
 
 from __future__ import annotations

@@ -8,8 +8,36 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from small import small_corpus, small_recipe
 
+from shoal.jobs.bench import context_rank
 from shoal.jobs.bench.command import environment
+from shoal.workers.config import Recipe
+from shoal.workers.mesh import make_mesh
+from shoal.workers.placement import Placement
+from shoal.workers.trainer import Trainer
+
+
+def test_experts_are_even_before_the_first_step(tmp_path: Path) -> None:
+    """As far as one batch differs from the next; nothing but biases changes, and without biases nothing does."""
+    corpus = small_corpus(tmp_path)
+    for rate in (1e-6, 0.0):
+        recipe = Recipe.model_validate(small_recipe(balance__bias_rate=rate, train__batch=32, train__dtype="float32"))
+        trainer = Trainer(recipe, corpus, None, make_mesh(Placement.of(recipe)), torch.device("cpu"))
+        weights = [p.detach().clone() for p in trainer.parameters.values()]
+        with torch.no_grad():
+            before = _fullest(context_rank.counts_of(trainer))
+            context_rank.settle(trainer)
+            after = _fullest(context_rank.counts_of(trainer))
+        assert all(torch.equal(a, b) for a, b in zip(weights, trainer.parameters.values(), strict=True))
+        assert before > 1.5
+        assert after < 1.2 if rate else after > 1.5
+
+
+def _fullest(counts: torch.Tensor) -> float:
+    """Tokens of each layer's fullest expert, as a multiple of the mean; of all layers the most."""
+    return float((counts.amax(1) / counts.double().mean(1)).max())
 
 
 @pytest.mark.slow

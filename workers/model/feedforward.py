@@ -327,10 +327,12 @@ class MoE(nn.Module):
         return sequence_loss(scores, load_fractions(counts), of_token, tokens, self.balance.sequence)
 
     @torch.no_grad()
-    def nudge(self, counts: Tensor) -> None:
-        """Moves each expert's bias a step towards even load. counts: ``[N']`` int64, tokens of the global batch."""
+    def nudge(self, counts: Tensor, rate: Tensor | float | None = None) -> None:
+        """Moves each expert's bias a step towards even load. counts: ``[N']`` int64, tokens of the global batch. rate:
+        instead of ``balance.bias_rate``, of all or of each ``[N']``."""
         if self.bias is not None:
-            self.bias += (counts.sum() - counts * len(counts)).sign() * self.balance.bias_rate
+            step = self.balance.bias_rate if rate is None else rate
+            self.bias += (counts.sum() - counts * len(counts)).sign() * step
 
 
 def _weights(module: nn.Module, name: str) -> Weights:
