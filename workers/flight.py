@@ -35,10 +35,8 @@ class Flight:
 
     keep: whether there will be a backward pass. room: rows that each rank has room for, 0 where that does not matter.
     home: where what comes back for each token stands among all that does. triton: who plans and sorts. own: this rank's
-    tokens among all that its experts work on. spare: multiprocessors that it needs while products run.
+    tokens among all that its experts work on.
     """
-
-    spare = 0
 
     def __init__(
         self, dispatcher: Dispatcher, x: Tensor, gates: Tensor, experts: Tensor, keep: bool, room: int = 0

@@ -75,7 +75,6 @@ class Pass:
         shared_up, _ = self.shared
         if shared_up is not None:
             self.shared_products = self._beside(self.kind(None))
-            self.shared_products.spare = max(self.dispatcher.spare, self.flight.spare)
             self.shared_hidden, self.shared_act = self.shared_products.up(x, shared_up)
         self.flight.send()
         self.arrived = self.flight.arrive(x, gates)

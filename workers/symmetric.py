@@ -32,10 +32,6 @@ if TYPE_CHECKING:
 COUNTS, OUT, BACK, WORDS_OUT, WORDS_BACK = range(5)
 """Parts of a slot: counts, rows out, rows that come home, and the words that go with each row."""
 
-SPARE = 2
-"""Multiprocessors without products of the shared experts, which would take all of them at once: for the kernels, of one
-warp each, that say what is there and wait for it. Without, rows would leave when those products are done."""
-
 ROOM = 256 << 20
 """Bytes of experts' rows that may be asked for without knowing how many there are; of more, the host reads it."""
 
@@ -156,8 +152,6 @@ def _all(group: Group, here: bool) -> bool:
 
 class SymmetricFlight(Flight):
     """Rows that are put where they are needed. Gates are float32."""
-
-    spare = SPARE
 
     def __init__(self, dispatcher: Dispatcher, x: Tensor, gates: Tensor, experts: Tensor, keep: bool) -> None:
         assert dispatcher.inbox is not None and len(x) <= dispatcher.inbox.capacity
