@@ -3,8 +3,8 @@
 On a CPU ``tiny``'s answers, many at a time, are compared with one request at a time, both with a cache (as
 transformers' ``generate`` has one) and by the plain loop, which has none. Then, on a CPU and on a GPU, two models that
 differ in nothing but their attention compute a prompt, and generate far into their context, on a GPU in CUDA graphs and
-without. For the latter the pages are filled with random numbers: what a step costs does not depend on them, and no
-prompt has to be computed for it.
+without. For the latter the pages are filled with random numbers: no prompt has to be computed for it, and sequences
+choose experts apart from one another, as they do after a prompt of a trained model but not of one at random.
 """
 
 from __future__ import annotations
@@ -135,12 +135,12 @@ def _of_kind(settings: Settings, device: str, scale: Scale, kind: str) -> dict[t
     model = _model(recipe_of(scale, kind), device)
     limits = Limits(sequences=scale.most, step=scale.step, prefix_cache=False)
     engine = Engine(model, limits, int(MEMORY * free_memory(device)) if device == "cuda" else None)
-    _fill(engine)
     found: dict[tuple[str, int, int], float] = {}
     _prompt_ms(engine, min(scale.at_once))  # the first one loads kernels
     for context, counts in scale.at_once.items():
         ms = found[PROMPTS, context, 1] = _prompt_ms(engine, context)
         settings.say(f"{kind}, a prompt of {context}: {ms:.0f} ms, {1000 * context / ms:,.0f} tokens/s")
+        _fill(engine)
         for at_once in counts:
             if at_once * engine.pools.pages(context) > engine.pools.far.size:
                 settings.say(f"{kind}, {context} tokens, {at_once} at once: more than fits into the memory")
