@@ -48,8 +48,13 @@ def _add_up(
         known = ((tile + 1) * TILE * PER < ended)[:, None] & in_g
         at_next = (at * tiles + tile + 1)[:, None] * G + o_g[None, :]
         edge = tl.load(edges + at_next, mask=known, other=0.0)
-        edge *= tl.exp2(tl.load(bases + at_next, mask=known, other=0.0) - base)  # 1 among equals, which stay so
+        # Both to the higher base, as what one gives to a lower one may be infinite. 1 among equals, which stay so.
+        following = tl.load(bases + at_next, mask=known, other=float("-inf"))
+        higher = tl.maximum(base, following)
+        edge *= tl.exp2(following - higher)
+        sum_ *= tl.exp2(base - higher)[:, None, :]
         sum_ += tl.where((o_p == TILE - 1)[None, :, None], edge[:, None, :], 0.0)
+        base = higher
     return tl.reshape(tl.sum(sum_ * tl.exp2(base - lse[None, :])[:, None, :], 2), [EACH])
 
 
