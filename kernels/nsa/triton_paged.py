@@ -98,7 +98,9 @@ def triton_paged_decode(
 
     part, tops, totals = empty(parts, group, dim_v), empty(parts, group), empty(parts, group)
     sums, edges, bases = empty(pages, group), empty(tiles, group), empty(tiles, group)
-    blocks = max(tile, min(tuning.blocks * padded(pages // 4096, least=1), padded(pages, least=1)))
+    # By powers of two of the pages, for which kernels are compiled beforehand.
+    wide = padded(pages, least=1)
+    blocks = max(tile, min(tuning.blocks * max(1, wide // 4096), wide))
     sharers, free = triton.cdiv(pages, blocks), count - sizes.slc_initial - sizes.slc_local
     best, arrivals = empty(sharers, free, 2, dtype=torch.int32), empty(dtype=torch.int32)
     chosen = empty(count, dtype=torch.int32)
@@ -124,7 +126,7 @@ def triton_paged_decode(
         *(sums, edges, bases, tops, totals, tables.positions, best, arrivals, chosen, pages, splits, parts),
         SP=MOST,
         EACH=blocks,
-        CP=padded(sharers * free, least=1),
+        CP=padded(triton.cdiv(wide, blocks) * free, least=1),
         BLOCK=sizes.slc_block,
         COUNT=count,
         INITIAL=sizes.slc_initial,
