@@ -96,6 +96,7 @@ def choose_kernel(
     COUNT: tl.constexpr,
     INITIAL: tl.constexpr,
     LOCAL: tl.constexpr,
+    KV: tl.constexpr,
     G: tl.constexpr,
     GP: tl.constexpr,
     AHEAD: tl.constexpr,
@@ -105,9 +106,8 @@ def choose_kernel(
     Programs share the blocks; each finds the best of its own, and the last one the best of these. Each is one warp, in
     which a search needs no barrier.
     """
-    n, h, c = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    at, programs = n * tl.num_programs(1) + h, tl.num_programs(2)
-    t = tl.load(positions + n).to(tl.int32)
+    at, c, programs = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    t = tl.load(positions + at // KV).to(tl.int32)
     own = t // BLOCK
     FREE: tl.constexpr = COUNT - INITIAL - LOCAL
     out = chosen + at * COUNT + INITIAL + LOCAL

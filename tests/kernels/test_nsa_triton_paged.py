@@ -106,7 +106,8 @@ def test_gates_before_their_last_product(depth: int) -> None:
     gates = HiddenGates(draw(3, depth, dtype=torch.float32, seed=30), draw(18, depth, dtype=torch.float32, seed=31))
     given = HiddenGates(gates.hidden.cpu().double(), gates.weight.cpu().double()).gates()
     want = exact(q, given, cache, tables, sizes, 0.4)
-    for mixed in (gates, gates.gates()):
+    strided = HiddenGates(gates.hidden.repeat(1, 2)[:, :depth], gates.weight.t().contiguous().t())
+    for mixed in (gates, gates.gates(), strided, gates.gates().mT.contiguous().mT):
         close(triton_paged_decode(q, mixed, cache, tables, sizes, 0.4), want, torch.float32)
 
 
