@@ -140,6 +140,10 @@ class HiddenGates:
     hidden: Tensor
     weight: Tensor
 
+    def contiguous(self) -> HiddenGates:
+        """The same, contiguous."""
+        return HiddenGates(self.hidden.contiguous(), self.weight.contiguous())
+
     def gates(self) -> Tensor:
         """``[N, H, 3]``, after the sigmoid (NSA eq. 5)."""
         logits = F.linear(F.silu(self.hidden), self.weight)

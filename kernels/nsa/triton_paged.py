@@ -2,9 +2,9 @@
 
 Single queries take four launches, each with work for many programs even when there is one query: partial outputs of
 compressed rows and what importance needs of them, the choice, partial outputs of chosen and window pages, their sum.
-Each launch may begin before the one before it has ended, and waits inside for what it reads. Nothing is read by the
-host and no size depends on how long the sequences are, only on how many pages the tables have room for: a CUDA graph
-can hold it. A chunk's keys and values are copied out of their pages and read by the kernels of training.
+Each launch may begin before the one before it has ended, and waits inside for what that one writes. Nothing is read by
+the host and no size depends on how long the sequences are, only on how many pages the tables have room for: a CUDA
+graph can hold it. A chunk's keys and values are copied out of their pages and read by the kernels of training.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -76,7 +76,11 @@ def triton_paged_decode(
     scale: float,
     tuning: PagedTuning | None = None,
 ) -> Tensor:
-    """What :func:`shoal.kernels.nsa.paged.paged_decode` returns, from the same arguments. scale: above 0."""
+    """What :func:`shoal.kernels.nsa.paged.paged_decode` returns, from the same arguments. scale: above 0.
+
+    On a Hopper GPU the last kernel launched before must not be what writes ``tables.positions``, unless the host waited
+    for it: they are read before that one has ended.
+    """
     tuning = tuning or PagedTuning()
     n, heads, dim = q.shape
     kv, dim_v = cache.v_slc.shape[1], cache.v_slc.shape[3]
@@ -85,7 +89,8 @@ def triton_paged_decode(
     out = q.new_empty(n, heads, dim_v)
     if not n:
         return out
-    q, group = q.contiguous(), heads // kv
+    # Nothing is copied between launches: the last one reads gates before it waits for the one before.
+    q, gates, group = q.contiguous(), gates.contiguous(), heads // kv
     tile = padded(tuning.rows // per, least=1)  # pages of a tile
     tiles, lags = triton.cdiv(pages, tile), 1 + triton.cdiv(skipped, per)
     splits = _shared(n * kv, tiles, tuning.programs)
@@ -98,17 +103,19 @@ def triton_paged_decode(
 
     part, tops, totals = empty(parts, group, dim_v), empty(parts, group), empty(parts, group)
     sums, edges, bases = empty(pages, group), empty(tiles, group), empty(tiles, group)
-    blocks = max(tile, min(tuning.blocks * padded(pages // 4096, least=1), padded(pages, least=1)))
+    # By powers of two of the pages, for which kernels are compiled beforehand.
+    wide = padded(pages, least=1)
+    blocks = max(tile, min(tuning.blocks * max(1, wide // 4096), wide))
     sharers, free = triton.cdiv(pages, blocks), count - sizes.slc_initial - sizes.slc_local
     best, arrivals = empty(sharers, free, 2, dtype=torch.int32), empty(dtype=torch.int32)
     chosen = empty(count, dtype=torch.int32)
     ahead = tuning.ahead and on_hopper(q)
     launch: dict[str, Any] = {"launch_pdl": True} if ahead else {}
     # What grows with the sequences is no constant of a kernel: it would be compiled again and again while serving.
-    shape = {"G": group, "GP": padded(group), "AHEAD": ahead}
+    shape = {"KV": kv, "G": group, "GP": padded(group), "AHEAD": ahead}
     widths = {"E": dim_v, "EP": padded(dim_v), "PRECISION": precision(q.dtype), **halves(dim)}
     rows = {"PER": per, "STRIDE": sizes.cmp_stride, "LAGS": lags, "TILE": tile}
-    _compressed_rows_kernel[(kv, n, splits)](
+    _compressed_rows_kernel[(n * kv, splits)](
         *(q, cache.k_cmp, cache.v_cmp, tables.positions, tables.far, sums, edges, bases, arrivals, part, tops, totals),
         *(scale * LOG2E, pages, triton.cdiv(tiles, splits), parts),
         PER_P=padded(per, least=1),
@@ -120,11 +127,11 @@ def triton_paged_decode(
         **rows,
         **launch,
     )
-    choose_kernel[(n, kv, sharers)](
+    choose_kernel[(n * kv, sharers)](
         *(sums, edges, bases, tops, totals, tables.positions, best, arrivals, chosen, pages, splits, parts),
         SP=MOST,
         EACH=blocks,
-        CP=padded(sharers * free, least=1),
+        CP=padded(triton.cdiv(wide, blocks) * free, least=1),
         BLOCK=sizes.slc_block,
         COUNT=count,
         INITIAL=sizes.slc_initial,
@@ -134,7 +141,7 @@ def triton_paged_decode(
         **rows,
         **launch,
     )
-    _pages_kernel[(kv, n, parts - splits)](
+    _pages_kernel[(n * kv, parts - splits)](
         *(q, cache.k_slc, cache.v_slc, cache.k_win, cache.v_win, tables.positions, tables.far, tables.near),
         *(tables.near_first, chosen, part, tops, totals, scale * LOG2E, pages, windows, splits, parts, each),
         COUNT=count,
@@ -260,6 +267,7 @@ def _compressed_rows_kernel(
     SKIPPED: tl.constexpr,
     STRIDE: tl.constexpr,
     LAGS: tl.constexpr,
+    KV: tl.constexpr,
     G: tl.constexpr,
     GP: tl.constexpr,
     D: tl.constexpr,
@@ -272,11 +280,10 @@ def _compressed_rows_kernel(
 ):
     """Partial attention over some of the compressed rows, and what their pages give to blocks' importance."""
     # Heads whose rows lie side by side in a page are read at one time.
-    h, n, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    at = n * tl.num_programs(0) + h
+    at, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_g, o_c, o_p = tl.arange(0, GP), tl.arange(0, TILE * PER_P), tl.arange(0, TILE)
     in_g = o_g < G
-    ended = (tl.load(positions + n).to(tl.int32) + 1) // STRIDE
+    ended = (tl.load(positions + at // KV).to(tl.int32) + 1) // STRIDE
     if AHEAD:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -334,6 +341,7 @@ def _pages_kernel(
     WINDOW: tl.constexpr,
     BLOCK: tl.constexpr,
     BN: tl.constexpr,
+    KV: tl.constexpr,
     G: tl.constexpr,
     GP: tl.constexpr,
     D: tl.constexpr,
@@ -345,8 +353,8 @@ def _pages_kernel(
     AHEAD: tl.constexpr,
 ):
     """Partial attention over ``each`` of the window's pages, which need not wait for the choice, or of those chosen."""
-    h, n, i = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    at = n * tl.num_programs(0) + h
+    at, i = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    n = at // KV
     o_g, o_n = tl.arange(0, GP), tl.arange(0, BN)
     t = tl.load(positions + n).to(tl.int32)
     b_q, b_q2 = load_keys(q, at * G + o_g, o_g < G, D, D1, D2)

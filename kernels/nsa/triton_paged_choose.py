@@ -48,8 +48,13 @@ def _add_up(
         known = ((tile + 1) * TILE * PER < ended)[:, None] & in_g
         at_next = (at * tiles + tile + 1)[:, None] * G + o_g[None, :]
         edge = tl.load(edges + at_next, mask=known, other=0.0)
-        edge *= tl.exp2(tl.load(bases + at_next, mask=known, other=0.0) - base)  # 1 among equals, which stay so
+        # Both to the higher base, as what one gives to a lower one may be infinite. 1 among equals, which stay so.
+        following = tl.load(bases + at_next, mask=known, other=float("-inf"))
+        higher = tl.maximum(base, following)
+        edge *= tl.exp2(following - higher)
+        sum_ *= tl.exp2(base - higher)[:, None, :]
         sum_ += tl.where((o_p == TILE - 1)[None, :, None], edge[:, None, :], 0.0)
+        base = higher
     return tl.reshape(tl.sum(sum_ * tl.exp2(base - lse[None, :])[:, None, :], 2), [EACH])
 
 
@@ -91,6 +96,7 @@ def choose_kernel(
     COUNT: tl.constexpr,
     INITIAL: tl.constexpr,
     LOCAL: tl.constexpr,
+    KV: tl.constexpr,
     G: tl.constexpr,
     GP: tl.constexpr,
     AHEAD: tl.constexpr,
@@ -100,9 +106,8 @@ def choose_kernel(
     Programs share the blocks; each finds the best of its own, and the last one the best of these. Each is one warp, in
     which a search needs no barrier.
     """
-    n, h, c = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    at, programs = n * tl.num_programs(1) + h, tl.num_programs(2)
-    t = tl.load(positions + n).to(tl.int32)
+    at, c, programs = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    t = tl.load(positions + at // KV).to(tl.int32)
     own = t // BLOCK
     FREE: tl.constexpr = COUNT - INITIAL - LOCAL
     out = chosen + at * COUNT + INITIAL + LOCAL

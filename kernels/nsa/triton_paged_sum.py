@@ -22,13 +22,13 @@ def sum_branches(
     launch: dict[str, Any],
 ) -> None:
     """parts: ``[N, KV, P, G, d_v]``, not divided by their sums of weights, maxima, and those sums, ``[N, KV, P, G]``,
-    in float32. gates: ``[N, H, 3]``, or what they are of. begins: of the second and the third branch's parts. launch:
-    how Triton is to do it."""
+    in float32. gates: ``[N, H, 3]``, or what they are of, contiguous, older than the last launch. begins: of the second
+    and the third branch's parts. launch: how Triton is to do it."""
     n, heads, dim_v = out.shape
     if isinstance(gates, HiddenGates):
-        given, weight, depth = gates.hidden.contiguous(), gates.weight.contiguous(), gates.weight.shape[1]
+        given, weight, depth = gates.hidden, gates.weight, gates.weight.shape[1]
     else:
-        given = weight = gates.contiguous()
+        given = weight = gates
         depth = 0
     width = padded(parts[0].shape[2])
     _sum_kernel[(n * heads,)](

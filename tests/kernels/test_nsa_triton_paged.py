@@ -106,7 +106,8 @@ def test_gates_before_their_last_product(depth: int) -> None:
     gates = HiddenGates(draw(3, depth, dtype=torch.float32, seed=30), draw(18, depth, dtype=torch.float32, seed=31))
     given = HiddenGates(gates.hidden.cpu().double(), gates.weight.cpu().double()).gates()
     want = exact(q, given, cache, tables, sizes, 0.4)
-    for mixed in (gates, gates.gates()):
+    strided = HiddenGates(gates.hidden.repeat(1, 2)[:, :depth], gates.weight.t().contiguous().t())
+    for mixed in (gates, gates.gates(), strided, gates.gates().mT.contiguous().mT):
         close(triton_paged_decode(q, mixed, cache, tables, sizes, 0.4), want, torch.float32)
 
 
@@ -117,6 +118,23 @@ def test_of_equally_important_blocks_the_lower_is_chosen() -> None:
     cache.k_cmp.zero_()
     want = exact(q, gates, cache, tables, sizes, 0.4)
     close(triton_paged_decode(q, gates, cache, tables, sizes, 0.4), want, torch.float32)
+
+
+@pytest.mark.parametrize("first", [20.0, -20.0])
+def test_scores_of_neighbouring_tiles_that_are_far_apart(first: float) -> None:
+    """The block before a tile whose scores are higher by 300 shares keys with the tile's first row: it is chosen where
+    that row scores high in its tile, and only there."""
+    sizes = BlockSizes(4, 2, 8, 6, 1, 1, 9)
+    q, gates, cache, tables = case([150], sizes, 1, 2, (16, 4), torch.float32)
+    q.zero_()[..., 0] = 1
+    pages = tables.far[0, 0]
+    cache.k_cmp.zero_()
+    cache.k_cmp[pages, 0, :, 0] = draw(len(pages), 4, dtype=torch.float32, seed=40)
+    cache.k_cmp[pages[:8], 0, :, 0] -= 300
+    cache.k_cmp[pages[8], 0, 0, 0] = first
+    want = exact(q, gates, cache, tables, sizes, 1.0)
+    for tuning in (PagedTuning(rows=16), PagedTuning(rows=16, programs=1, blocks=2)):
+        close(triton_paged_decode(q, gates, cache, tables, sizes, 1.0, tuning), want, torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ from shoal.kernels.moe import triton_fan, triton_rows  # noqa: E402
 from shoal.kernels.moe.layer import moe_layer  # noqa: E402
 from shoal.kernels.moe.triton_gemms import TritonGemms  # noqa: E402
 from shoal.kernels.moe.triton_tiles import tiles_of  # noqa: E402
-from shoal.kernels.nsa.paged import make_cache  # noqa: E402
+from shoal.kernels.nsa.layout import BlockSizes  # noqa: E402
+from shoal.kernels.nsa.paged import DecodeTables, make_cache  # noqa: E402
 from shoal.kernels.nsa.paged_store import Heads, Phi  # noqa: E402
 from shoal.kernels.nsa.triton_paged import triton_paged_decode, triton_paged_prefill  # noqa: E402
 from shoal.kernels.nsa.triton_store import triton_store_compressed, triton_store_tokens  # noqa: E402
@@ -148,6 +149,20 @@ def test_no_prompt_needs_another_variant(
     count = min(count, RECIPE.model.context - start)
     launch([over_page_0(at, n, page, back, 16) for at, n in (*((s, 1) for s in singles), (start, count))])
     assert {name: each - prepared.get(name, set()) for name, each in variants.items() if each - prepared[name]} == {}
+
+
+def test_no_length_of_a_sequence_needs_another_choice(variants: Variants) -> None:
+    """Up to 2M tokens, of pages of 64, for which lengths are prepared that are powers of two."""
+    sizes = BlockSizes(32, 16, 64, 16, 1, 2, 512)
+    cache = make_cache(1, 1, 1, (16, 16), sizes, torch.bfloat16, torch.device("cpu"))
+    q, at = torch.empty(1, 2, 16, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int64)
+    found = []
+    for lengths in ([1 << i for i in range(16)], [3, 70, 520, 1025, 4097, 5000, 8193, 12287, 12288, 16385, 32767]):
+        for pages in lengths:
+            tables = DecodeTables(at, at.new_zeros(1, 1, pages), at.new_zeros(1, 1, 9), at, sizes)
+            triton_paged_decode(q, q.new_empty(1, 2, 3), cache, tables, sizes, 1.0)
+        found.append(set(variants["triton_paged_choose.choose_kernel"]))
+    assert len(found[0]) > 5 and found[1] == found[0]
 
 
 def test_rows_that_come_need_no_other_variant_whatever_their_number(variants: Variants) -> None:

@@ -34,7 +34,8 @@ def uniform(seed: int, place: int) -> float:
 def choose(logits: Tensor, samplings: Sequence[Sampling], places: Sequence[int]) -> list[Token]:
     """A token for each row of ``logits [N, V]``, as that row's sampling says. places: its place in the answer.
 
-    A row that holds a NaN or +inf gives ``NO_TOKEN``. The host waits once, for all rows.
+    A row that holds a NaN or +inf gives ``NO_TOKEN``. The host waits once, for all rows; again for
+    log-probabilities, where a row asks for them.
     """
     best, ids = logits.max(-1)  # NaN, where there is one
     for draw, drawn in ((_draw_any, _rows(samplings, cut=False)), (_draw_likely, _rows(samplings, cut=True))):
