@@ -170,7 +170,7 @@ class Engine:
     def _warm_prompts(self) -> None:
         """Computes prompts over pages that are nobody's yet, and leaves no trace of them."""
         recipe = self.model.recipe
-        for parts in warm_parts(recipe, self.limits.step, reach(recipe)):
+        for parts in warm_parts(recipe, self.limits.step, reach(recipe), self.limits.sequences):
             hidden = interleave([self._forward(parts if self.model.hosts_attention else [])])[0]
             if self.model.hosts_attention:
                 self.model.logits(hidden[-1:])

@@ -142,12 +142,12 @@ class StepTables(Tables):
         ]
 
 
-def warm_parts(recipe: Recipe, step: int, back: int) -> list[list[Part]]:
+def warm_parts(recipe: Recipe, step: int, back: int, sequences: int) -> list[list[Part]]:
     """Steps that together call every variant of the kernels that prompts need, over page 0 alone. step: tokens of the
-    longest. back: how many tokens before its first one a part reads of the near pages.
+    longest. back: how many tokens before its first one a part reads of the near pages. sequences: of a step, at most.
 
-    Kernels differ with the pages of a sequence, by powers of two, and beside a prompt others go on by single tokens.
-    Few tokens alone are routed in one launch.
+    Kernels differ with the pages of a sequence, by powers of two, and beside a prompt others go on by single tokens;
+    the more there are, the fewer programs share one of them. Few tokens alone are routed in one launch.
     """
     page, context, found = sizes_of(recipe).slc_block, recipe.model.context, []
     whole = -(-context // page)
@@ -155,7 +155,8 @@ def warm_parts(recipe: Recipe, step: int, back: int) -> list[list[Part]]:
         stop = min(pages * page, context)
         counts = (1, min(stop, step if pages == whole else max(WARM, 2 * SINGLE)))
         found.append([over_page_0(stop - n, n, page, back, recipe.model.vocab) for n in counts if n == 1 or n > SINGLE])
-    return [*found, [over_page_0(0, 1, page, back, recipe.model.vocab)]]
+    first = over_page_0(0, 1, page, back, recipe.model.vocab)
+    return [*found, [first] * sequences, [first]]
 
 
 def over_page_0(start: int, count: int, page: int, back: int, vocab: int) -> Part:
