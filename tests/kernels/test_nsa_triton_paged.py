@@ -111,13 +111,15 @@ def test_gates_before_their_last_product(depth: int) -> None:
         close(triton_paged_decode(q, mixed, cache, tables, sizes, 0.4), want, torch.float32)
 
 
-def test_of_equally_important_blocks_the_lower_is_chosen() -> None:
-    """All queries and keys alike: of the blocks that have as many keys of compressed rows the first ones."""
-    sizes = BlockSizes(4, 4, 4, 5, 1, 1, 1)
-    q, gates, cache, tables = case([79], sizes, 1, 2, (16, 4), torch.float32)
+@pytest.mark.parametrize("sizes", [BlockSizes(4, 4, 4, 5, 1, 1, 1), BlockSizes(4, 2, 8, 6, 1, 2, 9)])
+def test_of_equally_important_blocks_the_lower_is_chosen(sizes: BlockSizes) -> None:
+    """All queries and keys alike: of the blocks that have as many keys of compressed rows the first ones, whichever
+    tile they are in."""
+    q, gates, cache, tables = case([159], sizes, 1, 2, (16, 4), torch.float32)
     cache.k_cmp.zero_()
     want = exact(q, gates, cache, tables, sizes, 0.4)
-    close(triton_paged_decode(q, gates, cache, tables, sizes, 0.4), want, torch.float32)
+    for tuning in (PagedTuning(), PagedTuning(rows=16, blocks=4)):
+        close(triton_paged_decode(q, gates, cache, tables, sizes, 0.4, tuning), want, torch.float32)
 
 
 @pytest.mark.parametrize("first", [20.0, -20.0])
