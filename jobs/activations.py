@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 GATE_HIDDEN = 64  # hidden size of NSA's gate MLP: hidden -> 64 -> 3 * heads
 BRANCHES = 3  # compression, selection, window: each with K and V projections of its own
 LOSS_CHUNK = 4096  # tokens whose logits exist at one time
-GRADIENT_CHUNK = 2048  # queries whose parts of gradients exist at one time (kernels/nsa/triton_gather_grad.py)
+GRADIENT_CHUNK = 3072  # queries whose parts of gradients exist at one time (kernels/nsa/triton_gather_grad.py)
 UNEVEN = 1.5
 """Rows of the busiest of several ranks over its fair share. Four measured runs with fresh routers, over 2 and 4 ranks,
 come to 1.1 to 1.6; balance losses even it later."""
@@ -147,11 +147,13 @@ def _sparse_attention(recipe: Recipe, s: Sizes) -> Layer:
     kept = s.tokens * (elements * s.width + branches + 4 * numbers) + weights * s.width
     # The branches' outputs go as soon as the gradients of the gates are known; that of their sum takes its place. Then
     # there are gradients of queries, in float32 and rounded, and of keys, and for each row what the kernels read of it.
+    # Parts of the queries' gradients are gone by the time these are rounded, unless keys were on their way.
     keys, row = m.kv_heads * dims, 8 * BRANCHES * m.heads
-    gradients = q * (4 + s.width) + keys * ((BRANCHES + 2) * s.width + 4 * context)
+    gradients = 4 * q + keys * ((BRANCHES + 2) * s.width + 4 * context) + 8 * m.kv_heads * a.slc_count
     gone = branches + 4 * BRANCHES * m.heads
-    parts = min(s.tokens, GRADIENT_CHUNK) * a.slc_count * q * s.width
-    meanwhile = s.tokens * (row + max(0, gradients + 8 * m.kv_heads * a.slc_count - gone)) + parts
+    rounded, parts = s.tokens * q * s.width, min(s.tokens, GRADIENT_CHUNK) * a.slc_count * q * s.width
+    beside = rounded + parts if context > 1 else max(rounded, parts)
+    meanwhile = s.tokens * row + max(0, s.tokens * (gradients - gone) + beside)
     return Layer(0, int(kept), int(kept + meanwhile))
 
 

@@ -35,8 +35,8 @@ def open_inbox(model: Transformer) -> None:
         )
     if box is None and wanted == "put":
         raise InvalidInput(
-            "parallel.dispatch='put' needs ranks that host tokens and experts alike, on GPUs of one node that reach "
-            "each other's memory: set parallel.dispatch='auto'"
+            "parallel.dispatch='put' needs ranks that host tokens and experts alike, in 16 or 32 bits, on GPUs of one "
+            "node that each rank sees and reaches (Ray's actors see their own alone): set parallel.dispatch='auto'"
         )
     for layer in layers:
         layer.dispatcher.inbox = box

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,12 @@ class Inbox:
         import torch.distributed._symmetric_memory as symmetric
 
         assert self.group.handle is not None
-        own = symmetric.empty(words, dtype=torch.int32, device=device)
+        own: Tensor | None = None
+        with suppress(RuntimeError):
+            own = symmetric.empty(words, dtype=torch.int32, device=device)
+        everywhere = _all(self.group, own is not None)  # asked first: a rendezvous waits for ranks that never come
+        if own is None or not everywhere:
+            raise RuntimeError("a rank has no memory that others can write")
         self._memory = symmetric.rendezvous(own, self.group.handle)
         return [self._memory.get_buffer(rank, (words,), torch.int32) for rank in range(self.group.size)]
 

@@ -331,11 +331,19 @@ def step_travels(recipe: Recipe, per_flop: float, itemsize: int) -> list[Travel]
         again = counted + (i < t.recompute)
         found: list[Travel] = []
         if i >= m.dense_layers and moe.experts:
-            found += dispatch_travels(layer, micro / p.ranks, p.expert_ranks, per_flop, again=again)
+            found += dispatch_travels(layer, micro / p.ranks, p.expert_ranks, per_flop, _put(recipe), again)
         if attention:  # a micro-batch is one sequence
             found += sequence_travels(attention, micro, p.context, per_flop, again)
         travels += [replace(each, count=each.count * t.accumulate) for each in found]
     return travels
+
+
+def _put(recipe: Recipe) -> bool:
+    """Whether GPUs of a node have all rows, and not only those they need."""
+    from shoal.workers.inboxes import ENOUGH, needed
+
+    p = recipe.parallel
+    return p.device != "cpu" and p.dispatch != "exchanged" and needed(recipe, p.expert_ranks) >= ENOUGH
 
 
 def _attention(recipe: Recipe, itemsize: int) -> Attention:

@@ -96,6 +96,7 @@ def test_a_layer_keeps_what_the_formula_says(kind: str, data: st.DataObject, eve
 ALONE = ("parallel.ranks=1", "parallel.context=1")
 APART = ("moe.experts=64", "train.batch=16", "train.accumulate=1")
 NARROW = ("moe.expert_hidden=64", "model.dense_hidden=512")
+FEW = (*NARROW, "model.layers=2", "model.vocab=256", "train.batch=1", "train.accumulate=1", "train.sequence=3072")
 STEPS: dict[str, tuple[str, tuple[str, ...], int]] = {
     "deepseekmoe-2b": ("deepseekmoe-2b", ("parallel.ranks=1", "train.batch=40", "train.accumulate=1"), 0),
     "its experts over 4 ranks": ("deepseekmoe-2b", ("parallel.expert=0", "parallel.ranks=4", *APART), 0),
@@ -110,6 +111,8 @@ STEPS: dict[str, tuple[str, tuple[str, ...], int]] = {
     "nsa-64k-small on two": ("nsa-64k-small", (), 0),
     "layers computed again": ("nsa-64k-small", (*ALONE, "train.recompute=8"), 0),
     "hardly any feed-forward": ("nsa-8k-small", (*ALONE, "train.recompute=12", *NARROW), 0),
+    "hardly more than parts of gradients": ("nsa-8k-small", (*ALONE, *FEW, "model.context=3072"), 0),
+    "the same on two": ("nsa-64k-small", (*FEW, "train.sequence=6144", "model.context=6144"), 0),
     "all layers computed again": ("nsa-8k-small", ("parallel.ranks=1", "train.recompute=12"), 0),
 }
 

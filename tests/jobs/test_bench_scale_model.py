@@ -116,6 +116,15 @@ def test_bytes_of_a_step_are_those_that_ranks_exchange(tmp_path: Path) -> None:
     assert Plan(0.0, tuple(step_travels(recipe, 0.0, 4))).bytes == pytest.approx(rows + parameters * 8, rel=0.02)
 
 
+@pytest.mark.parametrize(("ranks", "put"), [(2, True), (4, True), (8, False)])
+def test_rows_of_training_are_predicted_the_way_they_go(ranks: int, put: bool) -> None:
+    """Of 64 experts all rows are put on up to four GPUs, beyond that those needed are exchanged."""
+    sets = ("moe.experts=64", f"parallel.ranks={ranks}", f"parallel.expert={ranks}", "parallel.device=cuda")
+    ways = ((*sets, f"parallel.dispatch={way}") for way in ("auto", "exchanged"))
+    auto, exchanged = (Plan(0.0, tuple(step_travels(Training("deepseekmoe-2b", w, 1).load(), 0.0, 2))) for w in ways)
+    assert (auto.bytes > exchanged.bytes) == put and (auto.bytes == exchanged.bytes) == (not put)
+
+
 def test_keys_of_a_sequence_are_those_of_the_rank_that_receives_most() -> None:
     layer = Attention(Shape(2, (16, 16), 2, 4), (32, 16, 512), 100.0, 60.0, 10.0)
     volumes = [nsa_volume(8192, 4, rank, layer.shape, *layer.sizes) for rank in range(4)]
