@@ -1,7 +1,8 @@
 """Writing to the paged cache of NSA, in Triton: what a step's tokens leave there takes one launch, and the compressed
 rows two more beside the products of φ. A decode step is short of time for launches, not for numbers.
 
-Results are PyTorch's bits: products and sums are rounded one by one, which ``enable_fp_fusion=False`` asks for.
+Results are PyTorch's bits: products and sums are rounded one by one, which ``enable_fp_fusion=False`` asks for. With
+``FEW_ROWS`` few compressed rows are computed by :mod:`shoal.kernels.nsa.triton_phi` instead, to rounding.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -15,9 +16,13 @@ from torch import Tensor
 from shoal.kernels.hopper import on_hopper
 from shoal.kernels.nsa.paged import PagedCache
 from shoal.kernels.nsa.paged_store import Compressed, Heads, Phi
+from shoal.kernels.nsa.triton_phi import triton_compress_few
 from shoal.kernels.nsa.triton_select import padded
 
 TILE = 8  # query heads of a program
+FEW_ROWS = 0
+"""Compressed rows up to which φ takes two launches of its own, in 16 bits; its sums have another order than PyTorch's.
+0: never."""
 
 
 def triton_store_tokens(
@@ -49,6 +54,9 @@ def triton_store_compressed(new: Compressed, cache: PagedCache, phi: tuple[Phi, 
     rows, block = new.raw_page.shape
     kv, page, dim_v = cache.v_raw.shape[1:]
     if not rows:
+        return
+    if rows <= FEW_ROWS and phi[0].w1.element_size() == 2:
+        triton_compress_few(new, cache, phi, FEW_ROWS)
         return
     shape = {"KV": kv, **_widths(cache.k_raw.shape[3], dim_v)}
     k_blocks, v_blocks = (

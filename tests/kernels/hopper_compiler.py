@@ -27,7 +27,7 @@ from shoal.kernels import hopper
 
 HOPPER = GPUTarget("cuda", 90, 32)
 COMPILED = ("triton_address", "triton_fan", "triton_rows", "triton_store", "triton_rope", "triton_few", "triton_places",
-            "triton_paged", "triton_paged_choose", "triton_paged_sum")  # fmt: skip
+            "triton_paged", "triton_paged_choose", "triton_paged_sum", "triton_phi")  # fmt: skip
 """Modules of Triton kernels that are compiled as well."""
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")
 
@@ -114,6 +114,7 @@ def pages(kv: int, group: int, dims: tuple[int, int], dtype: torch.dtype) -> Non
     from shoal.kernels.nsa.paged import DecodeTables, make_cache
     from shoal.kernels.nsa.paged_store import Compressed, Heads, Phi
     from shoal.kernels.nsa.triton_paged import triton_paged_decode
+    from shoal.kernels.nsa.triton_phi import triton_compress_few
     from shoal.kernels.nsa.triton_places import triton_row_places
     from shoal.kernels.nsa.triton_store import triton_store_compressed, triton_store_tokens
     from shoal.kernels.triton_rope import triton_rotate
@@ -127,6 +128,9 @@ def pages(kv: int, group: int, dims: tuple[int, int], dtype: torch.dtype) -> Non
     phi = [Phi(*(x.new_zeros(kv, *shape) for shape in ((32, dim), (32 * dim, 8), (8, dim)))) for dim in dims]
     new = Compressed(numbers[:, :kv].clone(), numbers, numbers, (angles, angles))
     triton_store_compressed(new, cache, (phi[0], phi[1]))
+    phi = [Phi(*(x.new_zeros(kv, *shape) for shape in ((32, d), (32 * d, 2 * d), (2 * d, d)))) for d in dims]
+    for most in (16, 32) if dtype.itemsize == 2 else ():
+        triton_compress_few(new, cache, (phi[0], phi[1]), most)
     queries = torch.zeros(3, dtype=torch.int64)
     for room in (1, 1024):
         far = queries.new_zeros(3, kv, room)

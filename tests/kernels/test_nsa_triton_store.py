@@ -1,8 +1,9 @@
-"""What Triton writes to the paged cache against PyTorch's operations, bit by bit."""
+"""What Triton writes to the paged cache against PyTorch's operations, bit by bit; few compressed rows to rounding."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
@@ -10,13 +11,15 @@ import triton_on_cpu
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from triton_on_cpu import DEVICE, draw
+from triton_on_cpu import DEVICE, close, draw
 
 triton_on_cpu.prepare()
 
+from shoal.kernels.nsa import triton_store  # noqa: E402
 from shoal.kernels.nsa.layout import BlockSizes  # noqa: E402
 from shoal.kernels.nsa.paged import PagedCache, make_cache, row_index  # noqa: E402
 from shoal.kernels.nsa.paged_store import Compressed, Heads, Phi, store_compressed, store_tokens  # noqa: E402
+from shoal.kernels.nsa.triton_phi import PhiTuning, triton_compress_few  # noqa: E402
 from shoal.kernels.rope import rope_tables  # noqa: E402
 
 
@@ -102,17 +105,49 @@ def check(s: Shape, model: torch.dtype, kept: torch.dtype) -> None:
     shape = tokens, s.sizes.cmp_block
     page, row = (torch.randint(n, shape, generator=raw).to(DEVICE) for n in (s.rows + 1, s.sizes.slc_block))
     new = Compressed(places(s, s.page, 4), page, row, angles(s, 6))
-    phi = [
-        Phi(
-            draw(s.kv, s.sizes.cmp_block, dim, dtype=model, seed=40),
-            draw(s.kv, s.sizes.cmp_block * dim, 2 * dim, dtype=model, seed=41),
-            draw(s.kv, 2 * dim, dim, dtype=model, seed=42),
-        )
-        for dim in s.dims
-    ]
+    phi = weights(s, model)
     for cache, triton in ((want, False), (got, True)):
-        store_compressed(new, cache, (phi[0], phi[1]), triton)
+        store_compressed(new, cache, phi, triton)
     same(want, got)
+
+
+def weights(s: Shape, dtype: torch.dtype) -> tuple[Phi, Phi]:
+    """Of keys and of values, whose φ are about as large as what they take."""
+
+    def one(dim: int) -> Phi:
+        block = s.sizes.cmp_block
+        position = draw(s.kv, block, dim, dtype=dtype, seed=40)
+        w1 = draw(s.kv, block * dim, 2 * dim, dtype=dtype, seed=41) * (block * dim) ** -0.5
+        return Phi(position, w1, draw(s.kv, 2 * dim, dim, dtype=dtype, seed=42) * (2 * dim) ** -0.5)
+
+    return one(s.dims[0]), one(s.dims[1])
+
+
+def check_few(
+    s: Shape, dtype: torch.dtype, compress: Callable[[Compressed, PagedCache, tuple[Phi, Phi]], None]
+) -> None:
+    """φ in two launches of its own against float64, and nothing else written."""
+    got, other = caches(s, dtype, dtype)
+    want = PagedCache(*(getattr(other, field.name).double() for field in fields(PagedCache)))
+    count, raw = s.rows + s.idle, torch.Generator().manual_seed(5)
+    shape = count, s.sizes.cmp_block
+    page, row = (torch.randint(n, shape, generator=raw).to(DEVICE) for n in (s.rows + 1, s.sizes.slc_block))
+    new, phi = Compressed(places(s, s.page, 4), page, row, angles(s, 6)), weights(s, dtype)
+    k, v = (Phi(p.position.double(), p.w1.double(), p.w2.double()) for p in phi)
+    store_compressed(replace(new, rotation=(new.rotation[0].double(), new.rotation[1].double())), want, (k, v), False)
+    compress(new, got, phi)
+    for field in fields(PagedCache):
+        g, w, old = (getattr(cache, field.name)[:-1] for cache in (got, want, other))
+        written = (w != old.double()).any(-1)
+        assert torch.equal(g[~written], old[~written]), field.name
+        close(g[written], w[written].cpu(), dtype)
+        assert getattr(got, field.name).isfinite().all(), field.name
+
+
+def directly(
+    most: int = 16, tuning: PhiTuning | None = None
+) -> Callable[[Compressed, PagedCache, tuple[Phi, Phi]], None]:
+    return lambda new, cache, phi: triton_compress_few(new, cache, phi, most, tuning)
 
 
 @given(SHAPES)
@@ -124,6 +159,49 @@ def test_of_any_shape(shape: Shape) -> None:
 def test_a_cache_in_another_type() -> None:
     """Numbers are rounded to the model's type first, then to the cache's."""
     check(Shape(2, 3, (12, 10), 2, 2, 4, 3, 1), torch.float32, torch.float16)
+
+
+@given(SHAPES)
+def test_few_compressed_rows_of_any_shape(shape: Shape) -> None:
+    check_few(shape, torch.float32, directly())
+
+
+@pytest.mark.parametrize(
+    ("dims", "rows", "most"),
+    [((16, 24), 16, 16), ((96, 64), 5, 16), ((128, 128), 1, 1), ((192, 128), 15, 16), ((64, 192), 17, 32)],
+)
+def test_few_compressed_rows(dims: tuple[int, int], rows: int, most: int) -> None:
+    """Of blocks of 32 tokens, in tiles that have some of them, or a part of one."""
+    check_few(Shape(1, 1, dims, 16, 2, 4, rows, min(1, most - rows)), torch.float32, directly(most))
+
+
+def test_tiles_of_other_sizes() -> None:
+    check_few(Shape(2, 1, (48, 32), 4, 2, 4, 3, 1), torch.float32, directly(16, PhiTuning(32, 64, 16, (8, 4))))
+
+
+def test_which_compressed_rows_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as the constant says, in 16 bits; of more, or in float32, bits are PyTorch's as before."""
+    monkeypatch.setattr(triton_store, "FEW_ROWS", 3)
+    few, calls = Shape(2, 1, (64, 32), 4, 2, 4, 2, 1), []
+
+    def counted(new: Compressed, cache: PagedCache, phi: tuple[Phi, Phi], most: int) -> None:
+        calls.append(most)
+        triton_compress_few(new, cache, phi, most)
+
+    monkeypatch.setattr(triton_store, "triton_compress_few", counted)
+    check_few(few, torch.float16, lambda new, cache, phi: store_compressed(new, cache, phi, True))
+    assert calls == [3]
+    check(few, torch.float32, torch.float32)
+    check(replace(few, rows=3), torch.float16, torch.float16)
+    assert calls == [3]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dims", [(128, 128), (192, 128), (64, 96)])
+@pytest.mark.parametrize("rows", [0, 6, 15])
+def test_few_compressed_rows_on_a_gpu(dtype: torch.dtype, dims: tuple[int, int], rows: int) -> None:
+    check_few(Shape(4, 16, dims, 16, 2, 4, rows, 1), dtype, directly())
 
 
 @pytest.mark.gpu
