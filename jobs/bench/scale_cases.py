@@ -228,8 +228,7 @@ class SequenceSeries(Series):
         compute, c, each = curve(case.tokens) / case.ranks, self.layer, self._flops(case.tokens)
         itemsize = int(one["itemsize"])
         shape = Shape(c.kv_heads, (c.dim, c.dim), itemsize, itemsize)
-        sizes = (SIZES.cmp_block, SIZES.cmp_stride, SIZES.window)
-        layer = Attention(shape, sizes, sum(each.values()), each["slc"], each["phi"])
+        layer = Attention(shape, SIZES, sum(each.values()), each["slc"], each["phi"])
         per_flop = compute * case.ranks / self.flops(case)
         return Plan(compute, tuple(sequence_travels(layer, case.tokens, case.ranks, per_flop)))
 
@@ -347,10 +346,12 @@ def _put(recipe: Recipe) -> bool:
 
 
 def _attention(recipe: Recipe, itemsize: int) -> Attention:
+    from shoal.workers.model.attention import block_sizes  # needs pydantic, as recipes do
+
     m, a = recipe.model, recipe.attention
     each = attention_flops(a, recipe.train.sequence, m.heads, m.kv_heads, (m.head_dim, m.v_dim))
     shape = Shape(m.kv_heads, (m.head_dim, m.v_dim), itemsize, itemsize)
-    return Attention(shape, (a.cmp_block, a.cmp_stride, a.window), sum(each.values()), each["slc"], each["phi"])
+    return Attention(shape, block_sizes(a), sum(each.values()), each["slc"], each["phi"])
 
 
 def name_of(tokens: int) -> str:

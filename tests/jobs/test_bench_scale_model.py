@@ -28,6 +28,8 @@ from shoal.jobs.bench.scale_model import (
     rows_to_others,
     sequence_travels,
 )
+from shoal.jobs.bench.sequence_rank import SIZES
+from shoal.workers.sequence import zigzag
 from shoal.workers.volume import Shape, nsa_volume
 
 SETS = (
@@ -126,15 +128,16 @@ def test_rows_of_training_are_predicted_the_way_they_go(ranks: int, put: bool) -
 
 
 def test_keys_of_a_sequence_are_those_of_the_rank_that_receives_most() -> None:
-    layer = Attention(Shape(2, (16, 16), 2, 4), (32, 16, 512), 100.0, 60.0, 10.0)
-    volumes = [nsa_volume(8192, 4, rank, layer.shape, *layer.sizes) for rank in range(4)]
+    layer = Attention(Shape(2, (16, 16), 2, 4), SIZES, 100.0, 60.0, 10.0)
+    owned = zigzag(8192, 4, SIZES.slc_block)
+    volumes = [nsa_volume((0, 8192), owned, rank, layer.shape, SIZES) for rank in range(4)]
     most = max(sum(sum(phase.values()) for phase in volume.values()) for volume in volumes)
     assert Plan(0.0, tuple(sequence_travels(layer, 8192, 4, 0.0))).bytes == most
 
 
 def test_without_others_nothing_travels() -> None:
     layer = Experts(2048, 1408, 64, 6, 2, 2)
-    attention = Attention(Shape(2, (16, 16), 2, 4), (32, 16, 512), 100.0, 60.0, 10.0)
+    attention = Attention(Shape(2, (16, 16), 2, 4), SIZES, 100.0, 60.0, 10.0)
     assert dispatch_travels(layer, 16384, 1, 1e-15) == sequence_travels(attention, 8192, 1, 1e-15) == []
     assert replica_travels(1e9, 1, 4, 2, 1 << 26) == []
     assert Plan(0.25).seconds(Link(1.0, 1.0, 1.0)) == 0.25
