@@ -339,7 +339,7 @@ def step_travels(recipe: Recipe, per_flop: float, itemsize: int) -> list[Travel]
 
 def _put(recipe: Recipe) -> bool:
     """Whether GPUs of a node have all rows, and not only those they need."""
-    from shoal.workers.inboxes import ENOUGH, needed
+    from shoal.workers.slots import ENOUGH, needed
 
     p = recipe.parallel
     return p.device != "cpu" and p.dispatch != "exchanged" and needed(recipe, p.expert_ranks) >= ENOUGH
