@@ -174,7 +174,7 @@ def dispatch_travels(
 ) -> list[Travel]:
     """Of a layer's forward and backward pass, ``tokens`` a rank, the experts over ``ranks``.
 
-    per_flop: seconds of computing. put: all rows go to all ranks, as with symmetric memory. again: forward passes
+    per_flop: seconds of computing. put: all rows go to all ranks, into their memory. again: forward passes
     beyond the first. Out go rows with choices and gates (2k words), back come sums; backward the same way, with
     gradients of gates (k words) on the way home. The shared experts' first product, their second one, and their
     gradients hide the first three, the routed experts' weight gradients the last.
