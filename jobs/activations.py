@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from shoal.workers.slots import may_put
+
 if TYPE_CHECKING:
     from shoal.workers.config import Recipe
 
@@ -67,7 +69,7 @@ def sizes_of(recipe: Recipe, attends: bool, hosts_experts: bool) -> Sizes:
         of_set = of_all if p.split else of_all // p.ranks * hosts
         share = min(1.0, UNEVEN / hosts) if hosts > 1 else 1.0
         rows = int(of_set * (moe.top_k * share + dispatched_on_a_rank(recipe)))
-        arrived = int((of_set - tokens) * needed(recipe))
+        arrived = int((of_set - tokens) * (1.0 if may_put(recipe, width) else needed(recipe)))
     return Sizes(width, max(width, 4), width == 2 and p.device != "cpu", tokens, rows, arrived)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from shoal.jobs.activations import BRANCHES, GATE_HIDDEN, dispatched_on_a_rank, of_a_pass, sizes_of, width_of
+from shoal.workers.slots import slot_bytes
 
 if TYPE_CHECKING:
     from shoal.kernels.nsa import BlockSizes
@@ -65,10 +66,11 @@ class Flops:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on each rank of one kind, as PyTorch allocates them.
+    """Bytes on each rank of one kind, as PyTorch allocates them, and ``slots`` beside that.
 
     gradients: all there are when the backward passes of a step end. activations: what a forward pass keeps. step:
     the most that there is at a time of both, and of what passes take meanwhile: activations go as gradients come.
+    slots: where other ranks put rows, if they do; where their memory is out of reach, rows are exchanged instead.
     """
 
     ranks: int
@@ -77,11 +79,12 @@ class RankMemory:
     gradients: int
     activations: int
     step: int
+    slots: int
 
     @property
     def total(self) -> int:
         """The most that there is at a time."""
-        return self.weights + self.optimizer + self.step
+        return self.weights + self.optimizer + self.step + self.slots
 
 
 @dataclass(frozen=True)
@@ -251,6 +254,7 @@ def _memory(recipe: Recipe, parameters: Parameters, ranks: int, attention: int, 
         gradients=gradients + buffers,
         activations=kept,
         step=buffers + max(most, gradients + joined),
+        slots=slot_bytes(recipe, width),
     )
 
 

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from math import comb
-
 import torch
 
 from shoal.workers import symmetric
-from shoal.workers.config import Recipe
 from shoal.workers.errors import InvalidInput
 from shoal.workers.model.transformer import Transformer
-
-ENOUGH = 0.8
-"""Of a rank's tokens, how many must need a given other rank, so that all of them are put there: with 64 experts and 6
-or 7 of them chosen 0.99 do with 2 ranks, 0.84 or more with 4, 0.6 with 8."""
+from shoal.workers.slots import ENOUGH, capacity, needed
 
 
 def open_inbox(model: Transformer) -> None:
@@ -40,23 +34,3 @@ def open_inbox(model: Transformer) -> None:
         )
     for layer in layers:
         layer.dispatcher.inbox = box
-
-
-def capacity(recipe: Recipe) -> int:
-    """Tokens that a rank has at most: of a micro-batch, whose rows attention ranks divide among them."""
-    t, p = recipe.train, recipe.parallel
-    tokens = t.batch // t.accumulate * t.sequence
-    if p.context == 1:
-        return tokens // p.attention_ranks
-    # two segments, each of which a rank's share of an uneven division makes longer by at most one block
-    block = recipe.attention.slc_block if recipe.attention.kind == "nsa" else 1
-    return -(-tokens // p.attention_ranks) + 2 * block
-
-
-def needed(recipe: Recipe, ranks: int) -> float:
-    """Of tokens whose choices are even, the share that needs a given one of the ranks that share the experts."""
-    moe = recipe.moe
-    if 0 < recipe.route.max_devices < recipe.balance.device_groups:
-        return 0.0  # which keeps tokens away from ranks
-    elsewhere = moe.experts - moe.experts // ranks
-    return 1 - comb(elsewhere, moe.top_k) / comb(moe.experts, moe.top_k)

@@ -25,13 +25,11 @@ from shoal.kernels.moe.fan import Fan, combine
 from shoal.kernels.moe.plan import words_of
 from shoal.workers.flight import Arrived, Flight
 from shoal.workers.mesh import Group
+from shoal.workers.slots import BACK, COUNTS, OUT, WORDS_BACK, WORDS_OUT, shapes, words_in
 from shoal.workers.transfer import Moment, beside, on_host, used_here
 
 if TYPE_CHECKING:
     from shoal.workers.dispatch import Dispatcher
-
-COUNTS, OUT, BACK, WORDS_OUT, WORDS_BACK = range(5)
-"""Parts of a slot: counts, rows out, rows that come home, and the words that go with each row."""
 
 ROOM = 256 << 20
 """Bytes of experts' rows that may be asked for without knowing how many there are; of more, the host reads it."""
@@ -57,20 +55,14 @@ class Inbox:
         """choices: of a token, with float32 gates. Collective; raises RuntimeError where the memory cannot be had."""
         self.group, self.capacity = group, capacity
         self.others = [rank for rank in range(group.size) if rank != group.index]
-        width, slots = hidden * dtype.itemsize // 4, len(self.others)
-        shapes = {
-            COUNTS: (slots, experts),
-            WORDS_OUT: (slots, capacity, 2 * choices),
-            OUT: (slots, capacity, width),
-            WORDS_BACK: (slots, capacity, choices),
-            BACK: (slots, capacity, width),
-        }
+        parts = shapes(len(self.others), capacity, hidden * dtype.itemsize // 4, choices, experts)
         starts, total = {}, 0
-        for part, shape in shapes.items():
+        for part, shape in parts.items():
             starts[part] = total
-            total += -(-torch.Size(shape).numel() // 64) * 64
+            total += words_in(shape)
+        self.nbytes = 4 * total  # beyond what PyTorch's allocator counts
         self._parts = [
-            {part: memory[starts[part] :][: torch.Size(shape).numel()].view(shape) for part, shape in shapes.items()}
+            {part: memory[starts[part] :][: torch.Size(shape).numel()].view(shape) for part, shape in parts.items()}
             for memory in self._share(total, device)
         ]
         own = self._parts[group.index]

@@ -1,13 +1,25 @@
 """How many bytes a rank receives for one attention layer over a sequence that ranks share, by formula.
 
-One document of T tokens lies in 2C segments of S = T / 2C tokens over C ranks; rank r holds segments r and 2C - 1 - r.
-Its last query stands in segment 2C - 1 - r, so of the 2C - r segments up to there it fetches all but its own two, and
-the early one it owns is fetched by all C - 1 others, the late one by the r ranks before it.
+Ranks hold segments of a pack. Of a document that begins at 0, a segment [a, b) reads the selected branch's keys of
+[0, b), the window's of [a - w + 1, b), and the B(b) compressed blocks that end there, B(t) = (t - l) / d + 1. It makes
+blocks B(a) to B(b), of the tokens from d · B(a) on. What other ranks hold of these arrives forwards, each row once;
+backwards the gradients arrive of what the others read of this rank's.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shoal.kernels.nsa import BlockSizes
+    from shoal.kernels.nsa.rows import Range, Rows
+
+PLANS = ("raw", "cmp", "near", "far")
+"""What moves, as ``workers/sequence.py`` names it: tokens before φ, compressed keys, windows, selected keys."""
 
 
 @dataclass(frozen=True)
@@ -21,24 +33,57 @@ class Shape:
 
 
 def nsa_volume(
-    tokens: int, ranks: int, rank: int, shape: Shape, cmp_block: int, cmp_stride: int, window: int
+    cu_seqlens: Sequence[int], owned: Sequence[Rows], rank: int, shape: Shape, sizes: BlockSizes
 ) -> dict[str, dict[str, int]]:
-    """Bytes by phase (``forward``, ``backward``) and by plan (``raw``, ``cmp``, ``near``, ``far``)."""
-    segment = tokens / (2 * ranks)
-    row = shape.kv_heads * sum(shape.dims) * shape.itemsize
-    borders = (rank > 0) + (rank < ranks - 1)  # segments of this rank that begin next to another rank's, and end so
-    fetched, owned = (2 * ranks - rank - 2) * segment, (ranks - 1 + rank) * segment
-    # The first segment makes fewer compressed blocks: none ends with its first tokens.
-    fewer = cmp_block // cmp_stride - 1
-    cmp_fetched = fetched / cmp_stride - (fewer if rank else 0)
-    cmp_owned = owned / cmp_stride - (0 if rank else fewer * (ranks - 1))
-    halos = {"raw": borders * (cmp_block - cmp_stride) * row, "near": borders * (window - 1) * row}
-    forward = halos | {"cmp": cmp_fetched * row, "far": fetched * row}
-    backward = halos | {
-        "cmp": cmp_owned * row,
-        "far": fetched * row + owned * row * shape.wide / shape.itemsize,
+    """Bytes by phase (``forward``, ``backward``) and by plan (:data:`PLANS`), of documents of any length.
+
+    owned: the tokens of each rank of the group (``workers/sequence.py``, ``zigzag``).
+    """
+    arriving, returning = Counter[str](), Counter[str]()
+    for first, end in pairwise(cu_seqlens):
+        within = [
+            [(max(a, first) - first, min(b, end) - first) for a, b in rows.ranges if max(a, first) < min(b, end)]
+            for rows in owned
+        ]
+        read, held = [_read(segments, sizes) for segments in within], [_held(segments, sizes) for segments in within]
+        for plan in PLANS:
+            for other in range(len(owned)):
+                if other != rank:
+                    arriving[plan] += _shared(read[rank][plan], held[other][plan])
+                    returning[plan] += _shared(read[other][plan], held[rank][plan])
+    row = shape.kv_heads * sum(shape.dims)
+    forward = {plan: arriving[plan] * row * shape.itemsize for plan in PLANS}
+    backward = {plan: returning[plan] * row * shape.itemsize for plan in PLANS}
+    backward["far"] = forward["far"] + returning["far"] * row * shape.wide  # keys are fetched once more
+    return {"forward": forward, "backward": backward}
+
+
+def _read(segments: Sequence[Range], sizes: BlockSizes) -> dict[str, list[Range]]:
+    """Rows that a rank reads for its segments of a document, of which neither starts nor stops before the last one."""
+    blocks = _held(segments, sizes)["cmp"]
+    d, rest = sizes.cmp_stride, sizes.cmp_block - sizes.cmp_stride
+    return {
+        "raw": [(low * d, high * d + rest) for low, high in blocks if low < high],
+        "cmp": [(0, high) for _, high in blocks],
+        "near": [(max(0, start - sizes.window + 1), stop) for start, stop in segments],
+        "far": [(0, stop) for _, stop in segments],
     }
-    return {phase: {k: round(v) for k, v in x.items()} for phase, x in (("forward", forward), ("backward", backward))}
+
+
+def _held(segments: Sequence[Range], sizes: BlockSizes) -> dict[str, list[Range]]:
+    """Rows that a rank has of its own: tokens, and the blocks that end with one of them."""
+    blocks = [(sizes.cmp_blocks(start), sizes.cmp_blocks(stop)) for start, stop in segments]
+    return {plan: blocks if plan == "cmp" else list(segments) for plan in PLANS}
+
+
+def _shared(read: Sequence[Range], held: Sequence[Range]) -> int:
+    """How many rows of those held are read, each counted once."""
+    count = 0
+    for low, stop in held:
+        for first, last in read:
+            count += max(0, min(last, stop) - max(first, low))
+            low = max(low, last)  # the next range of those read begins no earlier than this one
+    return count
 
 
 def far_volume(rows: int, shape: Shape, forwards: int = 1, told: int = 0) -> int:

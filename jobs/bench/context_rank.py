@@ -65,7 +65,8 @@ def train(
 
     Yields the record of each step, with its time on the wall (the GPU is done with it: its facts were read), the
     context, recomputed layers, ``device_load``, of the rank with most rows for its experts, as a multiple of a fair
-    share, the mean over layers, and ``peak_bytes``, the most that a rank has allocated since the start.
+    share, the mean over layers, and ``peak_bytes``, the most that a rank has allocated since the start, slots for rows
+    of other ranks among it.
     """
     mesh = make_mesh(Placement.of(recipe), rank, device)
     trainer = Trainer(_within_a_long_run(recipe), corpus, None, mesh, device)
@@ -79,7 +80,7 @@ def train(
             del record["gates"], record["coverage"]
             rows = [max(layer) for layer in trainer.by_place(record.pop("load"))]
             # the host's clocks differ: whether there is time for another step is decided together
-            facts = torch.tensor([time.monotonic() - began, _peak(device)], dtype=torch.float64, device=device)
+            facts = torch.tensor([time.monotonic() - began, _peak(trainer)], dtype=torch.float64, device=device)
             passed, peak = mesh.world.all_gather(facts).amax(0).tolist()
             wall = time.perf_counter() - start
             load = {"device_load": sum(rows) / len(rows) if rows else 1.0}
@@ -131,6 +132,10 @@ def counts_of(trainer: Trainer) -> torch.Tensor:
     return total
 
 
-def _peak(device: torch.device) -> int:
-    """Bytes allocated at most since the start; 0 on a CPU."""
-    return torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+def _peak(trainer: Trainer) -> int:
+    """Bytes allocated at most since the start, and slots that rows are put into, which PyTorch's allocator does not
+    see; 0 on a CPU."""
+    if trainer.device.type != "cuda":
+        return 0
+    boxes = {layer.dispatcher.inbox for layer in trainer.model.moe_layers}
+    return torch.cuda.max_memory_allocated() + sum(box.nbytes for box in boxes if box)

@@ -23,7 +23,8 @@ from shoal.kernels.moe.router import Router
 from shoal.workers.dispatch import Dispatcher
 from shoal.workers.mesh import Group
 from shoal.workers.routed import Pass, RoutedFFN
-from shoal.workers.symmetric import BACK, OUT, Inbox, inbox
+from shoal.workers.slots import BACK, OUT
+from shoal.workers.symmetric import Inbox, inbox
 
 
 @dataclass(frozen=True)

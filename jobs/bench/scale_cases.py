@@ -24,6 +24,7 @@ from shoal.jobs.bench.scale_model import (
 from shoal.jobs.bench.sequence_rank import SIZES
 from shoal.jobs.bench.sequence_rank import Case as Layer
 from shoal.jobs.estimate import attention_flops, count_flops, count_parameters
+from shoal.workers.slots import may_put
 from shoal.workers.volume import Shape
 
 if TYPE_CHECKING:
@@ -228,8 +229,7 @@ class SequenceSeries(Series):
         compute, c, each = curve(case.tokens) / case.ranks, self.layer, self._flops(case.tokens)
         itemsize = int(one["itemsize"])
         shape = Shape(c.kv_heads, (c.dim, c.dim), itemsize, itemsize)
-        sizes = (SIZES.cmp_block, SIZES.cmp_stride, SIZES.window)
-        layer = Attention(shape, sizes, sum(each.values()), each["slc"], each["phi"])
+        layer = Attention(shape, SIZES, sum(each.values()), each["slc"], each["phi"])
         per_flop = compute * case.ranks / self.flops(case)
         return Plan(compute, tuple(sequence_travels(layer, case.tokens, case.ranks, per_flop)))
 
@@ -326,31 +326,26 @@ def step_travels(recipe: Recipe, per_flop: float, itemsize: int) -> list[Travel]
     over = recipe.balance.over == "global_batch" and bool(recipe.balance.expert or recipe.balance.device)
     counted = int(t.accumulate > 1 and over)  # a forward pass of its own
     layer = Experts(m.hidden, moe.expert_hidden, moe.experts, moe.top_k, moe.shared_experts, itemsize)
+    put = may_put(recipe, itemsize)  # a benchmark's ranks each see all GPUs
     attention = _attention(recipe, itemsize) if p.context > 1 else None
     for i in range(m.layers):
         again = counted + (i < t.recompute)
         found: list[Travel] = []
         if i >= m.dense_layers and moe.experts:
-            found += dispatch_travels(layer, micro / p.ranks, p.expert_ranks, per_flop, _put(recipe), again)
+            found += dispatch_travels(layer, micro / p.ranks, p.expert_ranks, per_flop, put, again)
         if attention:  # a micro-batch is one sequence
             found += sequence_travels(attention, micro, p.context, per_flop, again)
         travels += [replace(each, count=each.count * t.accumulate) for each in found]
     return travels
 
 
-def _put(recipe: Recipe) -> bool:
-    """Whether GPUs of a node have all rows, and not only those they need."""
-    from shoal.workers.inboxes import ENOUGH, needed
-
-    p = recipe.parallel
-    return p.device != "cpu" and p.dispatch != "exchanged" and needed(recipe, p.expert_ranks) >= ENOUGH
-
-
 def _attention(recipe: Recipe, itemsize: int) -> Attention:
+    from shoal.workers.model.attention import block_sizes  # needs pydantic, as recipes do
+
     m, a = recipe.model, recipe.attention
     each = attention_flops(a, recipe.train.sequence, m.heads, m.kv_heads, (m.head_dim, m.v_dim))
     shape = Shape(m.kv_heads, (m.head_dim, m.v_dim), itemsize, itemsize)
-    return Attention(shape, (a.cmp_block, a.cmp_stride, a.window), sum(each.values()), each["slc"], each["phi"])
+    return Attention(shape, block_sizes(a), sum(each.values()), each["slc"], each["phi"])
 
 
 def name_of(tokens: int) -> str:

@@ -23,6 +23,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from shoal.kernels.nsa import BlockSizes
+from shoal.workers.sequence import zigzag
 from shoal.workers.volume import Shape, nsa_volume
 
 NVLINK = 294e9
@@ -172,7 +174,7 @@ def dispatch_travels(
 ) -> list[Travel]:
     """Of a layer's forward and backward pass, ``tokens`` a rank, the experts over ``ranks``.
 
-    per_flop: seconds of computing. put: all rows go to all ranks, as with symmetric memory. again: forward passes
+    per_flop: seconds of computing. put: all rows go to all ranks, into their memory. again: forward passes
     beyond the first. Out go rows with choices and gates (2k words), back come sums; backward the same way, with
     gradients of gates (k words) on the way home. The shared experts' first product, their second one, and their
     gradients hide the first three, the routed experts' weight gradients the last.
@@ -198,11 +200,11 @@ def dispatch_travels(
 
 @dataclass(frozen=True)
 class Attention:
-    """An NSA layer over a shared sequence. sizes: cmp_block, cmp_stride, window. forward: FLOPs a token of all
-    branches and φ; selected, phi: of the selected branch and of φ."""
+    """An NSA layer over a shared sequence. forward: FLOPs a token of all branches and φ; selected, phi: of the selected
+    branch and of φ."""
 
     shape: Shape
-    sizes: tuple[int, int, int]
+    sizes: BlockSizes
     forward: float
     selected: float
     phi: float
@@ -216,7 +218,8 @@ def sequence_travels(layer: Attention, tokens: int, ranks: int, per_flop: float,
     """
     if ranks == 1:
         return []
-    volumes = [nsa_volume(tokens, ranks, rank, layer.shape, *layer.sizes) for rank in range(ranks)]
+    owned = zigzag(tokens, ranks, layer.sizes.slc_block)
+    volumes = [nsa_volume((0, tokens), owned, rank, layer.shape, layer.sizes) for rank in range(ranks)]
     most = max(volumes, key=lambda volume: sum(sum(phase.values()) for phase in volume.values()))
     forward, backward = most["forward"], most["backward"]
     share = tokens / ranks * per_flop

@@ -20,6 +20,7 @@ import torch
 from shoal.jobs.bench.cases import of, run_cases
 from shoal.jobs.bench.result import Document, Row, document, gpu_kind, time_row, value_row
 from shoal.jobs.bench.sequence_rank import SIZES, Case, rank_main
+from shoal.workers.sequence import zigzag
 from shoal.workers.volume import Shape, nsa_volume, ring_volume
 
 if TYPE_CHECKING:
@@ -95,8 +96,8 @@ def _by_formula() -> list[Row]:
     rows = []
     for count in ranks:
         nsa, ring = Shape(4, (128, 128), 2, 2), Shape(4, (128, 128), 2, 4)
-        sizes = (SIZES.cmp_block, SIZES.cmp_stride, SIZES.window)
-        volumes = [nsa_volume(tokens, count, rank, nsa, *sizes) for rank in range(count)]
+        owned = zigzag(tokens, count, SIZES.slc_block)
+        volumes = [nsa_volume((0, tokens), owned, rank, nsa, SIZES) for rank in range(count)]
         most = max(sum(sum(phase.values()) for phase in volume.values()) for volume in volumes)
         facts: Row = {"context": tokens, "ranks": count}
         rows.append(value_row("bytes by formula", most, "bytes", attention="nsa", **facts))

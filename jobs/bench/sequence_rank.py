@@ -55,8 +55,8 @@ class Case:
         """Bytes that a rank receives, by phase, as the formula says."""
         if self.kind == "full":
             return ring_volume(self.context, self.ranks, self.shape)
-        sizes = (SIZES.cmp_block, SIZES.cmp_stride, SIZES.window)
-        volume = nsa_volume(self.context, self.ranks, rank, self.shape, *sizes)
+        owned = zigzag(self.context, self.ranks, SIZES.slc_block)
+        volume = nsa_volume((0, self.context), owned, rank, self.shape, SIZES)
         return {phase: sum(parts.values()) for phase, parts in volume.items()}
 
 

@@ -143,11 +143,11 @@ def _render(recipe: Recipe, costs: Estimate) -> None:
         f"FLOPs a token   forward {si(f.forward)} (projections {si(f.projections)}, attention {si(f.attention)}, "
         f"compression {si(f.compression)}), training {si(f.training)}, at {recipe.train.sequence:,} tokens a sequence"
     )
-    memory = grid(
-        "memory a rank", "ranks", "weights", "optimizer", "gradients", "activations", "at most", right=range(1, 7)
-    )
+    parts = ["weights", "optimizer", "gradients", "activations"]
+    parts += ["slots"] if any(rank.slots for rank in costs.memory.values()) else []
+    memory = grid("memory a rank", "ranks", *parts, "at most", right=range(1, 3 + len(parts)))
     for kind, rank in costs.memory.items():
-        sizes = (rank.weights, rank.optimizer, rank.gradients, rank.activations, rank.total)
+        sizes = (*(getattr(rank, part) for part in parts), rank.total)
         memory.add_row(kind, str(rank.ranks), *(f"{size / 2**30:.2f} GiB" for size in sizes))
     out.print(memory)
     if recipe.parallel.device != "cpu" and beyond(costs.memory, GPU):

@@ -95,11 +95,12 @@ def test_a_layer_keeps_what_the_formula_says(kind: str, data: st.DataObject, eve
 
 ALONE = ("parallel.ranks=1", "parallel.context=1")
 APART = ("moe.experts=64", "train.batch=16", "train.accumulate=1")
+EXCHANGED = (*APART, "parallel.dispatch=exchanged")
 NARROW = ("moe.expert_hidden=64", "model.dense_hidden=512")
 FEW = (*NARROW, "model.layers=2", "model.vocab=256", "train.batch=1", "train.accumulate=1", "train.sequence=3072")
 STEPS: dict[str, tuple[str, tuple[str, ...], int]] = {
     "deepseekmoe-2b": ("deepseekmoe-2b", ("parallel.ranks=1", "train.batch=40", "train.accumulate=1"), 0),
-    "its experts over 4 ranks": ("deepseekmoe-2b", ("parallel.expert=0", "parallel.ranks=4", *APART), 0),
+    "its experts over 4 ranks": ("deepseekmoe-2b", ("parallel.expert=0", "parallel.ranks=4", *EXCHANGED), 0),
     "attention apart": ("deepseekmoe-2b", ("parallel.placement=2A:2F", "parallel.ranks=4", *APART), 0),
     "experts apart": ("deepseekmoe-2b", ("parallel.placement=2A:2F", "parallel.ranks=4", *APART), 2),
     "dense-0.2b": ("dense-0.2b", (), 0),

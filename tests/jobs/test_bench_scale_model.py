@@ -28,6 +28,9 @@ from shoal.jobs.bench.scale_model import (
     rows_to_others,
     sequence_travels,
 )
+from shoal.jobs.bench.sequence_rank import SIZES
+from shoal.jobs.estimate import count_parameters
+from shoal.workers.sequence import zigzag
 from shoal.workers.volume import Shape, nsa_volume
 
 SETS = (
@@ -93,6 +96,36 @@ def _step(rank: int, world: int, corpus: str) -> tuple[int, int]:
     return counted.rows, counted.replicas
 
 
+def _putting(rank: int, world: int, corpus: str, folder: str, sets: tuple[str, ...]) -> tuple[int, int]:
+    """Bytes of rows that this rank exchanges, and that it puts into memory which the ranks share, without counts."""
+    from shared_inbox import SharedInbox
+
+    from shoal.jobs.bench.context_rank import train
+    from shoal.workers import symmetric
+    from shoal.workers.slots import COUNTS
+
+    put = 0
+
+    class Box(SharedInbox):
+        def put(self, part: int, rank: int, values: torch.Tensor) -> None:
+            nonlocal put
+            put += values.nbytes if part != COUNTS else 0
+            super().put(part, rank, values)
+
+    boxes: list[Box] = []
+
+    def inbox(*sizes: Any) -> Box:
+        boxes.append(Box(folder, *sizes))
+        return boxes[0]
+
+    symmetric.inbox = inbox  # type: ignore[assignment]
+    counted = Counted()
+    list(train(Training("deepseekmoe-2b", sets, 1).load(), Path(corpus), rank, torch.device("cpu"), 0.0, 1))
+    for message in boxes[0].said:  # one that is let go of before it was heard is lost
+        message.wait()
+    return counted.rows, put
+
+
 def test_bytes_of_a_layer_are_those_that_ranks_receive() -> None:
     """Of tokens that choose all experts to the byte; of random ones nearly, since a router's choices are not even."""
     for experts, top_k, tolerance in ((4, 4, 0.0), (64, 6, 0.01)):
@@ -125,16 +158,34 @@ def test_rows_of_training_are_predicted_the_way_they_go(ranks: int, put: bool) -
     assert (auto.bytes > exchanged.bytes) == put and (auto.bytes == exchanged.bytes) == (not put)
 
 
+def test_bytes_of_a_step_are_those_that_ranks_put(tmp_path: Path) -> None:
+    """All rows of each pass, whichever experts they choose; 0.88 of them are needed, so that is the default."""
+    from shoal.jobs.bench.context import long_document
+
+    sets = (*SETS, "moe.top_k=3", "parallel.device=auto", "train.dtype=float32")
+    found = run_ranks(2, _putting, str(long_document(tmp_path, 50_000)), str(tmp_path), sets)
+    assert [exchanged for exchanged, _ in found] == [0, 0]
+
+    def predicted(*more: str) -> float:
+        return Plan(0.0, tuple(step_travels(Training("deepseekmoe-2b", (*sets, *more), 1).load(), 0.0, 4))).bytes
+
+    recipe = Training("deepseekmoe-2b", sets, 1).load()
+    replicas = count_parameters(recipe).total - count_parameters(recipe).routed_experts
+    assert {put for _, put in found} == {predicted() - replicas * 8}
+    assert predicted("parallel.dispatch=exchanged") < predicted() == predicted("parallel.dispatch=put")
+
+
 def test_keys_of_a_sequence_are_those_of_the_rank_that_receives_most() -> None:
-    layer = Attention(Shape(2, (16, 16), 2, 4), (32, 16, 512), 100.0, 60.0, 10.0)
-    volumes = [nsa_volume(8192, 4, rank, layer.shape, *layer.sizes) for rank in range(4)]
+    layer = Attention(Shape(2, (16, 16), 2, 4), SIZES, 100.0, 60.0, 10.0)
+    owned = zigzag(8192, 4, SIZES.slc_block)
+    volumes = [nsa_volume((0, 8192), owned, rank, layer.shape, SIZES) for rank in range(4)]
     most = max(sum(sum(phase.values()) for phase in volume.values()) for volume in volumes)
     assert Plan(0.0, tuple(sequence_travels(layer, 8192, 4, 0.0))).bytes == most
 
 
 def test_without_others_nothing_travels() -> None:
     layer = Experts(2048, 1408, 64, 6, 2, 2)
-    attention = Attention(Shape(2, (16, 16), 2, 4), (32, 16, 512), 100.0, 60.0, 10.0)
+    attention = Attention(Shape(2, (16, 16), 2, 4), SIZES, 100.0, 60.0, 10.0)
     assert dispatch_travels(layer, 16384, 1, 1e-15) == sequence_travels(attention, 8192, 1, 1e-15) == []
     assert replica_travels(1e9, 1, 4, 2, 1 << 26) == []
     assert Plan(0.25).seconds(Link(1.0, 1.0, 1.0)) == 0.25

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import run_ranks
+from small import small_recipe
 
 from shoal.jobs.estimate import estimate, keys_read
 from shoal.jobs.recipe import load_recipe
-from shoal.workers.config import AttentionTable
+from shoal.workers.config import AttentionTable, Recipe
 
 BILLION = 1e9
 
@@ -177,6 +182,45 @@ def test_dispatched_shared_experts_lie_on_the_expert_ranks() -> None:
     p = recipe.parameters
     assert recipe.memory["expert"].weights == 4 * (p.routed_experts + p.shared_experts) // 2
     assert recipe.memory["attention"].weights == 4 * (p.total - p.routed_experts - p.shared_experts)
+
+
+def _slots(rank: int, world: int, tables: dict[str, Any], folder: str) -> int:
+    """Bytes of the memory in which others put this rank's rows, as a model to be trained asks for it."""
+    from shared_inbox import SharedInbox
+
+    from shoal.workers import symmetric
+    from shoal.workers.inboxes import open_inbox
+    from shoal.workers.mesh import make_mesh
+    from shoal.workers.model import Transformer
+    from shoal.workers.placement import Placement
+
+    symmetric.inbox = lambda *sizes: SharedInbox(folder, *sizes)  # type: ignore[assignment]
+    recipe = Recipe.model_validate(tables)
+    model = Transformer(recipe, make_mesh(Placement.of(recipe), rank))
+    open_inbox(model)
+    file = Path(folder) / str(rank)
+    assert all(layer.dispatcher.inbox is not None for layer in model.moe_layers) == file.exists()
+    return file.stat().st_size if file.exists() else 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parallel__ranks": 4, "parallel__dispatch": "put"},
+        {"parallel__ranks": 2, "parallel__context": 2, "moe__shared": "dispatched", "moe__shared_experts": 2},
+        {"parallel__ranks": 2, "moe__top_k": 1},  # half the tokens need the other rank: they are exchanged
+    ],
+)
+def test_slots_that_rows_are_put_into_are_counted_to_the_byte(changes: dict[str, Any], tmp_path: Path) -> None:
+    tables = small_recipe(**{"moe__top_k": 4, "train__dtype": "float32", "parallel__device": "auto", **changes})
+    found = run_ranks(changes["parallel__ranks"], _slots, tables, str(tmp_path))
+    memory = estimate(Recipe.model_validate(tables)).memory["colocated"]
+    assert found == [memory.slots] * len(found)
+    assert memory.total == memory.weights + memory.optimizer + memory.step + memory.slots
+    assert bool(memory.slots) == (changes.get("moe__top_k") != 1)
+    tables["parallel"]["dispatch"] = "exchanged"
+    other = estimate(Recipe.model_validate(tables)).memory["colocated"]
+    assert (other.slots, other.step <= memory.step) == (0, True)  # only the tokens that are needed come
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from torch import Tensor
 from shoal.kernels.nsa import BlockSizes
 from shoal.workers.mesh import Group, make_mesh
 from shoal.workers.placement import Placement
+from shoal.workers.sequence import zigzag
 from shoal.workers.volume import Shape, nsa_volume
 
 Errors = dict[str, float]
@@ -201,7 +202,7 @@ def test_bytes_are_those_of_the_formula(found: list[dict[str, dict[str, Any]]]) 
             facts, pull = results[name], CASES[name].pull
             p: Problem = facts["p"]
             shape = Shape(p.kv, p.dims, p.dtype.itemsize, 4 if pull else p.dtype.itemsize)
-            model = nsa_volume(p.cu[-1], 2, rank, shape, p.sizes.cmp_block, p.sizes.cmp_stride, p.sizes.window)
+            model = nsa_volume(p.cu, zigzag(p.cu[-1], 2, p.sizes.slc_block), rank, shape, p.sizes)
             total = {k: model["forward"][k] + model["backward"][k] for k in model["forward"]}
             if not pull:
                 assert facts["total"] == total

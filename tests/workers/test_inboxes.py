@@ -13,11 +13,12 @@ from small import small_recipe
 
 from shoal.workers.config import Recipe
 from shoal.workers.errors import InvalidInput
-from shoal.workers.inboxes import capacity, needed, open_inbox
+from shoal.workers.inboxes import open_inbox
 from shoal.workers.mesh import make_mesh
 from shoal.workers.model import Transformer
 from shoal.workers.placement import Placement
 from shoal.workers.sequence import zigzag
+from shoal.workers.slots import capacity, needed
 
 
 @given(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shoal.jobs.data.prepare import PrepareOptions, prepare
 from shoal.jobs.data.readers import TextSource
@@ -323,3 +324,13 @@ def test_folders_that_are_no_corpus_are_refused(corpus: Path, tmp_path: Path) ->
     (broken / "manifest.json").write_text('{"format": "shoal-corpus", "version": 2}')
     with pytest.raises(InvalidInput, match=r"manifest\.json is damaged \(version"):
         ValLoader(broken, 8, 100, 1, (0, 1))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:0"])
+def test_a_batch_that_is_on_a_device_stays_as_it_is(device: str) -> None:
+    """On a GPU too, whose tensors exist here as shapes alone."""
+    with FakeTensorMode():
+        tokens = torch.empty(3, dtype=torch.int64, device=device)
+        batch = PackedBatch(tokens, tokens, tokens, (0, 3))
+        assert batch.to(device) is batch
+        assert batch.to(torch.device(device).type) is batch

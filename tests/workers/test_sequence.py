@@ -82,23 +82,50 @@ def test_random_packs_over_three_ranks(lengths: list[int], dense: int) -> None:
     check(3, [pack(*lengths)], torch.float64, 16, dense)
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, 4, 8])
 def test_bytes_and_buffers_are_those_of_the_formula(world: int) -> None:
-    tokens = 512
-    results = check(world, [pack(tokens)], torch.float32)
+    """Of one document, of one whose segments are shorter than a window, and of uneven ones that segments cut."""
+    packs = [pack(512), pack(61), pack(37, 140, 3, 76)]
+    results = check(world, packs, torch.float32)
+    shape = Shape(Problem.kv, Problem.dims, 4, 4)
+    for i, cu in enumerate(packs):
+        owned = zigzag(cu[-1], world, SIZES.slc_block)
+        for rank in range(world):
+            r, model = results[rank][i], nsa_volume(cu, owned, rank, shape, SIZES)
+            assert r.forward == model["forward"]
+            assert {k: r.total[k] - r.forward[k] for k in r.total} == model["backward"]
     for rank in range(world):
-        r = results[rank][0]
-        forward, total, buffers = r.forward, r.total, r.buffers
-        shape = Shape(Problem.kv, Problem.dims, 4, 4)
-        model = nsa_volume(tokens, world, rank, shape, SIZES.cmp_block, SIZES.cmp_stride, SIZES.window)
-        for phase, got in (("forward", forward), ("backward", {k: total[k] - forward[k] for k in total})):
-            for name, want in model[phase].items():
-                assert got[name] == want, (rank, phase, name)
-        keys = tokens // (2 * world) * (2 * world - rank)  # all up to the last query, less for every further rank
+        buffers = results[rank][0].buffers
+        keys = 512 // (2 * world) * (2 * world - rank)  # all up to the last query, less for every further rank
         assert buffers["far"] == keys
         assert buffers["cmp"] == SIZES.cmp_blocks(keys)
-        assert buffers["near"] <= tokens // world + 2 * (SIZES.window - 1)
-        assert buffers["raw"] <= tokens // world + 2 * (SIZES.cmp_block - SIZES.cmp_stride)
+        assert buffers["near"] <= 512 // world + 2 * (SIZES.window - 1)
+        assert buffers["raw"] <= 512 // world + 2 * (SIZES.cmp_block - SIZES.cmp_stride)
+
+
+@settings(max_examples=60)
+@given(
+    lengths=st.lists(st.integers(1, 400), max_size=5),
+    world=st.integers(2, 8),
+    stride=st.sampled_from([1, 4]),
+    parts=st.tuples(st.integers(1, 3), st.integers(0, 2)),
+    window=st.integers(1, 200),
+)
+def test_bytes_of_any_pack_are_those_of_the_plans(
+    lengths: list[int], world: int, stride: int, parts: tuple[int, int], window: int
+) -> None:
+    """Segments may be shorter than a window, several documents long, or empty."""
+    cu, shape = pack(*lengths), Shape(1, (2, 1), 2, 4)
+    sizes = BlockSizes(stride * parts[0], stride, stride * sum(parts), 3, 1, 1, window)
+    owned = zigzag(cu[-1], world, sizes.slc_block)
+    for rank in range(world):
+        sequence = make_sequence(cu, sizes, Group(tuple(range(world)), rank), torch.device("cpu"))
+        model = nsa_volume(cu, owned, rank, shape, sizes)
+        for plan in (sequence.raw, sequence.cmp, sequence.near, sequence.far):
+            arriving, returning = (sum(x.stop - x.start for _, x in side) for side in (plan.receives, plan.sends))
+            assert model["forward"][plan.name] == 6 * arriving
+            again, width = (6 * arriving, 12) if plan.name == "far" else (0, 6)
+            assert model["backward"][plan.name] == again + width * returning
 
 
 @pytest.mark.parametrize("dense", [0, 10**6])
@@ -120,7 +147,8 @@ def test_chosen_pages_alone_give_the_same_bits_for_the_bytes_of_the_formula(worl
         received = sum(x.total.get("far", 0) + x.total["pages"] for x in few)
         assert received == far_volume(rows, shape, told=told * (world - 1))
     assert 0 < max(pulled[rank][0].coverage for rank in range(world)) < 1
-    volumes = [nsa_volume(1024, world, rank, shape, 8, 4, 12) for rank in range(world)]
+    owned = zigzag(1024, world, SIZES.slc_block)
+    volumes = [nsa_volume(packs[0], owned, rank, shape, SIZES) for rank in range(world)]
     far = sum(v["forward"]["far"] + v["backward"]["far"] for v in volumes)
     assert far == sum(fetched[rank][0].total["far"] for rank in range(world))
 

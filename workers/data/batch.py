@@ -35,8 +35,11 @@ class PackedBatch:
         return int((self.targets != IGNORE).sum())
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch with its tensors on ``device``."""
-        there = torch.device(device)
+        """The same batch with its tensors on ``device``; itself where they are there already, on any one of a kind if
+        ``device`` has no number. Else it has to be on the host."""
+        there, here = torch.device(device), self.tokens.device
+        if here.type == there.type and there.index in (None, here.index):
+            return self
         tokens, targets, positions = (sent_to(there, x) for x in (self.tokens, self.targets, self.positions))
         return PackedBatch(tokens, targets, positions, self.cu_seqlens, self.rows)
 
