@@ -70,7 +70,7 @@ def train(
     """
     mesh = make_mesh(Placement.of(recipe), rank, device)
     trainer = Trainer(_within_a_long_run(recipe), corpus, None, mesh, device)
-    settle(trainer)
+    settle(trainer, PASSES if device.type == "cuda" else 1)  # on a CPU nothing is measured that it would change
     settings = {"context": recipe.train.sequence, "recompute": recipe.train.recompute}
     began = time.monotonic()
     try:
@@ -100,7 +100,7 @@ def _within_a_long_run(recipe: Recipe) -> Recipe:
 
 
 @torch.no_grad()
-def settle(trainer: Trainer) -> None:
+def settle(trainer: Trainer, passes: int = PASSES) -> None:
     """Evens out the load of experts by their biases, where there are any, before the first step; collective.
 
     Routers that are new send tokens to few experts, and a benchmark has fewer steps than biases take. So each expert's
@@ -111,7 +111,7 @@ def settle(trainer: Trainer) -> None:
         return
     rates = torch.full((len(layers), trainer.recipe.moe.experts), FIRST, device=trainer.device)
     before = torch.zeros_like(rates)
-    for _ in range(PASSES):
+    for _ in range(passes):
         counts = counts_of(trainer)
         side = (counts.sum(1, keepdim=True) - counts * counts.shape[1]).sign().float()
         rates *= torch.where(before * side < 0, 0.5, torch.where(before * side > 0, 1.2, 1.0))
