@@ -28,6 +28,13 @@ def on_hopper(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)
 
 
+def begins_ahead(x: Tensor, wanted: bool = True) -> dict[str, bool]:
+    """For a launch that may begin before the one before has ended, where x's GPU can do that: the kernel's ``AHEAD``,
+    by which it waits for what it reads, and Triton's option."""
+    ahead = wanted and on_hopper(x)
+    return {"AHEAD": ahead, "launch_pdl": True} if ahead else {"AHEAD": False}
+
+
 @lru_cache(maxsize=256)
 def _layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for(list(block), _DTYPES[dtype])

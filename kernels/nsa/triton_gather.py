@@ -19,9 +19,6 @@ from shoal.kernels.nsa.triton_inverse import invert
 from shoal.kernels.nsa.triton_select import LOG2E, halves, load_keys, load_rows, padded, precision, query_keys
 from shoal.kernels.nsa.triton_tables import Tables
 
-EARLY = True
-"""Whether partial outputs are asked for before blocks are read query by query."""
-
 
 @dataclass(frozen=True)
 class Tuning:
@@ -118,7 +115,7 @@ def selected_by_block(
                 *(mix if mix is not None else (out, out, lse, out)),
                 *(scale * LOG2E, head, start, blocks.stride(0), blocks.stride(1)),
                 DIRECT=direct,
-                EARLY=EARLY and direct > 0 and n * group * dim_v <= 5 * 16 * 128,  # what registers hold
+                EARLY=direct > 0 and n * group * dim_v <= 5 * 16 * 128,  # what registers hold
                 GP=padded(group),
                 NP=triton.next_power_of_2(max(n, 1)),
                 BESIDE=beside is not None,

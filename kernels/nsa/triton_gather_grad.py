@@ -26,7 +26,7 @@ from shoal.kernels.nsa.triton_tables import PackTables
 class GatherGradTuning:
     """chunk: queries whose parts exist at a time. item: queries of a program, a power of two. rows: of a tile, queries
     times padded group. hopper: in Gluon where that takes the shapes, whatever item and rows say. wide: also for 192
-    dimensions of queries and keys. longest: in Gluon the items with the most queries first."""
+    dimensions of queries and keys."""
 
     chunk: int = 3072
     item: int = 64
@@ -36,7 +36,6 @@ class GatherGradTuning:
     merge_warps: int = 4
     hopper: bool = True
     wide: bool = True
-    longest: bool = True
 
 
 def selected_backward(
@@ -78,12 +77,11 @@ def selected_backward(
         items, size = pairs, 0
     else:
         inverse = invert(blocks, tables, chunk, tuning.item)
-        if hopper is not None and tuning.longest:
+        if hopper is not None:
             inverse = longest_first(inverse)
+            ends, taken = ends_by_head(inverse, kv), blocks.new_zeros(inverse.chunks)
         pairs, first, chunks = inverse.item_pairs, inverse.first_items, inverse.chunks
         items, size = inverse.item_blocks, inverse.size
-        if hopper is not None:
-            ends, taken = ends_by_head(inverse, kv), blocks.new_zeros(chunks)
     group_p = padded(group, least=1)
     shape = {"N": n, "KV": kv, "G": group, "D": dim}
     for index, start in enumerate(range(0, tokens, chunk)):

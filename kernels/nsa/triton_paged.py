@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shoal.kernels.hopper import on_hopper
+from shoal.kernels.hopper import begins_ahead
 from shoal.kernels.nsa.layout import BlockSizes
 from shoal.kernels.nsa.paged import DecodeTables, HiddenGates, PagedCache
 from shoal.kernels.nsa.triton_forward import ForwardTuning, attend
@@ -109,10 +109,9 @@ def triton_paged_decode(
     sharers, free = triton.cdiv(pages, blocks), count - sizes.slc_initial - sizes.slc_local
     best, arrivals = empty(sharers, free, 2, dtype=torch.int32), empty(dtype=torch.int32)
     chosen = empty(count, dtype=torch.int32)
-    ahead = tuning.ahead and on_hopper(q)
-    launch: dict[str, Any] = {"launch_pdl": True} if ahead else {}
+    launch: dict[str, Any] = begins_ahead(q, tuning.ahead)
     # What grows with the sequences is no constant of a kernel: it would be compiled again and again while serving.
-    shape = {"KV": kv, "G": group, "GP": padded(group), "AHEAD": ahead}
+    shape = {"KV": kv, "G": group, "GP": padded(group)}
     widths = {"E": dim_v, "EP": padded(dim_v), "PRECISION": precision(q.dtype), **halves(dim)}
     rows = {"PER": per, "STRIDE": sizes.cmp_stride, "LAGS": lags, "TILE": tile}
     _compressed_rows_kernel[(n * kv, splits)](

@@ -23,7 +23,7 @@ def sum_branches(
 ) -> None:
     """parts: ``[N, KV, P, G, d_v]``, not divided by their sums of weights, maxima, and those sums, ``[N, KV, P, G]``,
     in float32. gates: ``[N, H, 3]``, or what they are of, contiguous, older than the last launch. begins: of the second
-    and the third branch's parts. launch: how Triton is to do it."""
+    and the third branch's parts. launch: of ``begins_ahead``."""
     n, heads, dim_v = out.shape
     if isinstance(gates, HiddenGates):
         given, weight, depth = gates.hidden, gates.weight, gates.weight.shape[1]
@@ -40,7 +40,6 @@ def sum_branches(
         E=dim_v,
         EP=padded(dim_v),
         PP=width,
-        AHEAD="launch_pdl" in launch,
         num_warps=min(8, width // 16),
         **launch,
     )

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from shoal.kernels.hopper import on_hopper
+from shoal.kernels.hopper import begins_ahead
 from shoal.kernels.nsa.paged import PagedCache
 from shoal.kernels.nsa.paged_store import Compressed, Phi
 from shoal.kernels.nsa.triton_select import padded, precision
@@ -53,11 +53,10 @@ def triton_compress_few(
     kv, page = cache.v_raw.shape[1:3]
     weights = [x for pair in zip(*((p.position, p.w1, p.w2) for p in phi), strict=True) for x in pair]
     # A copy of weights would be the launch before.
-    ahead = tuning.ahead and on_hopper(cache.k_raw) and all(x.is_contiguous() for x in weights)
+    launch: dict[str, Any] = begins_ahead(cache.k_raw, tuning.ahead and all(x.is_contiguous() for x in weights))
     k_position, v_position, k_w1, v_w1, k_w2, v_w2 = (x.contiguous() for x in weights)
     both = [_Shape.of(p, block, tuning) for p in phi]
-    named: dict[str, Any] = {"KV": kv, "AHEAD": ahead}
-    launch = {"launch_pdl": True} if ahead else {}
+    named: dict[str, Any] = {"KV": kv}
     for name in ("D", "W", "BD", "S"):
         named |= {f"K_{name}": getattr(both[0], name), f"V_{name}": getattr(both[1], name)}
     parts = [torch.empty(kv, rows, each.S, each.W, dtype=torch.float32, device=cache.k_raw.device) for each in both]

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shoal.kernels.hopper import on_hopper
+from shoal.kernels.hopper import begins_ahead
 from shoal.kernels.nsa.paged import PagedCache
 from shoal.kernels.nsa.paged_store import Compressed, Heads, Phi
 from shoal.kernels.nsa.triton_phi import triton_compress_few
@@ -41,10 +41,9 @@ def triton_store_tokens(
         TILE=TILE,
         KV=kv,
         KVP=padded(kv, least=1),
-        AHEAD=on_hopper(q),
         enable_fp_fusion=False,
         **_widths(dim, dim_v),
-        **({"launch_pdl": True} if on_hopper(q) else {}),
+        **begins_ahead(q),
     )
     return out
 

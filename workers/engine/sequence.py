@@ -65,13 +65,16 @@ class Sequence:
 
     def fits(self, upto: int) -> bool:
         """Whether there are free pages to compute the tokens up to ``upto``."""
-        far, near = self.missing(upto)
+        return self._free(*self.missing(upto))
+
+    def _free(self, far: int, near: int) -> bool:
+        """Whether so many pages are."""
         return far <= self.pools.far.free and near <= self.pools.near.free
 
     def reserve(self, upto: int) -> bool:
         """Takes the pages for the tokens up to ``upto``. False when they are not free: then it takes none."""
         far, near = self.missing(upto)
-        if far > self.pools.far.free or near > self.pools.near.free:
+        if not self._free(far, near):
             return False
         for _ in range(far):
             self.far.append(self.pools.far.take())
