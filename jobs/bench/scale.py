@@ -182,7 +182,7 @@ def _row(
         "tokens_per_second": case.tokens / ms * 1e3,
         "efficiency": 1e3 * ideal / ms,
         "mfu": series.flops(case) / (ms / 1e3 * case.ranks * facts["peak_flops"]) if facts["peak_flops"] else None,
-        "dispatch_share": facts["dispatch_ms"] / ms if "dispatch_ms" in facts else None,
+        "dispatch_share": facts.get("dispatch_share"),
         "peak_bytes": int(facts["peak_bytes"]) or None,  # none is measured on a CPU
     }
     more |= {key: facts[key] for key in KEPT if key in facts}

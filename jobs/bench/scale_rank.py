@@ -23,7 +23,7 @@ from shoal.workers.mesh import Group
 SECONDS = 20.0
 """A training ends after so many, once it has ``WARM_UP`` + 2 steps."""
 WARM_UP = 2
-ROUNDS = 8  # passes of a layer whose waits for rows are measured
+ROUNDS = 8  # passes of a layer in which waits for rows are measured
 ATTENTION_BYTES = 24
 """What an attention layer takes with its inputs, bytes a token, head and dimension: 188 kB of 64 heads of 128, in bf16
 (benchmarks/results/sequence-2xh100.json, 256k on one rank, and the inputs)."""
@@ -92,7 +92,7 @@ def _moe(sizes: Sizes, group: Group, device: torch.device) -> dict[str, Any]:
     facts["ms"] = statistics.median(bench.ms(call) for _ in range(sizes.repeats))
     if dispatcher is None or group.size == 1:
         return facts
-    facts["dispatch_ms"] = _waits(dispatcher, call, group, device)
+    facts["dispatch_share"] = _waits(dispatcher, call, group, device)
     if path == "all_to_all":
         exchange, rows = bench.exchanges(tokens)["exchange, row per rank"]
         facts["bytes_of_rows"] = exchange["bytes"]
@@ -101,16 +101,17 @@ def _moe(sizes: Sizes, group: Group, device: torch.device) -> dict[str, Any]:
 
 
 def _waits(dispatcher: Dispatcher, call: Any, group: Group, device: torch.device) -> float:
-    """Milliseconds of a pass for which the stream of the rank that waits longest waited for rows."""
+    """Share of some passes' time for which the stream of the rank that waits longest waited for rows."""
     dispatcher.clock = clock = Clock(device)
     clock.on = True
-    for _ in range(ROUNDS):
-        call()
+    with clock.part("passes"):  # of the same passes: those timed before may have been faster
+        for _ in range(ROUNDS):
+            call()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    seconds = clock.read().get("dispatch", 0.0)
+    seconds = clock.read()
     dispatcher.clock = None
-    return _most(group, device, seconds / ROUNDS * 1e3)
+    return _most(group, device, seconds.get("dispatch", 0.0) / seconds["passes"])
 
 
 def _train(training: Training, group: Group, device: torch.device) -> dict[str, Any]:
@@ -127,10 +128,11 @@ def _train(training: Training, group: Group, device: torch.device) -> dict[str, 
     def of(key: str) -> float:
         return 1e3 * statistics.median(r[key] for r in later)
 
-    parts = ("data", "forward", "backward", "reduce", "update", "dispatch")
+    parts = ("data", "forward", "backward", "reduce", "update")
     return {
         "ms": _most(group, device, of("wall_seconds")),
         **{f"{part}_ms": of(f"{part}_seconds") for part in parts},
+        "dispatch_share": statistics.median(r["dispatch_seconds"] / r["wall_seconds"] for r in later),
         "peak_bytes": max(r["peak_bytes"] for r in records),
         "steps": len(records),
         "device_load": statistics.median(r["device_load"] for r in later),
