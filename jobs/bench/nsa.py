@@ -8,7 +8,8 @@ query heads: its kernels take about as long with fewer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from shoal.jobs.bench.result import Document, Row, time_row
+from shoal.jobs.bench.turns import Call, medians
 from shoal.kernels.nsa import BlockSizes, Layout, compress, make_layout, nsa_attention
 from shoal.workers.errors import UsageError
 
@@ -135,29 +137,35 @@ def peak_bytes(f: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def dense_ms(problem: Problem, baselines: Iterable[str] = DENSE) -> dict[tuple[str, str], float]:
-    """Milliseconds of dense causal attention by (baseline, phase); where a kernel refuses the shapes it is left out."""
+def dense_calls(problem: Problem, baselines: Iterable[str] = DENSE) -> dict[tuple[str, str], Call]:
+    """Passes of dense causal attention by (baseline, phase); where a kernel refuses the shapes it is left out."""
+    shapes = [(1, problem.heads, problem.context, dim) for dim in (problem.dims[0], *problem.dims)]
+    q, k, v = (torch.randn(*s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in shapes)
+    found: dict[tuple[str, str], Call] = {}
+    for name in baselines:
+        try:
+            found[name, "forward"], found[name, "backward"] = _dense(q, k, v, name)
+        except RuntimeError:
+            continue
+    return found
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, baseline: str) -> tuple[Call, Call]:
+    """Forward pass of [1, heads, tokens, dim], and back from an output. Raises RuntimeError for shapes it refuses."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
-    shapes = [(1, problem.heads, problem.context, dim) for dim in (problem.dims[0], *problem.dims)]
-    q, k, v = (torch.randn(*s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in shapes)
-    found = {}
-    for name in baselines:
-        with sdpa_kernel(getattr(SDPBackend, DENSE[name])):
-            try:
-                out = scaled_dot_product_attention(q, k, v, is_causal=True)
-            except RuntimeError:
-                continue
-            d_out = torch.randn_like(out)
-            with torch.no_grad():
-                forward = median_ms(lambda: scaled_dot_product_attention(q, k, v, is_causal=True), rep=300)
+    def forward() -> Tensor:
+        with sdpa_kernel(getattr(SDPBackend, DENSE[baseline])):
+            return scaled_dot_product_attention(q, k, v, is_causal=True)
 
-            def back(out: Tensor = out, d_out: Tensor = d_out) -> object:
-                return torch.autograd.grad(out, (q, k, v), d_out, retain_graph=True)
+    out = forward()
+    d_out = torch.randn_like(out)
 
-            found[name, "forward"], found[name, "backward"] = forward, median_ms(back, rep=600)
-    return found
+    def back() -> object:
+        return torch.autograd.grad(out, (q, k, v), d_out, retain_graph=True)
+
+    return torch.no_grad()(forward), back
 
 
 @dataclass(frozen=True)
@@ -184,30 +192,45 @@ class Passes:
         self.back(self.forward())
         return peak_bytes(lambda: self.back(self.forward()))
 
-    def ms(self) -> dict[str, float]:
-        """Of each phase."""
-        forward, out = median_ms(self.forward), self.forward()
-        return {"forward": forward, "backward": median_ms(lambda: self.back(out))}
+    def calls(self) -> dict[tuple[str, str], Call]:
+        """Each phase by (``WHOLE``, phase)."""
+        out = self.forward()
+        return {(WHOLE, "forward"): self.forward, (WHOLE, "backward"): lambda: self.back(out)}
+
+    def exact(self) -> Call:
+        """The deterministic backward pass."""
+        with _deterministic():
+            out = self.forward()
+
+        def back() -> None:
+            with _deterministic():
+                self.back(out)
+
+        return back
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def _whole(problem: Problem, targets: dict[tuple[int, str], tuple[float, float]]) -> list[Row]:
-    dense, passes = dense_ms(problem), Passes.of(problem)
-    most, ms = passes.peak_bytes(), passes.ms()
+    passes, exact = Passes.of(problem), (f"{WHOLE}, deterministic", "backward")
+    most = passes.peak_bytes()
+    ms = medians({**passes.calls(), **dense_calls(problem), exact: passes.exact()})
     rows = []
-    for phase in ms:
+    for phase in ("forward", "backward"):
         for index, name in enumerate(DENSE):
-            if (name, phase) in dense:
+            if (name, phase) in ms:
                 facts = {"phase": phase, **problem.facts, "peak_bytes": most}
                 target = targets[problem.context, phase][index]
-                rows.append(time_row(WHOLE, ms[phase], name, dense[name, phase], target, **facts))
-    torch.use_deterministic_algorithms(True)
-    try:
-        out = passes.forward()
-        exact = median_ms(lambda: passes.back(out))
-    finally:
-        torch.use_deterministic_algorithms(False)
-    what = f"{WHOLE}, deterministic"
-    return [*rows, time_row(what, exact, WHOLE, ms["backward"], phase="backward", **problem.facts)]
+                rows.append(time_row(WHOLE, ms[WHOLE, phase], name, ms[name, phase], target, **facts))
+    what, phase = exact
+    return [*rows, time_row(what, ms[exact], WHOLE, ms[WHOLE, phase], phase=phase, **problem.facts)]
 
 
 @torch.no_grad()

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from shoal.jobs.bench.nsa import CONTEXTS, KV_HEADS, WHOLE, Passes, Problem, dense_ms, forward_parts
+from shoal.jobs.bench.nsa import CONTEXTS, KV_HEADS, WHOLE, Passes, Problem, dense_calls, forward_parts
 from shoal.jobs.bench.result import Row, time_row
+from shoal.jobs.bench.turns import medians
 
 if TYPE_CHECKING:
     from shoal.jobs.bench.registry import Settings
@@ -25,11 +26,12 @@ def run(settings: Settings) -> list[Row]:
     for group in GROUPS:
         settings.say(f"context {CONTEXTS[-1]}, groups of {group}")
         problem = Problem.draw(CONTEXTS[-1], (128, 128), group * KV_HEADS)
-        dense, passes = dense_ms(problem, (DENSE,)), Passes.of(problem)
+        passes = Passes.of(problem)
         most = passes.peak_bytes()
-        for phase, ms in passes.ms().items():
+        ms = medians({**passes.calls(), **dense_calls(problem, (DENSE,))})
+        for phase in ("forward", "backward"):
             facts = {"phase": phase, **problem.facts, "peak_bytes": most}
-            rows.append(time_row(f"{WHOLE}, by groups", ms, DENSE, dense.get((DENSE, phase)), **facts))
+            rows.append(time_row(f"{WHOLE}, by groups", ms[WHOLE, phase], DENSE, ms.get((DENSE, phase)), **facts))
         if group == 1:
             rows += selected_rows(forward_parts(problem))
         del problem, passes

@@ -6,7 +6,6 @@ Both ways are measured in one process on the same tensors; what the Gluon way ha
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,12 +17,12 @@ from shoal.jobs.bench.nsa import (
     WIDE_TARGETS,
     Problem,
     backward_parts,
-    dense_ms,
+    dense_calls,
     forward_parts,
-    median_ms,
     wants_gpu,
 )
 from shoal.jobs.bench.result import Row, time_row, value_row
+from shoal.jobs.bench.turns import Call, medians
 
 if TYPE_CHECKING:
     from shoal.jobs.bench.registry import Settings
@@ -51,7 +50,7 @@ def run(settings: Settings) -> list[Row]:
     torch.manual_seed(0)
     problem = Problem.draw(CONTEXTS[-1], DIMS)
     settings.say(f"context {problem.context}, d_qk {DIMS[0]}, d_v {DIMS[1]}: dense attention")
-    dense = dense_ms(problem)
+    dense = medians(dense_calls(problem))
     settings.say("NSA, Triton")
     triton = _measure(problem, narrow_tunings())
     settings.say("NSA, Gluon where it can")
@@ -82,7 +81,6 @@ def _measure(problem: Problem, tunings: Tunings) -> Found:
 
     out = forward()
     d_q = back(out)[0]
-    step: Callable[[], object] = lambda: back(out)  # noqa: E731
-    ms = {"forward": median_ms(forward), "backward": median_ms(step)}
+    calls: dict[str, Call] = {"forward": forward, "backward": lambda: back(out)}
     rows = forward_parts(problem, tunings[0]) + backward_parts(problem, tunings[1])
-    return Found(ms, {(row["phase"], row["what"]): row["ms"] for row in rows}, (out.detach(), d_q))
+    return Found(medians(calls), {(row["phase"], row["what"]): row["ms"] for row in rows}, (out.detach(), d_q))
