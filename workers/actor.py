@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,6 @@ from shoal.workers.placement import Placement
 if TYPE_CHECKING:
     from shoal.workers.trainer import Trainer
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 Record = dict[str, Any]
 
 
@@ -59,6 +57,8 @@ class RankActor:
             os.environ.setdefault("PYTORCH_ALLOC_CONF", self.allocator)
         import torch
         import torch.distributed as dist
+
+        from shoal.workers.mesh import COLLECTIVE_TIMEOUT
 
         # What a host computes for its GPU is small: to wake other threads for it takes longer, a hundred times as long
         # where these do not get a core at once.
