@@ -7,11 +7,10 @@ keeps, and all of the estimate against peaks measured on GPUs.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shoal.workers.slots import may_put
+from shoal.workers.slots import needed
 
 if TYPE_CHECKING:
     from shoal.workers.config import Recipe
@@ -57,8 +56,9 @@ def width_of(recipe: Recipe) -> int:
     return {"bfloat16": 2, "float32": 4, "float64": 8}[dtype]
 
 
-def sizes_of(recipe: Recipe, attends: bool, hosts_experts: bool) -> Sizes:
-    """Of a rank that hosts an attention shard, an expert shard, or both; with as many rows as the busiest one."""
+def sizes_of(recipe: Recipe, attends: bool, hosts_experts: bool, put: bool = False) -> Sizes:
+    """Of a rank that hosts an attention shard, an expert shard, or both; with as many rows as the busiest one. put:
+    whether rows of all tokens come, needed or not."""
     p, t, moe = recipe.parallel, recipe.train, recipe.moe
     width = width_of(recipe)
     of_all = t.batch // t.accumulate * t.sequence
@@ -69,7 +69,7 @@ def sizes_of(recipe: Recipe, attends: bool, hosts_experts: bool) -> Sizes:
         of_set = of_all if p.split else of_all // p.ranks * hosts
         share = min(1.0, UNEVEN / hosts) if hosts > 1 else 1.0
         rows = int(of_set * (moe.top_k * share + dispatched_on_a_rank(recipe)))
-        arrived = int((of_set - tokens) * (1.0 if may_put(recipe, width) else needed(recipe)))
+        arrived = int((of_set - tokens) * (1.0 if put else max(needed(recipe))))
     return Sizes(width, max(width, 4), width == 2 and p.device != "cpu", tokens, rows, arrived)
 
 
@@ -77,15 +77,6 @@ def dispatched_on_a_rank(recipe: Recipe) -> int:
     """How many of the shared experts, which every token goes to, a rank hosts at most."""
     moe = recipe.moe
     return -(-moe.shared_experts // recipe.parallel.expert_ranks) if moe.shared == "dispatched" else 0
-
-
-def needed(recipe: Recipe) -> float:
-    """Share of the tokens that an expert rank is needed for, where they choose their experts evenly."""
-    moe, ranks = recipe.moe, recipe.parallel.expert_ranks
-    if dispatched_on_a_rank(recipe):
-        return 1.0
-    others = moe.experts - moe.experts // ranks
-    return 1 - math.comb(others, moe.top_k) / math.comb(moe.experts, moe.top_k)
 
 
 def layers(recipe: Recipe, s: Sizes) -> list[Layer]:

@@ -97,6 +97,10 @@ class RankActor:
         trainer = self._ready()
         return peak_flops(trainer.device.type, str(trainer.model.dtype).removeprefix("torch."))
 
+    def dispatch(self) -> str:
+        """Which way rows travel to other ranks' experts, in a sentence; "" where none do."""
+        return self._ready().dispatch
+
     def run(self, until: int, save: bool = False) -> list[Record]:
         """Trains up to step ``until``, with validations on the way. Rank 0 returns the records.
 

@@ -24,7 +24,7 @@ from shoal.workers.dispatch import Dispatcher
 from shoal.workers.mesh import Group
 from shoal.workers.routed import Pass, RoutedFFN
 from shoal.workers.slots import BACK, OUT
-from shoal.workers.symmetric import Inbox, inbox
+from shoal.workers.symmetric import Inbox, OutOfReach, inbox
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,9 @@ class Bench:
         s, box = self.sizes, None
         owners = tuple(e * self.group.size // s.experts for e in range(s.experts))
         if path == "symmetric":
-            box = inbox(self.group, tokens, s.hidden, self.dtype, s.top_k, s.experts, self.device)
-            if box is None:
+            try:
+                box = inbox(self.group, tokens, s.hidden, self.dtype, s.top_k, s.experts, self.device)
+            except OutOfReach:
                 return None
         return Dispatcher(self.group, owners, self.device, self.kind.triton, box)
 
