@@ -96,7 +96,7 @@ class Supervisor:
         self.recipe, self.corpus, self.report, self.session = recipe, corpus, report, session
         self.checkpoints = run_dir / "checkpoints"
         self.metrics = TrainMetrics(run_dir.name, recipe.train.steps)
-        self.flops, self.peak = flops, 0.0
+        self.flops, self.peak, self.dispatch = flops, 0.0, ""
         self.stop = Stop()
         self.step = 0
         self.failures = 0
@@ -122,6 +122,7 @@ class Supervisor:
                         self.step = group.build(str(self.corpus.resolve()), str(self.checkpoints.resolve()), start)
                         if self.flops:
                             self.peak = sum(group.get(group.call("peak")))
+                        self._tell_dispatch(group)
                         return self._train(group, sample)
                 except RankLost as lost:
                     reached, before = self.step, start
@@ -129,6 +130,13 @@ class Supervisor:
                     if self.stop.signal:
                         return self._gave_up(str(lost), start or 0)
                     self._count_failure(str(lost), reached, before or 0, start or 0)
+
+    def _tell_dispatch(self, group: RankGroup) -> None:
+        """Says which way rows go to other ranks' experts: once, and again where other ranks go another one."""
+        text = group.get(group.call("dispatch"))[0]
+        if text not in ("", self.dispatch):
+            self._tell("dispatch", text, self.step)
+        self.dispatch = text
 
     def _wait(self, seconds: float) -> Callable[[float], None]:
         """What to do while the cluster has no room for the ranks, for up to ``seconds``."""

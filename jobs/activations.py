@@ -7,11 +7,10 @@ keeps, and all of the estimate against peaks measured on GPUs.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shoal.workers.slots import may_put
+from shoal.workers.slots import needed
 
 if TYPE_CHECKING:
     from shoal.workers.config import Recipe
@@ -57,8 +56,9 @@ def width_of(recipe: Recipe) -> int:
     return {"bfloat16": 2, "float32": 4, "float64": 8}[dtype]
 
 
-def sizes_of(recipe: Recipe, attends: bool, hosts_experts: bool) -> Sizes:
-    """Of a rank that hosts an attention shard, an expert shard, or both; with as many rows as the busiest one."""
+def sizes_of(recipe: Recipe, attends: bool, hosts_experts: bool, put: bool = False) -> Sizes:
+    """Of a rank that hosts an attention shard, an expert shard, or both; with as many rows as the busiest one. put:
+    whether rows of all tokens come, needed or not."""
     p, t, moe = recipe.parallel, recipe.train, recipe.moe
     width = width_of(recipe)
     of_all = t.batch // t.accumulate * t.sequence
@@ -69,7 +69,7 @@ def sizes_of(recipe: Recipe, attends: bool, hosts_experts: bool) -> Sizes:
         of_set = of_all if p.split else of_all // p.ranks * hosts
         share = min(1.0, UNEVEN / hosts) if hosts > 1 else 1.0
         rows = int(of_set * (moe.top_k * share + dispatched_on_a_rank(recipe)))
-        arrived = int((of_set - tokens) * (1.0 if may_put(recipe, width) else needed(recipe)))
+        arrived = int((of_set - tokens) * (1.0 if put else max(needed(recipe))))
     return Sizes(width, max(width, 4), width == 2 and p.device != "cpu", tokens, rows, arrived)
 
 
@@ -77,15 +77,6 @@ def dispatched_on_a_rank(recipe: Recipe) -> int:
     """How many of the shared experts, which every token goes to, a rank hosts at most."""
     moe = recipe.moe
     return -(-moe.shared_experts // recipe.parallel.expert_ranks) if moe.shared == "dispatched" else 0
-
-
-def needed(recipe: Recipe) -> float:
-    """Share of the tokens that an expert rank is needed for, where they choose their experts evenly."""
-    moe, ranks = recipe.moe, recipe.parallel.expert_ranks
-    if dispatched_on_a_rank(recipe):
-        return 1.0
-    others = moe.experts - moe.experts // ranks
-    return 1 - math.comb(others, moe.top_k) / math.comb(moe.experts, moe.top_k)
 
 
 def layers(recipe: Recipe, s: Sizes) -> list[Layer]:
@@ -149,14 +140,42 @@ def _sparse_attention(recipe: Recipe, s: Sizes) -> Layer:
     kept = s.tokens * (elements * s.width + branches + 4 * numbers) + weights * s.width
     # The branches' outputs go as soon as the gradients of the gates are known; that of their sum takes its place. Then
     # there are gradients of queries, in float32 and rounded, and of keys, and for each row what the kernels read of it.
-    # Parts of the queries' gradients are gone by the time these are rounded, unless keys were on their way.
-    keys, row = m.kv_heads * dims, 8 * BRANCHES * m.heads
-    gradients = 4 * q + keys * ((BRANCHES + 2) * s.width + 4 * context) + 8 * m.kv_heads * a.slc_count
-    gone = branches + 4 * BRANCHES * m.heads
-    rounded, parts = s.tokens * q * s.width, min(s.tokens, GRADIENT_CHUNK) * a.slc_count * q * s.width
-    beside = rounded + parts if context > 1 else max(rounded, parts)
-    meanwhile = s.tokens * row + max(0, s.tokens * (gradients - gone) + beside)
+    gone = s.tokens * (branches + 4 * BRANCHES * m.heads)
+    if context > 1:
+        meanwhile = _shared_backward(recipe, s, gone)
+    else:
+        keys, row = m.kv_heads * dims, 8 * BRANCHES * m.heads
+        gradients = 4 * q + keys * ((BRANCHES + 2) * s.width + 4) + 8 * m.kv_heads * a.slc_count
+        # Parts of the queries' gradients are gone by the time these are rounded.
+        beside = max(s.tokens, min(s.tokens, GRADIENT_CHUNK) * a.slc_count) * q * s.width
+        meanwhile = s.tokens * row + max(0, s.tokens * gradients - gone + beside)
     return Layer(0, int(kept), int(kept + meanwhile))
+
+
+def _shared_backward(recipe: Recipe, s: Sizes, gone: float) -> float:
+    """The most that there is at a time of attention's backward pass over a shared sequence, beyond what is kept, of
+    which the branches' outputs have ``gone``.
+
+    It takes turns of ``parallel.context_heads`` heads of keys. Each reads far keys, of all ranks' tokens where a rank
+    has the first segment and so the last one, and adds up their gradients in float32. Rounded, they go home during the
+    next turn, whose keys have come during this one.
+    """
+    m, a, p = recipe.model, recipe.attention, recipe.parallel
+    kv = min(p.context_heads or m.kv_heads, m.kv_heads)
+    turns, group = -(-m.kv_heads // kv), kv * m.heads // m.kv_heads
+    q, own = group * m.head_dim, kv * (m.head_dim + m.v_dim)  # of a turn and a token
+    far, goes = p.context * own, s.wide if p.context_gradients == "float32" else s.width
+    left = (q + own * (1 + p.context / a.cmp_stride)) * s.width  # gradients of queries, windows, compressed keys
+    sums = 4 * (q + far) + 8 * BRANCHES * group  # and what the kernels read of each row
+    parts = min(s.tokens, GRADIENT_CHUNK) * a.slc_count * q * s.width + s.tokens * 8 * kv * a.slc_count
+    copies = (q + group * m.v_dim + own) * s.width if turns > 1 else 0  # of the turn's heads alone
+    of_turn = s.tokens * (far * s.width + sums + left + copies) + max(parts, s.tokens * far * goes)
+    most = 0.0
+    for i in range(turns):
+        coming = (far + own) * s.width if i + 1 < turns else 0  # and what is sent for them
+        going = (2 * far - own) * goes + i * own * s.width if i else 0  # and what comes of other ranks, and its sums
+        most = max(most, of_turn + s.tokens * (coming + going + i * left) - (i + 1) * gone / turns)
+    return most
 
 
 def _dense(recipe: Recipe, s: Sizes) -> Layer:

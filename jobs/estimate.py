@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from shoal.jobs.activations import BRANCHES, GATE_HIDDEN, dispatched_on_a_rank, of_a_pass, sizes_of, width_of
-from shoal.workers.slots import slot_bytes
+from shoal.workers.slots import may_put, slot_bytes
 
 if TYPE_CHECKING:
     from shoal.kernels.nsa import BlockSizes
@@ -70,7 +70,7 @@ class RankMemory:
 
     gradients: all there are when the backward passes of a step end. activations: what a forward pass keeps. step:
     the most that there is at a time of both, and of what passes take meanwhile: activations go as gradients come.
-    slots: where other ranks put rows, if they do; where their memory is out of reach, rows are exchanged instead.
+    slots: where other ranks put rows, if they do.
     """
 
     ranks: int
@@ -96,10 +96,10 @@ class Estimate:
     memory: dict[str, RankMemory]
 
 
-def estimate(recipe: Recipe) -> Estimate:
-    """Parameters, FLOPs a token and memory a rank of a recipe."""
+def estimate(recipe: Recipe, near: bool = False) -> Estimate:
+    """Parameters, FLOPs a token and memory a rank of a recipe. near: as :func:`count_memory` has it."""
     parameters = count_parameters(recipe)
-    return Estimate(parameters, count_flops(recipe, parameters), count_memory(recipe, parameters))
+    return Estimate(parameters, count_flops(recipe, parameters), count_memory(recipe, parameters, near))
 
 
 def count_parameters(recipe: Recipe) -> Parameters:
@@ -205,8 +205,12 @@ def _visible_blocks(a: AttentionTable | BlockSizes, length: int) -> int:
     return count * (length - a.cmp_block + 1) - a.cmp_stride * (count * (count - 1) // 2)
 
 
-def count_memory(recipe: Recipe, parameters: Parameters) -> dict[str, RankMemory]:
-    """Bytes a rank. Attention shards are replicated, routed experts are divided over the expert ranks."""
+def count_memory(recipe: Recipe, parameters: Parameters, near: bool = False) -> dict[str, RankMemory]:
+    """Bytes a rank. Attention shards are replicated, routed experts are divided over the expert ranks.
+
+    near: whether ranks reach the memory of one another's GPUs, as those of a benchmark on one node do. Ray's actors,
+    which see a GPU each, do not: they exchange rows.
+    """
     p, moe = recipe.parallel, recipe.moe
     sent = dispatched_on_a_rank(recipe)
     each = parameters.shared_experts // moe.shared_experts if sent else 0
@@ -217,11 +221,15 @@ def count_memory(recipe: Recipe, parameters: Parameters) -> dict[str, RankMemory
             "attention": _memory(recipe, parameters, p.split[0], attention, 0),
             "expert": _memory(recipe, parameters, p.split[1], 0, experts),
         }
-    return {"colocated": _memory(recipe, parameters, p.ranks, attention, experts)}
+    put = near and may_put(recipe, width_of(recipe))
+    return {"colocated": _memory(recipe, parameters, p.ranks, attention, experts, put)}
 
 
-def _memory(recipe: Recipe, parameters: Parameters, ranks: int, attention: int, experts: int) -> RankMemory:
-    """Of ranks of one kind that each host so many parameters of attention shards and of experts.
+def _memory(
+    recipe: Recipe, parameters: Parameters, ranks: int, attention: int, experts: int, put: bool = False
+) -> RankMemory:
+    """Of ranks of one kind that each host so many parameters of attention shards and of experts. put: whether rows of
+    other ranks' tokens are put into slots.
 
     Weights have ``train.dtype``; AdamW keeps two moments of at least float32, and where weights are shorter, float32
     masters. Those are shared out among the ranks that hold the same weights, tensor by tensor. A gradient is float32
@@ -240,7 +248,7 @@ def _memory(recipe: Recipe, parameters: Parameters, ranks: int, attention: int, 
     buffers = whole * (width + wide) if sharded else 0  # gradients of what is whole, before they are summed and cut
     gradients = ((part if sharded else attention) + experts) * wide
     of_head = 0 if sharded else table * wide
-    sizes = sizes_of(recipe, attention > 0, experts > 0)
+    sizes = sizes_of(recipe, attention > 0, experts > 0, put)
     if recipe.train.accumulate > 1:
         kept, most = of_a_pass(recipe, sizes, 0, 0)
         most += gradients
@@ -254,7 +262,7 @@ def _memory(recipe: Recipe, parameters: Parameters, ranks: int, attention: int, 
         gradients=gradients + buffers,
         activations=kept,
         step=buffers + max(most, gradients + joined),
-        slots=slot_bytes(recipe, width),
+        slots=slot_bytes(recipe, width) if put else 0,
     )
 
 

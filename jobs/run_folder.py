@@ -127,8 +127,9 @@ def new_run(runs: Path, name: str | None, recipe: Recipe) -> RunFolder:
 
 
 def discard_unused(folder: RunFolder) -> None:
-    """Removes the folder of a run that was refused before anything was recorded."""
-    if not folder.last_step() and not any(read_records(folder.path / "metrics.jsonl")):
+    """Removes the folder of a run that was refused before anything was recorded but which way rows would go."""
+    records = read_records(folder.path / "metrics.jsonl")
+    if not folder.last_step() and all(record.get("event") == "dispatch" for record in records):
         shutil.rmtree(folder.path, ignore_errors=True)
 
 

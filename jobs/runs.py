@@ -37,13 +37,17 @@ class RunSummary:
 
 @dataclass(frozen=True)
 class RunDetails:
-    """``shoal runs show``. ``curve``: ``(step, training loss)``; ``evals`` and ``events``: lines of metrics.jsonl."""
+    """``shoal runs show``. ``curve``: ``(step, training loss)``; ``evals`` and ``events``: lines of metrics.jsonl.
+
+    dispatch: which way rows went to other ranks' experts at last, and why; None where that is not on record.
+    """
 
     summary: RunSummary
     folder: Path
     tokens: int | None
     tokens_per_second: float | None
     expert_imbalance: float | None
+    dispatch: str | None
     curve: tuple[tuple[int, float], ...]
     evals: tuple[Record, ...]
     events: tuple[Record, ...]
@@ -64,15 +68,18 @@ def show_run(root: Path, name: str) -> RunDetails:
     records = _records(folder)
     trained = _by_step(records, "train")
     last = trained[-1] if trained else {}
+    events = tuple(record for record in records if record["kind"] == "event")
+    dispatch = [record.get("text") for record in events if record.get("event") == "dispatch"]
     return RunDetails(
         summary=_summary(folder, records),
         folder=folder,
         tokens=last.get("tokens"),
         tokens_per_second=last.get("tokens_per_second"),
         expert_imbalance=last.get("expert_imbalance"),
+        dispatch=dispatch[-1] if dispatch else None,
         curve=tuple((r["step"], r["loss"]) for r in trained if isinstance(r.get("loss"), int | float)),
         evals=tuple(_by_step(records, "eval")),
-        events=tuple(record for record in records if record["kind"] == "event"),
+        events=events,
         plots=tuple(sorted(path.name for path in folder.glob("*.png"))),
     )
 

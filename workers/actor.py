@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,6 @@ from shoal.workers.placement import Placement
 if TYPE_CHECKING:
     from shoal.workers.trainer import Trainer
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 Record = dict[str, Any]
 
 
@@ -60,6 +58,8 @@ class RankActor:
         import torch
         import torch.distributed as dist
 
+        from shoal.workers.mesh import COLLECTIVE_TIMEOUT
+
         # What a host computes for its GPU is small: to wake other threads for it takes longer, a hundred times as long
         # where these do not get a core at once.
         threads = threads or (1 if device == "cuda" else max(1, cores() // here))
@@ -96,6 +96,10 @@ class RankActor:
         """FLOP/s that this rank's device could do at most."""
         trainer = self._ready()
         return peak_flops(trainer.device.type, str(trainer.model.dtype).removeprefix("torch."))
+
+    def dispatch(self) -> str:
+        """Which way rows travel to other ranks' experts, in a sentence; "" where none do."""
+        return self._ready().dispatch
 
     def run(self, until: int, save: bool = False) -> list[Record]:
         """Trains up to step ``until``, with validations on the way. Rank 0 returns the records.

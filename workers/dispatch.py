@@ -49,7 +49,6 @@ class Dispatcher:
         self.apart = len(self.sources) < group.size  # those that have tokens host no experts then
         self.reads = HostReads()
         self.clock: Clock | None = None
-        self.spare = 0  # multiprocessors that products leave to an exchange that runs meanwhile
         self.assign(owners)
 
     def assign(self, owners: Sequence[int | tuple[int, ...]]) -> None:

@@ -49,8 +49,10 @@ class TrainingFailed(ShoalError):
 
 
 def last_line(error: Exception | str) -> str:
-    """What an error or a traceback comes down to: its last line, up to 300 characters, without a full stop."""
+    """What an error or a traceback comes down to: its last line, up to 300 characters, without a full stop. Of an error
+    of CUDA the line that names it, since PyTorch puts advice for developers below."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if "CUDA error: " in line] or lines
     if lines:
         return lines[-1][:300].rstrip(".")
     return "no reason given" if isinstance(error, str) else type(error).__name__

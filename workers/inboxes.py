@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import torch
-
 from shoal.workers import symmetric
 from shoal.workers.errors import InvalidInput
 from shoal.workers.model.transformer import Transformer
-from shoal.workers.slots import ENOUGH, capacity, needed
+from shoal.workers.slots import capacity, travels, why_exchanged
 
 
-def open_inbox(model: Transformer) -> None:
+def open_inbox(model: Transformer) -> str:
     """Lets the MoE layers of a model to be trained put their rows, as ``parallel.dispatch`` says. Collective.
 
-    Layers share one inbox, since they take turns. Raises InvalidInput for ``put`` where rows cannot be put.
+    Layers share one inbox, since they take turns. Returns which way rows travel, in a sentence for the run's records;
+    "" where none do. Raises InvalidInput for ``put`` where rows cannot be put.
     """
-    recipe, mesh, layers = model.recipe, model.mesh, model.moe_layers
-    wanted = recipe.parallel.dispatch
-    if not layers or mesh.dispatch.size == 1 or wanted == "exchanged":
-        return
-    if wanted == "auto" and needed(recipe, mesh.dispatch.size) < ENOUGH:
-        return
-    box, d = None, layers[0].dispatcher
-    if not d.apart and model.dtype != torch.float64:  # whose gates would be float64
-        choices, slots = recipe.moe.top_k + layers[0].sent_shared, len(d.ways.hosts)
-        box = symmetric.inbox(
-            mesh.dispatch, capacity(recipe), recipe.model.hidden, model.dtype, choices, slots, d.device
-        )
-    if box is None and wanted == "put":
-        raise InvalidInput(
-            "parallel.dispatch='put' needs ranks that host tokens and experts alike, in 16 or 32 bits, on GPUs of one "
-            "node that each rank sees and reaches (Ray's actors see their own alone): set parallel.dispatch='auto'"
-        )
-    for layer in layers:
-        layer.dispatcher.inbox = box
+    recipe, layers = model.recipe, model.moe_layers
+    if not travels(recipe):
+        return ""
+    why = why_exchanged(recipe, model.dtype.itemsize)
+    if not why:
+        d, moe = layers[0].dispatcher, recipe.moe
+        sizes = capacity(recipe), recipe.model.hidden, model.dtype, moe.top_k + layers[0].sent_shared
+        try:
+            box = symmetric.inbox(d.group, *sizes, len(d.ways.hosts), d.device)
+        except symmetric.OutOfReach as error:
+            why = str(error)
+        else:
+            for layer in layers:
+                layer.dispatcher.inbox = box
+    if why and recipe.parallel.dispatch == "put":
+        raise InvalidInput(f"parallel.dispatch='put', and rows cannot be put: {why}; set parallel.dispatch='auto'")
+    return f"rows for other ranks' experts are {f'exchanged: {why}' if why else 'put into their memory'}"

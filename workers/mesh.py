@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from shoal.workers.placement import Placement
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits for others in a collective until it gives up: then it fails, and the driver ends them all."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,9 @@ def make_mesh(placement: Placement, rank: int = 0, device: torch.device | str = 
         mine = None
         for ranks in groups:
             # new_group is collective over all ranks, members or not
-            handle = dist.new_group(list(ranks), backend=backend) if placement.ranks > 1 and len(ranks) > 1 else None
+            handle = None
+            if placement.ranks > 1 and len(ranks) > 1:
+                handle = dist.new_group(list(ranks), timeout=COLLECTIVE_TIMEOUT, backend=backend)
             if rank in ranks:
                 mine = Group(ranks, ranks.index(rank), handle)
         return mine

@@ -74,7 +74,7 @@ class Pass:
         self.shared_hidden = self.shared_act = self.hidden = None
         shared_up, _ = self.shared
         if shared_up is not None:
-            self.shared_products = self._beside(self.kind(None))
+            self.shared_products = self.kind(None)
             self.shared_hidden, self.shared_act = self.shared_products.up(x, shared_up)
         self.flight.send()
         self.arrived = self.flight.arrive(x, gates)
@@ -163,7 +163,6 @@ class Pass:
                 assert d_weights is not None
                 d_gates = gates_of_rows(d_weights, arrived.fan.rows, flight.triton)
                 flight.give_back_grads(arrived.fan, d_rows, d_gates)
-                self._beside(self.products)
 
             d_rows, d_up, d_down, _ = ffn.backward(
                 self.products,
@@ -205,17 +204,12 @@ class Pass:
         )
         return d_logits, self.router.centroids
 
-    def _beside(self, products: Gemms) -> Gemms:
-        """Products that run while an exchange does."""
-        products.spare = self.dispatcher.spare
-        return products
-
     def _shared_backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         up, down = self.shared
         if up is None or down is None or self.shared_hidden is None:
             return None, None, None
         weights = up, down.flatten(0, 1)
-        products = self._beside(self.kind(None))
+        products = self.kind(None)
         d_x, d_up, d_down, _ = ffn.backward(products, grad, lambda: x, self.shared_hidden, *weights)
         return d_x, apart(d_up, len(up)), d_down.view_as(down)
 

@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from shoal.workers.config import Recipe
 
 ENOUGH = 0.8
-"""Of a rank's tokens, how many must need a given other rank, so that all of them are put there: with 64 experts and 6
-or 7 of them chosen 0.99 do with 2 ranks, 0.84 or more with 4, 0.6 with 8."""
+"""Of the tokens, how many must need a rank, in the mean over ranks, so that all of them are put there: with 64 experts
+and 6 or 7 of them chosen 0.99 do with 2 ranks, 0.84 or more with 4, 0.6 with 8."""
 COUNTS, OUT, BACK, WORDS_OUT, WORDS_BACK = range(5)
 """Parts of a slot: counts, rows out, rows that come home, and the words that go with each row."""
 ALIGN = 64  # words: each part begins there
@@ -32,19 +32,40 @@ def words_in(shape: tuple[int, ...]) -> int:
     return -(-prod(shape) // ALIGN) * ALIGN
 
 
+def travels(recipe: Recipe) -> bool:
+    """Whether rows of a training go to experts on other ranks."""
+    m, p = recipe.model, recipe.parallel
+    return bool(recipe.moe.experts) and m.dense_layers < m.layers and (p.split is not None or p.expert_ranks > 1)
+
+
+def why_exchanged(recipe: Recipe, itemsize: int) -> str:
+    """Why rows that travel are exchanged wherever the ranks are, in words; "" where they are put, if the ranks reach
+    each other's memory. itemsize: bytes of an activation."""
+    p, row = recipe.parallel, recipe.model.hidden * itemsize
+    if p.dispatch == "exchanged":
+        return "parallel.dispatch is 'exchanged'"
+    if p.split:
+        return "ranks with experts have no tokens of their own"
+    if itemsize > 4:
+        return "gates of float64 are not put"
+    if row % 16:
+        return f"a row of {row} bytes is no multiple of 16"
+    if p.dispatch == "put":
+        return ""
+    if 0 < recipe.route.max_devices < recipe.balance.device_groups:
+        return "route.max_devices keeps tokens away from ranks"
+    shares = needed(recipe)
+    share = sum(shares) / len(shares)
+    return "" if share >= ENOUGH else f"a rank is needed by {share:.2f} of the tokens, less than {ENOUGH}"
+
+
 def may_put(recipe: Recipe, itemsize: int) -> bool:
-    """Whether a training puts its rows where its ranks reach each other's memory. itemsize: bytes of an activation."""
-    m, moe, p = recipe.model, recipe.moe, recipe.parallel
-    if not moe.experts or m.dense_layers == m.layers or p.split or p.expert_ranks == 1 or p.device == "cpu":
-        return False
-    wanted = p.dispatch == "put" or (p.dispatch == "auto" and needed(recipe, p.expert_ranks) >= ENOUGH)
-    return wanted and itemsize < 8 and m.hidden * itemsize % 16 == 0  # as inboxes.py and symmetric.py refuse others
+    """Whether rows of a training are put where its ranks are GPUs that reach each other's memory."""
+    return travels(recipe) and recipe.parallel.device != "cpu" and not why_exchanged(recipe, itemsize)
 
 
 def slot_bytes(recipe: Recipe, itemsize: int) -> int:
-    """Bytes of a rank's slots, which all its layers share; 0 where rows are exchanged."""
-    if not may_put(recipe, itemsize):
-        return 0
+    """Bytes of a rank's slots, which all its layers share."""
     moe = recipe.moe
     sent = moe.shared_experts if moe.shared == "dispatched" else 0
     width = recipe.model.hidden * itemsize // 4
@@ -63,10 +84,11 @@ def capacity(recipe: Recipe) -> int:
     return -(-tokens // p.attention_ranks) + 2 * block
 
 
-def needed(recipe: Recipe, ranks: int) -> float:
-    """Of tokens whose choices are even, the share that needs a given one of the ranks that share the experts."""
-    moe = recipe.moe
-    if 0 < recipe.route.max_devices < recipe.balance.device_groups:
-        return 0.0  # which keeps tokens away from ranks
+def needed(recipe: Recipe) -> list[float]:
+    """Of each rank that shares the experts, the part of the tokens that needs it, where these choose evenly: all of
+    them where it hosts a shared expert. ``route.max_devices`` makes it less."""
+    moe, ranks = recipe.moe, recipe.parallel.expert_ranks
     elsewhere = moe.experts - moe.experts // ranks
-    return 1 - comb(elsewhere, moe.top_k) / comb(moe.experts, moe.top_k)
+    chosen = 1 - comb(elsewhere, moe.top_k) / comb(moe.experts, moe.top_k)
+    always = min(ranks, moe.shared_experts) if moe.shared == "dispatched" else 0
+    return [1.0] * always + [chosen] * (ranks - always)

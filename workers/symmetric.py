@@ -35,6 +35,10 @@ ROOM = 256 << 20
 """Bytes of experts' rows that may be asked for without knowing how many there are; of more, the host reads it."""
 
 
+class OutOfReach(Exception):
+    """The ranks of a group cannot write each other's memory; the message says why. Raised on all of them alike."""
+
+
 class Inbox:
     """Symmetric memory of a rank: slots of ``capacity`` rows that each other rank of the group writes.
 
@@ -115,26 +119,28 @@ class Inbox:
 @lru_cache(maxsize=4)
 def inbox(
     group: Group, capacity: int, hidden: int, dtype: torch.dtype, choices: int, experts: int, device: torch.device
-) -> Inbox | None:
-    """The inbox that all layers of these sizes share; every rank calls it alike.
-
-    None where rows cannot be put: ranks on several nodes, GPUs that do not reach each other, processes that each see a
-    GPU of their own alone.
-    """
-    if group.handle is None or device.type != "cuda" or hidden * dtype.itemsize % 16:
-        return None
+) -> Inbox:
+    """The inbox that all layers of these sizes share, of rows of a multiple of 16 bytes; every rank of several calls it
+    alike. Raises OutOfReach."""
+    if device.type != "cuda":
+        raise OutOfReach("ranks are on CPUs")
     own = torch.cuda.current_device() if device.index is None else device.index
     found: list[Any] = [None] * group.size
     dist.all_gather_object(found, (socket.gethostname(), own), group=group.handle)
     indices = [index for _, index in found]
-    near = len({host for host, _ in found}) == 1 and len(set(indices)) == group.size
-    if not near or not _all(group, all(index == own or _reaches(own, index) for index in indices)):
-        return None
-    try:
+    if len({host for host, _ in found}) > 1:
+        raise OutOfReach("ranks are on several nodes")
+    if len(set(indices)) < group.size:
+        raise OutOfReach("each rank sees its own GPU alone")
+    if not _all(group, all(index == own or _reaches(own, index) for index in indices)):
+        raise OutOfReach("GPUs do not reach each other")
+    box: Inbox | None = None
+    with suppress(RuntimeError):  # memory, or what a container does not let its processes share
         box = Inbox(group, capacity, hidden, dtype, choices, experts, device)
-    except RuntimeError:  # memory, or what a container does not let its processes share
-        box = None
-    return box if _all(group, box is not None) else None
+    everywhere = _all(group, box is not None)
+    if box is None or not everywhere:
+        raise OutOfReach("a rank has no memory that others can write")
+    return box
 
 
 def _reaches(own: int, other: int) -> bool:

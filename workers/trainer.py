@@ -63,7 +63,7 @@ class Trainer:
         torch.use_deterministic_algorithms(recipe.train.deterministic and device.type == "cuda")
         self.recipe, self.corpus, self.mesh, self.device = recipe, corpus, mesh, device
         self.model = Transformer(recipe, mesh, device)
-        open_inbox(self.model)
+        self.dispatch = open_inbox(self.model)  # which way rows travel, in a sentence
         if recipe.parallel.shard_dense:
             shard_dense(self.model, mesh)
         self.parameters = dict(self.model.named_parameters())

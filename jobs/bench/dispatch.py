@@ -98,14 +98,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tokens", default="", help="of each rank, with commas between")
     parser.add_argument("--paths", default="all_to_all,symmetric")
-    parser.add_argument("--spare", type=int, default=0, help="multiprocessors that products leave to NCCL")
     chosen = parser.parse_args()
     from shoal.jobs.bench.dispatch_ranks import Sizes
     from shoal.jobs.bench.moe import line
     from shoal.jobs.bench.result import document, gpu_kind, write
 
     sizes = small() if chosen.device == "cpu" else Sizes()
-    sizes = replace(sizes, repeats=chosen.repeats, spare=chosen.spare, paths=tuple(chosen.paths.split(",")))
+    sizes = replace(sizes, repeats=chosen.repeats, paths=tuple(chosen.paths.split(",")))
     if chosen.tokens:
         sizes = replace(sizes, tokens=tuple(int(t) for t in chosen.tokens.split(",")))
     before = os.getloadavg()[0]

@@ -24,12 +24,12 @@ from shoal.workers.dispatch import Dispatcher
 from shoal.workers.mesh import Group
 from shoal.workers.routed import Pass, RoutedFFN
 from shoal.workers.slots import BACK, OUT
-from shoal.workers.symmetric import Inbox, inbox
+from shoal.workers.symmetric import Inbox, OutOfReach, inbox
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """tokens: of each rank, in turn. window: ms of a measurement. spare: multiprocessors left to NCCL."""
+    """tokens: of each rank, in turn. window: ms of a measurement."""
 
     tokens: tuple[int, ...] = (4096, 16384, 65536)
     hidden: int = 2048
@@ -39,7 +39,6 @@ class Sizes:
     shared: int = 2
     repeats: int = 3
     window: float = 300.0
-    spare: int = 0
     paths: tuple[str, ...] = ("all_to_all", "symmetric")
 
 
@@ -102,12 +101,11 @@ class Bench:
         s, box = self.sizes, None
         owners = tuple(e * self.group.size // s.experts for e in range(s.experts))
         if path == "symmetric":
-            box = inbox(self.group, tokens, s.hidden, self.dtype, s.top_k, s.experts, self.device)
-            if box is None:
+            try:
+                box = inbox(self.group, tokens, s.hidden, self.dtype, s.top_k, s.experts, self.device)
+            except OutOfReach:
                 return None
-        dispatcher = Dispatcher(self.group, owners, self.device, self.kind.triton, box)
-        dispatcher.spare = s.spare if box is None else 0
-        return dispatcher
+        return Dispatcher(self.group, owners, self.device, self.kind.triton, box)
 
     def exchanges(self, tokens: int) -> Sides:
         """One direction, from tokens at home to rows where their experts are."""
@@ -209,7 +207,7 @@ class Bench:
         for path in s.paths:
             if (dispatcher := self._dispatcher(path, tokens)) is None:
                 continue
-            facts: dict[str, Any] = {"path": path, "phase": both, "dispatcher": dispatcher, "spare": dispatcher.spare}
+            facts: dict[str, Any] = {"path": path, "phase": both, "dispatcher": dispatcher}
             sides[f"layer, {path}"] = facts, partial(self._both, dispatcher, x, mine, upstream)
         return sides
 

@@ -110,6 +110,7 @@ def _render(run: RunDetails) -> None:
         ("tokens", f"{run.tokens:,}" if run.tokens is not None else "-"),
         ("tokens/s", f"{run.tokens_per_second:,.0f}" if run.tokens_per_second is not None else "-"),
         ("expert imbalance", _figure(run.expert_imbalance)),
+        *([("dispatch", run.dispatch)] if run.dispatch else []),
         ("checkpoints", _checkpoints(summary)),
         ("plots", ", ".join(run.plots) or "-"),
         ("updated", _when(summary.updated)),

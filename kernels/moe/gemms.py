@@ -20,13 +20,11 @@ class Gemms:
 
     Without ends there is one expert for all rows, and weights have no first dimension. triton: whether routing and
     copying go with it in Triton, as :func:`shoal.kernels.moe.layer.moe_layer` does them. host_counts: whether the host
-    has to know how many rows each expert has. spare: multiprocessors of a GPU that are left to whatever runs meanwhile,
-    where programs stay on theirs.
+    has to know how many rows each expert has.
     """
 
     triton = False
     host_counts = False
-    spare = 0
 
     def __init__(self, ends: Tensor | None) -> None:
         self.ends = ends

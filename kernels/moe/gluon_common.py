@@ -21,8 +21,8 @@ def supported(x: Tensor, *widths: int) -> bool:
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
-def launch(kernel: Any, arguments: tuple[Any, ...], spare: int, **constants: Any) -> None:
-    """Run a kernel of 4 warps, besides its specialized ones, on every multiprocessor but ``spare`` of them.
+def launch(kernel: Any, arguments: tuple[Any, ...], **constants: Any) -> None:
+    """Run a kernel of 4 warps, besides its specialized ones, on every multiprocessor.
 
     Triton's own way takes 0.2 ms of the host's time with five descriptors, which is longer than a small product: a
     kernel that was compiled for these constants is launched directly. Nothing else of the arguments may be specialized.
@@ -30,7 +30,7 @@ def launch(kernel: Any, arguments: tuple[Any, ...], spare: int, **constants: Any
     device = arguments[0].base.device
     key = (kernel, device.index, *constants.values())
     found = _compiled.get(key)
-    grid = (multiprocessors(device) - spare, 1, 1)
+    grid = (multiprocessors(device), 1, 1)
     with torch.cuda.device(device):
         if found is None:
             _compiled[key] = kernel[grid](*arguments, **constants, num_warps=4)

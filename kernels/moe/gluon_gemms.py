@@ -33,7 +33,7 @@ class GluonGemms(TritonGemms):
         if not self.plain or not len(rows) or not supported(rows, *weight.shape[-2:]):
             return super().rows_by_weight(rows, weight)
         out = rows.new_empty(len(rows), weight.shape[-1])
-        product(PLAIN, rows, weight, self.tiles(rows), out, spare=self.spare)
+        product(PLAIN, rows, weight, self.tiles(rows), out)
         return out
 
     def up(self, rows: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,7 +44,7 @@ class GluonGemms(TritonGemms):
         if not len(rows) or not supported(rows, rows.shape[1], double // 2):
             return super().up(rows, gate_up)
         hidden, act = rows.new_empty(len(rows), double), rows.new_empty(len(rows), double // 2)
-        product(UP, rows, gate_up, self.tiles(rows), hidden, act, spare=self.spare, side=side)
+        product(UP, rows, gate_up, self.tiles(rows), hidden, act, side=side)
         return hidden, act
 
     def up_backward(self, grad: Tensor, gate_up: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class GluonGemms(TritonGemms):
         if side == 1 or not self.plain or not len(grad) or not supported(grad, gate_up.shape[1]):
             return super().up_backward(grad, gate_up)
         out = grad.new_empty(len(grad), gate_up.shape[1])
-        product(PLAIN, grad, gate_up.transpose(-1, -2), self.tiles(grad), out, spare=self.spare, side=side)
+        product(PLAIN, grad, gate_up.transpose(-1, -2), self.tiles(grad), out, side=side)
         return out
 
     def _side(self, gate_up: Tensor) -> int:
@@ -73,11 +73,11 @@ class GluonGemms(TritonGemms):
         if gates is not None:
             parts = torch.empty(triton.cdiv(inner, COLUMNS[ACT]), rows, dtype=torch.float32, device=grad.device)
         weight = down.transpose(-1, -2)
-        product(ACT, grad, weight, self.tiles(grad), d_hidden, act, hidden, gates, order, parts, self.spare)
+        product(ACT, grad, weight, self.tiles(grad), d_hidden, act, hidden, gates, order, parts)
         return d_hidden, act, None if parts is None else parts.sum(0)
 
     def rows_by_rows(self, left: Tensor, right: Tensor) -> Tensor:
         """``[R, A], [R, B] -> [E, A, B]``: the outer products of each expert's rows, summed."""
         if not self.outer or self.ends is None or not len(left) or not supported(left, left.shape[1], right.shape[1]):
             return super().rows_by_rows(left, right)
-        return outer_products(left, right, self.ends, self.spare)
+        return outer_products(left, right, self.ends)

@@ -25,18 +25,14 @@ SHAPE = (4, 2)
 """Depth of the rings, and a consumer's slots of 8 KiB."""
 
 
-def outer_products(left: Tensor, right: Tensor, ends: Tensor, spare: int = 0) -> Tensor:
-    """``[R, A], [R, B] -> [E, A, B]`` in bf16; ends: ``[E]`` int32, where each group of rows ends. Zeros for none.
-
-    spare: multiprocessors that are left to others.
-    """
+def outer_products(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """``[R, A], [R, B] -> [E, A, B]`` in bf16; ends: ``[E]`` int32, where each group of rows ends. Zeros for none."""
     a, b, groups = left.shape[1], right.shape[1], len(ends)
     out = left.new_empty(groups, a, b)
     stages, slots = SHAPE
     launch(
         _outer_kernel,
         (descriptor(left, 64, 128), descriptor(right, 64, 256), descriptor(out, 1, 64, 64), ends),
-        spare,
         E=groups,
         A=a,
         B=b,

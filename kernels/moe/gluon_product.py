@@ -53,12 +53,10 @@ def product(
     gates: Tensor | None = None,
     order: Tensor | None = None,
     parts: Tensor | None = None,
-    spare: int = 0,
     side: int = 1,
 ) -> None:
-    """weight: ``[E, K, N]`` or ``[K, N]``, either of its last dimensions contiguous. spare: multiprocessors that are
-    left to others. side: so many of ``weight`` are one expert, side by side along their columns for UP, along their
-    rows for PLAIN."""
+    """weight: ``[E, K, N]`` or ``[K, N]``, either of its last dimensions contiguous. side: so many of ``weight`` are
+    one expert, side by side along their columns for UP, along their rows for PLAIN."""
     depth, width = weight.shape[-2:]
     inner = side * width // 2 if mode == UP else width
     depth_of_all = depth if mode == UP else side * depth
@@ -89,7 +87,6 @@ def product(
     launch(
         _gemm_kernel,
         arguments,
-        spare,
         K=depth_of_all,
         N=inner,
         MODE=mode,

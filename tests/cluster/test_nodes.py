@@ -73,7 +73,7 @@ def train(nodes: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 @pytest.fixture(scope="module")
 def undisturbed(train: Train) -> Path:
     run = train("undisturbed")
-    assert events(run) == ["checkpoint"]
+    assert events(run) == ["dispatch", "checkpoint"]
     return run
 
 
@@ -128,7 +128,7 @@ def test_another_node_takes_the_place_of_one_whose_raylet_is_killed(
     loss = Loss(nodes, kill)
     monkeypatch.setattr(supervisor, "RankGroup", loss.group)
     run = train("killed")
-    assert loss.lost and events(run) == ["recovered", "checkpoint"]
+    assert loss.lost and events(run) == ["dispatch", "recovered", "checkpoint"]
     assert_same_bits(run, undisturbed, STEPS)
     assert loss.lost[0] not in alive() and len(alive()) == 3, "the head and two nodes are left"
 
@@ -161,6 +161,6 @@ def test_a_run_waits_for_the_node_that_replaces_one_which_no_longer_answers(
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
     assert loss.lost[0] not in alive()
-    assert events(run) == ["recovered", "waiting", "checkpoint"]
-    assert "the node of rank 1 died" in records(run, "event")[0]["text"]
+    assert events(run) == ["dispatch", "recovered", "waiting", "checkpoint"]
+    assert "the node of rank 1 died" in records(run, "event")[1]["text"]
     assert_same_bits(run, undisturbed, STEPS)

@@ -56,7 +56,7 @@ def undisturbed(corpus: Path, session: RaySession, tmp_path_factory: pytest.Temp
         if placement not in done:
             done[placement] = tmp_path_factory.mktemp("undisturbed") / placement.replace(":", "")
             assert _train(placement, corpus, session, done[placement]).step == STEPS
-            assert events(done[placement]) == ["checkpoint"]
+            assert events(done[placement]) == ["dispatch", "checkpoint"]
         return done[placement]
 
     return of
@@ -138,6 +138,9 @@ def test_a_run_outlives_its_ranks(
     assert outcome.step == STEPS
     assert len(outcome.sample) == 4
     assert events(tmp_path / "run").count("recovered") == len(kills)
+    said = [record["text"] for record in records(tmp_path / "run", "event") if record["event"] == "dispatch"]
+    why = "ranks with experts have no tokens of their own" if placement == "1A:1F" else "ranks are on CPUs"
+    assert said == [f"rows for other ranks' experts are exchanged: {why}"]  # once
     assert_same_bits(tmp_path / "run", reference, STEPS)
 
 
@@ -149,7 +152,7 @@ def test_experts_move_while_a_run_goes_on(
 ) -> None:
     """By what the ranks measured, without a restart."""
     assert _train("colocated", corpus, session, tmp_path / "run", **MOVING).step == STEPS
-    assert events(tmp_path / "run") == ["rebalanced", "checkpoint"]
+    assert events(tmp_path / "run") == ["dispatch", "rebalanced", "checkpoint"]
     plan = state(tmp_path / "run", STEPS)["expert_plan"]
     assert plan != [[[expert // 4] for expert in range(8)]] * 2
     assert all(sorted(place for (place,) in layer) == [0] * 4 + [1] * 4 for layer in plan)

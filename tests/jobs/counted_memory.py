@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from shoal.jobs.activations import needed
 from shoal.kernels.moe.triton_gemms import TritonGemms
 from shoal.kernels.nsa import layout, triton_tables
 from shoal.kernels.triton_rope import triton_rotate
@@ -33,6 +32,7 @@ from shoal.workers.model import Transformer
 from shoal.workers.model.feedforward import MoELoad
 from shoal.workers.placement import Placement
 from shoal.workers.ring import Ring
+from shoal.workers.slots import needed
 
 META = torch.device("meta")
 
@@ -146,7 +146,7 @@ def _even_load(recipe: Recipe) -> Callable[..., list[list[int]]]:
     first = p.split[0] if p.split else 0  # of the ranks that host experts
 
     def read(_self: Any, table: Tensor, _there: Any) -> list[list[int]]:
-        ranks, away = table.shape[0], int(tokens * needed(recipe))
+        ranks, away = table.shape[0], int(tokens * max(needed(recipe)))
         rows = [of_slots + [away * (to >= first and to != rank) for to in range(ranks)] for rank in range(ranks)]
         return [row if rank < first or not p.split else [0] * len(row) for rank, row in enumerate(rows)]
 

@@ -97,6 +97,8 @@ ALONE = ("parallel.ranks=1", "parallel.context=1")
 APART = ("moe.experts=64", "train.batch=16", "train.accumulate=1")
 EXCHANGED = (*APART, "parallel.dispatch=exchanged")
 NARROW = ("moe.expert_hidden=64", "model.dense_hidden=512")
+MANY = ("parallel.ranks=8", "parallel.context=8", "parallel.expert=1", "train.batch=1", "train.accumulate=1")
+SHARED = (*NARROW, *MANY, "model.layers=2", "model.vocab=256", "model.kv_heads=8", "train.recompute=2")
 FEW = (*NARROW, "model.layers=2", "model.vocab=256", "train.batch=1", "train.accumulate=1", "train.sequence=3072")
 STEPS: dict[str, tuple[str, tuple[str, ...], int]] = {
     "deepseekmoe-2b": ("deepseekmoe-2b", ("parallel.ranks=1", "train.batch=40", "train.accumulate=1"), 0),
@@ -114,6 +116,9 @@ STEPS: dict[str, tuple[str, tuple[str, ...], int]] = {
     "hardly any feed-forward": ("nsa-8k-small", (*ALONE, "train.recompute=12", *NARROW), 0),
     "hardly more than parts of gradients": ("nsa-8k-small", (*ALONE, *FEW, "model.context=3072"), 0),
     "the same on two": ("nsa-64k-small", (*FEW, "train.sequence=6144", "model.context=6144"), 0),
+    "far keys of eight ranks": ("nsa-64k-small", SHARED, 0),
+    "their gradients in float32": ("nsa-64k-small", (*SHARED, "parallel.context_gradients=float32"), 0),
+    "two heads of keys at a time": ("nsa-64k-small", (*SHARED, "parallel.context_heads=2"), 0),
     "all layers computed again": ("nsa-8k-small", ("parallel.ranks=1", "train.recompute=12"), 0),
 }
 
@@ -168,5 +173,5 @@ def test_the_estimate_is_within_15_percent_of_measured_peaks() -> None:
     found = list(measured())
     assert len(found) > 15
     for what, recipe, peak in found:
-        (memory,) = estimate(recipe).memory.values()
+        (memory,) = estimate(recipe, near=True).memory.values()  # a benchmark's ranks
         assert abs(memory.total / peak - 1) < 0.15, f"{what}: {memory.total / 1e9:.1f} GB, measured {peak / 1e9:.1f}"

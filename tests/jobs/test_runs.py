@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from shoal.jobs.cli.runs import plot
 from shoal.jobs.load import choose_step, find_run
 from shoal.jobs.recipe import load_recipe, recipe_to_toml
+from shoal.jobs.run_folder import RunFolder, discard_unused
 from shoal.jobs.runs import list_runs, show_run
 from shoal.workers.errors import InvalidInput, NotFound
 
@@ -33,7 +34,9 @@ def write_run(root: Path, name: str, losses: list[float | None], checkpoints: tu
         for step, loss in enumerate(losses, start=1)
     ]
     records.append({"kind": "eval", "step": len(losses), "loss": 2.0, "bits_per_byte": 1.25, "gzip_bits_per_byte": 2.5})
-    records.append({"kind": "event", "step": 1, "event": "recovered", "text": "rank 1 came back"})
+    told = [("dispatch", "rows are put"), ("dispatch", "rows are exchanged"), *[("checkpoint", "written")] * 7]
+    told.append(("recovered", "rank 1 came back"))
+    records += [{"kind": "event", "step": 1, "event": event, "text": text} for event, text in told]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     for step in checkpoints:
         write_checkpoint(folder / "checkpoints" / f"step-{step}", step)
@@ -78,8 +81,9 @@ def test_show_draws_the_curve_and_tells_the_facts(tmp_path: Path) -> None:
     assert data["curve"] == [[1, 6.25], [3, 3.5], [4, 2.125]]
     assert (data["tokens"], data["tokens_per_second"], data["plots"]) == (16384, 1004.0, ["loss.png"])
     assert data["evals"][0]["gzip_bits_per_byte"] == 2.5
+    assert data["dispatch"] == "rows are exchanged"
     text = shoal_runs("show", "mine", "--runs-dir", str(tmp_path)).stdout
-    for fact in ("6.250", "2.125", "16,384", "loss.png", "1.2500", "rank 1 came back"):
+    for fact in ("6.250", "2.125", "16,384", "loss.png", "1.2500", "rows are exchanged", "rank 1 came back"):
         assert fact in text
 
 
@@ -193,3 +197,13 @@ def test_a_run_moved_with_its_corpus_finds_it_and_needs_it_only_to_train(tmp_pat
     tokenizer = moved.tokenizer()
     assert tokenizer.encode(["the sea swims"])[0].tolist() == ids
     assert tokenizer.decode(ids) == "the sea swims"
+
+
+@pytest.mark.parametrize(("events", "stays"), [([], False), (["dispatch"], False), (["dispatch", "waiting"], True)])
+def test_a_run_that_was_refused_at_its_start_leaves_no_folder(events: list[str], stays: bool, tmp_path: Path) -> None:
+    """Which way rows would have gone is said before the first step, and is nothing to keep."""
+    folder = write_run(tmp_path, "refused", [])
+    records = [{"kind": "event", "step": 0, "event": event, "text": ""} for event in events]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    discard_unused(RunFolder(folder))
+    assert folder.exists() == stays

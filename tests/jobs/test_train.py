@@ -93,7 +93,7 @@ def test_interrupted_and_resumed_a_run_ends_with_the_same_bits(
         os.killpg(process.pid, signal.SIGHUP)  # the terminal is closed
         stdout, stderr = process.communicate(timeout=240)
     assert process.returncode == 0, stdout + stderr
-    assert events(run) == ["stopping", "stopped", "resumed", "checkpoint"]
+    assert events(run) == ["dispatch", "stopping", "stopped", "resumed", "dispatch", "checkpoint"]
     assert_same_bits(run, whole, STEPS)
     assert list(temporary.iterdir()) == []
 
@@ -111,7 +111,7 @@ def test_resumed_on_other_ranks_from_the_checkpoint_before_a_damaged_one(
     assert result.returncode == 0, result.stderr
     assert file.name in result.stdout
     assert "going on from step 80" in result.stdout
-    assert events(run)[-3:] == ["damaged", "resumed", "checkpoint"]
+    assert events(run)[-4:] == ["damaged", "resumed", "dispatch", "checkpoint"]
     mine, theirs = records(run), records(whole)
     assert [r["step"] for r in mine] == list(range(1, STEPS + 1))
     assert mine[:80] == theirs[:80]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pickle
 import tempfile
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,10 @@ def on_rank(rank: int, port: int, folder: str, path: str, room: int) -> None:
     symmetric.ROOM = room
     kind = experts_backend("auto", device, dtype)
     group = Group((0, 1), rank, dist.group.WORLD)
-    box = symmetric.inbox(group, CAPACITY, HIDDEN, dtype, TOP_K, EXPERTS, device) if path == "symmetric" else None
+    box: symmetric.Inbox | None = None
+    with suppress(symmetric.OutOfReach):
+        if path == "symmetric":
+            box = symmetric.inbox(group, CAPACITY, HIDDEN, dtype, TOP_K, EXPERTS, device)
     half = EXPERTS // 2
     spread = Dispatcher(group, (0,) * half + (1,) * half, device, kind.triton, box)
     alone = Dispatcher(Group((0,), 0), (0,) * EXPERTS, device, kind.triton)

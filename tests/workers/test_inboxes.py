@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from itertools import combinations
+from math import comb
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_ranks
 from small import small_recipe
 
+from shoal.jobs.activations import sizes_of
 from shoal.workers.config import Recipe
+from shoal.workers.dispatch import Dispatcher
 from shoal.workers.errors import InvalidInput
+from shoal.workers.expert_plan import even_homes
+from shoal.workers.flight import PackedFlight
 from shoal.workers.inboxes import open_inbox
 from shoal.workers.mesh import make_mesh
 from shoal.workers.model import Transformer
@@ -42,28 +48,82 @@ def test_a_rank_has_room_for_its_part_of_any_batch(
         assert max((part.count for part in parts), default=tokens) <= capacity(recipe)
 
 
+def _arrived(rank: int, world: int, recipes: list[Recipe]) -> list[int]:
+    """Rows that come from the rank before, by each recipe, where its tokens choose in every way there is."""
+    found = []
+    for recipe in recipes:
+        moe, placement = recipe.moe, Placement.of(recipe)
+        sent = moe.shared_experts if moe.shared == "dispatched" else 0
+        homes = even_homes(moe.experts, placement.set_size)
+        dispatcher = Dispatcher(make_mesh(placement, rank).dispatch, placement.owners(homes, sent), torch.device("cpu"))
+        always = tuple(range(moe.experts, moe.experts + sent))
+        experts = torch.tensor([(*choice, *always) for choice in combinations(range(moe.experts), moe.top_k)])
+        flight = dispatcher.start(torch.zeros(len(experts), 4), torch.ones(experts.shape), experts)
+        assert isinstance(flight, PackedFlight)
+        flight.send()
+        found.append(flight.back[rank - 1])
+        flight.arrive(torch.zeros(len(experts), 4), torch.ones(experts.shape))
+    return found
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("top_k", [1, 3])
-def test_rows_are_put_by_how_many_tokens_need_a_rank(ranks: int, top_k: int) -> None:
-    recipe = Recipe.model_validate(small_recipe(moe__top_k=top_k, parallel__ranks=ranks))
-    choices = list(combinations(range(8), top_k))
-    there = sum(any(expert < 8 // ranks for expert in choice) for choice in choices)
-    assert needed(recipe, ranks) == pytest.approx(there / len(choices))
-    bound = Recipe.model_validate(small_recipe(parallel__ranks=4, route__max_devices=2))
-    assert needed(bound, 4) == 0.0
+def test_rows_that_a_rank_needs_are_those_that_come(ranks: int) -> None:
+    """With a shared expert that is dispatched, which some of the ranks host: those need all tokens."""
+    kinds = [(1, 0), (3, 0), (1, 1), (3, 2)]  # experts of a token, and shared ones
+    recipes = [
+        Recipe.model_validate(
+            small_recipe(
+                moe__top_k=k, moe__shared="dispatched" if n else "local", moe__shared_experts=n, parallel__ranks=ranks
+            )
+        )
+        for k, n in kinds
+    ]
+    found = run_ranks(ranks, _arrived, recipes)
+    for i, recipe in enumerate(recipes):
+        tokens = comb(8, recipe.moe.top_k)
+        assert [rows[i] / tokens for rows in found] == pytest.approx(needed(recipe))
+        arrived = sizes_of(recipe, True, True).arrived / (8 * 64 * (ranks - 1) / ranks)
+        assert arrived == pytest.approx(max(rows[i] for rows in found) / tokens, rel=1e-2)
 
 
-def _refused(rank: int, world: int, changes: dict[str, Any]) -> str:
-    recipe = Recipe.model_validate(small_recipe(**changes))
-    model = Transformer(recipe, make_mesh(Placement.of(recipe), rank))
-    try:
-        open_inbox(model)
-    except InvalidInput as error:
-        return str(error)
-    return "" if all(layer.dispatcher.inbox is None for layer in model.moe_layers) else "put"
+def _opened(rank: int, world: int, cases: list[dict[str, Any]]) -> list[str]:
+    """What is said of each, as it is recorded or refused."""
+    found = []
+    for changes in cases:
+        recipe = Recipe.model_validate(small_recipe(parallel__ranks=2, **changes))
+        model = Transformer(recipe, make_mesh(Placement.of(recipe), rank))
+        try:
+            found.append(open_inbox(model))
+        except InvalidInput as error:
+            found.append(str(error))
+        assert all(layer.dispatcher.inbox is None for layer in model.moe_layers)
+    return found
 
 
-def test_rows_that_cannot_be_put_are_exchanged_or_refused() -> None:
-    assert run_ranks(2, _refused, {"parallel__ranks": 2}) == ["", ""]
-    for said in run_ranks(2, _refused, {"parallel__placement": "1A:1F", "parallel__dispatch": "put"}):
-        assert said.startswith("parallel.dispatch='put' needs") and "set parallel.dispatch='auto'" in said
+SENT: dict[str, Any] = {"train__dtype": "float32", "moe__top_k": 1, "moe__shared": "dispatched"}
+EXCHANGED: list[tuple[dict[str, Any], str]] = [
+    ({"train__dtype": "float32"}, "ranks are on CPUs"),
+    ({"train__dtype": "float32", "moe__top_k": 1}, "a rank is needed by 0.50 of the tokens, less than 0.8"),
+    (SENT, "ranks are on CPUs"),  # a shared expert on each: all tokens need both
+    (SENT | {"moe__shared_experts": 1}, "a rank is needed by 0.75 of the tokens, less than 0.8"),
+    ({"train__dtype": "float32", "route__max_devices": 3}, "route.max_devices keeps tokens away from ranks"),
+    ({"train__dtype": "float32", "model__hidden": 30}, "a row of 120 bytes is no multiple of 16"),
+    ({"train__dtype": "float64"}, "gates of float64 are not put"),
+    ({"parallel__placement": "1A:1F"}, "ranks with experts have no tokens of their own"),
+    ({"parallel__dispatch": "exchanged"}, "parallel.dispatch is 'exchanged'"),
+]
+
+
+def test_a_run_says_why_rows_are_exchanged() -> None:
+    nothing: list[dict[str, Any]] = [{"parallel__expert": 1}, {"model__dense_layers": 3}]  # rows go to no other rank
+    for said in run_ranks(2, _opened, [changes for changes, _ in EXCHANGED] + nothing):
+        assert said == [f"rows for other ranks' experts are exchanged: {why}" for _, why in EXCHANGED] + ["", ""]
+
+
+def test_rows_that_cannot_be_put_are_refused() -> None:
+    """Where they shall be put at any rate. That few are needed is no reason then."""
+    cases = [EXCHANGED[i] for i in (0, 1, 4, 5, 6, 7)]
+    wanted = ["ranks are on CPUs" if i in (1, 2) else why for i, (_, why) in enumerate(cases)]
+    for said in run_ranks(2, _opened, [changes | {"parallel__dispatch": "put"} for changes, _ in cases]):
+        told = "parallel.dispatch='put', and rows cannot be put: {}; set parallel.dispatch='auto'"
+        assert said == [told.format(why) for why in wanted]
