@@ -20,7 +20,7 @@ KERNELS |= {"_plan_kernel": 4, "_before_kernel": 6, "_pack_kernel": 2, "_count_k
 KERNELS |= {"_gates_kernel": 2, "_home_kernel": 2, "_expand_kernel": 4, "_address_kernel": 2}
 KERNELS |= {"_products_kernel": 4, "_choices_kernel": 2, "_add_norm_kernel": 2, "_up_kernel": 2, "_down_kernel": 2}
 KERNELS |= {"_places_kernel": 4}
-KERNELS |= {"_compressed_rows_kernel": 4, "choose_kernel": 4, "_pages_kernel": 4, "_sum_kernel": 4}
+KERNELS |= {"compressed_rows_kernel": 4, "choose_kernel": 4, "pages_kernel": 4, "_sum_kernel": 4}
 KERNELS |= {"_parts_kernel": 2, "_sum_parts_kernel": 2}
 """Of each kernel, how often it is launched."""
 ROUNDING = {"_tokens_kernel": 2, "_blocks_kernel": 2, "_compressed_kernel": 2, "_rotate_kernel": 4}
