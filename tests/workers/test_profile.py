@@ -179,3 +179,31 @@ def test_without_the_key_nothing_is_traced(corpus: Path, tmp_path: Path) -> None
     trainer = _trainer(small_recipe(**FEW, train__profile_steps=1), str(corpus), tmp_path, 0)
     assert _advance(trainer, 2)[1] == []
     assert not (tmp_path / "profile").exists()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_table_is_of_kernels(corpus: Path, tmp_path: Path) -> None:
+    plain = {"train__dtype": "bfloat16", "train__deterministic": True}
+    losses = []
+    try:
+        for changes in (plain, {**plain, "train__profile_at": 2}):
+            recipe = Recipe.model_validate(small_recipe(**changes))
+            mesh = make_mesh(Placement.of(recipe))
+            trainer = Trainer(recipe, corpus, tmp_path / "checkpoints", mesh, torch.device("cuda"))
+            losses.append(_advance(trainer, STEPS)[0])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert losses[0] == losses[1]
+    trace = _trace(tmp_path, 0)
+    _check_steps(trace, [2, 3], attention=True)
+    assert {"forward", "backward", "ProfilerStep#3"} <= _named(trace, "gpu_user_annotation").keys()
+    launched: dict[str, set[int]] = {}  # by the beginning of a name, which several kernels may share
+    for kernel, each in _named(trace, "kernel").items():
+        launched.setdefault(kernel[:80].strip(), set()).add(len(each))
+    head, *rows = (tmp_path / "profile" / "table.txt").read_text().splitlines()
+    assert head.startswith("steps 2 to 3 on rank 0: ") and head.endswith(" ms in kernels")
+    assert len(rows) == 10
+    for row in rows:
+        share, _, _, calls, _, name = row.split(maxsplit=5)
+        assert float(share.rstrip("%")) > 0
+        assert name.startswith(("Memcpy", "Memset")) or int(calls) in launched[name.strip()]
