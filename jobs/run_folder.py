@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from shoal.jobs.recipe import load_recipe, recipe_to_toml
 from shoal.jobs.report.journal import read_records
 from shoal.workers.checkpoint_files import list_checkpoints
-from shoal.workers.config import Recipe
+from shoal.workers.config import Recipe, TrainTable
 from shoal.workers.errors import InvalidInput, NotFound, UsageError
 
 if TYPE_CHECKING:
@@ -158,14 +158,29 @@ def write_identity(folder: RunFolder, recipe: Recipe, corpus: Path, corpus_hash:
 def check_same_recipe(folder: RunFolder, wanted: Recipe) -> None:
     """Refuses to go on with a run under another recipe; ranks, placement and checkpoints may differ."""
     # what changes no result; and where a run began, which stands in its own recipe
-    free: dict[str, Any] = {**dict.fromkeys(MAY_CHANGE, True), "train": {"recompute", "initial"}}
-    old, new = (r.model_dump(exclude=free) for r in (folder.recipe(), wanted))
-    for key, before, now in _differences(old, new):
+    free: dict[str, Any] = {
+        **dict.fromkeys(MAY_CHANGE, True),
+        "train": {"recompute", "initial", "profile_at", "profile_steps"},
+    }
+    before = folder.recipe()
+    _check_profile(folder, before.train, wanted.train)
+    old, new = (r.model_dump(exclude=free) for r in (before, wanted))
+    for key, was, now in _differences(old, new):
         same_weights = key.split(".")[0] in ("balance", "data", "train") and key != "train.dtype"
         begun = f" (--from {folder.name} begins it with these weights)" if same_weights else ""
         raise InvalidInput(
-            f"{folder.path} was trained with {key}={before!r}, and --resume was given {key}={now!r}: "
+            f"{folder.path} was trained with {key}={was!r}, and --resume was given {key}={now!r}: "
             f"leave {key} as it was, or start a new run with another --name{begun}"
+        )
+
+
+def _check_profile(folder: RunFolder, before: TrainTable, wanted: TrainTable) -> None:
+    """Refuses steps to be traced that are done already, unless they were asked for before that."""
+    step, last = folder.last_step(), wanted.profile_at + wanted.profile_steps - 1
+    if wanted.profile_at not in (0, before.profile_at) and last <= step < wanted.steps:
+        raise InvalidInput(
+            f"train.profile_at={wanted.profile_at} is for steps up to {last}, and {folder.path} stands at step {step}: "
+            f"set train.profile_at to {step + 1} or more"
         )
 
 

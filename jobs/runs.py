@@ -13,6 +13,7 @@ from typing import Any
 from shoal.jobs.report.journal import Record, read_records
 from shoal.workers.checkpoint_files import list_checkpoints
 from shoal.workers.errors import InvalidInput, NotFound
+from shoal.workers.records import PROFILE, TABLE
 
 RECIPE, METRICS, CHECKPOINTS = "recipe.toml", "metrics.jsonl", "checkpoints"
 
@@ -39,7 +40,8 @@ class RunSummary:
 class RunDetails:
     """``shoal runs show``. ``curve``: ``(step, training loss)``; ``evals`` and ``events``: lines of metrics.jsonl.
 
-    dispatch: which way rows went to other ranks' experts at last, and why; None where that is not on record.
+    dispatch: which way rows went to other ranks' experts at last, and why; None where that is not on record. profile:
+    lines of the table of what took most time, where steps were traced.
     """
 
     summary: RunSummary
@@ -52,6 +54,7 @@ class RunDetails:
     evals: tuple[Record, ...]
     events: tuple[Record, ...]
     plots: tuple[str, ...]
+    profile: tuple[str, ...]
 
 
 def list_runs(root: Path) -> list[RunSummary]:
@@ -81,6 +84,7 @@ def show_run(root: Path, name: str) -> RunDetails:
         evals=tuple(_by_step(records, "eval")),
         events=events,
         plots=tuple(sorted(path.name for path in folder.glob("*.png"))),
+        profile=_lines(folder / PROFILE / TABLE),
     )
 
 
@@ -156,6 +160,13 @@ def _recipe(folder: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
         return tomllib.loads((folder / RECIPE).read_text(encoding="utf-8"))
     return {}
+
+
+def _lines(file: Path) -> tuple[str, ...]:
+    """Of a text; none where it cannot be read."""
+    with contextlib.suppress(OSError, ValueError):
+        return tuple(file.read_text("utf-8").splitlines())
+    return ()
 
 
 def _updated(folder: Path) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from shoal.workers.profile import span
+
 
 class Clock:
     """Adds up the time of named parts, while ``on``.
@@ -24,13 +26,14 @@ class Clock:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Measures a ``with`` block as a part, or as some more of it."""
-        if not self.on:
+        """Measures a ``with`` block as a part, or as some more of it. In a trace it is a range, ``on`` or not."""
+        with span(name):
+            if not self.on:
+                yield
+                return
+            begin = self._mark()
             yield
-            return
-        begin = self._mark()
-        yield
-        self._spans.append((name, begin, self._mark()))
+            self._spans.append((name, begin, self._mark()))
 
     def _mark(self) -> Any:
         if not self._cuda:

@@ -144,6 +144,10 @@ class TrainTable(Table):
     eval_every: int = Field(default=0, ge=0, description="steps between validations; 0: only at the end")
     eval_tokens: int = Field(default=131072, ge=1, description="validation tokens, in whole documents")
     log_every: int = Field(default=1, ge=1, description="steps between lines of metrics.jsonl")
+    profile_at: int = Field(
+        default=0, ge=0, description="first step of which each rank writes a trace, to profile/ of the run; 0: none"
+    )
+    profile_steps: int = Field(default=2, ge=1, description="steps that are traced from there on")
 
 
 class ParallelTable(Table):

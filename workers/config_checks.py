@@ -161,6 +161,17 @@ def _check_train(recipe: Recipe) -> None:
             f"train.recompute={t.recompute} is more than model.layers={recipe.model.layers}: "
             f"set it to {recipe.model.layers} or less"
         )
+    last = t.profile_at + t.profile_steps - 1
+    if t.profile_at > t.steps:
+        raise ValueError(
+            f"train.profile_at={t.profile_at} is after the last step, train.steps={t.steps}: "
+            f"set train.profile_at to {t.steps} or less, or to 0 for no trace"
+        )
+    if t.profile_at and last > t.steps:
+        raise ValueError(
+            f"train.profile_steps={t.profile_steps} from train.profile_at={t.profile_at} on end at step {last}, after "
+            f"train.steps={t.steps}: set train.profile_steps to {t.steps - t.profile_at + 1} or less"
+        )
     if t.sequence > recipe.model.context:
         raise ValueError(
             f"train.sequence={t.sequence} is longer than model.context={recipe.model.context}: "

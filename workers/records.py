@@ -12,6 +12,9 @@ PARTS = ("data", "forward", "backward", "reduce", "update")
 GATES = ("compressed", "selected", "window")
 """NSA's branches, in the order of a layer's gates."""
 
+PROFILE, TABLE = "profile", "table.txt"
+"""A run's folder of traces, and in it the operations that took most time."""
+
 
 def spread(load: Sequence[float]) -> dict[str, float]:
     """Of one layer's load (1.0 = fair share): largest, smallest, and entropy as a share of its maximum.

@@ -28,6 +28,7 @@ from shoal.workers.mesh import Mesh
 from shoal.workers.model import Transformer
 from shoal.workers.model.feedforward import MoE, MoELoad, named_biases, named_views
 from shoal.workers.optimizer import MasterAdamW
+from shoal.workers.profile import StepProfile, span
 from shoal.workers.records import spread
 from shoal.workers.rehome import rehome
 from shoal.workers.replica_traffic import GradientSums, WeightSpread
@@ -80,6 +81,7 @@ class Trainer:
         # Begins at nothing, so it counts as shares only: the mean of the steps so far, the last ones for more.
         self.measured = torch.zeros(len(self.model.moe_layers), recipe.moe.experts, dtype=torch.float64)
         self.watch = StepWatch(self.model, mesh, device)
+        self.profile = StepProfile(recipe.train, checkpoints and checkpoints.parent, mesh.rank, device)
         self.step = self.saved_step = 0
         self.loader = self._loader(None)
         self.checkpointer: Checkpointer | None = None
@@ -94,10 +96,14 @@ class Trainer:
         Raises: ``NotFinite``; the trainer must not go on then.
         """
         t = self.recipe.train
-        record = self.train_step()
+        with self.profile.step(self.step + 1):
+            record = self.train_step()
         load, gates, coverage = (record.pop(key) for key in ("load", "gates", "coverage"))
         last = self.step == t.steps
         records = [record] if self._logged() else []
+        if self.profile.ends(self.step):
+            self.weights.finish()
+            records.append(self.profile.finish(self.step))
         if self._spread():
             if load:
                 records.append({"kind": "load", "step": self.step, **self._spread_of(load)})
@@ -142,14 +148,9 @@ class Trainer:
 
     def train_step(self) -> Record:
         """One optimizer step on the next global batch; returns its record (the same on every rank but for times)."""
-        t, started = self.recipe.train, time.perf_counter()
-        reads, waited = sum(r.count for r in self.reads), sum(r.seconds for r in self.reads)
-        self.step += 1
-        clock = self.watch.clock
-        clock.on = self._logged()
-        self.watch.look(self._spread())
-        # every step has its own seed: random numbers do not depend on what ran before, so a resumed run draws the same
-        torch.manual_seed((t.seed * 1_000_003 + self.step) % 2**63)
+        t, started, clock = self.recipe.train, time.perf_counter(), self.watch.clock
+        reads, waited = self._reads()
+        self._begin_step()
         with clock.part("data"):
             here = self.loader.next()
             targets = self._global_targets(here)
@@ -166,12 +167,8 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(balance) and math.isfinite(norm)):
             where = first_bad_layer(self.model, micro, dict(zip(self.parameters, gradients, strict=True)))
             raise NotFinite(f"step {self.step}: {where} (loss {loss:.4g}, gradient norm {norm:.4g})")
-        if t.clip and norm > t.clip:
-            torch._foreach_mul_([piece.of(gradients) for piece in self.own], t.clip / norm)
-        rate = learning_rate(self.step, t)
-        self.optimizer.step(rate)
-        self.weights.begin()
-        self.model.nudge(counts)
+        with span("update"):
+            rate = self._update(gradients, norm, counts)
         seconds = time.perf_counter() - started
         parts, clock.on = self.watch.parts(seconds) if clock.on else {}, False  # a validation is none of it
         if load:
@@ -187,14 +184,37 @@ class Trainer:
             "step_seconds": seconds,
             **parts,
             "tokens_per_second": t.batch * t.sequence / seconds,
-            "dispatch_reads": sum(r.count for r in self.reads) - reads,
-            "dispatch_wait_seconds": sum(r.seconds for r in self.reads) - waited,
+            "dispatch_reads": self._reads()[0] - reads,
+            "dispatch_wait_seconds": self._reads()[1] - waited,
             "expert_imbalance": sum(map(max, load)) / len(load) if load else 1.0,
             "time": time.time(),
             "load": load,
             "gates": gates,
             "coverage": coverage,
         }
+
+    def _begin_step(self) -> None:
+        """Turns to the next step: its random numbers, and what is measured of it."""
+        self.step += 1
+        self.watch.clock.on = self._logged()
+        self.watch.look(self._spread())
+        # every step has its own seed: random numbers do not depend on what ran before, so a resumed run draws the same
+        torch.manual_seed((self.recipe.train.seed * 1_000_003 + self.step) % 2**63)
+
+    def _reads(self) -> tuple[int, float]:
+        """How often this rank's host read sizes of the dispatch so far, and for how many seconds it waited for them."""
+        return sum(r.count for r in self.reads), sum(r.seconds for r in self.reads)
+
+    def _update(self, gradients: list[Tensor], norm: float, counts: list[Tensor]) -> float:
+        """Clips the gradients, moves weights and biases; returns the learning rate."""
+        t = self.recipe.train
+        if t.clip and norm > t.clip:
+            torch._foreach_mul_([piece.of(gradients) for piece in self.own], t.clip / norm)
+        rate = learning_rate(self.step, t)
+        self.optimizer.step(rate)
+        self.weights.begin()
+        self.model.nudge(counts)
+        return rate
 
     def _forward_backward(self, micro: list[PackedBatch], targets: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
         """Gradients of the global batch's loss, over so many targets, from this rank's rows; ``[cross entropy,

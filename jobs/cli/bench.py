@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -13,10 +13,12 @@ from shoal.jobs.bench.registry import BENCHMARKS, PARTS, Settings, draw, measure
 from shoal.jobs.bench.result import table, write
 from shoal.jobs.cli.common import (
     RUNS_DIR,
+    DataDirOption,
     Output,
     OutputOption,
     RunsDirOption,
     SetOption,
+    TemperatureOption,
     complete_run,
     console,
     emit,
@@ -69,7 +71,7 @@ def _command(name: str) -> Callable[..., None]:
         out: Annotated[Path, typer.Option(help="Folder for NAME.json.")] = Path("benchmarks/results"),
         repeats: Annotated[int | None, typer.Option(min=1, help="How often to measure; medians are reported.")] = None,
         steps: Annotated[int | None, typer.Option(min=1, help="Steps trained, where a benchmark trains.")] = None,
-        data_dir: Annotated[Path, typer.Option(help="Where prepared corpora lie.")] = Path("data"),
+        data_dir: DataDirOption = Path("data"),
         plots: Annotated[Path, typer.Option(help="Folder for a picture, where one is drawn.")] = Path("benchmarks"),
         parts: Annotated[str, typer.Option(help=_PARTS_HELP)] = "",
         output: OutputOption = Output.table,
@@ -102,7 +104,7 @@ def serve(
     requests: Annotated[int | None, typer.Option(min=1, help="Requests of each load.")] = None,
     duration: Annotated[float | None, typer.Option(min=0.1, help="Seconds of each load; default: 20.")] = None,
     warmup: Annotated[int | None, typer.Option(min=0, help="Requests before each load, not counted.")] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.8,
+    temperature: TemperatureOption = 0.8,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same requests at the same times.")] = 0,
     baseline: Annotated[bool, typer.Option("--baseline", help="Also measure one request at a time, plainly.")] = False,
     against: Annotated[str | None, typer.Option(help="Another run: measured in the same way, and compared.")] = None,
@@ -132,15 +134,11 @@ def serve(
 
     levels = [Level(concurrency=int(n)) for n in _numbers("--concurrency", concurrency, whole=True)]
     levels += [Level(rate=n) for n in _numbers("--rate", rate)]
-    options = [f"--{key}={value}" for key, value in (("workers", workers), ("placement", placement)) if value]
-    options += [f"--set={pair}" for pair in sets or ()]
-    if options and not run:
-        raise UsageError(f"{options[0]} is for a server that is started here: name the run to serve")
     settings = ServeSettings(
         say=_say, run=run, runs_dir=runs_dir, url=url, model=model, token_file=token_file, mix=parse_mix(mix),
         text=text, limits=Limits(requests, duration) if duration or requests else LIMITS, warmup=warmup,
         temperature=temperature, seed=seed, baseline=baseline, levels=tuple(levels) or ServeSettings.levels,
-        against=against, options=tuple(options),
+        against=against, options=_of_the_server(run, workers, placement, sets or ()),
     )  # fmt: skip
     _warn_when_busy()
     result = measure("serve", settings)
@@ -148,6 +146,15 @@ def serve(
     serve_view.draw(result, plot)
     emit(result, output, lambda: console().print(serve_view.table(result)))
     _say(f"written to {path} and {plot}")
+
+
+def _of_the_server(run: str | None, workers: int | None, placement: str | None, sets: Sequence[str]) -> tuple[str, ...]:
+    """Options of ``shoal serve`` for the server that is started. Raises UsageError where none is."""
+    options = [f"--{key}={value}" for key, value in (("workers", workers), ("placement", placement)) if value]
+    options += [f"--set={pair}" for pair in sets]
+    if options and not run:
+        raise UsageError(f"{options[0]} is for a server that is started here: name the run to serve")
+    return tuple(options)
 
 
 def _numbers(option: str, text: str, whole: bool = False) -> list[float]:

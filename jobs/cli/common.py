@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from shoal.jobs.run_folder import RunFolder
+
 RUNS_DIR = Path("runs")
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 _LOCKED_OR_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -59,7 +61,23 @@ SetOption = Annotated[
 RunArgument = Annotated[
     str, typer.Argument(help="A run's folder, its name, or its URL (s3://…).", autocompletion=complete_run)
 ]
+StepOption = Annotated[int | None, typer.Option(help="Checkpoint; default: the newest whole one.")]
+WorkersOption = Annotated[int | None, typer.Option(help="Ranks (parallel.ranks).")]
+PlacementOption = Annotated[str | None, typer.Option(help="colocated, or nA:mF, such as 2A:2F.")]
+TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")]
+DataDirOption = Annotated[Path, typer.Option(help="Where prepared corpora lie.")]
 RunsDirOption = Annotated[Path, typer.Option("--runs-dir", envvar="SHOAL_RUNS", help="The folder that holds the runs.")]
+
+
+def open_told(run: str, runs_dir: Path, step: int | None) -> tuple[RunFolder, int]:
+    """A run and the checkpoint of it to use, as ``jobs.load.open_run`` has them; says on standard error what is fetched
+    and which newer checkpoints are damaged."""
+    from shoal.jobs.load import open_run
+
+    folder, chosen, damaged = open_run(run, runs_dir, step, lambda said: typer.echo(said, err=True))
+    for sentence in damaged:
+        typer.echo(sentence, err=True)
+    return folder, chosen
 
 
 def emit(data: Any, output: Output, render: Callable[[], object]) -> None:

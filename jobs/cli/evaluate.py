@@ -10,14 +10,25 @@ from typing import Annotated
 
 import typer
 
-from shoal.jobs.cli.common import RUNS_DIR, Output, OutputOption, RunArgument, RunsDirOption, console, emit, grid
+from shoal.jobs.cli.common import (
+    RUNS_DIR,
+    Output,
+    OutputOption,
+    RunArgument,
+    RunsDirOption,
+    StepOption,
+    console,
+    emit,
+    grid,
+    open_told,
+)
 
 
 def evaluate(
     run: RunArgument,
     tokens: Annotated[int | None, typer.Option(min=1, help="Validation tokens; default: the recipe's.")] = None,
     data: Annotated[str | None, typer.Option(help="Another corpus folder, of the same tokenizer.")] = None,
-    step: Annotated[int | None, typer.Option(help="Checkpoint; default: the newest whole one.")] = None,
+    step: StepOption = None,
     runs_dir: RunsDirOption = RUNS_DIR,
     output: OutputOption = Output.table,
 ) -> None:
@@ -31,14 +42,12 @@ def evaluate(
     """
     from shoal.jobs.data.baselines import baselines
     from shoal.jobs.evaluate import evaluate_model
-    from shoal.jobs.load import load_trained, open_run
+    from shoal.jobs.load import load_trained
     from shoal.workers.errors import NotFound
 
-    folder, chosen, damaged = open_run(run, runs_dir, step, lambda said: typer.echo(said, err=True))
+    folder, chosen = open_told(run, runs_dir, step)
     if data is None and folder.source and not folder.corpus().exists():
         raise NotFound(f"{run} was trained on {folder.corpus()}, which is not here: add --data with a folder of it")
-    for sentence in damaged:
-        typer.echo(sentence, err=True)
     trained = load_trained(folder, chosen)
     corpus = Path(data) if data else trained.corpus
     with _progress(output) as told:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from shoal.jobs.cli.common import RecipeOption, SetOption
+from shoal.jobs.cli.common import PlacementOption, RecipeOption, SetOption
 from shoal.jobs.kube import work
 from shoal.jobs.kube.options import JobOptions
 
@@ -23,7 +23,7 @@ def train(
     recipe: RecipeOption = None,
     sets: SetOption = None,
     data: Annotated[str | None, typer.Option(help="Corpus: stdlib, one in --data-dir, or a path on a volume.")] = None,
-    placement: Annotated[str | None, typer.Option(help="colocated, or nA:mF, such as 2A:2F.")] = None,
+    placement: PlacementOption = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps (train.steps).")] = None,
     run: Annotated[str | None, typer.Option(help="Name of the run; default: the job's --name, else its own.")] = None,
     runs_dir: RunsOption = None,
@@ -74,7 +74,7 @@ def serve(
     run: RunArgument,
     step: StepOption = None,
     model: Annotated[str | None, typer.Option(help="Model name that clients use; default: the run's.")] = None,
-    placement: Annotated[str | None, typer.Option(help="colocated, or nA:mF, such as 2A:2F.")] = None,
+    placement: PlacementOption = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Open to the cluster without a token.")] = False,
     runs_dir: RunsOption = None,
 ) -> work.Work:

@@ -125,6 +125,8 @@ def _render(run: RunDetails) -> None:
         out.print(table)
     for record in run.events[-8:]:
         out.print(f"step {record['step']:<6} {record.get('event')}: {record.get('text', '')}", soft_wrap=True)
+    for line in run.profile:
+        out.print(line, soft_wrap=True)
 
 
 def _step(run: RunSummary) -> str:

@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+import signal
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shoal.jobs.cli.common import INTERRUPTED, RUNS_DIR, RunArgument, RunsDirOption, SetOption
+from shoal.jobs.cli.common import (
+    INTERRUPTED,
+    RUNS_DIR,
+    PlacementOption,
+    RunArgument,
+    RunsDirOption,
+    SetOption,
+    StepOption,
+    WorkersOption,
+    open_told,
+)
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from shoal.cluster.serving import Listen
     from shoal.jobs.serve.client import ModelInfo
 
 # What starts the engines, as ``module:function``; see jobs/serve/app.py.
 ENGINES = "shoal.jobs.serve.engines:open_engines"
 NEEDS = ("fastapi", "uvicorn", "grpc", "grpc_health", "grpc_reflection")
+
+HostOption = Annotated[str, typer.Option(help="Address to listen on; all but loopback want a token and TLS.")]
+TokensOption = Annotated[
+    Path | None, typer.Option(help="A file of bearer tokens, one a line; default: SHOAL_API_TOKEN, else none.")
+]
 
 EXAMPLES = """
 Examples:
@@ -29,21 +49,17 @@ Examples:
 
 def serve(
     run: RunArgument,
-    step: Annotated[int | None, typer.Option(help="Checkpoint; default: the newest whole one.")] = None,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; all but loopback want a token and TLS.")
-    ] = "127.0.0.1",
+    step: StepOption = None,
+    host: HostOption = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="HTTP.")] = 8000,
     grpc_port: Annotated[int, typer.Option(min=1, max=65535, help="gRPC.")] = 9000,
-    token_file: Annotated[
-        Path | None, typer.Option(help="A file of bearer tokens, one a line; default: SHOAL_API_TOKEN, else none.")
-    ] = None,
+    token_file: TokensOption = None,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM).")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM, no passphrase).")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Open to others without a token or TLS.")] = False,
     name: Annotated[str | None, typer.Option(help="Model name that clients use; default: the run's.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Ranks (parallel.ranks).")] = None,
-    placement: Annotated[str | None, typer.Option(help="colocated, or nA:mF, such as 2A:2F.")] = None,
+    workers: WorkersOption = None,
+    placement: PlacementOption = None,
     drain: Annotated[float, typer.Option(min=0, help="Seconds that requests have to end when stopped.")] = 30.0,
     sets: SetOption = None,
     runs_dir: RunsDirOption = RUNS_DIR,
@@ -55,40 +71,34 @@ def serve(
     _check_installed()
     from shoal.cluster.serving import Listen
     from shoal.jobs.cli.lasting import Lasting
-    from shoal.jobs.load import open_run, serving_recipe
+    from shoal.jobs.load import serving_recipe
     from shoal.jobs.serve.gate import Settings
-    from shoal.jobs.serve.service import examples, read_tokens, run_service
+    from shoal.jobs.serve.service import read_tokens, run_service
 
     tokens = read_tokens(token_file)
     listen = Listen(host, port, grpc_port, *(path and path.resolve() for path in (tls_cert, tls_key)))
     listen.check(bool(tokens), insecure)
-    folder, chosen, damaged = open_run(run, runs_dir, step, lambda said: typer.echo(said, err=True))
+    folder, chosen = open_told(run, runs_dir, step)
     recipe = serving_recipe(folder, sets, workers, placement)
-    for sentence in damaged:
-        typer.echo(sentence, err=True)
     console = Lasting(markup=False, highlight=False, soft_wrap=True)
-
-    def ready(model: ModelInfo) -> None:
-        console.print(
-            f"serving  {model.name}: step {model.step}, {model.parameters:,} parameters, context {model.context:,}"
-        )
-        console.print(f"http     {listen.url}/v1\ngrpc     {listen.grpc}")
-        console.print("try      {}\n         {}".format(*examples(listen, model.name, bool(tokens))))
-
-    options: dict[str, Any] = {
-        "run": folder.place,
-        "step": chosen,
-        "name": name or folder.name,
-        "recipe": recipe.model_dump(),
-    }
+    options = {"run": folder.place, "step": chosen, "name": name or folder.name, "recipe": recipe.model_dump()}
     ended = run_service(
-        ENGINES, options, listen, Settings(tokens=tokens), ranks=recipe.parallel.ranks, ready=ready,
-        told=console.print, drain=drain,
+        ENGINES, options, listen, Settings(tokens=tokens), ranks=recipe.parallel.ranks,
+        ready=partial(_tell, console, listen, bool(tokens)), told=console.print, drain=drain,
     )  # fmt: skip
-    import signal
-
     if ended == signal.SIGINT:
         raise typer.Exit(INTERRUPTED)
+
+
+def _tell(console: Console, listen: Listen, token: bool, model: ModelInfo) -> None:
+    """Says that the service answers, where, and how to ask. token: whether it wants one."""
+    from shoal.jobs.serve.service import examples
+
+    console.print(
+        f"serving  {model.name}: step {model.step}, {model.parameters:,} parameters, context {model.context:,}"
+    )
+    console.print(f"http     {listen.url}/v1\ngrpc     {listen.grpc}")
+    console.print("try      {}\n         {}".format(*examples(listen, model.name, token)))
 
 
 def _check_installed() -> None:

@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shoal.jobs.cli.common import Output, OutputOption, RunsDirOption, SetOption, complete_recipe, complete_run, emit
+from shoal.jobs.cli.common import (
+    INTERRUPTED,
+    DataDirOption,
+    Output,
+    OutputOption,
+    PlacementOption,
+    RunsDirOption,
+    SetOption,
+    WorkersOption,
+    complete_recipe,
+    complete_run,
+    emit,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from shoal.jobs.run_folder import RunFolder
+    from shoal.jobs.train import TrainResult
 
 EXAMPLES = """
 Examples:
@@ -25,39 +44,45 @@ Examples:
 """
 
 
+RecipeOrTinyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe", "-r", help="A built-in recipe or a TOML file; default: tiny.", autocompletion=complete_recipe
+    ),
+]
+InitialOption = Annotated[
+    str | None,
+    typer.Option("--from", help="Begin with the weights of this run (train.initial).", autocompletion=complete_run),
+]
+NameOption = Annotated[
+    str | None, typer.Option(help="Name of the run; default: the recipe's, numbered.", autocompletion=complete_run)
+]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the run's last good checkpoint.")]
+OrResumeOption = Annotated[
+    bool, typer.Option("--or-resume", help="The same where the run exists already; else begin it.")
+]
+
+
 def train(
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            "--recipe", "-r", help="A built-in recipe or a TOML file; default: tiny.", autocompletion=complete_recipe
-        ),
-    ] = None,
+    recipe: RecipeOrTinyOption = None,
     sets: SetOption = None,
     data: Annotated[str | None, typer.Option(help="Corpus: stdlib, shakespeare, or a prepared folder.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Ranks (parallel.ranks).")] = None,
-    placement: Annotated[str | None, typer.Option(help="colocated, or nA:mF, such as 2A:2F.")] = None,
+    workers: WorkersOption = None,
+    placement: PlacementOption = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps (train.steps).")] = None,
-    initial: Annotated[
-        str | None,
-        typer.Option("--from", help="Begin with the weights of this run (train.initial).", autocompletion=complete_run),
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="Name of the run; default: the recipe's, numbered.", autocompletion=complete_run)
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last good checkpoint.")] = False,
-    or_resume: Annotated[
-        bool, typer.Option("--or-resume", help="The same where the run exists already; else begin it.")
-    ] = False,
+    initial: InitialOption = None,
+    name: NameOption = None,
+    resume: ResumeOption = False,
+    or_resume: OrResumeOption = False,
     runs_dir: RunsDirOption = Path("runs"),
-    data_dir: Annotated[Path, typer.Option(help="Where prepared corpora lie.")] = Path("data"),
+    data_dir: DataDirOption = Path("data"),
     output: OutputOption = Output.table,
 ) -> None:
     """Train a model from a recipe, or resume a run: here, or inside the Ray cluster that RAY_ADDRESS names."""
     from shoal.jobs.cli.lasting import Lasting
     from shoal.jobs.recipe import load_recipe
-    from shoal.jobs.run_folder import RunFolder, check_same_recipe
+    from shoal.jobs.run_folder import check_same_recipe
     from shoal.jobs.train import train as run_training
-    from shoal.workers.errors import UsageError
 
     overrides = {
         "data.corpus": data,
@@ -66,41 +91,43 @@ def train(
         "train.steps": steps,
         "train.initial": initial,
     }
-    folder = None
-    if resume or or_resume:
-        if name is None:
-            which = "--resume" if resume else "--or-resume"
-            raise UsageError(f"{which} needs the run's name: add --name NAME; `shoal runs list` shows the runs")
-        folder = RunFolder(runs_dir / name)
-        if resume or folder.recipe_file.exists():
-            folder.recipe()
-        else:
-            folder = None
-    source = recipe or (folder.recipe_file if folder else "tiny")
-    checked = load_recipe(source, sets or (), overrides)
+    folder = _begun(runs_dir, name, resume, or_resume)
+    checked = load_recipe(recipe or (folder.recipe_file if folder else "tiny"), sets or (), overrides)
     if folder:
         check_same_recipe(folder, checked)
     console = Lasting(stderr=output is not Output.table, markup=False)
     result = run_training(checked, runs_dir, name, folder, data_dir, console)
-
-    def table() -> None:
-        if result.sample:
-            console.print(f"\nA sample after step {result.step}:", style="bold")
-            console.print(result.prompt + result.sample, highlight=False)
-        if not result.stopped:
-            console.print(f"\n{result.run}/ holds metrics.jsonl, loss.png, checkpoints/ and TensorBoard events.")
-            console.print(f"More text: shoal generate {result.run} --prompt 'class '", highlight=False)
-
-    facts = {
-        "run": str(result.run),
-        "step": result.step,
-        "stopped": result.stopped,
-        "evaluation": result.evaluation,
-        "sample": result.sample,
-    }
-    emit(facts, output, table)
+    facts = {key: value for key, value in asdict(result).items() if key != "prompt"}
+    emit(facts, output, lambda: _tell(result, console))
     if result.stopped:
-        raise typer.Exit(130)
+        raise typer.Exit(INTERRUPTED)
+
+
+def _begun(runs_dir: Path, name: str | None, resume: bool, or_resume: bool) -> RunFolder | None:
+    """The run to go on with; None for a new one. Raises UsageError, NotFound and InvalidInput."""
+    from shoal.jobs.run_folder import RunFolder
+    from shoal.workers.errors import UsageError
+
+    if not (resume or or_resume):
+        return None
+    if name is None:
+        which = "--resume" if resume else "--or-resume"
+        raise UsageError(f"{which} needs the run's name: add --name NAME; `shoal runs list` shows the runs")
+    folder = RunFolder(runs_dir / name)
+    if not resume and not folder.recipe_file.exists():
+        return None
+    folder.recipe()  # refused here if it cannot be gone on with
+    return folder
+
+
+def _tell(result: TrainResult, console: Console) -> None:
+    """Shows what a run came to."""
+    if result.sample:
+        console.print(f"\nA sample after step {result.step}:", style="bold")
+        console.print(result.prompt + result.sample, highlight=False)
+    if not result.stopped:
+        console.print(f"\n{result.run}/ holds metrics.jsonl, loss.png, checkpoints/ and TensorBoard events.")
+        console.print(f"More text: shoal generate {result.run} --prompt 'class '", highlight=False)
 
 
 def ranks_of(placement: str | None) -> int | None:

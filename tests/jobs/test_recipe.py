@@ -121,6 +121,9 @@ REFUSED = [
     ("model.rope_scaling=yarn", "model.rope_original=0", "the one that the model was trained on"),
     ("model.rope_factor=4", "model.rope_factor=4", "set model.rope_scaling to 'yarn'"),
     ("parallel.context=3", "parallel.context=3 does not divide 2", "set parallel.context to a divisor of 2"),
+    ("train.profile_at=-1", "train.profile_at=-1", "set train.profile_at to at least 0"),
+    ("train.profile_steps=0", "train.profile_steps=0", "set train.profile_steps to at least 1"),
+    ("train.profile_at=99999", "train.profile_at=99999 is after the last step", "or to 0 for no trace"),
 ]
 
 
@@ -132,6 +135,12 @@ def test_a_wrong_value_is_refused_with_key_value_and_remedy(change: str, what: s
     assert what in message
     assert remedy in message
     assert "\n" not in message
+
+
+def test_steps_that_are_traced_lie_within_the_run() -> None:
+    assert load_recipe("tiny", ["train.steps=10", "train.profile_at=9"]).train.profile_steps == 2
+    with pytest.raises(InvalidInput, match=r"end at step 11, after train\.steps=10: set train\.profile_steps to 1 or"):
+        load_recipe("tiny", ["train.steps=10", "train.profile_at=10"])
 
 
 def test_a_missing_recipe_names_those_there_are() -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from shoal.jobs.cli.runs import plot
 from shoal.jobs.load import choose_step, find_run
 from shoal.jobs.recipe import load_recipe, recipe_to_toml
-from shoal.jobs.run_folder import RunFolder, discard_unused
+from shoal.jobs.run_folder import RunFolder, check_same_recipe, discard_unused
 from shoal.jobs.runs import list_runs, show_run
 from shoal.workers.errors import InvalidInput, NotFound
 
@@ -85,6 +85,26 @@ def test_show_draws_the_curve_and_tells_the_facts(tmp_path: Path) -> None:
     text = shoal_runs("show", "mine", "--runs-dir", str(tmp_path)).stdout
     for fact in ("6.250", "2.125", "16,384", "loss.png", "1.2500", "rows are exchanged", "rank 1 came back"):
         assert fact in text
+
+
+def test_show_has_the_table_of_the_steps_that_were_traced(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "mine", [6.25])
+    assert show_run(tmp_path, "mine").profile == ()
+    (folder / "profile").mkdir()
+    (folder / "profile" / "table.txt").write_text("step 1 on rank 0\n 80.0 %  aten::mm\n")
+    assert show_run(tmp_path, "mine").profile == ("step 1 on rank 0", " 80.0 %  aten::mm")
+    assert "\n 80.0 %  aten::mm\n" in shoal_runs("show", "mine", "--runs-dir", str(tmp_path)).stdout
+
+
+def test_a_run_goes_on_with_other_steps_to_trace_but_not_with_those_that_are_done(tmp_path: Path) -> None:
+    folder = RunFolder(write_run(tmp_path, "mine", [6.25], checkpoints=(20,)))
+    for at in (0, 20, 21):  # of 20 and 21 there is one left
+        check_same_recipe(folder, load_recipe("tiny", [f"train.profile_at={at}"]))
+    done = load_recipe("tiny", ["train.profile_at=19"])
+    with pytest.raises(InvalidInput, match=r"train\.profile_at=19 .* step 20: set train\.profile_at to 21 or more"):
+        check_same_recipe(folder, done)
+    folder.recipe_file.write_text(recipe_to_toml(done))
+    check_same_recipe(folder, done)  # asked for in time
 
 
 def test_a_run_that_is_being_written_can_be_read(tmp_path: Path) -> None:

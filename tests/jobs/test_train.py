@@ -48,8 +48,10 @@ def temporary() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def whole(here: Path, temporary: Path) -> Path:
-    """A run that nothing disturbed, on two ranks; its command must have printed JSON and nothing but JSON."""
-    result = shoal(*TRAIN, "--name", "whole", "-o", "json", cwd=here, TMPDIR=str(temporary))
+    """A run that nothing disturbed, on two ranks; its command must have printed JSON and nothing but JSON. Two of its
+    steps are traced, which are as in runs where none is."""
+    traced = ("--set", "train.profile_at=30")
+    result = shoal(*TRAIN, *traced, "--name", "whole", "-o", "json", cwd=here, TMPDIR=str(temporary))
     assert result.returncode == 0, result.stderr
     said = json.loads(result.stdout)
     assert (said["run"], said["step"], said["stopped"]) == ("runs/whole", STEPS, False)
@@ -62,7 +64,9 @@ def whole(here: Path, temporary: Path) -> Path:
 def test_a_run_leaves_what_the_readme_names_and_nothing_else(whole: Path, temporary: Path) -> None:
     names = {path.name for path in whole.iterdir() if not path.name.startswith("events.out.tfevents.")}
     files = {"recipe.toml", "run.json", "tokenizer.json", "metrics.jsonl", "loss.png", "expert_load.png"}
-    assert names == {*files, "checkpoints"}
+    assert names == {*files, "checkpoints", "profile"}
+    assert {path.name for path in (whole / "profile").iterdir()} == {"rank-0.json.gz", "rank-1.json.gz", "table.txt"}
+    assert events(whole) == ["dispatch", "profiled", "checkpoint"]
     assert [info.step for info in list_checkpoints(whole / "checkpoints")] == [80, 100, 120]
     assert (whole / "checkpoints" / "step-120" / "manifest.json").is_file()
     assert [record["step"] for record in records(whole)] == list(range(1, STEPS + 1))

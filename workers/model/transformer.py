@@ -21,6 +21,7 @@ from shoal.workers.model.contexts import attention_context, own_part
 from shoal.workers.model.feedforward import DenseFFN, MoE, MoELoad, Stages, named_views, run
 from shoal.workers.model.loss import cross_entropy_sum
 from shoal.workers.placement import Placement
+from shoal.workers.profile import span
 
 LOSS_CHUNK = 4096  # tokens whose logits exist at one time
 
@@ -73,13 +74,16 @@ class Block(nn.Module):
         """The same, with a pause while experts' results are on their way."""
         normed = x_TH
         if self.hosts_attention:
-            x_TH = x_TH + self.attention(self.attention_norm(x_TH), context.attention)
+            with span("attention"):
+                x_TH = x_TH + self.attention(self.attention_norm(x_TH), context.attention)
             normed = self.ffn_norm(x_TH)
             if self.moe is None:
-                return x_TH + self.ffn(normed)
+                with span("feed-forward"):
+                    return x_TH + self.ffn(normed)
         if self.moe is None:
             return x_TH
-        return x_TH + (yield from self.moe.stages(normed, context.batch.tokens, context.load))
+        with span("experts"):
+            return x_TH + (yield from self.moe.stages(normed, context.batch.tokens, context.load))
 
 
 def recomputed(layer: Block, x_TH: Tensor, context: StepContext) -> Tensor:
@@ -169,7 +173,8 @@ class Transformer(nn.Module):
         x = self._embed(batch)
         again = self.recipe.train.recompute if torch.is_grad_enabled() else 0
         for i, layer in enumerate(self.layers):
-            x = layer(x, context, again=i < again)
+            with span(f"layers.{i}"):
+                x = layer(x, context, again=i < again)
         return self.norm(x) if self.hosts_attention else x
 
     def stages(self, batch: PackedBatch, load: MoELoad, attention: Attending | None) -> Stages:
