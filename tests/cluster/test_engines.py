@@ -321,7 +321,7 @@ def test_closing_ends_the_streams_and_the_ranks(
         late = asyncio.create_task(_ask(engines, Request("late", (1,), Sampling(1))))
         await asyncio.sleep(0.3)
         await engines.close()
-        for answer in await asyncio.wait_for(asyncio.gather(*streams, late, return_exceptions=True), 20):
+        for answer in await asyncio.wait_for(asyncio.gather(*streams, late, return_exceptions=True), 60):
             assert isinstance(answer, ClusterRefused) and "were ended" in str(answer)
 
     _with_engines(small_recipe(train__dtype="float32", parallel__ranks=2), checkpoints, session, work)

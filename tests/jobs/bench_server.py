@@ -38,6 +38,7 @@ class Server:
     url: str = ""
     first: float = 0.0  # seconds before the first token
     gap: float = 0.0  # seconds between pieces
+    together: int = 0  # nobody gets a token before so many requests have been inside at once
     piece: int = 1  # tokens in a piece
     usage: bool = True
     blank: bool = False  # a piece without text goes ahead of the first token
@@ -74,6 +75,8 @@ class Server:
         if self.blank:
             await _event(response, {"choices": [{"text": "", "finish_reason": None}]})
         await asyncio.sleep(self.first)
+        while self.most < self.together:
+            await asyncio.sleep(0.005)
         for start in range(0, count, self.piece):
             if start:
                 await asyncio.sleep(self.gap)

@@ -32,7 +32,7 @@ from shoal.jobs.bench.load import (
 from shoal.jobs.data.tokenizer import train_tokenizer
 from shoal.workers.errors import InvalidInput, UsageError
 
-SLACK = 0.15  # seconds that a busy machine may take from one end of a connection to the other
+SLACK = 0.5  # seconds that a busy machine may take from one end of a connection to the other
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def one(target: Target, prompt: Prompt) -> Answer:
 
 
 def test_times_and_tokens_are_those_that_the_server_served(server: Server) -> None:
-    server.first, server.gap, server.piece, server.blank = 0.3, 0.03, 2, True
+    server.first, server.gap, server.piece, server.blank = 0.3, 0.08, 2, True  # ten pieces: longer than SLACK
     answer = one(Target(server.url, "fish", temperature=0.5), Prompt("a b c d e", 20, seed=7))
     (seen,) = server.seen
     assert answer.error == ""
@@ -142,11 +142,11 @@ def test_a_closed_loop_ends_with_its_time_and_waits_for_what_is_in_flight(server
 
     async def load() -> list[Answer]:
         async with target.connect() as session:
-            return await closed_loop(lambda due: ask(session, target, Prompt("a", 2, 0), due), 2, Limits(seconds=0.35))
+            return await closed_loop(lambda due: ask(session, target, Prompt("a", 2, 0), due), 2, Limits(seconds=1.0))
 
     answers = asyncio.run(load())
-    assert all(not answer.error and answer.sent - begin < 0.35 + SLACK for answer in answers)
-    assert max(answer.end for answer in answers) - begin >= 0.35
+    assert all(not answer.error and answer.sent - begin < 1.0 + SLACK for answer in answers)
+    assert max(answer.end for answer in answers) - begin >= 1.0
     assert len(answers) >= 4
 
 
@@ -181,8 +181,8 @@ def test_arrivals_are_a_poisson_process_that_a_seed_repeats() -> None:
 
 
 def test_arrivals_do_not_wait_for_answers(server: Server) -> None:
-    server.first = 1.0
-    target = Target(server.url, "fish")
+    server.together = 20
+    target = Target(server.url, "fish", timeout=60.0)
 
     async def load() -> list[Answer]:
         async with target.connect() as session:
@@ -191,7 +191,7 @@ def test_arrivals_do_not_wait_for_answers(server: Server) -> None:
 
     answers = asyncio.run(load())
     assert [answer.error for answer in answers] == [""] * 20
-    assert server.most == 20  # 20 arrivals come within a fifth of a second, the first answer after a whole one
+    assert server.most == 20
 
 
 def test_an_open_loop_ends_with_its_time() -> None:

@@ -38,7 +38,7 @@ print(len(scale.rows()))
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("bench")
-    command = [sys.executable, "-m", "shoal.jobs.bench.scale", "--device", "cpu", "--steps", "3", "--out", str(folder)]
+    command = [sys.executable, "-m", "shoal.jobs.bench.scale", "--device", "cpu", "--steps", "2", "--out", str(folder)]
     subprocess.run([*command, "--data-dir", str(folder)], check=True, env=environment(), timeout=280)
     assert (folder / "scale-cpu.png").read_bytes().startswith(b"\x89PNG")
     return json.loads((folder / "scale-cpu.json").read_text())
@@ -59,13 +59,25 @@ def test_every_row_has_a_prediction_and_measured_ones_have_figures(result: Any) 
         if row["measured"]:
             assert row["efficiency"] == row["ratio"] == pytest.approx(row["baseline_ms"] / row["ms"], rel=1e-4)
             assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["ms"] * 1e3, rel=1e-4)
-            assert 0 < row["mfu"] < 1
+            assert row["mfu"] > 0
         if row["ranks"] == 1:
             assert row["predicted_ms"] == pytest.approx(row["ms"]) and row["predicted_bytes"] == 0
         if row["measured"] and row["ranks"] > 1 and row["part"] != "sequence":
             assert 0 <= row["dispatch_share"] < 1
     assert {(r["part"], r["target"]) for r in rows if "target" in r} == {("moe", 0.92), ("train", 0.9)}
     assert result["notes"] == []
+
+
+def test_the_utilisation_is_that_of_one_peak(result: Any) -> None:
+    """A token of these costs as many FLOPs whatever their number, over the peak that the ranks measured."""
+    rates: dict[tuple[str, int], set[float]] = {}
+    for row in result["rows"]:
+        if row.get("measured") and (row["part"] == "moe" or "2b" in row["what"]):
+            rate = row["mfu"] * row["ms"] * row["ranks"] / row["tokens"]
+            rates.setdefault((row["what"], row["ranks"]), set()).add(rate)
+    assert len(rates) == 6
+    for found in rates.values():
+        assert max(found) == pytest.approx(min(found), rel=1e-3)
 
 
 def test_bytes_predicted_of_a_sequence_are_those_that_were_counted(result: Any) -> None:

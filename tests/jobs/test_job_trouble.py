@@ -101,7 +101,7 @@ def test_watches_that_end_at_once_are_not_asked_for_again_and_again(
     assert 3 <= sum("watch=true" in path for _, path in proxy.asked) <= 6
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(100)
 def test_a_wait_ends_in_its_time_though_the_server_answers_nothing(
     cluster: Cluster, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -270,7 +270,7 @@ async def test_lengths_that_are_none(length: str) -> None:
 
 @asynchronous
 async def test_a_body_that_does_not_come() -> None:
-    async with stand(Settings(slow_sender_seconds=0.1)) as s:
+    async with stand(Settings(slow_sender_seconds=0.5)) as s:
         reader, writer = await asyncio.open_connection("127.0.0.1", s.port)
         writer.write(request_bytes(BODY)[:-5])
         assert (await reader.readline()).split()[1] == b"408"

@@ -180,7 +180,7 @@ async def test_a_client_that_gives_up_frees_the_engine_at_once(how: str) -> None
         it.source.pause_after = 8
         async with grpc.aio.insecure_channel(it.listen.grpc) as channel:
             request = pb.GenerateRequest(text=PROMPT, sampling=pb.Sampling(max_tokens=100, temperature=0))
-            timeout = 0.5 if how == "deadline" else None
+            timeout = 1.5 if how == "deadline" else None
             call = inference_pb2_grpc.InferenceStub(channel).Generate(request, timeout=timeout)
             await call.read()
             if how == "cancel":

@@ -18,7 +18,7 @@ from shoal.jobs.recipe import load_recipe, recipe_to_toml
 from shoal.workers.checkpoint_files import list_checkpoints
 from shoal.workers.config import Recipe
 
-STEPS = 120
+STEPS, EVERY = 60, 10
 TRAIN = ("train", "--recipe", "small.toml")
 
 
@@ -30,7 +30,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = Recipe.model_validate(
         small_recipe(
             train__dtype="float32", train__steps=STEPS, train__eval_every=50, data__corpus=str(corpus),
-            parallel__ranks=2, checkpoint__every=20,
+            parallel__ranks=2, checkpoint__every=EVERY,
         )
     )  # fmt: skip
     (folder / "small.toml").write_text(recipe_to_toml(recipe))
@@ -67,8 +67,8 @@ def test_a_run_leaves_what_the_readme_names_and_nothing_else(whole: Path, tempor
     assert names == {*files, "checkpoints", "profile"}
     assert {path.name for path in (whole / "profile").iterdir()} == {"rank-0.json.gz", "rank-1.json.gz", "table.txt"}
     assert events(whole) == ["dispatch", "profiled", "checkpoint"]
-    assert [info.step for info in list_checkpoints(whole / "checkpoints")] == [80, 100, 120]
-    assert (whole / "checkpoints" / "step-120" / "manifest.json").is_file()
+    assert [info.step for info in list_checkpoints(whole / "checkpoints")] == [STEPS - 2 * EVERY, STEPS - EVERY, STEPS]
+    assert (whole / "checkpoints" / f"step-{STEPS}" / "manifest.json").is_file()
     assert [record["step"] for record in records(whole)] == list(range(1, STEPS + 1))
     assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list(temporary.iterdir()) == []
@@ -107,19 +107,19 @@ def test_resumed_on_other_ranks_from_the_checkpoint_before_a_damaged_one(
 ) -> None:
     run = here / "runs" / "damaged"
     shutil.copytree(whole, run)
-    shutil.rmtree(run / "checkpoints" / "step-120")
-    file = flip_a_byte(run, 100)
+    shutil.rmtree(run / "checkpoints" / f"step-{STEPS}")
+    file, good = flip_a_byte(run, STEPS - EVERY), STEPS - 2 * EVERY
     result = shoal(
         "train", "--resume", "--name", "damaged", "--placement", "1A:2F", cwd=here, TMPDIR=str(temporary)
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert file.name in result.stdout
-    assert "going on from step 80" in result.stdout
+    assert f"going on from step {good}" in result.stdout
     assert events(run)[-4:] == ["damaged", "resumed", "dispatch", "checkpoint"]
     mine, theirs = records(run), records(whole)
     assert [r["step"] for r in mine] == list(range(1, STEPS + 1))
-    assert mine[:80] == theirs[:80]
-    assert [r["loss"] for r in mine[80:]] == pytest.approx([r["loss"] for r in theirs[80:]], rel=1e-3)
+    assert mine[:good] == theirs[:good]
+    assert [r["loss"] for r in mine[good:]] == pytest.approx([r["loss"] for r in theirs[good:]], rel=1e-3)
 
 
 def test_a_run_goes_on_from_anothers_weights_with_a_longer_context(here: Path, whole: Path, temporary: Path) -> None:
@@ -154,8 +154,8 @@ def test_weights_that_do_not_fit_are_refused_before_training(here: Path, whole: 
 def test_a_damaged_checkpoint_is_not_loaded_even_when_it_is_asked_for(here: Path, whole: Path) -> None:
     run = here / "runs" / "spoilt"
     shutil.copytree(whole, run)
-    file = flip_a_byte(run, 100)
-    result = shoal("generate", "spoilt", "--step", "100", cwd=here)
+    file = flip_a_byte(run, STEPS - EVERY)
+    result = shoal("generate", "spoilt", "--step", str(STEPS - EVERY), cwd=here)
     assert (result.returncode, result.stdout) == (3, "")
     assert file.name in result.stderr
 
@@ -192,7 +192,7 @@ def test_a_run_is_used_by_its_url(here: Path, whole: Path, tmp_path: Path) -> No
     assert (said["text"], said["run"]) == (local["text"], url)
     shutil.rmtree(store / "checkpoints" / f"step-{STEPS}")
     older = shoal_here("evaluate", url, "--tokens", "200", "-o", "json", cwd=here, **cache)
-    assert json.loads(older.stdout)["step"] == STEPS - 20, older.stderr
+    assert json.loads(older.stdout)["step"] == STEPS - EVERY, older.stderr
     (store / "run.json").write_text((store / "run.json").read_text().replace('"corpus": "', '"corpus": "/gone'))
     gone = shoal_here("evaluate", url, cwd=here, **cache)
     assert gone.returncode == 5 and "which is not here: add --data with a folder of it" in gone.stderr

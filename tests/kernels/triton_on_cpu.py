@@ -39,6 +39,26 @@ def prepare() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch_index
+    _patch_once(interpreter)
+
+
+def _patch_once(interpreter: Any) -> None:
+    """A launch replaces Triton's operations by interpreted ones; each call of a function within it would look for them
+    all again, which takes a third of the time: once for each module that is called is enough."""
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[str] = set()
+
+    def patch_module(fn: Any) -> Any:
+        if fn.__module__ in patched:
+            return interpreter._LangPatchScope()  # with nothing to restore
+        patched.add(fn.__module__)
+        return patch(fn)
+
+    def launch_anew(executor: Any, *arguments: Any, **named: Any) -> None:
+        patched.clear()  # the launch before has restored them
+        launch(executor, *arguments, **named)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_module, launch_anew
 
 
 def draw(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:

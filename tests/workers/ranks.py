@@ -32,7 +32,10 @@ import torch.multiprocessing as mp
 # environment variables of the first run_ranks of a test session.
 multiprocessing.set_forkserver_preload(
     # not "small", which this process would not find; PyTorch's optimizers import torch._dynamo when they are made
-    ["pytest", "torch._dynamo", "shoal.jobs.data.prepare", "shoal.workers.trainer", "shoal.workers.checkpoint"]
+    [
+        *("pytest", "hypothesis", "torch._dynamo"),
+        *("shoal.jobs.data.prepare", "shoal.workers.trainer", "shoal.workers.checkpoint"),
+    ]
 )
 TIMEOUT = timedelta(seconds=120)
 

@@ -166,7 +166,7 @@ def test_the_host_reads_no_number(
             caches = make_caches(model.recipe, 9, 9, model.dtype, torch.device("cpu"))
             of_layer = {block.attention: cache for block, cache in zip(blocks, caches, strict=True)}
         counted = torch.zeros(2, experts, dtype=torch.int64) if hosts_experts else None
-        steps = DecodeSteps(model, of_layer, (8, 8), 5, counted, capture=False)
+        steps = DecodeSteps(model, of_layer, (8, 8), 3, counted, capture=False)
         for shape in steps.shapes():
             with torch.inference_mode():
                 computed = steps._compute(shape)

@@ -231,7 +231,7 @@ BALANCED: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def balanced_on_one(corpus: Path) -> dict[str, Any]:
     """With everything that keeps the load even."""
-    return _one_rank(small_recipe(**BALANCED, **SHARED), corpus, 4)
+    return _one_rank(small_recipe(**BALANCED, **SHARED), corpus, 3)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_all_that_balances_equals_one_rank(
 ) -> None:
     """Sequences that ranks share, f of each from all its tokens; biases nudged by the load of the global batch."""
     tables = small_recipe(**BALANCED, **SHARED, **CONTEXTS[context], train__accumulate=accumulate)
-    _check(balanced_on_one, _ranks(tables, corpus, 4), 1e-9)
+    _check(balanced_on_one, _ranks(tables, corpus, 3), 1e-9)
 
 
 @pytest.mark.slow

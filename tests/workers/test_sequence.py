@@ -169,7 +169,7 @@ def _far_heads(rank: int, world: int, p: Problem, heads: int) -> tuple[int, int]
 
     group = Group(tuple(range(world)), rank, dist.group.WORLD)
     *leaves, upstream = rank_part(p, drawn(p), group, TOKENS)
-    sequence = make_sequence(p.cu, p.sizes, group, torch.device("cpu"), 16, 512)
+    sequence = make_sequence(p.cu, p.sizes, group, torch.device("cpu"), 32, 512)
     alive: list[weakref.ref[torch.Tensor]] = []
     most, fetch = 0, Plan.fetch
 
