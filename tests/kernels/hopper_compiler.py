@@ -27,8 +27,9 @@ from triton.runtime.jit import JITFunction
 from shoal.kernels import hopper
 
 HOPPER = GPUTarget("cuda", 90, 32)
-COMPILED = ("triton_address", "triton_fan", "triton_rows", "triton_store", "triton_rope", "triton_few", "triton_places",
-            "triton_paged", "triton_paged_choose", "triton_paged_parts", "triton_paged_sum", "triton_phi")  # fmt: skip
+COMPILED = ("triton_address", "triton_fan", "triton_sort", "triton_rows", "triton_store", "triton_rope", "triton_few",
+            "triton_places", "triton_paged", "triton_paged_choose", "triton_paged_parts", "triton_paged_sum",
+            "triton_phi")  # fmt: skip
 """Modules of Triton kernels that are compiled as well."""
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")
 
