@@ -58,6 +58,17 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     return out
 
 
+@triton.jit
+def turned(first, second, cos, sin, BACK: tl.constexpr = False):
+    """Halves of heads, in the type of their angles, as :func:`shoal.kernels.rope.rotate` turns them. BACK: gradients,
+    which are turned the other way."""
+    if BACK:
+        left, right = first * cos + second * sin, second * cos - first * sin
+    else:
+        left, right = first * cos - second * sin, second * cos + first * sin
+    return left, right
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _rotate_kernel(
     x,
@@ -73,7 +84,7 @@ def _rotate_kernel(
     ROWS: tl.constexpr,
     BACK: tl.constexpr,
 ):
-    """Rows are heads of tokens. BACK: the gradient, which is turned the other way."""
+    """Rows are heads of tokens."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     o_d = tl.arange(0, HALFP)
     t = row // HEADS
@@ -84,10 +95,7 @@ def _rotate_kernel(
     b_sin = tl.load(sin + angle, mask=inside, other=0.0)
     first = tl.load(p_x, mask=inside, other=0.0).to(b_cos.dtype)
     second = tl.load(p_x + HALF, mask=inside, other=0.0).to(b_cos.dtype)
-    if BACK:
-        turned, other = first * b_cos + second * b_sin, second * b_cos - first * b_sin
-    else:
-        turned, other = first * b_cos - second * b_sin, second * b_cos + first * b_sin
+    first, second = turned(first, second, b_cos, b_sin, BACK)
     p_out = out + row[:, None] * (2 * HALF) + o_d[None, :]
-    tl.store(p_out, turned.to(out.dtype.element_ty), mask=inside)
-    tl.store(p_out + HALF, other.to(out.dtype.element_ty), mask=inside)
+    tl.store(p_out, first.to(out.dtype.element_ty), mask=inside)
+    tl.store(p_out + HALF, second.to(out.dtype.element_ty), mask=inside)

@@ -15,6 +15,9 @@ from shoal.workers.placement import Placement
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for others in a collective until it gives up: then it fails, and the driver ends them all."""
 
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""torch 2.13 calls it the first, and warns of the second, which is what older ones call it."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -52,7 +55,7 @@ class Group:
         if self.handle is None:
             return tensor[None]
         out = tensor.new_empty(self.size, *tensor.shape)
-        dist.all_gather_into_tensor(out.view(-1), tensor.contiguous().view(-1), group=self.handle)
+        all_gather_single(out.view(-1), tensor.contiguous().view(-1), group=self.handle)
         return out
 
 
@@ -80,7 +83,7 @@ class Mesh:
             return [list(numbers)]
         own = torch.tensor(numbers, dtype=torch.int64)
         table = own.new_empty(self.world.size * len(own))
-        dist.all_gather_into_tensor(table, own, group=self.checkpoint)
+        all_gather_single(table, own, group=self.checkpoint)
         found: list[list[int]] = table.view(self.world.size, len(own)).tolist()
         return found
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shoal.workers.mesh import Group
+from shoal.workers.mesh import Group, all_gather_single
 
 ALIGN = 8  # words: a row of letters begins on 32 bytes, what memory is read by
 
@@ -150,7 +150,7 @@ class EvenExchange:
         self._sending = rows.contiguous()
         shape = (group.size * len(rows), *rows.shape[1:]) if everywhere else rows.shape
         self._receiving = rows.new_empty(shape)
-        exchange = dist.all_gather_into_tensor if everywhere else dist.all_to_all_single
+        exchange = all_gather_single if everywhere else dist.all_to_all_single
         self._work: dist.Work | None = exchange(self._receiving, self._sending, group=group.handle, async_op=True)
 
     def wait(self) -> Tensor:

@@ -215,9 +215,9 @@ def prepared(parts: Sequence[str], ranks: Sequence[int], small: bool, settings: 
     if missing:
         notes.append(f"left out, training: {', '.join(missing)} cannot be imported")
         parts = [part for part in parts if part != "train"]
-    from shoal.jobs.bench import scale_cases
+    from shoal.jobs.bench.scale_series import TrainSeries, all_series
 
-    series = [each for each in scale_cases.all_series(small, settings.steps) if each.part in parts]
+    series = [each for each in all_series(small, settings.steps) if each.part in parts]
     if "serve" in parts:
         from shoal.jobs.bench.scale_serve import serve_series
 
@@ -227,7 +227,7 @@ def prepared(parts: Sequence[str], ranks: Sequence[int], small: bool, settings: 
     series = [each for each in series if not wanted or any(part in names[each] for part in wanted)]
     if names and not series:
         raise UsageError(f"--only {only} is in no name of these: {'; '.join(names.values())}")
-    training = [each for each in series if isinstance(each, scale_cases.TrainSeries)]
+    training = [each for each in series if isinstance(each, TrainSeries)]
     if training:
         from shoal.jobs.bench.context import long_document
 

@@ -1,8 +1,8 @@
 """Which tokens go to which ranks and experts, and what goes with them: the same in PyTorch and in Triton.
 
-PyTorch says what is meant, by chains of operators; :mod:`shoal.kernels.moe.triton_fan` does each of these functions in
-one to three launches, since for few tokens the time that a host takes to launch is what bounds dispatch. Triton wants
-gates in float32. Nothing here is read by the host.
+PyTorch says what is meant, by chains of operators; :mod:`shoal.kernels.moe.triton_fan` and
+:mod:`shoal.kernels.moe.triton_sort` do each of these functions in one to three launches, since for few tokens the time
+that a host takes to launch is what bounds dispatch. Triton wants gates in float32. Nothing here is read by the host.
 """
 
 from __future__ import annotations
@@ -142,9 +142,9 @@ def sort(
     nowhere. Gates ``[T + C, K]``, and what :func:`shoal.kernels.moe.fan.by_expert` gives for so many places.
     """
     if triton:
-        from shoal.kernels.moe import triton_fan
+        from shoal.kernels.moe import triton_sort
 
-        return triton_fan.sort(slots, gates, words, first, experts, places)
+        return triton_sort.sort(slots, gates, words, first, experts, places)
     if words is not None:
         choices = slots.shape[1]
         gates = torch.cat([gates, numbers_of(words[:, :-choices], gates.dtype)])
@@ -157,9 +157,9 @@ def sort(
 def gates_of_rows(values: Tensor, rows: Tensor, triton: bool) -> Tensor:
     """``[R] -> [T, K]``: what belongs to each copy, 0 for none. values: float32, or float64 without Triton."""
     if triton:
-        from shoal.kernels.moe import triton_fan
+        from shoal.kernels.moe import triton_sort
 
-        return triton_fan.gates_of_rows(values, rows)
+        return triton_sort.gates_of_rows(values, rows)
     if not len(values):
         return values.new_zeros(rows.shape)
     return values[rows.clamp(min=0).long()].masked_fill_(rows < 0, 0)

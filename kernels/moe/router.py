@@ -8,10 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+SCORES = ("softmax", "sigmoid")
+
 
 @dataclass(frozen=True)
 class Routing:
-    """scores: ``[T, N']`` of the routed experts (None for the hash router). gates, experts: ``[T, K']``.
+    """scores: ``[T, N']`` of the routed experts (None for the hash router). gates, experts: ``[T, K']``; experts int64.
 
     squares: a scalar, the squares of the logits' log-sum-exp added up over the tokens, where it was asked for.
     """
@@ -36,12 +38,14 @@ def route(
 ) -> Routing:
     """Affinity to every expert's centroid, and the ``top_k`` best of them (DeepSeekMoE eq. 10-11).
 
-    score: softmax, or sigmoid of each logit alone (DeepSeek-V3 eq. 15). Logits and scores are float32 (float64 for
-    float64 inputs). Gates are the scores themselves; ``normalize`` divides
-    them by their sum, as GShard does. bias: ``[N']`` float32, added to the scores for the choice only. groups, most:
-    experts lie in so many equal runs, and a token's experts in the ``most`` of them with the best scores (0: in any).
-    squares: compute what the router's z-loss is made of.
+    x: ``[T, H]``, centroids: ``[N', H]``. score: softmax, or sigmoid of each logit alone (DeepSeek-V3 eq. 15). Logits
+    and scores are float32 (float64 for float64 inputs). Gates are the scores themselves; ``normalize`` divides them by
+    their sum, as GShard does. bias: ``[N']`` float32, added to the scores for the choice only. groups, most: experts
+    lie in so many equal runs, and a token's experts in the ``most`` of them with the best scores (0: in any). squares:
+    compute what the router's z-loss is made of. Raises ValueError for another score.
     """
+    if score not in SCORES:
+        raise ValueError(f"score={score!r}: one of {SCORES}")
     wide = torch.promote_types(x_TH.dtype, torch.float32)
     logits = x_TH.to(wide) @ centroids_NH.to(wide).T
     scores = torch.softmax(logits, dim=-1) if score == "softmax" else torch.sigmoid(logits)
@@ -112,7 +116,8 @@ def load_fractions(counts_N: Tensor) -> Tensor:
 
 
 def shares_of(scores_TN: Tensor) -> Tensor:
-    """Scores that do not add up to 1, as parts of their sum: what balance losses are made of (DeepSeek-V3 eq. 19)."""
+    """Scores ``[T, N']`` that do not add up to 1, as parts of their sum: what balance losses are made of (DeepSeek-V3
+    eq. 19)."""
     # all of them may be too small for their dtype
     return scores_TN / scores_TN.sum(-1, keepdim=True).clamp(min=torch.finfo(scores_TN.dtype).tiny)
 
@@ -120,9 +125,10 @@ def shares_of(scores_TN: Tensor) -> Tensor:
 def balance_loss(sums_N: Tensor, fractions_N: Tensor, tokens: int, expert: float, device: float, groups: int) -> Tensor:
     """Expert- and device-level balance losses (eq. 12-17): this rank's part of them, a scalar.
 
-    sums: of the scores over this rank's tokens. fractions: f over everything the losses are taken over; tokens: its
-    number of tokens T. P is linear in the scores, so the parts of all ranks and micro-batches add up to the loss.
-    Device groups are equal runs of experts.
+    sums: ``[N']`` float32, of the scores over this rank's tokens. fractions: ``[N']``, f over everything the losses are
+    taken over (:func:`load_fractions`); tokens: its number of tokens T. expert, device: factors of the two. P is linear
+    in the scores, so the parts of all ranks and micro-batches add up to the loss. Device groups are equal runs of
+    experts.
     """
     mean_of_group = fractions_N.view(groups, -1).mean(-1, keepdim=True).expand(groups, len(fractions_N) // groups)
     weight = expert * fractions_N + device * mean_of_group.reshape(-1)
@@ -139,6 +145,7 @@ def sequence_counts(experts_TK: Tensor, sequence_T: Tensor, sequences: int, coun
 def sequence_loss(scores_TN: Tensor, fractions_SN: Tensor, sequence_T: Tensor, tokens: int, alpha: float) -> Tensor:
     """The expert-level loss of each sequence alone, their mean (DeepSeek-V3 eq. 17-20): this rank's part, a scalar.
 
-    fractions: f of each sequence. tokens: of the global batch, whose sequences are equally long.
+    scores: ``[T, N']``. fractions: ``[sequences, N']``, f of each. sequence: ``[T]`` int64, a token's. tokens: of the
+    global batch, whose sequences are equally long. alpha: the loss's factor.
     """
     return (scores_TN * fractions_SN.to(scores_TN.dtype)[sequence_T]).sum() * (alpha / tokens)

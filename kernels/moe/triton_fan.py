@@ -1,8 +1,7 @@
-"""Where rows go and where they stand, in Triton: what :mod:`shoal.kernels.moe.plan` does by chains of operators.
+"""Where rows go, in Triton: what :mod:`shoal.kernels.moe.plan` does by chains of operators.
 
-Of tokens that travel, four launches plan and pack, and three sort what came, whatever the number of ranks. Blocks of
-tokens count, one kernel adds up what stands before each block, and the next pass over the tokens places them: no
-atomics, and nothing depends on the order in which programs run.
+Of tokens that travel, four launches plan and pack, and three (:mod:`shoal.kernels.moe.triton_sort`) sort what came,
+whatever the number of ranks, all by counting.
 
 Words behind rows begin anywhere, and those of no rows at address 0: kernels are not compiled for how they are aligned,
 or a rank would compile, and all others wait, when for once nothing comes.
@@ -19,12 +18,13 @@ from torch import Tensor
 from shoal.kernels.moe import triton_rows
 from shoal.kernels.moe.fan import Fan
 from shoal.kernels.moe.plan import Plan, Ways
+from shoal.kernels.moe.triton_sort import count_before, ints, padded_columns, tile_of
 
 
 def _shape(ways: Ways) -> dict[str, int]:
     """What kernels are compiled for."""
     slots, world = len(ways.hosts), len(ways.columns)
-    wide = {"SP": _wide(slots), "WP": _wide(world)}
+    wide = {"SP": padded_columns(slots), "WP": padded_columns(world)}
     return {"S": slots, "W": world, "D": len(ways.ranks), "OWN": ways.own} | wide
 
 
@@ -32,11 +32,11 @@ def plan(experts: Tensor, gates: Tensor, ways: Ways, capacity: int = 0) -> Plan:
     """As :func:`shoal.kernels.moe.plan.plan`."""
     tokens, choices = experts.shape
     wide, count = len(ways.hosts) + len(ways.columns), max(tokens, capacity)
-    tile = _tile(count, wide)
+    tile = tile_of(count, wide)
     blocks = triton.cdiv(count, tile)
-    slots, before, counts = _ints(experts, tokens, choices), _ints(experts, blocks, wide), _ints(experts, wide)
-    words = _ints(experts, capacity, 2 * choices) if capacity else None
-    home = _ints(experts, tokens, len(ways.ranks)) if capacity else None
+    slots, before, counts = ints(experts, tokens, choices), ints(experts, blocks, wide), ints(experts, wide)
+    words = ints(experts, capacity, 2 * choices) if capacity else None
+    home = ints(experts, tokens, len(ways.ranks)) if capacity else None
     if count:
         _plan_kernel[(blocks,)](
             experts.contiguous(),
@@ -58,7 +58,7 @@ def plan(experts: Tensor, gates: Tensor, ways: Ways, capacity: int = 0) -> Plan:
             num_warps=4,
             **_shape(ways),
         )
-    _before_kernel[(wide,)](before, counts, blocks, N=wide, TILE=1024)
+    count_before(before, counts)
     return Plan(slots, counts, words, home, before=before, tile=tile)
 
 
@@ -66,7 +66,7 @@ def pack(plan: Plan, x: Tensor, gates: Tensor, ways: Ways, rows: Tensor, words: 
     """As :func:`shoal.kernels.moe.plan.pack`; the order is undefined at places that nobody takes."""
     assert plan.before is not None
     tokens = len(x)
-    home, order = _ints(x, tokens, len(ways.ranks)), _ints(x, len(rows))
+    home, order = ints(x, tokens, len(ways.ranks)), ints(x, len(rows))
     if tokens and len(ways.ranks):
         _pack_kernel[(triton.cdiv(tokens, plan.tile),)](
             gates.contiguous(),
@@ -87,51 +87,6 @@ def pack(plan: Plan, x: Tensor, gates: Tensor, ways: Ways, rows: Tensor, words: 
         )
         triton_rows.expand(x, home, rows)
     return Fan(home, order)
-
-
-def sort(
-    slots: Tensor, gates: Tensor, words: Tensor | None, first: int, experts: int, places: int
-) -> tuple[Tensor, Fan, Tensor]:
-    """As :func:`shoal.kernels.moe.plan.sort`; the order is 0 at places that nobody takes."""
-    tokens, choices = slots.shape
-    total = tokens + (0 if words is None else len(words))
-    tile = _tile(total, experts)
-    blocks, columns = triton.cdiv(total, tile), max(experts, 1)
-    if words is None:
-        words, all_gates = slots, gates
-    else:
-        all_gates = torch.empty(total, choices, dtype=torch.float32, device=gates.device)
-    mine, rows = _ints(slots, total, choices), _ints(slots, total, choices)
-    order = _ints(slots, min(places, total * choices))
-    before, counts, ends = _ints(slots, blocks, columns), _ints(slots, columns), _ints(slots, experts)
-    shape = {"N": columns, "NP": _wide(columns), "K": choices, "TILE": tile, "num_warps": 4}
-    if total:
-        _count_kernel[(blocks,)](
-            slots,
-            gates.contiguous(),
-            words,
-            all_gates,
-            mine,
-            before,
-            tokens,
-            total,
-            first,
-            experts,
-            B=words.stride(0),
-            COPY=all_gates is not gates,
-            **shape,
-        )
-    _before_kernel[(columns,)](before, counts, blocks, N=columns, TILE=1024)
-    _place_kernel[(max(blocks, 1),)](mine, before, counts, ends, rows, order, total, len(order), experts, **shape)
-    return all_gates, Fan(rows, order), ends
-
-
-def gates_of_rows(values: Tensor, rows: Tensor) -> Tensor:
-    """As :func:`shoal.kernels.moe.plan.gates_of_rows`."""
-    out = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
-    if out.numel():
-        _gates_kernel[(triton.cdiv(out.numel(), 1024),)](values.contiguous(), rows, out, out.numel(), TILE=1024)
-    return out
 
 
 def gates_at_home(own: Tensor, words: Tensor, home: Tensor, slots: Tensor, ways: Ways) -> Tensor:
@@ -155,18 +110,6 @@ def gates_at_home(own: Tensor, words: Tensor, home: Tensor, slots: Tensor, ways:
             num_warps=4,
         )
     return out
-
-
-def _ints(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.int32, device=like.device)
-
-
-def _wide(columns: int) -> int:
-    return max(16, triton.next_power_of_2(columns))
-
-
-def _tile(tokens: int, columns: int) -> int:
-    return 64 if tokens >= 16384 and columns <= 128 else 16
 
 
 @triton.jit
@@ -242,19 +185,6 @@ def _plan_kernel(
     tl.store(before + block * (S + W) + S + r, tl.sum(needed, 0), mask=r < W)
 
 
-@triton.jit(do_not_specialize=["blocks"])
-def _before_kernel(before, counts, blocks, N: tl.constexpr, TILE: tl.constexpr):
-    """Of one column: the sum over earlier blocks, in place of the block's own count; and the total."""
-    n = tl.program_id(0)
-    count = tl.zeros([], tl.int32)
-    for start in range(0, blocks, TILE):
-        b = start + tl.arange(0, TILE)
-        own = tl.load(before + b * N + n, mask=b < blocks, other=0)
-        tl.store(before + b * N + n, count + tl.cumsum(own, 0) - own, mask=b < blocks)
-        count += tl.sum(own, 0)
-    tl.store(counts + n, count)
-
-
 @triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["words"])
 def _pack_kernel(
     gates,
@@ -297,98 +227,6 @@ def _pack_kernel(
             slot = tl.load(slots + t * K + i, mask=there, other=0)
             tl.store(words + row * B + i, gate, mask=wanted)
             tl.store(words + row * B + K + i, slot, mask=wanted)
-
-
-@triton.jit(do_not_specialize=["tokens", "total", "first", "experts"], do_not_specialize_on_alignment=["words"])
-def _count_kernel(
-    slots,
-    gates,
-    words,
-    all_gates,
-    mine,
-    before,
-    tokens,
-    total,
-    first,
-    experts,
-    B: tl.constexpr,
-    COPY: tl.constexpr,
-    N: tl.constexpr,
-    NP: tl.constexpr,
-    K: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """A tile of tokens: which of this rank's experts each choice is, -1 for others', and how many chose each."""
-    block = tl.program_id(0)
-    t = block * TILE + tl.arange(0, TILE)
-    e = tl.arange(0, NP)
-    own, came = t < tokens, (t >= tokens) & (t < total)
-    behind = words + (t - tokens).to(tl.int64) * B
-    chose = tl.zeros([TILE, NP], tl.int32)
-    for i in tl.static_range(K):
-        slot = tl.load(slots + t * K + i, mask=own, other=-1)
-        if COPY:
-            slot = tl.where(came, tl.load(behind + K + i, mask=came, other=-1), slot)
-            gate = tl.load(behind + i, mask=came, other=0).to(tl.float32, bitcast=True)
-            gate = tl.where(own, tl.load(gates + t * K + i, mask=own, other=0.0), gate)
-            tl.store(all_gates + t * K + i, gate, mask=own | came)
-        expert = slot - first
-        expert = tl.where((expert >= 0) & (expert < experts), expert, -1)
-        tl.store(mine + t * K + i, expert, mask=own | came)
-        chose += ((e[None, :] == expert[:, None]) & (own | came)[:, None]).to(tl.int32)
-    tl.store(before + block * N + e, tl.sum(chose, 0), mask=e < N)
-
-
-@triton.jit(do_not_specialize=["total", "places", "experts"])
-def _place_kernel(
-    mine,
-    before,
-    counts,
-    ends,
-    rows,
-    order,
-    total,
-    places,
-    experts,
-    N: tl.constexpr,
-    NP: tl.constexpr,
-    K: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """The row of each choice; and 0 at the places of the order that nobody takes.
-
-    Of a token that chose an expert twice, the copies stand one behind the other.
-    """
-    block = tl.program_id(0)
-    t = block * TILE + tl.arange(0, TILE)
-    e = tl.arange(0, NP)
-    there = t < total
-    b_counts = tl.load(counts + e, mask=e < N, other=0)
-    b_ends = tl.cumsum(b_counts, 0)
-    tl.store(ends + e, b_ends, mask=(e < experts) & (block == 0))
-    chose = tl.zeros([TILE, NP], tl.int32)
-    for i in tl.static_range(K):
-        expert = tl.load(mine + t * K + i, mask=there, other=-1)
-        chose += (e[None, :] == expert[:, None]).to(tl.int32)
-    first = b_ends - b_counts + tl.load(before + block * N + e, mask=(e < N) & (block * TILE < total), other=0)
-    place = first[None, :] + tl.cumsum(chose, 0) - chose
-    taken = tl.sum(b_counts, 0)
-    for i in tl.static_range(K):
-        expert = tl.load(mine + t * K + i, mask=there, other=-1)
-        hit = e[None, :] == expert[:, None]
-        row = tl.sum(tl.where(hit, place, 0), 1)
-        place += hit.to(tl.int32)
-        tl.store(rows + t * K + i, tl.where(expert < 0, -1, row), mask=there)
-        tl.store(order + row, t * K + i, mask=there & (expert >= 0) & (row < places))
-        free = t * K + i
-        tl.store(order + free, free * 0, mask=there & (free >= taken) & (free < places))
-
-
-@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["rows"])
-def _gates_kernel(values, rows, out, count, TILE: tl.constexpr):
-    i = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    row = tl.load(rows + i, mask=i < count, other=-1)
-    tl.store(out + i, tl.load(values + row, mask=row >= 0, other=0.0), mask=i < count)
 
 
 @triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["words"])

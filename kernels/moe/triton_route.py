@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shoal.kernels.moe.router import SCORES
 from shoal.kernels.moe.triton_best import best_of, scores_of
 
-SCORES = ("softmax", "sigmoid")
 MOST = 128
 """Experts whose logits fit into the kernel that chooses; of more, they are computed before it."""
 

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from shoal.kernels.hopper import barrier, half_rows, pieces, scores, split_halves, told
-from shoal.kernels.nsa.gluon_span_grad import reduce_add
+from shoal.kernels.nsa.gluon_span_products import reduce_add
 
 
 @gluon.jit

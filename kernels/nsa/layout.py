@@ -145,6 +145,7 @@ def make_layout(
     cu_seqlens: N+1 offsets on the host, ``0 … T``. tile: queries computed together. dense_keys: see
     :class:`Layout`. Both are chosen here when None and change speed, never results (beyond rounding). queries: the
     tokens that are queries, over the keys that :func:`shoal.kernels.nsa.rows.needs` names; None: all, over all keys.
+    Raises ValueError for offsets that do not begin with 0, or fall.
     """
     device = torch.device(device)
     if tile is None:
@@ -164,6 +165,8 @@ def _make_layout(
     some: Rows | None,
 ) -> Layout:
     lengths = [stop - start for start, stop in pairwise(cu_seqlens)]
+    if cu_seqlens[:1] != (0,) or min(lengths, default=0) < 0:
+        raise ValueError(f"cu_seqlens={cu_seqlens}: offsets of documents begin with 0 and do not fall")
     before = tuple(accumulate(map(sizes.cmp_blocks, lengths), initial=0))
     chunks_before = tuple(accumulate((n // sizes.cmp_stride for n in lengths), initial=0))
     # All that travels to a GPU: what follows from it is computed there.

@@ -9,6 +9,7 @@ second kernel merges by their log-sum-exp.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -38,6 +39,11 @@ class Tuning:
     merge_warps: int = 2
     merge_stages: int = 2
 
+    def read_directly(self, group: int, count: int) -> int:
+        """How many of a query's ``count`` blocks are, by groups of so many heads."""
+        direct = self.direct if self.direct is not None else 8 if group >= 8 else 0
+        return min(direct, count)
+
 
 def selected_by_block(
     q: Tensor,
@@ -62,15 +68,14 @@ def selected_by_block(
     Partial outputs are kept in q's dtype, ``chunk * (n - direct)`` of them a head, whatever the length of the pack.
     """
     tuning = tuning or Tuning()
-    tokens, heads, dim = q.shape
+    tokens, heads = q.shape[:2]
     kv, dim_v = v.shape[1:]
     out = q.new_empty(tokens, heads, dim_v) if beside is None else beside[0]
     lse = q.new_empty(tokens, heads, dtype=torch.float32)
     if not tokens:
         return out, lse
     group = heads // kv
-    direct = tuning.direct if tuning.direct is not None else 8 if group >= 8 else 0
-    direct = min(direct, blocks.shape[2])
+    direct = tuning.read_directly(group, blocks.shape[2])
     parted, n = blocks[..., direct:], blocks.shape[2] - direct
     group_p = padded(group, least=1)
     tile = max(1, tuning.rows // group_p)
@@ -78,19 +83,7 @@ def selected_by_block(
     part = q.new_empty(chunk, n, at_once, group, dim_v)
     part_lse = q.new_empty(chunk, n, at_once, group, dtype=torch.float32)
     inverse = invert(parted, tables, chunk, tile * tuning.steps) if n else None
-    shape = {
-        "N": n,
-        "KV": kv,
-        "HEADS": at_once,
-        "G": group,
-        "E": dim_v,
-        "EP": padded(dim_v),
-        "BLOCK": tables.sizes.slc_block,
-        "BN": padded(tables.sizes.slc_block),
-        "OWN": own,
-        "PRECISION": precision(q.dtype),
-        **halves(dim),
-    }
+    shape = {"N": n, "HEADS": at_once, "OWN": own, **_shape(q, v, tables)}
     for head in range(0, kv, at_once):
         width = min(at_once, kv - head)
         for index, start in enumerate(range(0, tokens, chunk)):
@@ -125,6 +118,21 @@ def selected_by_block(
                 **shape,
             )
     return out, lse
+
+
+def _shape(q: Tensor, v: Tensor, tables: Tables) -> dict[str, Any]:
+    """What both kernels are compiled for, beside how the choices are cut up."""
+    (_, heads, dim), (_, kv, dim_v) = q.shape, v.shape
+    return {
+        "KV": kv,
+        "G": heads // kv,
+        "E": dim_v,
+        "EP": padded(dim_v),
+        "BLOCK": tables.sizes.slc_block,
+        "BN": padded(tables.sizes.slc_block),
+        "PRECISION": precision(q.dtype),
+        **halves(dim),
+    }
 
 
 @triton.jit(do_not_specialize=["rows_k", "chunk", "chunks", "start"])

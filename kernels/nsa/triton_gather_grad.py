@@ -63,62 +63,100 @@ def selected_backward(
     """
     tuning = tuning or GatherGradTuning()
     tokens, heads, dim = q.shape
-    kv, dim_v = v.shape[1:]
-    n, group = blocks.shape[2], heads // kv
+    kv, n = v.shape[1], blocks.shape[2]
     d_q = grads.d_q if alone else torch.empty_like(q)
     if not tokens:
         return d_q
     chunk = min(tuning.chunk, tokens)
     part = torch.empty(chunk, n, heads, dim, dtype=q.dtype, device=q.device)
-    operands = (q, k, v, d_out, base, dots)
     hopper = None if deterministic or not tuning.hopper else for_hopper(q, v, tables, wide=tuning.wide)
+    shared = ((q, k, v, d_out, base, dots), part, blocks, tables, scale, grads, tuning)
+    find = _parts_on_hopper(hopper, *shared) if hopper else _parts_of_blocks(*shared, deterministic=deterministic)
+    for index, start in enumerate(range(0, tokens, chunk)):
+        stop = min(start + chunk, tokens)
+        find(index, start, stop)
+        _sum_kernel[(stop - start, kv)](
+            *(grads.d_q, part, blocks, d_q, 1.0 if alone else scale, start, blocks.stride(0), blocks.stride(1)),
+            ALONE=alone,
+            N=n,
+            KV=kv,
+            G=heads // kv,
+            GP=padded(heads // kv, least=1),
+            D=dim,
+            DP=padded(dim),
+            num_warps=max(tuning.merge_warps, padded(dim) // 32),
+        )
+    return d_q
+
+
+def _parts_on_hopper(
+    block_parts: Callable[..., None],
+    operands: tuple[Tensor, ...],
+    part: Tensor,
+    blocks: Tensor,
+    tables: PackTables,
+    scale: float,
+    grads: Grads,
+    tuning: GatherGradTuning,
+) -> Callable[[int, int, int], None]:
+    """What :func:`_parts_of_blocks` returns, of the twin of its kernel in Gluon."""
+    inverse = longest_first(invert(blocks, tables, len(part), tuning.item))
+    ends, taken = ends_by_head(inverse, blocks.shape[1]), blocks.new_zeros(inverse.chunks)
+
+    def find(index: int, start: int, stop: int) -> None:
+        block_parts(*operands, part, inverse, ends, taken, tables, scale, grads, index)
+
+    return find
+
+
+def _parts_of_blocks(
+    operands: tuple[Tensor, ...],
+    part: Tensor,
+    blocks: Tensor,
+    tables: PackTables,
+    scale: float,
+    grads: Grads,
+    tuning: GatherGradTuning,
+    *,
+    deterministic: bool,
+) -> Callable[[int, int, int], None]:
+    """What finds, for the number of a chunk and its queries' bounds, the parts of their gradients, ``part [chunk, n, H,
+    D]``, and adds to the gradients of keys and values."""
+    (chunk, n, heads, dim), (kv, dim_v) = part.shape, operands[2].shape[1:]
     if deterministic:
         pairs, first, chunks = lists_by_block(blocks, tables, chunk)
         items, size = pairs, 0
     else:
         inverse = invert(blocks, tables, chunk, tuning.item)
-        if hopper is not None:
-            inverse = longest_first(inverse)
-            ends, taken = ends_by_head(inverse, kv), blocks.new_zeros(inverse.chunks)
         pairs, first, chunks = inverse.item_pairs, inverse.first_items, inverse.chunks
         items, size = inverse.item_blocks, inverse.size
-    group_p = padded(group, least=1)
-    shape = {"N": n, "KV": kv, "G": group, "D": dim}
-    for index, start in enumerate(range(0, tokens, chunk)):
-        stop = min(start + chunk, tokens)
-        if hopper is not None:
-            hopper(*operands, part, inverse, ends, taken, tables, scale, grads, index)
-        else:
-            low, high = tables.reach(start, stop)
-            programs = high - low
-            if size:
-                programs = min((stop - start) * n, programs + (stop - start) * n // size)
-            _block_kernel[(programs, kv)](
-                *(*operands, grads.d_k, grads.d_v, part, items, pairs, first),
-                *(tables.block_first, tables.block_last, tables.own_rows, scale * LOG2E),
-                *(start, low, index, chunks, tables.blocks),
-                ITEM=size,
-                GP=group_p,
-                TILE=max(1, tuning.rows // group_p),
-                E=dim_v,
-                EP=padded(dim_v),
-                BN=padded(tables.sizes.slc_block),
-                PRECISION=precision(q.dtype),
-                num_warps=tuning.warps,
-                num_stages=tuning.stages,
-                D1=halves(dim)["D1"],
-                D2=halves(dim)["D2"],
-                **shape,
-            )
-        _sum_kernel[(stop - start, kv)](
-            *(grads.d_q, part, blocks, d_q, 1.0 if alone else scale, start, blocks.stride(0), blocks.stride(1)),
-            ALONE=alone,
+    group_p = padded(heads // kv, least=1)
+
+    def find(index: int, start: int, stop: int) -> None:
+        low, high = tables.reach(start, stop)
+        programs = high - low
+        if size:
+            programs = min((stop - start) * n, programs + (stop - start) * n // size)
+        _block_kernel[(programs, kv)](
+            *(*operands, grads.d_k, grads.d_v, part, items, pairs, first),
+            *(tables.block_first, tables.block_last, tables.own_rows, scale * LOG2E),
+            *(start, low, index, chunks, tables.blocks),
+            ITEM=size,
+            N=n,
+            KV=kv,
+            G=heads // kv,
             GP=group_p,
-            DP=padded(dim),
-            num_warps=max(tuning.merge_warps, padded(dim) // 32),
-            **shape,
+            TILE=max(1, tuning.rows // group_p),
+            E=dim_v,
+            EP=padded(dim_v),
+            BN=padded(tables.sizes.slc_block),
+            PRECISION=precision(part.dtype),
+            num_warps=tuning.warps,
+            num_stages=tuning.stages,
+            **halves(dim),
         )
-    return d_q
+
+    return find
 
 
 def for_hopper(q: Tensor, v: Tensor, tables: PackTables, *, wide: bool = True) -> Callable[..., None] | None:

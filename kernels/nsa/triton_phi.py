@@ -18,6 +18,7 @@ from shoal.kernels.hopper import begins_ahead
 from shoal.kernels.nsa.paged import PagedCache
 from shoal.kernels.nsa.paged_store import Compressed, Phi
 from shoal.kernels.nsa.triton_select import padded, precision
+from shoal.kernels.triton_rope import turned
 
 SUMMED = 4096  # elements of parts that a program adds to at one time
 
@@ -251,9 +252,8 @@ def _finish(
     if ROTATED:
         b_cos = tl.load(cos + r * HALF + o_d, mask=in_d, other=0.0)
         b_sin = tl.load(sin + r * HALF + o_d, mask=in_d, other=0.0)
-        k, k2 = first.to(b_cos.dtype), second.to(b_cos.dtype)
-        first = (k * b_cos - k2 * b_sin).to(w2.dtype.element_ty)
-        second = (k2 * b_cos + k * b_sin).to(w2.dtype.element_ty)
+        first, second = turned(first.to(b_cos.dtype), second.to(b_cos.dtype), b_cos, b_sin)
+        first, second = first.to(w2.dtype.element_ty), second.to(w2.dtype.element_ty)
     p_out = kept + place * D + o_d
     tl.store(p_out, first.to(kept.dtype.element_ty), mask=in_d)
     tl.store(p_out + HALF, second.to(kept.dtype.element_ty), mask=in_d2)

@@ -9,6 +9,7 @@ the row's log-sum-exp, so that no gradient of a branch's output is ever stored.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -78,32 +79,12 @@ def span_backward(
     multiplied twice.
     """
     tuning = tuning or SpanGradTuning()
-    tokens, heads, dim = q.shape
-    keys, kv, dim_v = v.shape
+    tokens, (keys, kv, _) = len(q), v.shape
     if not tokens or not keys:
         return
-    group_p = padded(heads // kv, least=1)
-    tile = max(1, tuning.rows // group_p)
-    # Wider rows leave less shared memory to load ahead into.
-    stages, tile_keys = min(tuning.stages, 3 if max(dim, dim_v) <= 128 else 2 if dim_v <= 128 else 1), tuning.keys
-    if q.dtype == torch.float32:
-        stages, tile_keys = 1, min(tile_keys, 64)
     chunk = tokens if deterministic or not tuning.chunk else tuning.chunk
-    shape = {
-        "KV": kv,
-        "G": heads // kv,
-        "GP": group_p,
-        "TILE": tile,
-        "E": dim_v,
-        "EP": padded(dim_v),
-        "BN": tile_keys,
-        "PRECISION": precision(q.dtype),
-        "num_warps": tuning.warps,
-        "num_stages": stages,
-        **halves(dim),
-    }
-    args = (q, k, v, d_out, base, dots)
-    _keys_kernel[(triton.cdiv(keys, tile_keys), triton.cdiv(tokens, chunk), kv)](
+    args, shape = (q, k, v, d_out, base, dots), _shape(q, v, tuning)
+    _keys_kernel[(triton.cdiv(keys, shape["BN"]), triton.cdiv(tokens, chunk), kv)](
         *args,
         grads.d_q,
         grads.d_k,
@@ -122,9 +103,32 @@ def span_backward(
         **shape,
     )
     if deterministic:
-        _queries_kernel[(triton.cdiv(tokens, tile), kv)](
+        _queries_kernel[(triton.cdiv(tokens, shape["TILE"]), kv)](
             *args, grads.d_q, span.low, span.high, scale * LOG2E, tokens, **shape
         )
+
+
+def _shape(q: Tensor, v: Tensor, tuning: SpanGradTuning) -> dict[str, Any]:
+    """What both kernels are compiled for."""
+    (_, heads, dim), (_, kv, dim_v) = q.shape, v.shape
+    group_p = padded(heads // kv, least=1)
+    # Wider rows leave less shared memory to load ahead into.
+    stages, tile_keys = min(tuning.stages, 3 if max(dim, dim_v) <= 128 else 2 if dim_v <= 128 else 1), tuning.keys
+    if q.dtype == torch.float32:
+        stages, tile_keys = 1, min(tile_keys, 64)
+    return {
+        "KV": kv,
+        "G": heads // kv,
+        "GP": group_p,
+        "TILE": max(1, tuning.rows // group_p),
+        "E": dim_v,
+        "EP": padded(dim_v),
+        "BN": tile_keys,
+        "PRECISION": precision(q.dtype),
+        "num_warps": tuning.warps,
+        "num_stages": stages,
+        **halves(dim),
+    }
 
 
 @triton.jit

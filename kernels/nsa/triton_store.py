@@ -18,6 +18,7 @@ from shoal.kernels.nsa.paged import PagedCache
 from shoal.kernels.nsa.paged_store import Compressed, Heads, Phi
 from shoal.kernels.nsa.triton_phi import triton_compress_few
 from shoal.kernels.nsa.triton_select import padded
+from shoal.kernels.triton_rope import turned
 
 TILE = 8  # query heads of a program
 FEW_ROWS = 0
@@ -95,7 +96,7 @@ def _copy_rows(x, rows, out, places, there, E: tl.constexpr, EP: tl.constexpr):
 
 @triton.jit
 def _rotate_rows(x, rows, cos, sin, n, out, places, there, HALF: tl.constexpr, HALFP: tl.constexpr):
-    """The same of rows of two halves, rotated by the angles of row n, in the order of ``shoal.kernels.rope.rotate``."""
+    """The same of rows of two halves, rotated by the angles of row n."""
     o_d = tl.arange(0, HALFP)
     inside = there[:, None] & (o_d < HALF)[None, :]
     b_cos = tl.load(cos + n * HALF + o_d, mask=o_d < HALF, other=0.0)[None, :]
@@ -103,11 +104,11 @@ def _rotate_rows(x, rows, cos, sin, n, out, places, there, HALF: tl.constexpr, H
     p_x, p_out = x + rows[:, None] * (2 * HALF) + o_d[None, :], out + places[:, None] * (2 * HALF) + o_d[None, :]
     first = tl.load(p_x, mask=inside, other=0.0).to(b_cos.dtype)
     second = tl.load(p_x + HALF, mask=inside, other=0.0).to(b_cos.dtype)
-    turned, other = first * b_cos - second * b_sin, second * b_cos + first * b_sin
+    first, second = turned(first, second, b_cos, b_sin)
     # Rounded to the type of x first, whatever out's.
-    turned, other = turned.to(x.dtype.element_ty), other.to(x.dtype.element_ty)
-    tl.store(p_out, turned.to(out.dtype.element_ty), mask=inside)
-    tl.store(p_out + HALF, other.to(out.dtype.element_ty), mask=inside)
+    first, second = first.to(x.dtype.element_ty), second.to(x.dtype.element_ty)
+    tl.store(p_out, first.to(out.dtype.element_ty), mask=inside)
+    tl.store(p_out + HALF, second.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

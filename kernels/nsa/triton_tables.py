@@ -148,13 +148,8 @@ def _make_tables(
     # All that travels to a GPU: what follows from it is computed there.
     firsts, slc_before, cmp_before = numbers_on(device, [cu_seqlens, slc, cmp])
 
-    def of(tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The document of each of some tokens of the pack, and its first token."""
-        documents = torch.searchsorted(firsts[1:], tokens, right=True)
-        return documents, firsts[documents]
-
-    token, far_tokens, near, seen = (x.indices(device) for x in (queries, needs.far, needs.near, needs.cmp))
-    documents, starts = of(token)
+    token, near, seen = (x.indices(device) for x in (queries, needs.near, needs.cmp))
+    documents, starts = _documents(token, firsts)
     position = token - starts
     local = starts + (position // sizes.slc_block - sizes.slc_local + 1).clamp(min=0) * sizes.slc_block
     initial = torch.minimum(starts + sizes.slc_initial * sizes.slc_block, local)
@@ -162,16 +157,8 @@ def _make_tables(
     far = needs.far
     own_rows, key_starts, near_rows = far.places(token), far.places(starts), needs.near.places(token)
     cmp_low = needs.cmp.places(cmp_before[documents])
-
-    far_documents, far_starts = of(far_tokens)
-    row_blocks = slc_before[far_documents] + (far_tokens - far_starts) // sizes.slc_block
-    block_documents, block = in_documents(slc_before, slc[-1])
-    block_first = firsts[block_documents] + block * sizes.slc_block
-    first_row = torch.where(far.holds(block_first), far.places(block_first), 0)
-    # Of a block only what is at hand: it may go on behind the last query.
-    low, high = (torch.searchsorted(row_blocks, torch.arange(slc[-1], device=device), right=x) for x in (False, True))
-
-    near_documents, _ = of(near)
+    block_first, block_last, row_blocks = _blocks(firsts, slc_before, slc[-1], far, sizes)
+    near_documents, _ = _documents(near, firsts)
     window_end = torch.minimum(near + sizes.window, firsts[near_documents + 1])
     cmp_documents = torch.searchsorted(cmp_before[1:], seen, right=True)
     cmp_last = firsts[cmp_documents] + (seen - cmp_before[cmp_documents]) * sizes.cmp_stride + sizes.cmp_block - 1
@@ -189,17 +176,40 @@ def _make_tables(
         starts=put(torch.arange(len(token), device=device) - position),
         key_starts=put(key_starts),
         block_base=put(slc_before[documents]),
-        block_first=put(first_row),
+        block_first=put(block_first),
         window=Span(put(near_rows - (token - torch.maximum(starts, token + 1 - sizes.window))), put(near_rows + 1)),
         local=Span(put(own_rows - (token - local)), put(own_rows + 1)),
         initial=Span(put(key_starts), put(key_starts + initial - starts)),
         cmp=Span(put(cmp_low), put(cmp_low + ended)),
         own_rows=put(own_rows),
-        block_last=put(first_row + high - low),
+        block_last=put(block_last),
         row_blocks=put(row_blocks),
         window_seen=queries_from(near, window_end),
         cmp_seen=queries_from(cmp_last, firsts[cmp_documents + 1]),
     )
+
+
+def _documents(tokens: Tensor, firsts: Tensor) -> tuple[Tensor, Tensor]:
+    """The document of each of some tokens of the pack, and its first token. firsts: ``[N + 1]``, of all documents."""
+    documents = torch.searchsorted(firsts[1:], tokens, right=True)
+    return documents, firsts[documents]
+
+
+def _blocks(firsts: Tensor, before: Tensor, count: int, far: Rows, sizes: BlockSizes) -> tuple[Tensor, Tensor, Tensor]:
+    """``block_first``, ``block_last`` and ``row_blocks`` of :class:`PackTables`, int64, for rows ``far`` of k_slc.
+
+    before: ``[N + 1]``, the selection blocks before each document; count: all of them.
+    """
+    tokens = far.indices(firsts.device)
+    documents, starts = _documents(tokens, firsts)
+    row_blocks = before[documents] + (tokens - starts) // sizes.slc_block
+    block_documents, block = in_documents(before, count)
+    first = firsts[block_documents] + block * sizes.slc_block
+    row = torch.where(far.holds(first), far.places(first), 0)
+    # Of a block only what is at hand: it may go on behind the last query.
+    every = torch.arange(count, device=firsts.device)
+    low, high = (torch.searchsorted(row_blocks, every, right=x) for x in (False, True))
+    return row, row + high - low, row_blocks
 
 
 def _stretches(cu_seqlens: tuple[int, ...], queries: Rows, blocks_before: list[int]) -> tuple[Stretch, ...]:

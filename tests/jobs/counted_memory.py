@@ -160,12 +160,14 @@ def _nothing(*_: Any, **__: Any) -> Sent:
 @contextmanager
 def as_on_a_gpu(recipe: Recipe) -> Iterator[None]:
     """Within it, tensors on the meta device take a GPU's paths in 16 bits."""
-    calls = ("all_to_all_single", "all_gather_into_tensor", "all_reduce", "P2POp", "new_group")
+    calls = ("all_to_all_single", "all_reduce", "P2POp", "new_group")
     with ExitStack() as stack:
         for name in calls:
             stack.enter_context(mock.patch.object(torch.distributed, name, _nothing))
         for target, put in {
             "torch.distributed.batch_isend_irecv": lambda ops: [],
+            "shoal.workers.mesh.all_gather_single": _nothing,
+            "shoal.workers.transfer.all_gather_single": _nothing,
             "shoal.workers.model.feedforward.experts_backend": lambda *_: GpuGemms,
             "shoal.workers.model.attention.rotate": triton_rotate,
             "shoal.workers.model.contexts.rotate": triton_rotate,

@@ -21,7 +21,8 @@ from shoal.jobs import activations  # noqa: E402
 from shoal.jobs.activations import layers, of_a_pass, sizes_of  # noqa: E402
 from shoal.jobs.bench.context import waves  # noqa: E402
 from shoal.jobs.bench.scale import Scale  # noqa: E402
-from shoal.jobs.bench.scale_cases import Training, all_series  # noqa: E402
+from shoal.jobs.bench.scale_cases import Training  # noqa: E402
+from shoal.jobs.bench.scale_series import all_series  # noqa: E402
 from shoal.jobs.estimate import count_parameters, estimate  # noqa: E402
 from shoal.jobs.recipe import load_recipe  # noqa: E402
 from shoal.workers.config import Recipe  # noqa: E402

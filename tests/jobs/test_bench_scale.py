@@ -14,7 +14,8 @@ from shoal.jobs.bench.command import environment
 from shoal.jobs.bench.registry import Settings, draw
 from shoal.jobs.bench.result import table
 from shoal.jobs.bench.scale import Scale, prepared
-from shoal.jobs.bench.scale_cases import Case, SequenceSeries, all_series
+from shoal.jobs.bench.scale_cases import Case
+from shoal.jobs.bench.scale_series import SequenceSeries, all_series
 from shoal.jobs.bench.sequence_rank import Case as Layer
 from shoal.workers.errors import UsageError
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ranks import run_ranks
 
 from shoal.jobs.bench.dispatch_ranks import Bench, Sizes
-from shoal.jobs.bench.scale_cases import MoESeries, Training, step_travels
+from shoal.jobs.bench.scale_cases import Training
 from shoal.jobs.bench.scale_model import (
     Attention,
     Curve,
@@ -28,6 +28,7 @@ from shoal.jobs.bench.scale_model import (
     rows_to_others,
     sequence_travels,
 )
+from shoal.jobs.bench.scale_series import MoESeries, step_travels
 from shoal.jobs.bench.sequence_rank import SIZES
 from shoal.jobs.estimate import count_parameters
 from shoal.workers.sequence import zigzag

@@ -2,8 +2,9 @@
 machine without a GPU, with the ptxas that Triton brings along.
 
 ``python hopper_compiler.py`` calls what the package calls, with tensors of the CPU; launches compile and go no further.
-Prints a line for each kernel: its name, bytes of shared memory, whether ptxas had to serialize matrix products, and
-whether a product and a sum became one operation.
+Prints a line for each kernel: its name, bytes of shared memory, whether ptxas had to serialize matrix products, whether
+a product and a sum became one operation, whether its launch may begin before the one before has ended, and whether it
+waits for that one and lets the next begin.
 A program of its own, since Triton must not have been told to interpret.
 """
 
@@ -26,8 +27,9 @@ from triton.runtime.jit import JITFunction
 from shoal.kernels import hopper
 
 HOPPER = GPUTarget("cuda", 90, 32)
-COMPILED = ("triton_address", "triton_fan", "triton_rows", "triton_store", "triton_rope", "triton_few", "triton_places",
-            "triton_paged", "triton_paged_choose", "triton_paged_parts", "triton_paged_sum", "triton_phi")  # fmt: skip
+COMPILED = ("triton_address", "triton_fan", "triton_sort", "triton_rows", "triton_store", "triton_rope", "triton_few",
+            "triton_places", "triton_paged", "triton_paged_choose", "triton_paged_parts", "triton_paged_sum",
+            "triton_phi")  # fmt: skip
 """Modules of Triton kernels that are compiled as well."""
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")
 
@@ -57,8 +59,11 @@ def compile_for_hopper(kernel: JITFunction[Any], *arguments: Any, grid: Any, war
     words = told.getvalue()
     assert kernel.__name__ in words, "nothing was heard of ptxas"
     slow = any(code in words for code in ("C7510", "C7512", "C7514"))
-    fused = "fused" if "fma." in compiled.asm["ptx"] else "rounded"
-    print(kernel.__name__, compiled.metadata.shared, "serialized" if slow else "overlapped", fused, flush=True)
+    ptx, products = compiled.asm["ptx"], "serialized" if slow else "overlapped"
+    fused = "fused" if "fma." in ptx else "rounded"
+    launched = "ahead" if options.get("launch_pdl") else "behind"
+    waits = "+".join(name for name in ("wait", "launch_dependents") if f"griddepcontrol.{name}" in ptx) or "nothing"
+    print(kernel.__name__, compiled.metadata.shared, products, fused, launched, waits, flush=True)
 
 
 def attention(kv: int, group: int, dims: tuple[int, int], dtype: torch.dtype) -> None:

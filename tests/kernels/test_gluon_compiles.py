@@ -1,5 +1,5 @@
 """Kernels compile for Hopper and fit its shared memory, and ptxas lets the products of Gluon ones overlap; those that
-write to pages round each product as PyTorch does; without a GPU."""
+write to pages round each product as PyTorch does, and those that begin ahead wait inside; without a GPU."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ KERNELS |= {"_places_kernel": 4}
 KERNELS |= {"compressed_rows_kernel": 4, "choose_kernel": 4, "pages_kernel": 4, "_sum_kernel": 4}
 KERNELS |= {"_parts_kernel": 2, "_sum_parts_kernel": 2}
 """Of each kernel, how often it is launched."""
+AHEAD = {"compressed_rows_kernel", "choose_kernel", "pages_kernel", "_sum_kernel"}
+AHEAD |= {"_parts_kernel", "_sum_parts_kernel", "_tokens_kernel"}
+"""Those whose launches begin before the one before has ended."""
 ROUNDING = {"_tokens_kernel": 2, "_blocks_kernel": 2, "_compressed_kernel": 2, "_rotate_kernel": 4}
 
 
@@ -34,10 +37,12 @@ def test_every_kernel(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     told = [line.split() for line in done.stdout.splitlines()]
     for name, count in (KERNELS | ROUNDING).items():
-        mine = [(int(shared), products) for kernel, shared, products, _ in told if kernel == name]
+        mine = [(int(shared), products) for kernel, shared, products, *_ in told if kernel == name]
         assert len(mine) == count, (name, told)
         assert all(shared <= SHARED_MEMORY and products == "overlapped" for shared, products in mine), (name, mine)
-    assert all(fused == "rounded" for kernel, _, _, fused in told if kernel in ROUNDING), told
+        waits = ["ahead", "wait+launch_dependents"] if name in AHEAD else ["behind", "nothing"]
+        assert all(line[4:] == waits for line in told if line[0] == name), (name, told)
+    assert all(fused == "rounded" for kernel, _, _, fused, *_ in told if kernel in ROUNDING), told
 
 
 def test_which_heads_each_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:

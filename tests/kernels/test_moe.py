@@ -151,3 +151,8 @@ def test_all_tokens_to_one_expert_and_none() -> None:
     want = torch.stack([oracle.ffn(r, gate_up[2], down[2]) for r in rows])
     torch.testing.assert_close(out, want, rtol=1e-10, atol=1e-12)
     assert grouped_ffn(rows[:0], torch.zeros(4, dtype=torch.int64), gate_up, down).shape == (0, 5)
+
+
+def test_unknown_scores_are_refused() -> None:
+    with pytest.raises(ValueError, match="score='relu': one of"):
+        route(torch.zeros(2, 4), torch.zeros(3, 4), 2, score="relu")

@@ -298,6 +298,23 @@ def test_a_sum_of_everything_has_gradients_too() -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("used", ["out", "sums"])
+def test_what_a_loss_leaves_out_counts_for_nothing(used: str) -> None:
+    """The gradients of a loss of the output alone, or of the sums, are those of one in which the other is times 0."""
+    shapes = [(5, 16), (8, 16), (8, 16, 16), (8, 8, 16)]
+    x, centroids, gate_up, down = (draw(*s, dtype=DTYPE, seed=i).requires_grad_() for i, s in enumerate(shapes))
+    upstream, on_sums = draw(5, 16, dtype=DTYPE, seed=7), draw(8, dtype=torch.float32, seed=8)
+    grads = []
+    for alone in (True, False):
+        found = moe_layer(x, centroids, gate_up, down, None, 2)
+        losses = {"out": (found.out * upstream).float().sum(), "sums": found.sums @ on_sums}
+        loss = losses.pop(used)
+        loss = loss if alone else loss + 0 * sum(losses.values())
+        grads.append(torch.autograd.grad(loss, (x, centroids, gate_up, down)))
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+    assert grads[0][1].any()
+
+
 def test_more_experts_than_the_choice_can_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their logits come from a product before it; the same choice."""
     x, centroids = draw(20, 16, dtype=DTYPE, seed=1), draw(24, 16, dtype=DTYPE, seed=2)

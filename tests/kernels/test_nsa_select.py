@@ -110,3 +110,9 @@ def test_compress_forward_and_gradients(sizes: BlockSizes, lengths: list[int], k
 def test_impossible_sizes_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="must"):
         BlockSizes(**{**PAPER.__dict__, **wrong})
+
+
+@pytest.mark.parametrize("offsets", [(), (1, 5), (0, 5, 3)])
+def test_offsets_that_are_no_documents_are_refused(offsets: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="begin with 0 and do not fall"):
+        make_layout(offsets, PAPER, "cpu")

@@ -88,6 +88,8 @@ def check(
         ([50], 4, 3, 1, 3, (24, 8), Tuning(chunk=16, rows=16, steps=1, direct=3)),
         ([0, 33, 0], 8, 3, 2, 1, (16, 16), Tuning(chunk=1000, heads=1, rows=16, steps=2, direct=2)),
         ([9, 21], 6, 2, 1, 16, (8, 8), Tuning(chunk=7, rows=32, steps=4, direct=1)),
+        # More partial outputs than are loaded before blocks are read.
+        ([1, 17], 4, 7, 1, 16, (8, 128), Tuning(chunk=12, rows=16, steps=1, direct=1)),
     ],
 )
 def test_against_the_oracle(

@@ -21,7 +21,7 @@ from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
 from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 from triton.runtime.jit import KernelParam, create_function_from_signature  # noqa: E402
 
-from shoal.kernels.moe import triton_fan, triton_rows  # noqa: E402
+from shoal.kernels.moe import triton_fan, triton_rows, triton_sort  # noqa: E402
 from shoal.kernels.moe.layer import moe_layer  # noqa: E402
 from shoal.kernels.moe.triton_gemms import TritonGemms  # noqa: E402
 from shoal.kernels.moe.triton_tiles import tiles_of  # noqa: E402
@@ -178,10 +178,10 @@ def test_rows_that_come_need_no_other_variant_whatever_their_number(variants: Va
         travels = triton_fan.plan(slots, gates, dispatcher.ways)
         going = Letters.empty(tokens, x, 2 * choices)
         home = triton_fan.pack(travels, x, gates, dispatcher.ways, going.rows, going.behind).rows
-        all_gates, fan, _ = triton_fan.sort(slots, gates, letters.behind, 0, 2, (tokens + came) * choices)
+        all_gates, fan, _ = triton_sort.sort(slots, gates, letters.behind, 0, 2, (tokens + came) * choices)
         rows = triton_rows.expand(x, fan.rows, x.new_empty(len(fan.order), hidden), letters.rows)
         triton_rows.combine(rows, fan.rows[tokens:], all_gates[tokens:], some=True, out=letters.rows)
-        triton_fan.gates_of_rows(torch.zeros(len(rows)), fan.rows)
+        triton_sort.gates_of_rows(torch.zeros(len(rows)), fan.rows)
         triton_fan.gates_at_home(gates, letters.behind, home, slots, dispatcher.ways)
         new = {name: each - before.get(name, set()) for name, each in variants.items()}
         counts.append({name: len(each) for name, each in new.items() if each})
