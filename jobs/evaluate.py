@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from shoal.jobs.load import Trained
+from shoal.jobs.run_folder import TOKENIZER
 from shoal.workers.data.batch import PackedBatch
 from shoal.workers.data.loader import ValLoader
 from shoal.workers.data.manifest import read_manifest
@@ -37,11 +38,11 @@ def evaluate_model(
     told: gets how many steps are done, and of how many. Raises InvalidInput when the corpus has another tokenizer than
     the model's.
     """
-    own, other = read_manifest(trained.corpus), read_manifest(corpus)
-    if own.tokenizer.sha256 != other.tokenizer.sha256:
+    if trained.folder.tokenizer_hash() != read_manifest(corpus).tokenizer.sha256:
+        own = trained.folder.path / TOKENIZER
         raise InvalidInput(
-            f"{corpus} has another tokenizer than the run's corpus {trained.corpus}: "
-            f"prepare it again with --tokenizer {trained.corpus}/tokenizer.json"
+            f"{corpus} has another tokenizer than the run {trained.folder.name}: prepare it again with "
+            f"--tokenizer {own if own.exists() else trained.corpus / TOKENIZER}"
         )
     t = trained.recipe.train
     loader = _Watched(corpus, t.sequence, tokens, max(1, t.batch // t.accumulate), (0, 1))

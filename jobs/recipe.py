@@ -56,7 +56,7 @@ def load_recipe(name_or_file: str | Path, sets: Sequence[str] = (), overrides: d
     wrong), each in one sentence with key, value and remedy.
     """
     tables = _read(_find(str(name_or_file), None), ())
-    changes = dict(_parse_set(text) for text in sets)
+    changes = dict(parse_set(text) for text in sets)
     changes |= {key: value for key, value in (overrides or {}).items() if value is not None}
     _forget_ranks(tables, changes.get("parallel.placement"))
     for key, value in changes.items():
@@ -159,7 +159,8 @@ def _merge(base: Tables, over: Tables) -> Tables:
     return merged
 
 
-def _parse_set(text: str) -> tuple[str, Any]:
+def parse_set(text: str) -> tuple[str, Any]:
+    """Key and value of a ``--set``. Raises UsageError."""
     key, equals, raw = text.partition("=")
     if not equals or not key.strip():
         raise UsageError(f"--set {quote(text)} is not of the form key=value: write, say, --set train.steps=100")

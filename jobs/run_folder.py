@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from shoal.jobs.data.tokenizer import CorpusTokenizer
 
 TOKENIZER = "tokenizer.json"
+IMPORTED = "imported"  # key of run.json: where an imported run's weights are from
 MAY_CHANGE = ("name", "description", "parallel", "checkpoint", "serve")  # what a resumed run may have otherwise
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """``runs/NAME``: recipe.toml, run.json (the corpus), tokenizer.json, metrics.jsonl, checkpoints, plots, events.
+    """``runs/NAME``: recipe.toml, run.json (its corpus), tokenizer.json, metrics.jsonl, checkpoints, plots, events.
 
     source: the URL that it was fetched from, in which case ``path`` is in the cache.
     """
@@ -64,9 +65,17 @@ class RunFolder:
         return load_recipe(self.recipe_file)
 
     def corpus(self) -> Path:
-        """The corpus that the run was trained on, where it was, or where it is when both were moved together."""
+        """The corpus that the run was trained on, where it was, or where it is when both were moved together.
+
+        Raises InvalidInput for a run that was imported, and where that is not known.
+        """
         try:
             facts = json.loads((self.path / "run.json").read_text())
+            if "corpus" not in facts and IMPORTED in facts:
+                raise InvalidInput(
+                    f"{self.path} was imported from {facts[IMPORTED]} and has no corpus: shoal evaluate takes one by "
+                    f"--data, and shoal train begins a new run with its weights by --from {self.path.name}"
+                )
             corpus, moved = Path(facts["corpus"]), self.path / facts.get("corpus_from_here", "no such folder")
         except (OSError, ValueError, KeyError, TypeError):
             raise InvalidInput(f"{self.path / 'run.json'} does not name the run's corpus: restore it") from None
@@ -79,10 +88,20 @@ class RunFolder:
 
         try:
             entry = json.loads((self.path / "run.json").read_text())["tokenizer"]
-            own = load_tokenizer(self.path / TOKENIZER).tokenizer
+            ends = entry["bos_token"], entry["eos_token"]
+            own = load_tokenizer(self.path / TOKENIZER, ends).tokenizer
             return CorpusTokenizer(own, entry["bos"], entry["eos"], tuple(entry["added"]))
         except (OSError, ValueError, KeyError, TypeError, NotFound):
             return corpus_tokenizer(self.corpus())
+
+    def tokenizer_hash(self) -> str:
+        """SHA-256 of its tokenizer.json, which that of a corpus for it must have."""
+        from shoal.workers.data.manifest import read_manifest
+
+        try:
+            return str(json.loads((self.path / "run.json").read_text())["tokenizer"]["sha256"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return read_manifest(self.corpus()).tokenizer.sha256
 
     @contextmanager
     def locked(self) -> Iterator[None]:

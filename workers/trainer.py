@@ -41,6 +41,7 @@ from shoal.workers.watch import StepWatch
 
 NEW_LOAD = 0.02  # weight of a step's load in the running mean of it that experts are placed by
 LOAD_RECORDS = 200  # about so many expert loads, means of gates and coverages are recorded in a run
+MASTER = "optim.master."
 Record = dict[str, Any]
 
 
@@ -376,17 +377,20 @@ class Trainer:
 
     def begin_with(self, checkpoint: Path) -> None:
         """Takes over the weights of another run's checkpoint; step, data and the optimizer's moments begin anew, and so
-        do experts' biases where it has none.
+        do experts' biases where it has none. Of a checkpoint without masters, weights become masters.
 
         Raises: ``InvalidInput`` for weights of other sizes, or of another dtype.
         """
         saved = read_state(checkpoint)
         step = int(saved["step"])
-        weights = {k: v for k, v in self.tensors().items() if k.startswith(("model.", "optim.master."))}
+        weights = {k: v for k, v in self.tensors().items() if k.startswith(("model.", MASTER))}
+        masters = {k: weights.pop(k) for k in list(weights) if k.startswith(MASTER) and saved.get("weights_alone")}
         if not saved.get("biased"):
             weights = {k: v for k, v in weights.items() if not k.endswith(".moe.bias")}
         # Rank 1 of a world of 1: it reads by itself, and does not tidy up the folder as rank 0 would.
         Checkpointer(checkpoint.parent, 1, None, 1, 1).load(step, weights)
+        for name, master in masters.items():
+            local(master).copy_(local(weights[f"model.{name.removeprefix(MASTER)}"]))
 
     def _loader(self, state: dict[str, Any] | None) -> Ahead:
         t, data = self.recipe.train, self.recipe.data

@@ -42,6 +42,8 @@ COMMANDS = {
     "generate": Lazy("generate:generate", "Continue a text with a trained model.", TRAIN),
     "serve": Lazy("serve:serve", "Serve a trained model over HTTP and gRPC.", TRAIN),
     "evaluate": Lazy("evaluate:evaluate", "Measure a trained model in bits per byte.", TRAIN),
+    "import": Lazy("hf:importing", "Make a run of a published model.", TRAIN),
+    "export": Lazy("hf:export", "Write a trained model as Hugging Face and vLLM load it.", TRAIN),
     "job": Lazy("job:app", "Run jobs on a Kubernetes cluster, or on a Ray cluster.", CLUSTER),
     "data": Lazy("data:app", "Prepare, show and verify corpora.", PREPARE),
     "config": Lazy("config:app", "Show and check recipes, with what they cost.", PREPARE),
@@ -88,6 +90,8 @@ def root(
     - `shoal train --recipe tiny --workers 4 --set train.steps=1000`
 
     - `shoal generate first --prompt "def main("` continues a text
+
+    - `shoal import hf deepseek-moe-16b-base --name deepseek` makes a run of a checkpoint from Hugging Face
 
     - `shoal serve first` answers over HTTP, as OpenAI's API, and gRPC
 

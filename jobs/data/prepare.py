@@ -80,7 +80,7 @@ def prepare(
 def corpus_tokenizer(folder: Path) -> CorpusTokenizer:
     """The tokenizer of a prepared corpus, with the bos and eos of its manifest."""
     entry = read_manifest(folder).tokenizer
-    loaded = load_tokenizer(folder / TOKENIZER)
+    loaded = load_tokenizer(folder / TOKENIZER, (entry.bos_token, entry.eos_token))
     return CorpusTokenizer(loaded.tokenizer, entry.bos, entry.eos, entry.added)
 
 

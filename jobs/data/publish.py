@@ -21,29 +21,31 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @contextmanager
-def publishing(target: Path, force: bool = False) -> Iterator[Path]:
+def publishing(target: Path, force: bool = False, option: str = "--out") -> Iterator[Path]:
     """Yield a scratch folder that becomes ``target`` when the block ends well, and is removed when it does not.
+
+    option: what of the command line chooses the target. force: replace a corpus.
 
     Raises InvalidInput when ``target`` exists (with ``force``: when it is no corpus) and when it cannot be written,
     be it a full disk, a read-only file system or a missing permission.
     """
-    _check_target(target, force)
+    _check_target(target, force, option)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(target)
         scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.tmp-", dir=target.parent))
     except OSError as error:
-        raise _refusal(target, error) from None
+        raise _refusal(target, error, option) from None
     lock = os.open(scratch, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        scratch.chmod(0o777 & ~_umask())
+        scratch.chmod(0o777 & ~umask())
         yield scratch
         _flush(scratch)
-        _check_target(target, force)
+        _check_target(target, force, option)
         _move(scratch, target)
     except OSError as error:
-        raise _refusal(target, error) from None
+        raise _refusal(target, error, option) from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         os.close(lock)
@@ -55,25 +57,27 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_target(target: Path, force: bool) -> None:
+def _check_target(target: Path, force: bool, option: str) -> None:
     if target.is_dir() and not any(target.iterdir()):
         return
     if target.exists():
         if not force:
-            raise InvalidInput(f"{target} exists already: choose another --out, or replace it with --force")
+            replaced = ", or replace it with --force" if option == "--out" else ""
+            raise InvalidInput(f"{target} exists already: choose another {option}{replaced}")
         if not is_corpus(target):
-            raise InvalidInput(f"{target} is not a corpus, so --force does not replace it: choose another --out")
+            raise InvalidInput(f"{target} is not a corpus, so --force does not replace it: choose another {option}")
 
 
-def _refusal(target: Path, error: OSError) -> InvalidInput:
+def _refusal(target: Path, error: OSError, option: str) -> InvalidInput:
     """One sentence for a failed write; pyarrow gives the number of an error, but no text of its own for it."""
     why = os.strerror(error.errno) if error.errno else str(error).splitlines()[0]
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    remedy = "free some space there or choose another --out" if full else "choose another --out"
+    remedy = f"free some space there or choose another {option}" if full else f"choose another {option}"
     return InvalidInput(f"{target} cannot be written ({why}): {remedy}")
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The permissions that this process takes from new files."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,9 +17,28 @@ from shoal.workers.data.manifest import Tokens
 from shoal.workers.errors import InvalidInput, NotFound
 
 BOS, EOS = "<|bos|>", "<|eos|>"
-# Names that published tokenizers give to the two, the first that is found is taken.
-BOS_NAMES = (BOS, "<s>", "<bos>", "<|begin_of_text|>", "<|begin▁of▁sentence|>", "<|startoftext|>", "[BOS]", "[CLS]")
-EOS_NAMES = (EOS, "</s>", "<eos>", "<|end_of_text|>", "<|end▁of▁sentence|>", "<|endoftext|>", "[EOS]", "[SEP]")
+# Names that published tokenizers give to the two, the first that is found is taken. DeepSeek's bars are U+FF5C.
+BOS_NAMES = (
+    BOS,
+    "<s>",
+    "<bos>",
+    "<|begin_of_text|>",
+    "<\uff5cbegin▁of▁sentence\uff5c>",
+    "<|startoftext|>",
+    "[BOS]",
+    "[CLS]",
+)
+EOS_NAMES = (
+    EOS,
+    "</s>",
+    "<eos>",
+    "<|end_of_text|>",
+    "<\uff5cend▁of▁sentence\uff5c>",
+    "<|endoftext|>",
+    "[EOS]",
+    "[SEP]",
+)
+SETTINGS = "tokenizer_config.json"  # of Hugging Face, beside tokenizer.json
 SMALLEST = 256 + 2  # every byte, bos and eos
 
 
@@ -68,8 +88,9 @@ class CorpusTokenizer:
         return self.tokenizer.decode([int(t) for t in tokens if t not in ends], skip_special_tokens=False)
 
 
-def load_tokenizer(path: Path) -> CorpusTokenizer:
-    """Read a ``tokenizer.json``; bos and eos are found by their common names, and added where it has none.
+def load_tokenizer(path: Path, ends: tuple[str, str] | None = None) -> CorpusTokenizer:
+    """Read a ``tokenizer.json``. ends: its bos and eos; None: what ``tokenizer_config.json`` beside it says, else they
+    are found by their common names, and added where it has none.
 
     Raises NotFound when there is no such file, InvalidInput when it is not a tokenizer.
     """
@@ -80,11 +101,23 @@ def load_tokenizer(path: Path) -> CorpusTokenizer:
     except Exception as error:  # the library raises bare Exception
         why = str(error).splitlines()[0]
         raise InvalidInput(f"{path} is not a tokenizer.json ({why}): give one that tokenizers wrote") from None
-    added = tuple(
-        names[0] for names in (BOS_NAMES, EOS_NAMES) if all(tokenizer.token_to_id(name) is None for name in names)
-    )
+    known = ((ends[0],), (ends[1],)) if ends else _said_beside(path)
+    bos, eos = ((*first, *names) for first, names in zip(known, (BOS_NAMES, EOS_NAMES), strict=True))
+    added = tuple(names[0] for names in (bos, eos) if all(tokenizer.token_to_id(name) is None for name in names))
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in added])
-    return _ready(tokenizer, added)
+    return _ready(tokenizer, added, bos, eos)
+
+
+def _said_beside(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of bos and of eos in the ``tokenizer_config.json`` beside a file, none or one of each."""
+    try:
+        said = json.loads((path.parent / SETTINGS).read_bytes())
+    except (OSError, ValueError):
+        said = {}
+    found = (said.get(key) if isinstance(said, dict) else None for key in ("bos_token", "eos_token"))
+    names = (each.get("content") if isinstance(each, dict) else each for each in found)
+    bos, eos = ((name,) if isinstance(name, str) else () for name in names)
+    return bos, eos
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> CorpusTokenizer:
@@ -116,10 +149,11 @@ def _as_we_use_it(tokenizer: Tokenizer) -> None:
     tokenizer.encode_special_tokens = True  # a text that spells out a special token is still a text
 
 
-def _ready(tokenizer: Tokenizer, added: tuple[str, ...]) -> CorpusTokenizer:
+def _ready(
+    tokenizer: Tokenizer, added: tuple[str, ...], bos: Sequence[str] = BOS_NAMES, eos: Sequence[str] = EOS_NAMES
+) -> CorpusTokenizer:
     _as_we_use_it(tokenizer)
-    bos, eos = (_first(tokenizer, names) for names in (BOS_NAMES, EOS_NAMES))
-    return CorpusTokenizer(tokenizer, bos, eos, added)
+    return CorpusTokenizer(tokenizer, _first(tokenizer, bos), _first(tokenizer, eos), added)
 
 
 def _first(tokenizer: Tokenizer, names: Sequence[str]) -> int:

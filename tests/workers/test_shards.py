@@ -159,6 +159,28 @@ def test_checkpoints_open_on_other_ranks_and_with_whole_weights(corpus: Path, tm
             assert result[0]["loss"] == pytest.approx(want[0]["loss"], rel=rel)
 
 
+def _masters(rank: int, world: int, tables: dict[str, Any], corpus: Path, checkpoint: Path) -> list[str]:
+    """Of a rank that begins with a checkpoint and goes on: masters that were not the weights of the same name."""
+    trainer = _trainer(rank, tables, corpus)
+    trainer.begin_with(checkpoint)
+    began = {name: local(tensor).float().clone() for name, tensor in trainer.tensors().items()}
+    masters = [name for name in began if name.startswith("optim.master.")]
+    assert masters and trainer.train_step()["loss"] < 10
+    return [name for name in masters if not torch.equal(began[name], began[name.replace("optim.master", "model")])]
+
+
+def test_weights_alone_become_masters_whole_or_in_shards(corpus: Path, tmp_path: Path) -> None:
+    """A checkpoint that was imported has nothing else."""
+    tables = small_recipe(train__dtype="bfloat16")
+    writer = Checkpointer(tmp_path, 1, None, 0, 1)
+    state = {"step": 0, "dtype": "bfloat16", "weights_alone": True}
+    writer.save(0, weights_of(_trainer(0, {**tables, "train": {**tables["train"], "seed": 1}}, corpus).model), state)
+    writer.wait()
+    assert _masters(0, 1, tables, corpus, tmp_path / "step-0") == []
+    two = _sharded(train__dtype="bfloat16", parallel__ranks=2)
+    assert _ranks(_masters, two, corpus, tmp_path / "step-0") == [[], []]
+
+
 def _alive(kind: type[Tensor]) -> int:
     """Bytes of all tensors of a kind in this process, in float64 as weights are; those that share memory count once."""
     found = {}

@@ -153,19 +153,8 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def _initialise(self) -> None:
         """Each tensor from a generator seeded by the recipe's seed and its own name: any placement starts alike."""
-        recipe = self.recipe
         for name, parameter, index in named_views(self):
-            view = parameter if index is None else parameter[index]
-            if name.endswith("norm.weight"):
-                view.fill_(1.0)
-                continue
-            seed = hashlib.sha256(f"{recipe.train.seed}/{name}".encode()).digest()[:7]
-            generator = torch.Generator(view.device).manual_seed(int.from_bytes(seed))
-            wide = torch.promote_types(view.dtype, torch.float32)
-            std = _std(name, view, recipe.model.init_std)
-            # drawn in float32 whatever the dtype, so that runs in other precisions start from the same numbers
-            noise = torch.randn(view.shape, generator=generator, device=view.device, dtype=torch.float32)
-            view.copy_(noise.to(wide) * std)
+            draw(self.recipe, name, parameter if index is None else parameter[index])
 
     def forward(self, batch: PackedBatch, load: MoELoad | None = None, attention: Attending | None = None) -> Tensor:
         """Final hidden states ``[T, hidden]``, normed; ``[0, hidden]`` on a rank without an attention shard."""
@@ -224,6 +213,20 @@ class Transformer(nn.Module):
         if not self.hosts_attention:
             return hidden.sum().to(torch.promote_types(self.dtype, torch.float32))
         return cross_entropy_sum(hidden, self.vocabulary, targets, LOSS_CHUNK)
+
+
+def draw(recipe: Recipe, name: str, view: Tensor) -> None:
+    """Gives a tensor of the model its initial value, which its name and the recipe's seed determine."""
+    if name.endswith("norm.weight"):
+        view.fill_(1.0)
+        return
+    seed = hashlib.sha256(f"{recipe.train.seed}/{name}".encode()).digest()[:7]
+    generator = torch.Generator(view.device).manual_seed(int.from_bytes(seed))
+    wide = torch.promote_types(view.dtype, torch.float32)
+    std = _std(name, view, recipe.model.init_std)
+    # drawn in float32 whatever the dtype, so that runs in other precisions start from the same numbers
+    noise = torch.randn(view.shape, generator=generator, device=view.device, dtype=torch.float32)
+    view.copy_(noise.to(wide) * std)
 
 
 def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
