@@ -14,11 +14,12 @@ import torch
 from torch.autograd import DeviceType, profiler
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from shoal.workers.config import TrainTable
 from shoal.workers.records import PROFILE, TABLE
 
 if TYPE_CHECKING:
     from torch.autograd import _KinetoEvent
+
+    from shoal.workers.config import TrainTable
 
 MOST = 10  # in the table
 NAME = 80  # characters of an operation's name; those of kernels made from templates go on for lines
