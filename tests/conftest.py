@@ -21,6 +21,9 @@ KERNELS = Path(__file__).parent / "kernels"
 if not any(Path("/dev").glob("nvidia[0-9]*")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Deterministic products need it, and PyTorch looks for it at the process's first product on a GPU, once for all.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 # Examples of a tensor test differ a hundredfold in size, so none has a deadline; pytest-timeout catches what hangs.
 _common: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("default", max_examples=20, **_common)

@@ -126,5 +126,6 @@ def make_mesh(placement: Placement, rank: int = 0, device: torch.device | str = 
         attention=attention,
         replicas=replicas,
         context=context,
+        # half an hour, as PyTorch has it for gloo: the others wait here for the rank whose disk is slowest
         checkpoint=dist.new_group(list(everyone), backend="gloo") if placement.ranks > 1 else None,
     )

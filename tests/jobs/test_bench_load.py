@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from random import Random
 
@@ -138,13 +139,15 @@ def test_a_closed_loop_keeps_so_many_requests_in_flight_and_no_more(server: Serv
 
 def test_a_closed_loop_ends_with_its_time_and_waits_for_what_is_in_flight(server: Server) -> None:
     server.first = 0.1
-    target, begin = Target(server.url, "fish"), clock()
+    target = Target(server.url, "fish")
 
-    async def load() -> list[Answer]:
+    async def load() -> tuple[float, list[Answer]]:
         async with target.connect() as session:
-            return await closed_loop(lambda due: ask(session, target, Prompt("a", 2, 0), due), 2, Limits(seconds=1.0))
+            begin = clock()
+            ask_one = partial(ask, session, target, Prompt("a", 2, 0))
+            return begin, await closed_loop(ask_one, 2, Limits(seconds=1.0))
 
-    answers = asyncio.run(load())
+    begin, answers = asyncio.run(load())
     assert all(not answer.error and answer.sent - begin < 1.0 + SLACK for answer in answers)
     assert max(answer.end for answer in answers) - begin >= 1.0
     assert len(answers) >= 4
