@@ -185,7 +185,7 @@ class Engines:
         if "expert_load" not in state:
             raise InvalidInput(
                 f"serve.expert_copies={extra}, and checkpoint step-{self.step} does not say which experts are busy "
-                f"(it is an older one): set serve.expert_copies to 0"
+                f"(it was imported, or is an older one): set serve.expert_copies to 0"
             )
         ids = [nodes[rank] for rank in placement.experts[: placement.set_size]]
         at, groups = [ids.index(n) for n in ids], self.recipe.bound_groups

@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from errno import ENOSPC
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,11 +91,16 @@ class StepProfile:
     def _write(self, trace: profile, which: str) -> None:
         self.folder.mkdir(exist_ok=True)
         plain, packed = (self.folder / f".rank-{self.rank}.json{end}" for end in ("", ".gz"))
-        trace.export_chrome_trace(str(plain))
-        with plain.open("rb") as source, gzip.open(packed, "wb") as target:
-            shutil.copyfileobj(source, target, 1 << 20)  # PyTorch would do it line by line
-        plain.unlink()
-        packed.replace(self.folder / packed.name[1:])
+        try:
+            trace.export_chrome_trace(str(plain))
+            if not plain.exists():  # PyTorch's library leaves a part under another name, and says nothing
+                raise OSError(ENOSPC, "is the disk full?")
+            with plain.open("rb") as source, gzip.open(packed, "wb") as target:
+                shutil.copyfileobj(source, target, 1 << 20)  # PyTorch would do it line by line
+            packed.replace(self.folder / packed.name[1:])
+        finally:
+            for left in self.folder.glob(f".rank-{self.rank}.json*"):
+                left.unlink()
         if self.rank == 0:
             assert trace.profiler and trace.profiler.kineto_results
             (self.folder / TABLE).write_text(_table(trace.profiler.kineto_results.events(), which), "utf-8")

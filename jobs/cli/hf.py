@@ -83,10 +83,10 @@ def export(
     runs_dir: RunsDirOption = RUNS_DIR,
     output: OutputOption = Output.table,
 ) -> None:
-    """Write a trained model as Hugging Face and vLLM load it.
+    """Write a trained model as Hugging Face keeps it.
 
     Full attention with softmax routing has words in that format; what has none is refused. The folder appears whole or
-    not at all.
+    not at all. Its model is DeepSeek's own code on the Hub: load it with `trust_remote_code=True`.
 
     Example: `shoal export mine --to mine-hf`
     """

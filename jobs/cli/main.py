@@ -43,7 +43,7 @@ COMMANDS = {
     "serve": Lazy("serve:serve", "Serve a trained model over HTTP and gRPC.", TRAIN),
     "evaluate": Lazy("evaluate:evaluate", "Measure a trained model in bits per byte.", TRAIN),
     "import": Lazy("hf:importing", "Make a run of a published model.", TRAIN),
-    "export": Lazy("hf:export", "Write a trained model as Hugging Face and vLLM load it.", TRAIN),
+    "export": Lazy("hf:export", "Write a trained model as Hugging Face keeps it.", TRAIN),
     "job": Lazy("job:app", "Run jobs on a Kubernetes cluster, or on a Ray cluster.", CLUSTER),
     "data": Lazy("data:app", "Prepare, show and verify corpora.", PREPARE),
     "config": Lazy("config:app", "Show and check recipes, with what they cost.", PREPARE),

@@ -47,7 +47,7 @@ def read_config(folder: Path) -> Config:
         ) from None
     except OSError as error:
         raise InvalidInput(f"{file} cannot be read ({error.strerror}): make it readable") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidInput(f"{file} is not valid JSON ({error}): restore it") from None
     if not isinstance(config, dict):
         raise InvalidInput(f"{file} holds no JSON object: restore it")
@@ -234,6 +234,9 @@ def _number(config: Config, key: str, default: float | None = None) -> float:
     value = config.get(key)
     if value is None and default is not None:
         return default
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise InvalidInput(f"{CONFIG} has {key}={value!r}, which is not a number: restore the file")
-    return float(value)
+    try:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    except OverflowError:  # an integer beyond what a float holds
+        pass
+    raise InvalidInput(f"{CONFIG} has {key}={value!r}, which is not a number: restore the file")

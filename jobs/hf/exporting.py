@@ -1,4 +1,4 @@
-"""A run's model, out: a folder that Hugging Face's DeepseekForCausalLM and vLLM load."""
+"""A run's model, out: a folder that Hugging Face's DeepseekForCausalLM loads."""
 
 from __future__ import annotations
 

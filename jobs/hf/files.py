@@ -141,7 +141,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         plain = all(isinstance(name, str) and Path(name).name == name for name in names)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         names, plain = [], False
     if not names or not plain:
         raise InvalidInput(f"{index} names no files of its folder in weight_map: restore it")

@@ -30,6 +30,7 @@ from shoal.workers.model import Transformer
 from shoal.workers.model.transformer import draw
 from shoal.workers.weights import weights_of
 
+BIAS = ".moe.bias"
 BASE = "deepseekmoe-16b"  # what an imported recipe has of training
 _ONE_RANK = {
     "parallel.ranks": 1,
@@ -37,6 +38,7 @@ _ONE_RANK = {
     "parallel.expert": 0,
     "parallel.context": 1,
     "train.initial": "",
+    "train.dtype": "auto",  # the weights', unless --set says another
     "route.max_devices": 0,
     "balance.bias_rate": 0.0,
 }
@@ -72,7 +74,8 @@ def import_folder(
     tokenizer = _tokenizer(source, config, recipe.model.vocab)
     files = TensorFiles(checkpoint_files(source), lambda key: not _ignored(key, recipe))
     parts = list(units(recipe))
-    files.check({key: shape for unit in parts for key, shape in unit.theirs.items()}, str(source / CONFIG))
+    whence = f"{source / CONFIG}{', with --set,' if sets else ''}"
+    files.check({key: shape for unit in parts for key, shape in unit.theirs.items()}, whence)
     dtype = _dtype(files, config, recipe)
     ours = weights_of(Transformer(recipe, device="meta"))
     shapes: Shapes = {key: tuple(empty.shape) for key, empty in ours.items()}
@@ -80,11 +83,12 @@ def import_folder(
     check_room(target, bytes_of(shapes, dtype), "--runs-dir")
     with publishing(target, option="--name or --runs-dir") as folder:
         known = {key for unit in parts for key in unit.ours}
-        drawn = {key: empty for key, empty in ours.items() if key not in known}
-        tensors = _tensors(recipe, files, drawn, getattr(torch, dtype))
+        others = {key: empty for key, empty in ours.items() if key not in known}
+        tensors = _tensors(recipe, files, others, getattr(torch, dtype))
         written = _write_checkpoint(folder / "checkpoints", recipe, dtype, tensors)
         _write_identity(folder, source, recipe, tokenizer)
-    return Imported(target, sum(empty.numel() for empty in ours.values()), dtype, written, len(drawn))
+    drawn = sum(not key.endswith(BIAS) for key in others)
+    return Imported(target, sum(empty.numel() for empty in ours.values()), dtype, written, drawn)
 
 
 def _recipe(config: Config, source: Path, base: str, sets: Sequence[str]) -> Recipe:
@@ -151,14 +155,15 @@ def _dtype(files: TensorFiles, config: Config, recipe: Recipe) -> str:
 
 
 def _tensors(
-    recipe: Recipe, files: TensorFiles, drawn: dict[str, Tensor], dtype: torch.dtype
+    recipe: Recipe, files: TensorFiles, others: dict[str, Tensor], dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a checkpoint, one after another. drawn: those that are none of the files', without values."""
+    """All tensors of a checkpoint, one after another. others: those that are none of the files', without values;
+    biases of the choice begin at 0, the rest is drawn."""
     for unit in units(recipe):
         for name, tensor in unit.to_ours(files.read):
             yield name, tensor.to(dtype)
-    for name, empty in drawn.items():
-        if name.endswith(".moe.bias"):
+    for name, empty in others.items():
+        if name.endswith(BIAS):
             yield name, torch.zeros(empty.shape, dtype=empty.dtype)
             continue
         tensor = torch.empty(empty.shape, dtype=dtype)

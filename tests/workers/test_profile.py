@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import resource
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,18 @@ def test_a_trace_that_cannot_be_written_stops_nothing(corpus: Path, tmp_path: Pa
     figures, events = _advance(trainer, 2)
     assert [step for step, *_ in figures] == [1, 2]
     assert len(events) == 1 and "could not be written" in events[0] and "File exists" in events[0]
+
+
+def test_a_trace_that_does_not_fit_leaves_nothing_on_the_disk(corpus: Path, tmp_path: Path) -> None:
+    trainer = _trainer(small_recipe(**FEW, train__profile_at=1, train__profile_steps=1), str(corpus), tmp_path, 0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, before[1]))
+    try:
+        _, events = _advance(trainer, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert len(events) == 1 and "could not be written" in events[0]
+    assert list((tmp_path / "profile").iterdir()) == []
 
 
 def test_without_the_key_nothing_is_traced(corpus: Path, tmp_path: Path) -> None:
