@@ -113,8 +113,8 @@ class Killer:
 @pytest.mark.parametrize(
     ("placement", "kills"),
     [
-        pytest.param("colocated", [("build", 0, 0)], id="colocated"),
-        pytest.param("1A:1F", [("run", 4, 0)], id="1A:1F"),
+        pytest.param("colocated", [("run", 4, 0)], id="colocated"),
+        pytest.param("1A:1F", [("run", 4, 0)], id="1A:1F", marks=pytest.mark.slow),
         pytest.param("colocated", [("build", 0, 0), ("run", 3, 1)], id="twice", marks=pytest.mark.slow),
         pytest.param("colocated", [("join", 0, 1), ("save", 0, 0)], id="ends of a run", marks=pytest.mark.slow),
         pytest.param("1A:1F", [("build", 0, 1), ("sample", 0, 1)], id="1A:1F ends", marks=pytest.mark.slow),
@@ -205,6 +205,7 @@ def test_a_run_shows_in_rays_metrics(
     assert reader.values["train_tokens_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_killed_while_a_checkpoint_is_written(
     corpus: Path,
     session: RaySession,

@@ -36,6 +36,7 @@ def followed(cluster: Cluster, name: str, **options: Any) -> tuple[threading.Thr
     return thread, lines
 
 
+@pytest.mark.slow
 def test_a_log_is_followed_whenever_the_server_goes_away(
     server: ApiServer, kubelet: Kubelet, cluster: Cluster, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

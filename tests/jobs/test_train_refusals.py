@@ -195,7 +195,8 @@ def test_a_disk_that_fills_up_ends_the_run_with_its_last_checkpoint_whole(goes_o
         assert [r["step"] for r in records(small / "run")] == list(range(1, 11))
 
 
-@pytest.mark.parametrize("options", ["size=64k", pytest.param("ro", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("options", ["size=64k", "ro"])
+@pytest.mark.slow
 def test_without_shared_memory_and_with_the_dashboards_port_taken_a_run_goes_on(options: str, here: Path) -> None:
     """/dev/shm of 64 KiB or none to write in, as in some containers; port 8265 in use: the dashboard takes another."""
     with socket.socket() as taken:
@@ -224,6 +225,7 @@ def in_own_mounts(prepare: str, here: Path) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_does_not_end_the_run(here: Path) -> None:
     """``shoal train | head -1``: the run ends well, and silently."""
     process = subprocess.Popen(
