@@ -46,6 +46,11 @@ GRACE = 0.3  # seconds from the driver's leaving the cluster to the end of Ray's
 LEAVE_SECONDS = 10.0  # a driver that takes longer to leave is not waited for
 
 
+def heard() -> list[signal.Signals]:
+    """The signals that stop a run, without those that whoever started it wants ignored (nohup)."""
+    return [s for s in STOP_SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
+
+
 @dataclass(frozen=True)
 class RaySession:
     """A running Ray. ``dashboard``: its address or None; ``local``: whether it lives and dies with this process."""

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from shoal.cluster.expert_placement import better_plan, busiest
 from shoal.cluster.group import PLACE_TIMEOUT, RankGroup, RankLost
-from shoal.cluster.local import STOP_SIGNALS, RaySession
+from shoal.cluster.local import RaySession, heard
 from shoal.cluster.metrics import TrainMetrics
 from shoal.workers.checkpoint_files import last_good, wait_for_writers
 from shoal.workers.config import Recipe
@@ -59,11 +59,6 @@ class Stop:
         if self.signal:
             raise KeyboardInterrupt
         self.signal = number
-
-
-def heard() -> list[signal.Signals]:
-    """The signals that stop a run, without those that whoever started it wants ignored (nohup)."""
-    return [s for s in STOP_SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
 
 
 @dataclass

@@ -113,7 +113,7 @@ def _run_folders(root: Path) -> list[Path]:
         entries = sorted(root.iterdir())
     except OSError as error:
         raise InvalidInput(f"--runs-dir {root} cannot be read ({error.strerror}): give a folder of runs") from None
-    return [entry for entry in entries if _is_run(entry)]
+    return [entry for entry in entries if not entry.name.startswith(".") and _is_run(entry)]  # hidden: not finished
 
 
 def _is_run(folder: Path) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from shoal.jobs.data.baselines import Baselines, baselines
 from shoal.jobs.data.corpus import ensure_corpus
 from shoal.jobs.data.prepare import corpus_tokenizer
 from shoal.jobs.estimate import estimate
+from shoal.jobs.interrupt import interruptible
 from shoal.jobs.load import choose_step, find_run
 from shoal.jobs.memory import refuse_what_does_not_fit
 from shoal.jobs.report import RunReport
@@ -73,18 +73,8 @@ def train(
     Raises: ShoalError for whatever cannot be done; KeyboardInterrupt when it is to end at once.
     """
     started = time.monotonic()
-    from shoal.cluster.supervisor import heard
-
-    before = {number: signal.signal(number, _interrupt) for number in heard()}
-    try:
+    with interruptible():
         return _train(recipe, runs, name, resume, data_root, console, started)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _interrupt(_number: int, _frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _train(

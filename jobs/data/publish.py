@@ -7,16 +7,19 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from shoal.jobs.interrupt import interruptible
 from shoal.workers.data.manifest import is_corpus
 from shoal.workers.errors import InvalidInput
 
+SCRATCH = ".shoal-scratch-"  # begins the name of a folder that is being written
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -24,31 +27,33 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 def publishing(target: Path, force: bool = False, option: str = "--out") -> Iterator[Path]:
     """Yield a scratch folder that becomes ``target`` when the block ends well, and is removed when it does not.
 
-    option: what of the command line chooses the target. force: replace a corpus.
+    option: what of the command line chooses the target. force: replace a corpus. In the block, SIGTERM and SIGHUP are
+    treated like Ctrl-C, so that they leave nothing either.
 
-    Raises InvalidInput when ``target`` exists (with ``force``: when it is no corpus) and when it cannot be written,
-    be it a full disk, a read-only file system or a missing permission.
+    Raises InvalidInput when ``target`` exists (with ``force``: when it is no corpus), is a symbolic link or no name of
+    a folder, and when it cannot be written, be it a full disk, a read-only file system or a missing permission.
     """
     _check_target(target, force, option)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(target)
-        scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.tmp-", dir=target.parent))
-    except OSError as error:
-        raise _refusal(target, error, option) from None
-    lock = os.open(scratch, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        scratch.chmod(0o777 & ~umask())
-        yield scratch
-        _flush(scratch)
-        _check_target(target, force, option)
-        _move(scratch, target)
-    except OSError as error:
-        raise _refusal(target, error, option) from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        os.close(lock)
+    with interruptible():
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(target)
+            scratch = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+        except OSError as error:
+            raise _refusal(target, error, option) from None
+        lock = os.open(scratch, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            scratch.chmod(0o777 & ~umask())
+            yield scratch
+            _flush(scratch)
+            _check_target(target, force, option)
+            _move(scratch, target)
+        except OSError as error:
+            raise _refusal(target, error, option) from None
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+            os.close(lock)
 
 
 def sha256_file(path: Path) -> str:
@@ -58,6 +63,10 @@ def sha256_file(path: Path) -> str:
 
 
 def _check_target(target: Path, force: bool, option: str) -> None:
+    if target.name in ("", ".."):
+        raise InvalidInput(f"{target} is no name of a new folder: choose another {option}")
+    if target.is_symlink():
+        raise InvalidInput(f"{target} is a symbolic link: choose another {option}, or the place it points to")
     if target.is_dir() and not any(target.iterdir()):
         return
     if target.exists():
@@ -83,17 +92,25 @@ def umask() -> int:
     return mask
 
 
+def _prefix(target: Path) -> str:
+    return f"{SCRATCH}{target.name}-"
+
+
 def _remove_abandoned(target: Path) -> None:
     """Remove the scratch folders of processes that were killed: those whose lock nobody holds."""
-    for folder in target.parent.glob(f"{target.name}.tmp-*"):
-        lock = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-        except BlockingIOError:
-            pass
-        finally:
-            os.close(lock)
+    ours = re.compile(re.escape(_prefix(target)) + "[a-z0-9_]{8}")  # what mkdtemp appends
+    for folder in [path for path in target.parent.iterdir() if ours.fullmatch(path.name)]:
+        with suppress(OSError):  # it may have become its target by now, or be another user's
+            _remove_unlocked(folder)
+
+
+def _remove_unlocked(folder: Path) -> None:
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(lock)
 
 
 def _flush(folder: Path) -> None:

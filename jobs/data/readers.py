@@ -14,6 +14,7 @@ from typing import Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from shoal.jobs.data.publish import SCRATCH
 from shoal.workers.data.manifest import is_corpus
 from shoal.workers.errors import InvalidInput, NotFound
 
@@ -119,6 +120,7 @@ class FolderSource:
 
         for root, folders, files in os.walk(self.folder, onerror=unreadable):
             here = Path(root)
+            folders[:] = (name for name in folders if not name.startswith(SCRATCH))  # such as the corpus under way
             shown = sorted(name for name in folders if not name.startswith("."))
             skipped["hidden"] += sum(name.startswith(".") for name in (*folders, *files))
             kept = [name for name in shown if not self._ignored(here / name)]
@@ -133,13 +135,8 @@ class FolderSource:
                     skipped["not a regular file"] += 1
 
     def _ignored(self, folder: Path) -> bool:
-        """Whether ``folder`` is a corpus, or one of ``ignore``, finished or under way."""
-        real = folder.resolve()
-        ours = (
-            path == real or (path.parent == real.parent and real.name.startswith(f"{path.name}.tmp-"))
-            for path in self.options.ignore
-        )
-        return any(ours) or is_corpus(folder)
+        """Whether ``folder`` is a corpus, or one of ``ignore``."""
+        return folder.resolve() in self.options.ignore or is_corpus(folder)
 
 
 def open_inputs(inputs: Sequence[Path], options: ReadOptions) -> list[Source]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -293,7 +294,10 @@ def test_a_killed_preparation_is_no_corpus_and_the_next_one_clears_it_away(tmp_p
     killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "c")], timeout=60)
     assert killed.returncode == -9 and not (tmp_path / "c").exists()
     (left,) = tmp_path.iterdir()
-    assert left.name.startswith("c.tmp-")
+    assert left.name.startswith(".shoal-scratch-c-")
+    kept = ["c.tmp-keep", ".shoal-scratch-c-keep", ".shoal-scratch-c-x-abcd1234", f"{left.name}.old"]
+    for name in kept:
+        (tmp_path / name).mkdir()
     with publishing(tmp_path / "c") as own:
         assert not left.exists()
         with publishing(tmp_path / "c") as other:  # a second one at the same time leaves the first alone
@@ -301,8 +305,47 @@ def test_a_killed_preparation_is_no_corpus_and_the_next_one_clears_it_away(tmp_p
             (other / "x").touch()
         (own / "y").touch()
         (tmp_path / "c" / "x").unlink()
-    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+    with publishing(tmp_path / "*"), publishing(tmp_path / "?"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "c", "*", "?"])
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["y"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_preparation_that_is_told_to_end_clears_away_itself(number: signal.Signals, tmp_path: Path) -> None:
+    """Unless whoever started it has the signal ignored, as nohup does."""
+    code = (
+        "import os, signal, sys; from pathlib import Path; from shoal.jobs.data.publish import publishing\n"
+        "number = int(sys.argv[2]); signal.signal(number, getattr(signal, sys.argv[3]))\n"
+        "with publishing(Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'train-00000.parquet').write_bytes(b'half')\n"
+        "    os.kill(os.getpid(), number)\n"
+        "print(signal.getsignal(number) is getattr(signal, sys.argv[3]))\n"
+    )
+    for handler in ("SIG_DFL", "SIG_IGN"):
+        arguments = [sys.executable, "-c", code, str(tmp_path / "c"), str(number.value), handler]
+        told = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+        if handler == "SIG_DFL":
+            assert "KeyboardInterrupt" in told.stderr and list(tmp_path.iterdir()) == []
+        else:
+            assert told.stdout == "True\n", told.stderr
+            assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+@pytest.mark.parametrize("name", [".", "..", "a/..", "/", "empty", "dangling"])
+def test_a_target_that_is_no_name_of_a_new_folder_is_refused_before_anything_is_done(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here" / "a").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "a")
+    (tmp_path / "there").mkdir()
+    Path("empty").symlink_to(tmp_path / "there")
+    Path("dangling").symlink_to("nowhere")
+    before = sorted(tmp_path.rglob("*"))
+    said = "is a symbolic link: choose another --to" if name.isalpha() else "is no name of a new folder: choose"
+    with pytest.raises(InvalidInput, match=said), publishing(Path(name), option="--to"):
+        raise AssertionError("work was begun")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def run_limited(prologue: str, inputs: Path, out: Path) -> subprocess.CompletedProcess[str]:

@@ -6,6 +6,8 @@ import json
 import re
 import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -355,6 +357,26 @@ def test_a_published_tokenizers_ends_are_found(named: str, source: Path, tmp_pat
     if named == "beside":
         assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == settings
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 1
+
+
+def test_an_import_and_an_export_that_are_told_to_end_leave_nothing(source: Path, tmp_path: Path) -> None:
+    """SIGTERM while tensors are written, as Ctrl-C then."""
+    import_folder(source, tmp_path / "runs", "whole")
+    code = (
+        "import signal, sys; import shoal.jobs.hf.importing, shoal.jobs.hf.exporting\n"
+        "from shoal.jobs.cli.main import main\n"
+        "module = sys.modules['shoal.jobs.hf.' + sys.argv.pop(1)]\n"
+        "module.Shards.add = lambda *_: signal.raise_signal(signal.SIGTERM)\n"
+        "main()\n"
+    )
+    for module, arguments in (
+        ("importing", ("import", "hf", str(source), "--name", "half")),
+        ("exporting", ("export", "whole", "--to", "runs/half")),
+    ):
+        command = [sys.executable, "-c", code, module, *arguments]
+        told = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+        assert told.returncode == 130, told.stderr
+        assert [path.name for path in (tmp_path / "runs").iterdir()] == ["whole"]
 
 
 def test_an_export_of_a_damaged_checkpoint_names_the_tensor(source: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,7 @@ def test_list_tells_how_far_each_run_came(tmp_path: Path) -> None:
         os.utime(file, (1000, 1000))
     (tmp_path / "no-run").mkdir()
     (tmp_path / "second" / "checkpoints" / ".step-4.tmp-ab12").mkdir()
+    shutil.copytree(first, tmp_path / ".shoal-scratch-third-abcd1234")  # an import that is under way
     runs = json.loads(shoal_runs("list", "-o", "json", SHOAL_RUNS=str(tmp_path)).stdout)
     assert [run["name"] for run in runs] == ["first", "second"]
     assert runs[0]["updated"] == "1970-01-01T00:16:40+00:00"
