@@ -153,7 +153,9 @@ def discard_unused(folder: RunFolder) -> None:
 
 
 def write_identity(folder: RunFolder, recipe: Recipe, corpus: Path, corpus_hash: str) -> None:
-    """Writes recipe.toml, tokenizer.json and run.json, each whole or not at all: what serving the run takes."""
+    """Writes recipe.toml, tokenizer.json and run.json, each whole or not at all: what serving the run takes; and the
+    tokenizer's settings where the corpus has them."""
+    from shoal.jobs.data.tokenizer import SETTINGS, settings_of
     from shoal.workers.data.manifest import read_manifest
 
     facts = {
@@ -163,14 +165,16 @@ def write_identity(folder: RunFolder, recipe: Recipe, corpus: Path, corpus_hash:
         "tokenizer": read_manifest(corpus).tokenizer.model_dump(),
     }
     files = {
-        folder.recipe_file: recipe_to_toml(recipe),
-        folder.path / TOKENIZER: (corpus / TOKENIZER).read_text("utf-8"),
-        folder.path / "run.json": json.dumps(facts),
+        folder.recipe_file: recipe_to_toml(recipe).encode(),
+        folder.path / TOKENIZER: (corpus / TOKENIZER).read_bytes(),
+        folder.path / "run.json": json.dumps(facts).encode(),
     }
-    for file, text in files.items():
+    if (settings := settings_of(corpus / TOKENIZER)) is not None:
+        files[folder.path / SETTINGS] = settings
+    for file, content in files.items():
         draft = file.with_name(f".{file.name}.tmp")
         with refusing(folder.path):
-            draft.write_text(text, "utf-8")
+            draft.write_bytes(content)
             draft.replace(file)
 
 

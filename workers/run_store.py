@@ -1,8 +1,9 @@
 """Runs in an object store, by a URL that fsspec reads (``s3://bucket/runs/first``): fetched into a cache, and checked.
 
 A run's folder there is what ``runs/NAME`` is here. Of it, what a model takes to be used is fetched: recipe.toml,
-run.json, tokenizer.json, and one checkpoint, file by file. A download that was interrupted goes on where it was; a
-checkpoint gets its name in the cache when the size and the SHA-256 of every file are those of its manifest.
+run.json, tokenizer.json with its settings, and one checkpoint, file by file. A download that was interrupted goes on
+where it was; a checkpoint gets its name in the cache when the size and the SHA-256 of every file are those of its
+manifest.
 
 The cache is ``SHOAL_CACHE``, else ``~/.cache/shoal``. Several processes of a machine fetch a run once.
 """
@@ -27,7 +28,7 @@ from urllib.parse import urlsplit
 from shoal.workers.checkpoint_files import MANIFEST, FileEntry, Manifest, checkpoint_path, digest, read_manifest, verify
 from shoal.workers.errors import ClusterRefused, InvalidInput, NotFound, ShoalError, last_line
 
-IDENTITY = ("recipe.toml", "run.json", "tokenizer.json")
+IDENTITY = ("recipe.toml", "run.json", "tokenizer.json", "tokenizer_config.json")  # the first alone must be there
 STREAMS = 4  # files that are fetched at once
 TRIES = 4  # of a file whose connection breaks
 PAUSE = 0.5  # seconds before the second try; doubled for each further one
@@ -114,7 +115,7 @@ def fetch_run(url: str, step: int | None = None, told: Told = lambda said: None)
         checkpoints.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
             for name in IDENTITY:
-                _write_whole(folder / name, store.read(name), optional=name == "tokenizer.json")
+                _write_whole(folder / name, store.read(name))
             if not (folder / IDENTITY[0]).exists():
                 raise NotFound(f"{url} is not a run (it has no recipe.toml): correct the URL")
             chosen, skipped = _fetch_newest(store, checkpoints, step, told)
@@ -220,7 +221,7 @@ def _download(store: _Store, place: str, target: Path, size: int) -> None:
         pause *= 2
 
 
-def _write_whole(file: Path, content: bytes | None, optional: bool = False) -> None:
+def _write_whole(file: Path, content: bytes | None) -> None:
     """Writes a file, whole or not at all; None removes one that is not in the store any more."""
     if content is None:
         file.unlink(missing_ok=True)

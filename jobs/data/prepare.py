@@ -12,7 +12,7 @@ import numpy as np
 
 from shoal.jobs.data.publish import publishing, sha256_file
 from shoal.jobs.data.readers import Document, Source
-from shoal.jobs.data.tokenizer import CorpusTokenizer, Sample, load_tokenizer, train_tokenizer
+from shoal.jobs.data.tokenizer import SETTINGS, CorpusTokenizer, Sample, load_tokenizer, settings_of, train_tokenizer
 from shoal.jobs.data.writer import GROUP_TOKENS, Row, SplitWriter, write_in_hash_order
 from shoal.workers.data.manifest import (
     MANIFEST,
@@ -131,6 +131,10 @@ class _Build:
         self._parquet: list[CorpusFile] = []
         text = self.tokenizer.tokenizer.to_str(pretty=True)
         (self.folder / TOKENIZER).write_text(text, encoding="utf-8")
+        self._beside = [TOKENIZER, UNIGRAM]
+        if self.options.tokenizer and (settings := settings_of(self.options.tokenizer)) is not None:
+            (self.folder / SETTINGS).write_bytes(settings)
+            self._beside.append(SETTINGS)
         self._tokenizer_hash = sha256_file(self.folder / TOKENIZER)
         self._hash.update(self._tokenizer_hash.encode())
 
@@ -222,7 +226,7 @@ class _Build:
         t = self.tokenizer
         others = [
             CorpusFile(name=n, sha256=sha256_file(self.folder / n), size=(self.folder / n).stat().st_size)
-            for n in (TOKENIZER, UNIGRAM)
+            for n in self._beside
         ]
         return Manifest(
             name=name,

@@ -108,15 +108,26 @@ def load_tokenizer(path: Path, ends: tuple[str, str] | None = None) -> CorpusTok
     return _ready(tokenizer, added, bos, eos)
 
 
+def settings_of(path: Path) -> bytes | None:
+    """The ``tokenizer_config.json`` beside a ``tokenizer.json``, None where there is none that can be read.
+
+    It goes wherever its tokenizer goes: without it, another program may take other tokens for bos and eos.
+    """
+    try:
+        return (path.parent / SETTINGS).read_bytes()
+    except OSError:
+        return None
+
+
 def _said_beside(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of bos and of eos in the ``tokenizer_config.json`` beside a file, none or one of each."""
     try:
-        said = json.loads((path.parent / SETTINGS).read_bytes())
-    except (OSError, ValueError):
+        said = json.loads(settings_of(path) or b"{}")
+    except ValueError:
         said = {}
     found = (said.get(key) if isinstance(said, dict) else None for key in ("bos_token", "eos_token"))
     names = (each.get("content") if isinstance(each, dict) else each for each in found)
-    bos, eos = ((name,) if isinstance(name, str) else () for name in names)
+    bos, eos = ((name,) if isinstance(name, str) and name else () for name in names)
     return bos, eos
 
 

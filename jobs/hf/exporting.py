@@ -64,7 +64,7 @@ def export_run(folder: RunFolder, step: int, target: Path, shard_bytes: int = SH
 
 
 def _write_tokenizer(out: Path, folder: RunFolder, tokenizer: CorpusTokenizer, context: int) -> None:
-    """tokenizer.json and its settings. Where the run has none from an import, the tokenizer is made to begin a text
+    """tokenizer.json and its settings. Where the run has none from elsewhere, the tokenizer is made to begin a text
     with bos, as prompts begin here."""
     settings = folder.path / SETTINGS
     text = tokenizer.tokenizer.to_str(pretty=True)

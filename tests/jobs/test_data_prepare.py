@@ -348,6 +348,31 @@ def test_a_target_that_is_no_name_of_a_new_folder_is_refused_before_anything_is_
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_the_settings_of_a_tokenizer_go_with_it(tmp_path: Path) -> None:
+    """Where they alone name its bos and eos, a corpus that is prepared with a corpus's tokenizer has the same one."""
+    (tmp_path / "in").mkdir()
+    text = _trained().tokenizer.to_str().replace("<|bos|>", "<A>").replace("<|eos|>", "<Z>")
+    (tmp_path / "in" / "tokenizer.json").write_text(text)
+    settings = '{"bos_token": "<A>", "eos_token": {"content": "<Z>"}, "chat_template": "{{ messages }}"}'
+    (tmp_path / "in" / "tokenizer_config.json").write_text(settings)
+    made = []
+    for source, name in (("in", "one"), ("one", "two")):
+        options = PrepareOptions(tokenizer=tmp_path / source / "tokenizer.json", val_fraction=0.3)
+        made.append(make(tmp_path / name, TEXTS, options))
+        assert (tmp_path / name / "tokenizer_config.json").read_text() == settings
+        assert check_files(tmp_path / name)["tokenizer_config.json"] == "ok"
+    assert made[0].tokenizer == made[1].tokenizer and made[0].corpus_hash == made[1].corpus_hash
+    assert (made[0].tokenizer.bos_token, made[0].tokenizer.eos_token, made[0].tokenizer.added) == ("<A>", "<Z>", ())
+
+
+@pytest.mark.parametrize("said", ['""', "null", "7", '{"content": ""}', "[]"])
+def test_settings_that_name_no_bos_leave_it_to_the_common_names(said: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(_trained().tokenizer.to_str().replace("<|bos|>", "<A>"))
+    (tmp_path / "tokenizer_config.json").write_text(f'{{"bos_token": {said}, "eos_token": {said}}}')
+    found = load_tokenizer(tmp_path / "tokenizer.json")
+    assert (found.name(found.bos), found.eos, found.added) == ("<|bos|>", 1, ("<|bos|>",))
+
+
 def run_limited(prologue: str, inputs: Path, out: Path) -> subprocess.CompletedProcess[str]:
     """Prepare in a process that first runs ``prologue``; a ShoalError ends it with its exit code and its sentence."""
     code = f"""

@@ -353,10 +353,17 @@ def test_a_published_tokenizers_ends_are_found(named: str, source: Path, tmp_pat
         (tmp_path / "texts" / f"{i}.txt").write_text(f"{i} fish")
     shoal_here("data", "prepare", "texts", "--tokenizer", str(run / "tokenizer.json"), "--out", "c", cwd=tmp_path)
     assert (tmp_path / "c" / "tokenizer.json").read_bytes() == (run / "tokenizer.json").read_bytes()
-    export_run(RunFolder(run), 0, tmp_path / "out")
-    if named == "beside":
-        assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == settings
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 1
+    tuned = new_run(tmp_path / "runs", "tuned", RunFolder(run).recipe())  # as training goes on from it, on that corpus
+    write_identity(tuned, RunFolder(run).recipe(), tmp_path / "c", "")
+    shutil.copytree(run / "checkpoints", tuned.path / "checkpoints")
+    for each in (RunFolder(run), tuned):
+        found = load_tokenizer(each.path / "tokenizer.json")
+        assert (found.bos, found.eos, found.added) == (0, 1, ())
+        out = tmp_path / f"{each.name}-hf"
+        export_run(each, 0, out)
+        if named == "beside":
+            assert json.loads((out / "tokenizer_config.json").read_text()) == settings
+        assert json.loads((out / "config.json").read_text())["eos_token_id"] == 1
 
 
 def test_an_import_and_an_export_that_are_told_to_end_leave_nothing(source: Path, tmp_path: Path) -> None:

@@ -21,7 +21,9 @@ from shoal.workers.checkpoint_files import verify
 from shoal.workers.errors import ClusterRefused, InvalidInput, NotFound
 from shoal.workers.run_store import cached_folder, checkpoints_here, fetch_run
 
-IDENTITY = {"recipe.toml": "name = 'first'", "run.json": "{}", "tokenizer.json": "{}"}
+IDENTITY = {
+    "recipe.toml": "name = 'first'", "run.json": "{}", "tokenizer.json": "{}", "tokenizer_config.json": "{}"
+}  # fmt: skip
 
 
 class Shaky(LocalFileSystem):
@@ -125,6 +127,8 @@ def test_the_newest_checkpoint_is_fetched_once(run: Path) -> None:
     assert fetch_run(url(run), told=said.append) == found
     assert checkpoints_here(url(run), 40) == found.folder / "checkpoints"
     assert (Shaky.given, len(said)) == (size, 1)
+    (run / "tokenizer_config.json").unlink()  # few runs have one
+    assert fetch_run(url(run)) == found and not (found.folder / "tokenizer_config.json").exists()
     assert checkpoints_here(url(run), 20) == found.folder / "checkpoints" and tensors(found.folder, 20).exists()
     assert checkpoints_here("/a/path", 3) == Path("/a/path")
 

@@ -1,7 +1,8 @@
 """What a prepared corpus is: its folder, its manifest, and its validation text. Imports no torch.
 
-A corpus folder holds ``train-*.parquet``, ``val-*.parquet`` (a row a document), ``tokenizer.json``, ``unigram.npy`` and
-``manifest.json``. Validation files are in the order of the documents' hashes; training files in that of the input.
+A corpus folder holds ``train-*.parquet``, ``val-*.parquet`` (a row a document), ``tokenizer.json``, ``unigram.npy``,
+``manifest.json``, and ``tokenizer_config.json`` where the tokenizer came with one. Validation files are
+in the order of the documents' hashes; training files in that of the input.
 """
 
 from __future__ import annotations
