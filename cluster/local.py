@@ -93,7 +93,6 @@ def _shutdown() -> None:
 
 def _end_local(folder: str) -> None:
     """Leaves the local cluster and ends all of its processes, those included that Ray would leave to themselves."""
-    import psutil
     import ray
 
     processes = _processes_of(folder)
@@ -104,16 +103,15 @@ def _end_local(folder: str) -> None:
         while ray.is_initialized() and time.monotonic() < until:
             time.sleep(0.01)
         time.sleep(GRACE)
-        for process in processes:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
+        _kill([*processes, *_left_by(folder)])
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     _shutdown()
     killer.join()
     until = time.monotonic() + 2  # the end of a process takes a moment, in which it may still write to its folder
-    while time.monotonic() < until and any(map(_runs, processes)):
+    while time.monotonic() < until and (left := [p for p in (*processes, *_left_by(folder)) if _runs(p)]):
+        _kill(left)
         time.sleep(0.01)
 
 
@@ -127,6 +125,27 @@ def _processes_of(folder: str) -> list[Any]:
             if any(folder in word for word in child.cmdline()):
                 found += [child, *child.children(recursive=True)]
     return found
+
+
+def _left_by(folder: str) -> list[Any]:
+    """Processes that Ray's have started for the session, those too that came later or lost their parents: all have its
+    folder for temporary files."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("TMPDIR") == folder:
+                found.append(process)
+    return found
+
+
+def _kill(processes: list[Any]) -> None:
+    import psutil
+
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
 
 
 def _runs(process: Any) -> bool:
