@@ -128,8 +128,9 @@ def _processes_of(folder: str) -> list[Any]:
 
 
 def _left_by(folder: str) -> list[Any]:
-    """Processes that Ray's have started for the session, those too that came later or lost their parents: all have its
-    folder for temporary files."""
+    """Processes that Ray's have started for the session, those too that came later or lost their parents: they have its
+    folder for temporary files. It cannot be read of those that gave themselves a title, which ``_processes_of`` finds:
+    the title lies where their environment was."""
     import psutil
 
     found = []
