@@ -30,7 +30,7 @@ class PhiTuning:
 
     columns: int = 128
     depth: int = 128
-    pairs: int = 32
+    pairs: int = 64
     warps: tuple[int, int] = (4, 8)
     ahead: bool = True
 

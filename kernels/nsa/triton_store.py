@@ -1,8 +1,8 @@
 """Writing to the paged cache of NSA, in Triton: what a step's tokens leave there takes one launch, and the compressed
 rows two more beside the products of φ. A decode step is short of time for launches, not for numbers.
 
-Results are PyTorch's bits: products and sums are rounded one by one, which ``enable_fp_fusion=False`` asks for. With
-``FEW_ROWS`` few compressed rows are computed by :mod:`shoal.kernels.nsa.triton_phi` instead, to rounding.
+Results are PyTorch's bits: products and sums are rounded one by one, which ``enable_fp_fusion=False`` asks for. Up to
+``FEW_ROWS`` compressed rows are computed by :mod:`shoal.kernels.nsa.triton_phi` instead, to rounding.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -21,7 +21,7 @@ from shoal.kernels.nsa.triton_select import padded
 from shoal.kernels.triton_rope import turned
 
 TILE = 8  # query heads of a program
-FEW_ROWS = 0
+FEW_ROWS = 16
 """Compressed rows up to which φ takes two launches of its own, in 16 bits; its sums have another order than PyTorch's.
 0: never."""
 
