@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from itertools import combinations
 from math import comb
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_ranks
+from shared_inbox import SharedInbox
 from small import small_recipe
 
 from shoal.jobs.activations import sizes_of
@@ -20,7 +23,7 @@ from shoal.workers.errors import InvalidInput
 from shoal.workers.expert_plan import even_homes
 from shoal.workers.flight import PackedFlight
 from shoal.workers.inboxes import open_inbox
-from shoal.workers.mesh import make_mesh
+from shoal.workers.mesh import Group, make_mesh
 from shoal.workers.model import Transformer
 from shoal.workers.placement import Placement
 from shoal.workers.sequence import zigzag
@@ -127,3 +130,20 @@ def test_rows_that_cannot_be_put_are_refused() -> None:
     for said in run_ranks(2, _opened, [changes | {"parallel__dispatch": "put"} for changes, _ in cases]):
         told = "parallel.dispatch='put', and rows cannot be put: {}; set parallel.dispatch='auto'"
         assert said == [told.format(why) for why in wanted]
+
+
+class _Astray(SharedInbox):
+    """Whose ranks take their own memory for that of the others."""
+
+    def _share(self, words: int, device: torch.device) -> list[torch.Tensor]:
+        return [super()._share(words, device)[self.group.index]] * self.group.size
+
+
+def _arrives(rank: int, world: int, folder: str) -> tuple[bool, bool]:
+    group = Group(tuple(range(world)), rank, dist.group.WORLD)
+    sizes = group, 5, 8, torch.float32, 2, 4, torch.device("cpu")
+    return SharedInbox(folder, *sizes).arrives(), _Astray(folder, *sizes).arrives()
+
+
+def test_rows_that_go_astray_are_found_out_before_there_are_any(tmp_path: Path) -> None:
+    assert run_ranks(3, _arrives, str(tmp_path)) == [(True, False)] * 3
