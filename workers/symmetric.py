@@ -13,6 +13,10 @@ from __future__ import annotations
 
 import os
 import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +26,9 @@ from torch import Tensor
 
 from shoal.kernels.moe.fan import Fan, combine
 from shoal.kernels.moe.plan import words_of
+from shoal.workers.errors import last_line
 from shoal.workers.flight import Arrived, Flight
-from shoal.workers.mesh import Group
+from shoal.workers.mesh import COLLECTIVE_TIMEOUT, Group
 from shoal.workers.slots import BACK, COUNTS, OUT, WORDS_BACK, WORDS_OUT, shapes, words_in
 from shoal.workers.transfer import Moment, beside, on_host, used_here
 
@@ -33,9 +38,16 @@ if TYPE_CHECKING:
 ROOM = 256 << 20
 """Bytes of experts' rows that may be asked for without knowing how many there are; of more, the host reads it."""
 
+PATIENCE = 0.9 * COLLECTIVE_TIMEOUT
+"""How long a GPU waits for another rank until it gives up: sooner than collectives behind, which know not for what."""
+
 
 class OutOfReach(Exception):
     """The ranks of a group cannot write each other's memory; the message says why. Raised on all of them alike."""
+
+
+class RowsMissing(RuntimeError):
+    """A rank waited in vain for another one, which puts rows into its memory. Its GPU is of no use to it any more."""
 
 
 class Inbox:
@@ -122,13 +134,30 @@ class Inbox:
         self._parts[rank][part][slot, : len(values)].copy_(words)
 
     def say(self, part: int, rank: int) -> None:
-        """Tells another rank that a part of this rank's slot is there, and what was put before it."""
-        self._memory.put_signal(rank, part)
+        """Tells another rank that a part of this rank's slot is there, and what was put before it; on the current
+        stream, which waits until that rank has heard what it was told of this part before."""
+        self._memory.put_signal(rank, part, PATIENCE // timedelta(milliseconds=1))
 
     def hear(self, part: int) -> None:
         """Waits, on the current stream, until all others have told of a part."""
         for rank in self.others:
-            self._memory.wait_signal(rank, part)
+            self._memory.wait_signal(rank, part, PATIENCE // timedelta(milliseconds=1))
+
+    @contextmanager
+    def patience(self) -> Iterator[None]:
+        """Whoever waited in this context until patience came to its end fails with RowsMissing: the kernel that waits
+        ends itself by a trap, of which CUDA says no more than that a launch failed."""
+        began = time.monotonic()
+        try:
+            yield
+        except RuntimeError as error:
+            if time.monotonic() - began < PATIENCE.total_seconds():
+                raise
+            own, others = self.group.ranks[self.group.index], (str(self.group.ranks[rank]) for rank in self.others)
+            raise RowsMissing(
+                f"rank {own} waited {PATIENCE.total_seconds():g} s for rank {' or '.join(others)}, which puts rows for "
+                f"experts into its memory, in vain: that rank ended or hangs, see its log ({last_line(error)})"
+            ) from error
 
 
 @lru_cache(maxsize=4)

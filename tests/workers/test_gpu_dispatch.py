@@ -1,4 +1,5 @@
-"""Two GPUs: experts spread over both compute what one GPU does, by all-to-all and by rows put into symmetric memory.
+"""Two GPUs: experts spread over both compute what one GPU does, by all-to-all and by rows put into symmetric memory,
+also where each process sees its own GPU alone; and who waits for a rank that died gives up.
 
 Needs no Ray and no recipe: ``pytest tests/workers/test_gpu_dispatch.py`` on a machine with two GPUs.
 """
@@ -7,6 +8,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
+import sys
 import tempfile
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +27,7 @@ from shoal.workers import symmetric
 from shoal.workers.dispatch import Dispatcher
 from shoal.workers.mesh import Group
 from shoal.workers.routed import Pass, RoutedFFN
+from shoal.workers.slots import COUNTS
 
 HIDDEN, INNER, EXPERTS, TOP_K, SHARED, CAPACITY = 256, 128, 16, 4, 2, 600
 TOKENS = ((600, 600), (600, 411), (37, 600), (1, 1), (0, 600), (512, 512))
@@ -111,6 +115,45 @@ def on_rank(rank: int, port: int, folder: str, path: str, room: int, alone: bool
     dist.barrier()
     torch.cuda.synchronize()
     dist.destroy_process_group()
+
+
+def abandoned(rank: int, port: int, alone: bool) -> None:
+    """The second rank is killed when both have put rows once; the first one waits for more."""
+    device = join(rank, port, alone)
+    symmetric.PATIENCE = timedelta(seconds=3)
+    group = Group((0, 1), rank, dist.group.WORLD)
+    box = symmetric.inbox(group, CAPACITY, HIDDEN, torch.bfloat16, TOP_K, EXPERTS, device)
+    try:
+        with box.patience():
+            for _ in range(2):
+                box.say(COUNTS, 1 - rank)
+                box.hear(COUNTS)
+                torch.cuda.synchronize()
+                if rank == 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+    except symmetric.RowsMissing as error:
+        print(error, file=sys.stderr, flush=True)
+        os._exit(3)  # nothing of CUDA can be taken down in good order
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_rank_whose_other_one_is_killed_ends_and_says_what_it_waited_for(alone: bool, capfd: Any) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA GPUs")
+    store = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=120), wait_for_workers=False)
+    context = mp.get_context("spawn")
+    ranks = [context.Process(target=abandoned, args=(rank, store.port, alone)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    try:
+        ranks[1].join(100)
+        ranks[0].join(15)
+        assert [process.exitcode for process in ranks] == [3, -signal.SIGKILL]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert "rank 0 waited 3 s for rank 1, which puts rows for experts into its memory" in capfd.readouterr().err
 
 
 @pytest.mark.gpu
