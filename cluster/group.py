@@ -117,16 +117,21 @@ class RankGroup:
             try:
                 ray.get(done)
             except ray.exceptions.RayError as error:
-                raise self._reason(error, waiting) from error
+                # once it has said what is wrong it may die of that: asked again, it would give its death for a reason
+                told = list(references).index(done[0]) if len(references) == len(self.actors) else None
+                others = [actor for rank, actor in enumerate(self.actors) if rank != told]
+                raise self._reason(error, waiting + [actor.pid.remote() for actor in others]) from error
         return list(ray.get(list(references)))
 
     def _reason(self, first: Exception, waiting: list[Any]) -> Exception:
-        """What to tell: a death, which explains what the other ranks say, before a rank's refusal, before the rest."""
+        """What to tell: a death, which explains what the other ranks say, before a rank's refusal, before the rest.
+
+        waiting: for ranks of which it is to be known whether they live: whoever is dead fails its call at once; whoever
+        waits for the dead in a collective does not answer.
+        """
         import ray
 
         errors: list[Any] = [first]
-        # whoever is dead fails this call at once; whoever waits for the dead in a collective does not answer
-        waiting = waiting + self.call("pid")
         while waiting and not any(isinstance(e, ray.exceptions.RayActorError) for e in errors):
             done, waiting = ray.wait(waiting, num_returns=1, timeout=LINGER)
             if not done:

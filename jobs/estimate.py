@@ -70,7 +70,7 @@ class RankMemory:
 
     gradients: all there are when the backward passes of a step end. activations: what a forward pass keeps. step:
     the most that there is at a time of both, and of what passes take meanwhile: activations go as gradients come.
-    slots: where other ranks put rows, if they do.
+    slots: where other ranks put rows, if they may.
     """
 
     ranks: int
@@ -96,10 +96,10 @@ class Estimate:
     memory: dict[str, RankMemory]
 
 
-def estimate(recipe: Recipe, near: bool = False) -> Estimate:
-    """Parameters, FLOPs a token and memory a rank of a recipe. near: as :func:`count_memory` has it."""
+def estimate(recipe: Recipe) -> Estimate:
+    """Parameters, FLOPs a token and memory a rank of a recipe."""
     parameters = count_parameters(recipe)
-    return Estimate(parameters, count_flops(recipe, parameters), count_memory(recipe, parameters, near))
+    return Estimate(parameters, count_flops(recipe, parameters), count_memory(recipe, parameters))
 
 
 def count_parameters(recipe: Recipe) -> Parameters:
@@ -205,12 +205,9 @@ def _visible_blocks(a: AttentionTable | BlockSizes, length: int) -> int:
     return count * (length - a.cmp_block + 1) - a.cmp_stride * (count * (count - 1) // 2)
 
 
-def count_memory(recipe: Recipe, parameters: Parameters, near: bool = False) -> dict[str, RankMemory]:
-    """Bytes a rank. Attention shards are replicated, routed experts are divided over the expert ranks.
-
-    near: whether ranks reach the memory of one another's GPUs, as those of a benchmark on one node do. Ray's actors,
-    which see a GPU each, do not: they exchange rows.
-    """
+def count_memory(recipe: Recipe, parameters: Parameters) -> dict[str, RankMemory]:
+    """Bytes a rank. Attention shards are replicated, routed experts are divided over the expert ranks. Where these are
+    on several nodes, rows are exchanged, and a rank has no slots: it takes less than is said here."""
     p, moe = recipe.parallel, recipe.moe
     sent = dispatched_on_a_rank(recipe)
     each = parameters.shared_experts // moe.shared_experts if sent else 0
@@ -221,7 +218,7 @@ def count_memory(recipe: Recipe, parameters: Parameters, near: bool = False) -> 
             "attention": _memory(recipe, parameters, p.split[0], attention, 0),
             "expert": _memory(recipe, parameters, p.split[1], 0, experts),
         }
-    put = near and may_put(recipe, width_of(recipe))
+    put = may_put(recipe, width_of(recipe))
     return {"colocated": _memory(recipe, parameters, p.ranks, attention, experts, put)}
 
 

@@ -51,6 +51,13 @@ def on_cpu(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"device": "cpu"})})
 
 
+def exchanging(recipe: Recipe) -> Recipe:
+    """The same where ranks do not reach one another's memory, unless it wants rows to be put at any rate."""
+    if recipe.parallel.dispatch == "put":
+        return recipe
+    return recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"dispatch": "exchanged"})})
+
+
 def memory_of(recipe: Recipe) -> dict[str, RankMemory]:
     """The recipe's estimate for each kind of rank, in bytes."""
     return count_memory(recipe, count_parameters(recipe))

@@ -109,6 +109,7 @@ class RankActor:
 
         Numbers that are not finite end the call with a ``failed`` record on every rank.
         """
+        from shoal.workers.inboxes import rows_awaited
         from shoal.workers.trainer import NotFinite
 
         trainer, records = self._ready(), []
@@ -118,7 +119,8 @@ class RankActor:
             if save and not self.failed:
                 trainer.save()
             while trainer.step < until and not self.failed:
-                records += trainer.advance()
+                with rows_awaited(trainer.model):
+                    records += trainer.advance()
                 if not self.under_way:  # what the first step makes stays, kernels for example
                     spare_collector()
                     self.under_way = True
@@ -130,7 +132,10 @@ class RankActor:
 
     def evaluate(self) -> Record:
         """One validation."""
-        return self._ready().evaluate()
+        from shoal.workers.inboxes import rows_awaited
+
+        with rows_awaited(self._ready().model):
+            return self._ready().evaluate()
 
     def save(self) -> int:
         """Writes a checkpoint of the step reached, unless there is one, and waits for it. Returns the step.

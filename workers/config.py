@@ -180,8 +180,7 @@ class ParallelTable(Table):
     dispatch: Literal["auto", "exchanged", "put"] = Field(
         default="auto",
         description="how rows reach the experts of other ranks: those that are needed by all-to-all; or all of them by "
-        "copy engines, into the memory of a node's other GPUs, where each rank sees these, as Ray's actors do not; "
-        "auto: put where nearly all are needed, and can be",
+        "copy engines, into the memory of a node's other GPUs; auto: put where nearly all are needed, and can be",
     )
     shard_dense: bool = Field(
         default=False,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 from shoal.workers import symmetric
 from shoal.workers.errors import InvalidInput
 from shoal.workers.model.transformer import Transformer
@@ -31,3 +33,9 @@ def open_inbox(model: Transformer) -> str:
     if why and recipe.parallel.dispatch == "put":
         raise InvalidInput(f"parallel.dispatch='put', and rows cannot be put: {why}; set parallel.dispatch='auto'")
     return f"rows for other ranks' experts are {f'exchanged: {why}' if why else 'put into their memory'}"
+
+
+def rows_awaited(model: Transformer) -> AbstractContextManager[None]:
+    """While a model trains or is validated: who waits in vain for rows that other ranks put fails with RowsMissing."""
+    boxes = [layer.dispatcher.inbox for layer in model.moe_layers]
+    return boxes[0].patience() if boxes and boxes[0] else nullcontext()

@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import os
 import socket
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +26,9 @@ from torch import Tensor
 
 from shoal.kernels.moe.fan import Fan, combine
 from shoal.kernels.moe.plan import words_of
+from shoal.workers.errors import last_line
 from shoal.workers.flight import Arrived, Flight
-from shoal.workers.mesh import Group
+from shoal.workers.mesh import COLLECTIVE_TIMEOUT, Group
 from shoal.workers.slots import BACK, COUNTS, OUT, WORDS_BACK, WORDS_OUT, shapes, words_in
 from shoal.workers.transfer import Moment, beside, on_host, used_here
 
@@ -34,9 +38,16 @@ if TYPE_CHECKING:
 ROOM = 256 << 20
 """Bytes of experts' rows that may be asked for without knowing how many there are; of more, the host reads it."""
 
+PATIENCE = 0.9 * COLLECTIVE_TIMEOUT
+"""How long a GPU waits for another rank until it gives up: sooner than collectives behind, which know not for what."""
+
 
 class OutOfReach(Exception):
     """The ranks of a group cannot write each other's memory; the message says why. Raised on all of them alike."""
+
+
+class RowsMissing(RuntimeError):
+    """A rank waited in vain for another one, which puts rows into its memory. Its GPU is of no use to it any more."""
 
 
 class Inbox:
@@ -76,17 +87,33 @@ class Inbox:
     def _share(self, words: int, device: torch.device) -> list[Tensor]:
         """``[words]`` int32 of each rank of the group, which all of them can write."""
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+        # Where each process sees its own GPU alone, as Ray's actors do, PyTorch takes them all for one: device 0.
+        os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
         import torch.distributed._symmetric_memory as symmetric
 
         assert self.group.handle is not None
         own: Tensor | None = None
-        with suppress(RuntimeError):
+        why = ""
+        try:
             own = symmetric.empty(words, dtype=torch.int32, device=device)
-        everywhere = _all(self.group, own is not None)  # asked first: a rendezvous waits for ranks that never come
-        if own is None or not everywhere:
-            raise RuntimeError("a rank has no memory that others can write")
+        except RuntimeError as error:
+            why = _first_line(error)
+        why = _reason(self.group, why)  # asked first: a rendezvous waits for ranks that never come
+        if own is None or why:
+            raise RuntimeError(why)
         self._memory = symmetric.rendezvous(own, self.group.handle)
         return [self._memory.get_buffer(rank, (words,), torch.int32) for rank in range(self.group.size)]
+
+    def arrives(self) -> bool:
+        """Whether what ranks put comes to this one; every rank calls it before any other puts. Of a GPU that a process
+        does not see CUDA tells nothing, and process ids, by which PyTorch hands memory over, may be of two containers.
+        """
+        mark = torch.full_like(self.counts()[0], -1 - self.group.index)
+        for rank in self.others:
+            self.put(COUNTS, rank, mark)
+        Moment(mark.device).wait()
+        _reason(self.group, "")  # all have put
+        return [line.unique().tolist() for line in self.counts()] == [[-1 - rank] for rank in self.others]
 
     def counts(self) -> Tensor:
         """``[others, experts]`` int32 that came."""
@@ -107,13 +134,30 @@ class Inbox:
         self._parts[rank][part][slot, : len(values)].copy_(words)
 
     def say(self, part: int, rank: int) -> None:
-        """Tells another rank that a part of this rank's slot is there, and what was put before it."""
-        self._memory.put_signal(rank, part)
+        """Tells another rank that a part of this rank's slot is there, and what was put before it; on the current
+        stream, which waits until that rank has heard what it was told of this part before."""
+        self._memory.put_signal(rank, part, PATIENCE // timedelta(milliseconds=1))
 
     def hear(self, part: int) -> None:
         """Waits, on the current stream, until all others have told of a part."""
         for rank in self.others:
-            self._memory.wait_signal(rank, part)
+            self._memory.wait_signal(rank, part, PATIENCE // timedelta(milliseconds=1))
+
+    @contextmanager
+    def patience(self) -> Iterator[None]:
+        """Whoever waited in this context until patience came to its end fails with RowsMissing: the kernel that waits
+        ends itself by a trap, of which CUDA says no more than that a launch failed."""
+        began = time.monotonic()
+        try:
+            yield
+        except RuntimeError as error:
+            if time.monotonic() - began < PATIENCE.total_seconds():
+                raise
+            own, others = self.group.ranks[self.group.index], (str(self.group.ranks[rank]) for rank in self.others)
+            raise RowsMissing(
+                f"rank {own} waited {PATIENCE.total_seconds():g} s for rank {' or '.join(others)}, which puts rows for "
+                f"experts into its memory, in vain: that rank ended or hangs, see its log ({last_line(error)})"
+            ) from error
 
 
 @lru_cache(maxsize=4)
@@ -125,33 +169,49 @@ def inbox(
     if device.type != "cuda":
         raise OutOfReach("ranks are on CPUs")
     own = torch.cuda.current_device() if device.index is None else device.index
+    seen = {_gpu(index): index for index in range(torch.cuda.device_count())}
     found: list[Any] = [None] * group.size
-    dist.all_gather_object(found, (socket.gethostname(), own), group=group.handle)
-    indices = [index for _, index in found]
+    dist.all_gather_object(found, (socket.gethostname(), _gpu(own)), group=group.handle)
+    gpus = {gpu for _, gpu in found}
     if len({host for host, _ in found}) > 1:
         raise OutOfReach("ranks are on several nodes")
-    if len(set(indices)) < group.size:
-        raise OutOfReach("each rank sees its own GPU alone")
-    if not _all(group, all(index == own or _reaches(own, index) for index in indices)):
-        raise OutOfReach("GPUs do not reach each other")
+    if len(gpus) < group.size:
+        raise OutOfReach("ranks share a GPU")
+    reached = all(_reaches(own, seen[gpu]) for gpu in gpus & seen.keys() - {_gpu(own)})
+    if why := _reason(group, "" if reached else "GPUs do not reach each other"):
+        raise OutOfReach(why)
     box: Inbox | None = None
-    with suppress(RuntimeError):  # memory, or what a container does not let its processes share
-        box = Inbox(group, capacity, hidden, dtype, choices, experts, device)
-    everywhere = _all(group, box is not None)
-    if box is None or not everywhere:
-        raise OutOfReach("a rank has no memory that others can write")
+    try:  # memory, or what a container does not let its processes share
+        box = Inbox(group, capacity, hidden, dtype, choices, experts, torch.device("cuda", own))
+    except RuntimeError as error:
+        why = f"a rank has no memory that others can write ({_first_line(error)})"
+    why = _reason(group, why)
+    if box is None or why:
+        raise OutOfReach(why)
+    if why := _reason(group, "" if box.arrives() else "what a rank puts does not arrive"):
+        raise OutOfReach(why)
     return box
+
+
+def _gpu(index: int) -> str:
+    """The same in every process, whatever devices it sees."""
+    return str(torch.cuda.get_device_properties(index).uuid)
 
 
 def _reaches(own: int, other: int) -> bool:
     return torch.cuda.can_device_access_peer(torch.device("cuda", own), torch.device("cuda", other))
 
 
-def _all(group: Group, here: bool) -> bool:
-    """Whether it is so on all ranks."""
+def _reason(group: Group, why: str) -> str:
+    """The first reason that a rank has, told to all of them; "" where none has one."""
     found: list[Any] = [None] * group.size
-    dist.all_gather_object(found, here, group=group.handle)
-    return all(found)
+    dist.all_gather_object(found, why, group=group.handle)
+    return next(filter(None, found), "")
+
+
+def _first_line(error: RuntimeError) -> str:
+    """What went wrong: PyTorch may put a stack of C++ below."""
+    return str(error).partition("\n")[0].rstrip(".") or type(error).__name__
 
 
 class SymmetricFlight(Flight):

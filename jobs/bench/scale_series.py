@@ -219,7 +219,7 @@ def step_travels(recipe: Recipe, per_flop: float, itemsize: int) -> list[Travel]
     over = recipe.balance.over == "global_batch" and bool(recipe.balance.expert or recipe.balance.device)
     counted = int(t.accumulate > 1 and over)  # a forward pass of its own
     layer = Experts(m.hidden, moe.expert_hidden, moe.experts, moe.top_k, moe.shared_experts, itemsize)
-    put = may_put(recipe, itemsize)  # a benchmark's ranks each see all GPUs
+    put = may_put(recipe, itemsize)
     attention = _attention(recipe, itemsize) if p.context > 1 else None
     for i in range(m.layers):
         again = counted + (i < t.recompute)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from shoal.jobs.kube.options import JobOptions
 from shoal.jobs.kube.quantity import in_gib, to_bytes
 from shoal.jobs.kube.work import Work
-from shoal.jobs.memory import beyond, gib, keys_that_fit, memory_of, of_process, on_cpu
+from shoal.jobs.memory import beyond, exchanging, gib, keys_that_fit, memory_of, of_process, on_cpu
 from shoal.workers.config import Recipe
 from shoal.workers.errors import InvalidInput
 
@@ -101,6 +101,8 @@ def _host_memory(recipe: Recipe, gpus: int) -> int:
 def _check_gpu(recipe: Recipe, options: JobOptions, begun: bool) -> None:
     """begun: the run has a name apart from the job's, and so may exist."""
     asked = to_bytes(options.gpu_memory, "--gpu-memory")
+    if options.gpus_per_node < recipe.parallel.expert_ranks:
+        recipe = exchanging(recipe)
     for kind, needed in beyond(memory_of(recipe), asked).items():
         which = "" if kind == "colocated" else f"{kind} "
         keys = keys_that_fit(recipe, lambda ranks: not beyond(ranks, asked), begun)

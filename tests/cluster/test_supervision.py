@@ -18,10 +18,11 @@ from small import small_corpus, small_recipe
 from trained import assert_same_bits, events, flip_a_byte, poison, records, state, tensors
 
 from shoal.cluster import supervisor
-from shoal.cluster.group import RankGroup
+from shoal.cluster.group import RankGroup, RankLost
 from shoal.cluster.local import RaySession, ray_session
 from shoal.cluster.supervisor import Outcome, SampleRequest, Supervisor
 from shoal.jobs.report import RunReport
+from shoal.workers.actor import RankActor
 from shoal.workers.checkpoint_files import list_checkpoints
 from shoal.workers.config import Recipe
 from shoal.workers.errors import InvalidInput, TrainingFailed
@@ -241,6 +242,27 @@ def test_too_many_failures_end_the_run(
         _train("colocated", corpus, session, tmp_path / "run", parallel__ranks=1, parallel__max_failures=1)
     assert events(tmp_path / "run") == ["recovered"]
     assert TrainingFailed.exit_code == 1
+
+
+def test_what_a_rank_said_counts_for_more_than_its_death_afterwards(
+    session: RaySession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first rank is like one whose GPU is lost, which NCCL's watchdog ends; the other one hangs."""
+
+    class Failing(RankActor):
+        def fail(self) -> None:
+            if self.rank:
+                time.sleep(60)
+            raise RuntimeError("nobody put rows")
+
+        def pid(self) -> int:
+            os.kill(os.getpid(), signal.SIGKILL)
+            return 0
+
+    monkeypatch.setattr("shoal.cluster.group.LINGER", 2.0)
+    recipe = Recipe.model_validate(small_recipe(parallel__ranks=2))
+    with RankGroup(recipe, session, Failing) as group, pytest.raises(RankLost, match="nobody put rows"):
+        group.get(group.call("fail"))
 
 
 def test_a_run_that_waits_for_room_is_stopped_by_a_signal(

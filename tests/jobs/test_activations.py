@@ -174,5 +174,5 @@ def test_the_estimate_is_within_15_percent_of_measured_peaks() -> None:
     found = list(measured())
     assert len(found) > 15
     for what, recipe, peak in found:
-        (memory,) = estimate(recipe, near=True).memory.values()  # a benchmark's ranks
+        (memory,) = estimate(recipe).memory.values()
         assert abs(memory.total / peak - 1) < 0.15, f"{what}: {memory.total / 1e9:.1f} GB, measured {peak / 1e9:.1f}"

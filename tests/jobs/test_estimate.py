@@ -216,13 +216,13 @@ def test_slots_that_rows_are_put_into_are_counted_to_the_byte(changes: dict[str,
     tables = small_recipe(**{"moe__top_k": 4, "train__dtype": "float32", "parallel__device": "auto", **changes})
     found = run_ranks(changes["parallel__ranks"], _slots, tables, str(tmp_path))
     recipe = Recipe.model_validate(tables)
-    memory, under_ray = (estimate(recipe, near).memory["colocated"] for near in (True, False))
+    memory = estimate(recipe).memory["colocated"]
     assert found == [memory.slots] * len(found)
     assert memory.total == memory.weights + memory.optimizer + memory.step + memory.slots
     assert bool(memory.slots) == (changes.get("moe__top_k") != 1)
     tables["parallel"]["dispatch"] = "exchanged"
-    assert under_ray == estimate(Recipe.model_validate(tables), near=True).memory["colocated"]
-    assert (under_ray.slots, under_ray.step <= memory.step) == (0, True)  # only the tokens that are needed come
+    exchanged = estimate(Recipe.model_validate(tables)).memory["colocated"]
+    assert (exchanged.slots, exchanged.step <= memory.step) == (0, True)  # only the tokens that are needed come
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from shoal.jobs.kube import work
 from shoal.jobs.kube.manifest import checked_objects
 from shoal.jobs.kube.options import resolve_options
 from shoal.jobs.kube.quantity import to_bytes
-from shoal.jobs.memory import gib
+from shoal.jobs.memory import beyond, exchanging, gib, memory_of
 from shoal.jobs.recipe import check_recipe, load_recipe
 from shoal.workers.errors import InvalidInput
 
@@ -289,6 +289,16 @@ def test_the_estimate_of_the_recipe_says_what_a_gpu_must_hold() -> None:
     recipe = load_recipe("nsa-27b", overrides={"parallel.ranks": 8})
     needed = estimate(recipe).memory["colocated"].total
     assert f"does not fit: needs {gib(needed + needed // 32 + (3 << 29))} a rank, 80.0 GiB asked" in str(refused.value)
+
+
+def test_slots_for_rows_need_room_where_one_node_has_all_expert_ranks() -> None:
+    whole = load_recipe("nsa-8k-small")
+    (most,), (least,) = (beyond(memory_of(recipe), 0).values() for recipe in (whole, exchanging(whole)))
+    asked = f"{(most + least) // 2048}Ki"
+    assert job_manifest("nsa-8k-small", nodes=2, gpus_per_node=1, gpu_memory=asked)
+    for sets in ((), ("parallel.dispatch=put",)):
+        with pytest.raises(InvalidInput, match="does not fit: needs"):
+            job_manifest("nsa-8k-small", sets, nodes=2 if sets else 1, gpus_per_node=1 if sets else 2, gpu_memory=asked)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shoal.workers import symmetric
 from shoal.workers.symmetric import Inbox
 
 
@@ -32,4 +33,6 @@ class SharedInbox(Inbox):
 
     def hear(self, part: int) -> None:
         for rank in self.others:
-            dist.recv(torch.zeros(1), rank, tag=part)
+            work = dist.irecv(torch.zeros(1), rank, tag=part)
+            assert work is not None
+            work.wait(symmetric.PATIENCE)

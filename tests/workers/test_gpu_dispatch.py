@@ -1,4 +1,5 @@
-"""Two GPUs: experts spread over both compute what one GPU does, by all-to-all and by rows put into symmetric memory.
+"""Two GPUs: experts spread over both compute what one GPU does, by all-to-all and by rows put into symmetric memory,
+also where each process sees its own GPU alone; and who waits for a rank that died gives up.
 
 Needs no Ray and no recipe: ``pytest tests/workers/test_gpu_dispatch.py`` on a machine with two GPUs.
 """
@@ -7,8 +8,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
+import sys
 import tempfile
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from shoal.workers import symmetric
 from shoal.workers.dispatch import Dispatcher
 from shoal.workers.mesh import Group
 from shoal.workers.routed import Pass, RoutedFFN
+from shoal.workers.slots import COUNTS
 
 HIDDEN, INNER, EXPERTS, TOP_K, SHARED, CAPACITY = 256, 128, 16, 4, 2, 600
 TOKENS = ((600, 600), (600, 411), (37, 600), (1, 1), (0, 600), (512, 512))
@@ -62,28 +65,38 @@ def layer(
     return [out.detach(), *grads, passing.flight.expert_counts()]
 
 
-def on_rank(rank: int, port: int, folder: str, path: str, room: int) -> None:
-    """Leaves, for each pass, the relative errors against one GPU, or what went wrong."""
-    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
-    device, dtype = torch.device("cuda", rank), torch.bfloat16
+def join(rank: int, port: int, alone: bool) -> torch.device:
+    """alone: the process sees its own GPU only, as Ray's actors do."""
+    if alone:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(rank)
+    device = torch.device("cuda", 0 if alone else rank)
     torch.cuda.set_device(device)
     store = dist.TCPStore("127.0.0.1", port, None, False, timedelta(seconds=120))
     dist.init_process_group("nccl", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
+    return device
+
+
+def on_rank(rank: int, port: int, folder: str, path: str, room: int, alone: bool) -> None:
+    """Leaves, for each pass, the relative errors against one GPU, or what went wrong."""
+    device, dtype = join(rank, port, alone), torch.bfloat16
     symmetric.ROOM = room
     kind = experts_backend("auto", device, dtype)
     group = Group((0, 1), rank, dist.group.WORLD)
     box: symmetric.Inbox | None = None
-    with suppress(symmetric.OutOfReach):
-        if path == "symmetric":
+    why = ""
+    if path == "symmetric":
+        try:
             box = symmetric.inbox(group, CAPACITY, HIDDEN, dtype, TOP_K, EXPERTS, device)
+        except symmetric.OutOfReach as reason:
+            why = str(reason)
     half = EXPERTS // 2
     spread = Dispatcher(group, (0,) * half + (1,) * half, device, kind.triton, box)
-    alone = Dispatcher(Group((0,), 0), (0,) * EXPERTS, device, kind.triton)
-    results: dict[str, Any] = {"had": box is not None or path != "symmetric", "errors": [], "same": True}
+    one = Dispatcher(Group((0,), 0), (0,) * EXPERTS, device, kind.triton)
+    results: dict[str, Any] = {"why": why, "errors": [], "same": True}
     own = slice(rank * half, rank * half + half)
-    for step, tokens in enumerate(TOKENS if results["had"] else ()):
+    for step, tokens in enumerate(() if why else TOKENS):
         *whole, upstream = problem(step, sum(tokens), step == 2, device, dtype)
-        want = layer(alone, kind, whole, upstream)
+        want = layer(one, kind, whole, upstream)
         mine = slice(sum(tokens[:rank]), sum(tokens[: rank + 1]))
         part = [whole[0][mine], whole[1], whole[2][own], whole[3][own], *whole[4:]]
         got = layer(spread, kind, part, upstream[mine])
@@ -104,20 +117,63 @@ def on_rank(rank: int, port: int, folder: str, path: str, room: int) -> None:
     dist.destroy_process_group()
 
 
+def abandoned(rank: int, port: int, alone: bool) -> None:
+    """The second rank is killed when both have put rows once; the first one waits for more."""
+    device = join(rank, port, alone)
+    symmetric.PATIENCE = timedelta(seconds=3)
+    group = Group((0, 1), rank, dist.group.WORLD)
+    box = symmetric.inbox(group, CAPACITY, HIDDEN, torch.bfloat16, TOP_K, EXPERTS, device)
+    try:
+        with box.patience():
+            for _ in range(2):
+                box.say(COUNTS, 1 - rank)
+                box.hear(COUNTS)
+                torch.cuda.synchronize()
+                if rank == 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+    except symmetric.RowsMissing as error:
+        print(error, file=sys.stderr, flush=True)
+        os._exit(3)  # nothing of CUDA can be taken down in good order
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(("path", "room"), [("all_to_all", 0), ("symmetric", 0), ("symmetric", 1 << 40)])
-def test_two_gpus_equal_one(path: str, room: int) -> None:
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_rank_whose_other_one_is_killed_ends_and_says_what_it_waited_for(alone: bool, capfd: Any) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA GPUs")
+    store = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=120), wait_for_workers=False)
+    context = mp.get_context("spawn")
+    ranks = [context.Process(target=abandoned, args=(rank, store.port, alone)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    try:
+        ranks[1].join(100)
+        ranks[0].join(15)
+        assert [process.exitcode for process in ranks] == [3, -signal.SIGKILL]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert "rank 0 waited 3 s for rank 1, which puts rows for experts into its memory" in capfd.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("path", "room", "alone"),
+    [("all_to_all", 0, False), ("symmetric", 0, False), ("symmetric", 1 << 40, False), ("symmetric", 0, True)],
+)
+def test_two_gpus_equal_one(path: str, room: int, alone: bool) -> None:
     """In bf16, within 2 %: sums of a token's results are rounded once more for each rank. room: whether the host reads
-    how many rows experts get (0), or buffers are as large as may be."""
+    how many rows experts get (0), or buffers are as large as may be. alone: whether a rank sees its own GPU only."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA GPUs")
     store = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=120), wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(on_rank, (store.port, folder, path, room), nprocs=2, start_method="spawn")
+        mp.start_processes(on_rank, (store.port, folder, path, room, alone), nprocs=2, start_method="spawn")
         results = [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(2)]
     for result in results:
-        if not result["had"]:
-            pytest.skip("these GPUs cannot reach each other's memory")
+        if result["why"] == "GPUs do not reach each other":
+            pytest.skip(result["why"])
+        assert not result["why"]
         assert max(error for _, _, error in result["errors"]) < 0.02, result["errors"]
         assert result["same"], "the same input gives the same bits"
         passes = 3 * len(TOKENS)

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import signal
+from datetime import timedelta
 from itertools import combinations
 from math import comb
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import run_ranks
-from small import small_recipe
+from ranks import run_ranks, start_ranks
+from shared_inbox import SharedInbox
+from small import small_corpus, small_recipe
 
 from shoal.jobs.activations import sizes_of
+from shoal.workers import symmetric
+from shoal.workers.actor import RankActor
 from shoal.workers.config import Recipe
 from shoal.workers.dispatch import Dispatcher
-from shoal.workers.errors import InvalidInput
+from shoal.workers.errors import InvalidInput, last_line
 from shoal.workers.expert_plan import even_homes
 from shoal.workers.flight import PackedFlight
 from shoal.workers.inboxes import open_inbox
-from shoal.workers.mesh import make_mesh
+from shoal.workers.mesh import Group, make_mesh
 from shoal.workers.model import Transformer
 from shoal.workers.placement import Placement
 from shoal.workers.sequence import zigzag
 from shoal.workers.slots import capacity, needed
+from shoal.workers.trainer import Trainer
 
 
 @given(
@@ -127,3 +137,47 @@ def test_rows_that_cannot_be_put_are_refused() -> None:
     for said in run_ranks(2, _opened, [changes | {"parallel__dispatch": "put"} for changes, _ in cases]):
         told = "parallel.dispatch='put', and rows cannot be put: {}; set parallel.dispatch='auto'"
         assert said == [told.format(why) for why in wanted]
+
+
+class _Astray(SharedInbox):
+    """Whose ranks take their own memory for that of the others."""
+
+    def _share(self, words: int, device: torch.device) -> list[torch.Tensor]:
+        return [super()._share(words, device)[self.group.index]] * self.group.size
+
+
+def _arrives(rank: int, world: int, folder: str) -> tuple[bool, bool]:
+    group = Group(tuple(range(world)), rank, dist.group.WORLD)
+    sizes = group, 5, 8, torch.float32, 2, 4, torch.device("cpu")
+    return SharedInbox(folder, *sizes).arrives(), _Astray(folder, *sizes).arrives()
+
+
+def test_rows_that_go_astray_are_found_out_before_there_are_any(tmp_path: Path) -> None:
+    assert run_ranks(3, _arrives, str(tmp_path)) == [(True, False)] * 3
+
+
+def _abandoned(rank: int, world: int, corpus: str, folder: str) -> str:
+    """What the first rank ends with, whose other one stops in the midst of a step."""
+    symmetric.PATIENCE = timedelta(seconds=5)  # in which ranks of a busy machine come to their rows
+    symmetric.inbox = lambda *sizes: SharedInbox(folder, *sizes)  # type: ignore[assignment]
+    recipe = Recipe.model_validate(small_recipe(parallel__ranks=2, parallel__device="auto", train__dtype="float32"))
+    actor = RankActor(rank, world)
+    actor.trainer = Trainer(recipe, Path(corpus), None, make_mesh(Placement.of(recipe), rank), torch.device("cpu"))
+    actor.run(1)
+    if rank == 1:
+        dispatcher = actor.trainer.model.moe_layers[-1].dispatcher
+        dispatcher.start = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)  # type: ignore[method-assign,assignment]
+    with pytest.raises(symmetric.RowsMissing) as raised:
+        actor.run(2)
+    return last_line(raised.value)
+
+
+def test_a_rank_gives_up_waiting_for_rows(tmp_path: Path) -> None:
+    """Long before a collective does."""
+    (tmp_path / "slots").mkdir()
+    arguments = str(small_corpus(tmp_path)), str(tmp_path / "slots")
+    with start_ranks(2, _abandoned, *arguments) as (context, results):
+        context.processes[0].join()
+        said = pickle.loads((results / "0").read_bytes())
+    assert said.startswith("rank 0 waited 5 s for rank 1, which puts rows for experts into its memory, in vain: ")
+    assert "Timed out waiting 5000ms" in said
