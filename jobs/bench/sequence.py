@@ -133,7 +133,7 @@ def draw(result: Document, path: Path) -> None:
     for kind, colour in colours.items():
         rows = [r for r in result["rows"] if r["what"] == "bytes by formula" and r["attention"] == kind]
         panels[3].plot([r["ranks"] for r in rows], [r["value"] for r in rows], "o-", color=colour, label=kind)
-    panels[3].set_title("bytes received a rank by formula, 1M tokens", fontsize=9)
+    panels[3].set_title("bytes a rank by formula, 1M tokens", fontsize=9)
     panels[3].set_xlabel("ranks")
     for panel in panels:
         if not panel.has_data():

@@ -21,12 +21,12 @@ KERNELS |= {"_gates_kernel": 2, "_home_kernel": 2, "_expand_kernel": 4, "_addres
 KERNELS |= {"_products_kernel": 4, "_choices_kernel": 2, "_add_norm_kernel": 2, "_up_kernel": 2, "_down_kernel": 2}
 KERNELS |= {"_places_kernel": 4}
 KERNELS |= {"compressed_rows_kernel": 4, "choose_kernel": 4, "pages_kernel": 4, "_sum_kernel": 4}
-KERNELS |= {"_parts_kernel": 2, "_sum_parts_kernel": 2}
+KERNELS |= {"_parts_kernel": 3, "_sum_parts_kernel": 3}
 """Of each kernel, how often it is launched."""
 AHEAD = {"compressed_rows_kernel", "choose_kernel", "pages_kernel", "_sum_kernel"}
 AHEAD |= {"_parts_kernel", "_sum_parts_kernel", "_tokens_kernel"}
 """Those whose launches begin before the one before has ended."""
-ROUNDING = {"_tokens_kernel": 2, "_blocks_kernel": 2, "_compressed_kernel": 2, "_rotate_kernel": 4}
+ROUNDING = {"_tokens_kernel": 2, "_blocks_kernel": 1, "_compressed_kernel": 1, "_rotate_kernel": 4}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs them")
