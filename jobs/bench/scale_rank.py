@@ -18,6 +18,7 @@ from shoal.jobs.bench.scale_cases import Case, Training
 from shoal.workers.clock import Clock
 from shoal.workers.dispatch import Dispatcher
 from shoal.workers.machine import peak_flops
+from shoal.workers.machine import spare_collector
 from shoal.workers.mesh import Group
 
 SECONDS = 20.0
@@ -85,6 +86,7 @@ def _moe(sizes: Sizes, group: Group, device: torch.device) -> dict[str, Any]:
     sides.clear()  # so that nothing of the other one is in memory
     held = sequence_rank.memory(device, reset=True)
     call()
+    spare_collector()
     most = _most(group, device, sequence_rank.memory(device))
     dispatcher: Dispatcher | None = about.get("dispatcher")
     box = dispatcher.inbox if dispatcher else None  # PyTorch's allocator does not see it
