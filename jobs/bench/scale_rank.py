@@ -17,8 +17,7 @@ from shoal.jobs.bench.dispatch_ranks import Bench, Sizes, release
 from shoal.jobs.bench.scale_cases import Case, Training
 from shoal.workers.clock import Clock
 from shoal.workers.dispatch import Dispatcher
-from shoal.workers.machine import peak_flops
-from shoal.workers.machine import spare_collector
+from shoal.workers.machine import peak_flops, spare_collector
 from shoal.workers.mesh import Group
 
 SECONDS = 20.0
