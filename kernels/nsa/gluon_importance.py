@@ -2,8 +2,9 @@
 
 Compressed keys are the rows of the product and queries times heads its columns, in such an order that a thread holds
 all heads of a query: the sum over a group runs along its own registers. A producer warp copies queries and keys with
-TMA; four warpgroups of consumers, for each half of the queries and of the keys one, share them: it takes as many to
-keep both the tensor cores and the exponentials busy.
+TMA; two warpgroups of consumers, for each half of the keys one, share them. Each begins the products of both halves of
+the queries, and computes exponentials of the first while the second is multiplied. (Four warpgroups, for each half of
+the queries and of the keys one, would overlap as well, but with half the registers.)
 
 Queries and keys of 192 dimensions are three pieces of 64 columns in shared memory, which then holds the queries of one
 tile at a time instead of two.
@@ -148,65 +149,107 @@ def _producer(
 
 
 @gluon.jit
+def _load_lse(
+    smem, lse, starts, first, h, origin, stop, KV: gl.constexpr, G: gl.constexpr, TILE: gl.constexpr,
+    COLUMN: gl.constexpr,
+):  # fmt: skip
+    """Log-sum-exps, base 2, of the columns of half a tile. Registers are short: they wait in shared memory."""
+    column = gl.arange(0, 128, layout=COLUMN)
+    t, head = first + column // 2 % TILE, column // (2 * TILE) * 2 + column % 2
+    there = (t < stop) & (gl.load(starts + t, mask=t < stop, other=0) == origin)
+    # Columns that do not count weigh nothing: their log-sum-exp is infinite.
+    b_lse = gl.load(lse + (t.to(gl.int64) * KV + h) * G + head, mask=there, other=float("inf")) * 1.4426950408889634
+    # Over no keys it is -inf, and of scores that are -inf, too, it would make what is no number.
+    smem.store(gl.where(b_lse == float("-inf"), float("inf"), b_lse))
+
+
+@gluon.jit
+def _product(
+    q_ring, k_ring, i, lap, half: gl.constexpr, keys: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
+    S: gl.constexpr,
+):  # fmt: skip
+    """Begin the product of one half of the keys of step i and one half of a tile's queries, ``[64, 128]``."""
+    PIECES: gl.constexpr = q_ring.shape[0] // (2 * SLOTS)
+    s = gl.zeros([64, 128], gl.float32, S)
+    for c in gl.static_range(PIECES):
+        b_k = k_ring.index((2 * (i % STAGES) + keys) * PIECES + c)
+        same = i >> 30 if PIECES > 1 else 0  # as above: addresses of all pieces would stay in registers
+        b_q = q_ring.index((2 * (lap % SLOTS) + half) * PIECES + c + same).permute((1, 0))
+        s = warpgroup_mma(b_k, b_q, s, use_acc=c > 0, is_async=True)
+    return s
+
+
+@gluon.jit
+def _weights(s, lse_smem, first, key, fewest, high, scale, stop, TILE: gl.constexpr, S: gl.constexpr):
+    """Attention weights of scores ``[64, 128]``. Masked are scores, not weights: exponentials and sums are then one run
+    of instructions, which interleave."""
+    if key + 64 > fewest:  # queries see all keys below that
+        t = first + gl.arange(0, 128, layout=gl.SliceLayout(0, S)) // 2 % TILE
+        b_high = gl.load(high + t, mask=t < stop, other=0)
+        keys = key + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
+        s = gl.where(keys[:, None] < b_high[None, :], s, float("-inf"))
+    return gl.exp2(s * scale - lse_smem.load(gl.SliceLayout(0, S))[None, :])
+
+
+@gluon.jit
+def _put(
+    p, p_rows, first, block, stop, width, above_at, G: gl.constexpr, TILE: gl.constexpr, PER_CMP: gl.constexpr,
+    PER_SLC: gl.constexpr,
+):  # fmt: skip
+    """Sum weights ``[64, 128]`` over the heads of each query and the keys of each block, and store them."""
+    BLOCKS: gl.constexpr = 64 // PER_SLC
+    total = gl.sum(gl.sum(p.reshape([64, G // 2, TILE, 2]), 3), 1)
+    # A compressed key counts once for each piece of d keys that it shares with a block (NSA eq. 9).
+    offset = gl.arange(0, 64, layout=gl.SliceLayout(1, total.type.layout)) % PER_SLC
+    shared = gl.minimum(PER_CMP, PER_SLC - offset).to(gl.float32)
+    above = gl.maximum(PER_CMP - (PER_SLC - offset), 0).to(gl.float32)
+    here = gl.sum((total * shared[:, None]).reshape([BLOCKS, PER_SLC, TILE]), 1)
+    after = gl.sum((total * above[:, None]).reshape([BLOCKS, PER_SLC, TILE]), 1)
+    L: gl.constexpr = here.type.layout
+    blocks = block * BLOCKS + gl.arange(0, BLOCKS, layout=gl.SliceLayout(1, L))
+    mate = gl.arange(0, TILE, layout=gl.SliceLayout(0, L))
+    p_scores = p_rows + (mate * width)[None, :] + blocks[:, None]
+    inside = (first + mate < stop)[None, :] & (blocks < width)[:, None]
+    gl.store(p_scores, here, mask=inside)
+    gl.store(p_scores + above_at, after, mask=inside)
+
+
+@gluon.jit
 def _consumer(
     C, rings, lse_smem, lse, starts, low, high, scores, scale, start, stop, tiles, width, chunk, KV: gl.constexpr,
     G: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, COUNT: gl.constexpr,
     LOCAL: gl.constexpr, BLOCK: gl.constexpr, PER_CMP: gl.constexpr, PER_SLC: gl.constexpr,
 ):  # fmt: skip
-    """Scores of half of each tile's queries, from 64 of the 128 keys of each step."""
+    """Scores of each tile's queries, from 64 of the 128 keys of each step."""
     _tma, q_ring, k_ring, q_full, q_empty, k_full, k_empty = rings
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
-    COLUMN: gl.constexpr = gl.SliceLayout(0, S)
-    BLOCKS: gl.constexpr = 64 // PER_SLC
-    KEYS: gl.constexpr = C % 2
-    HALF: gl.constexpr = C // 2
-    PIECES: gl.constexpr = q_ring.shape[0] // (2 * SLOTS)
-    zeros = gl.zeros([64, 128], gl.float32, S)
     i = 0
     for lap in range(laps(tiles, KV)):
         first, h, origin, base, steps, fewest = _tile(
             lap, starts, low, high, start, stop, tiles, KV, TILE, COUNT, LOCAL, BLOCK, PER_SLC
         )
-        first += HALF * TILE
-        column = gl.arange(0, 128, layout=COLUMN)
-        t, head = first + column // 2 % TILE, column // (2 * TILE) * 2 + column % 2
-        there = (t < stop) & (gl.load(starts + t, mask=t < stop, other=0) == origin)
-        # Columns that do not count weigh nothing: their log-sum-exp is infinite. Registers are short: they wait here.
-        b_lse = gl.load(lse + (t.to(gl.int64) * KV + h) * G + head, mask=there, other=float("inf"))
-        lse_smem.index(C).store(b_lse * 1.4426950408889634)
+        second = first + TILE
+        left_lse, right_lse = lse_smem.index(2 * C), lse_smem.index(2 * C + 1)
+        _load_lse(left_lse, lse, starts, first, h, origin, stop, KV, G, TILE, gl.SliceLayout(0, S))
+        _load_lse(right_lse, lse, starts, second, h, origin, stop, KV, G, TILE, gl.SliceLayout(0, S))
         mbarrier.wait(q_full.index(lap % SLOTS), lap // SLOTS & 1)
         p_rows = scores + (h * chunk + first - start).to(gl.int64) * width
+        above_at = KV * chunk.to(gl.int64) * width
+        mbarrier.wait(k_full.index(i % STAGES), i // STAGES & 1, pred=steps > 0)
         for n in range(steps):
-            mbarrier.wait(k_full.index(i % STAGES), i // STAGES & 1)
-            s = zeros
-            for c in gl.static_range(PIECES):
-                b_k = k_ring.index((2 * (i % STAGES) + KEYS) * PIECES + c)
-                same = i >> 30 if PIECES > 1 else 0  # as above: addresses of all pieces would stay in registers
-                b_q = q_ring.index((2 * (lap % SLOTS) + HALF) * PIECES + c + same).permute((1, 0))
-                s = warpgroup_mma(b_k, b_q, s, use_acc=c > 0, is_async=True)
-            s = warpgroup_mma_wait(0, [s])
+            # No product may be under way from one step to the next, or ptxas lets none run beside anything.
+            left = _product(q_ring, k_ring, i, lap, 0, C, STAGES, SLOTS, S)
+            right = _product(q_ring, k_ring, i, lap, 1, C, STAGES, SLOTS, S)
+            left = warpgroup_mma_wait(1, [left])
+            key = base + n * 128 + C * 64
+            p = _weights(left, left_lse, first, key, fewest, high, scale, stop, TILE, S)
+            _put(p, p_rows, first, 2 * n + C, stop, width, above_at, G, TILE, PER_CMP, PER_SLC)
+            # A branch has to stand between exponentials and wait, else ptxas moves the wait before the exponentials.
+            mbarrier.wait(k_full.index((i + 1) % STAGES), (i + 1) // STAGES & 1, pred=n + 1 < steps)
+            right = warpgroup_mma_wait(0, [right])
             mbarrier.arrive(k_empty.index(i % STAGES))
-            p = gl.exp2(s * scale - lse_smem.index(C).load(COLUMN)[None, :])
-            key = base + n * 128 + KEYS * 64
-            if key + 64 > fewest:
-                t = first + gl.arange(0, 128, layout=COLUMN) // 2 % TILE
-                b_high = gl.load(high + t, mask=t < stop, other=0)
-                keys = key + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
-                p = gl.where(keys[:, None] < b_high[None, :], p, 0.0)
-            total = gl.sum(gl.sum(p.reshape([64, G // 2, TILE, 2]), 3), 1)
-            # A compressed key counts once for each piece of d keys that it shares with a block (NSA eq. 9).
-            offset = gl.arange(0, 64, layout=gl.SliceLayout(1, total.type.layout)) % PER_SLC
-            shared = gl.minimum(PER_CMP, PER_SLC - offset).to(gl.float32)
-            above = gl.maximum(PER_CMP - (PER_SLC - offset), 0).to(gl.float32)
-            here = gl.sum((total * shared[:, None]).reshape([BLOCKS, PER_SLC, TILE]), 1)
-            after = gl.sum((total * above[:, None]).reshape([BLOCKS, PER_SLC, TILE]), 1)
-            L: gl.constexpr = here.type.layout
-            block = (2 * n + KEYS) * BLOCKS + gl.arange(0, BLOCKS, layout=gl.SliceLayout(1, L))
-            mate = gl.arange(0, TILE, layout=gl.SliceLayout(0, L))
-            p_scores = p_rows + (mate * width)[None, :] + block[:, None]
-            inside = (first + mate < stop)[None, :] & (block < width)[:, None]
-            gl.store(p_scores, here, mask=inside)
-            gl.store(p_scores + KV * chunk.to(gl.int64) * width, after, mask=inside)
+            p = _weights(right, right_lse, second, key, fewest, high, scale, stop, TILE, S)
+            _put(p, p_rows + TILE * width, second, 2 * n + C, stop, width, above_at, G, TILE, PER_CMP, PER_SLC)
             i += 1
         mbarrier.arrive(q_empty.index(lap % SLOTS))
 
@@ -220,8 +263,6 @@ def _importance_kernel(
     """Programs take tiles of queries and a key head in turn, until there is none left."""
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
-    THIRD: gl.constexpr = 2
-    FOURTH: gl.constexpr = 3
     WIDTH: gl.constexpr = k.block_type.shape[1]
     PIECES: gl.constexpr = D // WIDTH
     q_tma = gl.allocate_shared_memory(q.dtype, [2 * SLOTS * (D // 64), G // 2, TILE, 2, 64], q.layout)
@@ -233,34 +274,25 @@ def _importance_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(SLOTS):
         mbarrier.init(q_full.index(s), count=1)
-        mbarrier.init(q_empty.index(s), count=4)
+        mbarrier.init(q_empty.index(s), count=2)
     for s in gl.static_range(STAGES):
         mbarrier.init(k_full.index(s), count=1)
-        mbarrier.init(k_empty.index(s), count=4)
+        mbarrier.init(k_empty.index(s), count=2)
     lse_smem = gl.allocate_shared_memory(gl.float32, [4, 128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     fence_async_shared()
     rings = (q_tma, q_ring, k_ring, q_full, q_empty, k_full, k_empty)
+    # Settings have to stand in each list themselves: in a variable they would not be known any more when compiled.
     gl.warp_specialize(
         [
             (
                 _consumer,
-                (FIRST, rings, lse_smem, lse, starts, low, high, scores, scale, start, stop, tiles, width, chunk, KV,
-                 G, TILE, STAGES, SLOTS, COUNT, LOCAL, BLOCK, PER_CMP, PER_SLC),
+                (FIRST, rings, lse_smem, lse, starts, low, high, scores, scale, start, stop, tiles, width, chunk,
+                 KV, G, TILE, STAGES, SLOTS, COUNT, LOCAL, BLOCK, PER_CMP, PER_SLC),
             ),
             (
                 _consumer,
-                (SECOND, rings, lse_smem, lse, starts, low, high, scores, scale, start, stop, tiles, width, chunk, KV,
-                 G, TILE, STAGES, SLOTS, COUNT, LOCAL, BLOCK, PER_CMP, PER_SLC),
-            ),
-            (
-                _consumer,
-                (THIRD, rings, lse_smem, lse, starts, low, high, scores, scale, start, stop, tiles, width, chunk, KV,
-                 G, TILE, STAGES, SLOTS, COUNT, LOCAL, BLOCK, PER_CMP, PER_SLC),
-            ),
-            (
-                _consumer,
-                (FOURTH, rings, lse_smem, lse, starts, low, high, scores, scale, start, stop, tiles, width, chunk, KV,
-                 G, TILE, STAGES, SLOTS, COUNT, LOCAL, BLOCK, PER_CMP, PER_SLC),
+                (SECOND, rings, lse_smem, lse, starts, low, high, scores, scale, start, stop, tiles, width, chunk,
+                 KV, G, TILE, STAGES, SLOTS, COUNT, LOCAL, BLOCK, PER_CMP, PER_SLC),
             ),
             (
                 _producer,
@@ -268,6 +300,6 @@ def _importance_kernel(
                  BLOCK, PER_SLC),
             ),
         ],
-        [4, 4, 4, 1],
-        [112, 112, 112, 24] if PIECES == 1 else [120, 120, 120, 24],
+        [4, 1],
+        [240, 24],
     )  # fmt: skip

@@ -26,7 +26,9 @@ SCORES = 1 << 25
 @dataclass(frozen=True)
 class ChooseTuning:
     """chunk: queries scored at a time. rows: of a matrix product, queries times padded group. blocks: of a tile. wide:
-    in Gluon on Hopper for 192 dimensions of queries and keys, too, as it is for 64 and 128."""
+    in Gluon on Hopper for 192 dimensions of queries and keys, too, as it is for 64 and 128. top_group: blocks of a
+    group, a power of two, whose best one is remembered while others are taken; more where there would be more than 16
+    groups, each of which is code of its own."""
 
     chunk: int = 8192
     rows: int = 128
@@ -35,6 +37,7 @@ class ChooseTuning:
     stages: int = 2
     top_warps: int = 1
     wide: bool = True
+    top_group: int = 128
 
 
 def choose_blocks(
@@ -66,6 +69,7 @@ def choose_blocks(
         _top_kernel[(stop - start, kv)](
             *(scores, tables.starts, blocks, start, width, chunk),
             WIDTH=seen,
+            GROUP=min(max(tuning.top_group, seen // 16), seen),
             KV=kv,
             COUNT=n,
             INITIAL=sizes.slc_initial,
@@ -256,13 +260,15 @@ def _top_kernel(
     width,
     chunk,
     WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
     KV: tl.constexpr,
     COUNT: tl.constexpr,
     INITIAL: tl.constexpr,
     LOCAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The blocks of one query and KV head: the largest score is taken out, n - forced times."""
+    """The blocks of one query and KV head: the largest score is taken out, n - forced times, and looked for again among
+    those of its group alone."""
     row = tl.program_id(0)
     h = tl.program_id(1)
     t = (start + row).to(tl.int64)
@@ -272,15 +278,50 @@ def _top_kernel(
         tl.store(out + i, tl.where(i <= own - LOCAL, i, -1))
     for i in tl.static_range(LOCAL):
         tl.store(out + INITIAL + i, tl.maximum(own - LOCAL + 1 + i, -1))
-    block = tl.arange(0, WIDTH)
+    rows = scores + (h.to(tl.int64) * chunk + row) * width
+    carried = scores + ((KV + h.to(tl.int64)) * chunk + row) * width
+    if GROUP >= WIDTH:
+        score = _free_scores(rows, carried, own, tl.arange(0, WIDTH), COUNT, INITIAL, LOCAL)
+        for i in range(INITIAL + LOCAL, COUNT):
+            best, index = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
+            tl.store(out + i, tl.where(best >= 0.0, index, -1))
+            score = tl.where(tl.arange(0, WIDTH) == index, -1.0, score)
+    else:
+        groups = ()
+        for j in tl.static_range(WIDTH // GROUP):
+            score = _free_scores(rows, carried, own, j * GROUP + tl.arange(0, GROUP), COUNT, INITIAL, LOCAL)
+            best, index = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
+            groups = groups + ((score, best, index),)  # type: ignore[assignment]  # noqa: RUF005
+        for i in range(INITIAL + LOCAL, COUNT):
+            _score, best, index = groups[0]  # type: ignore[misc]
+            winner = 0
+            for j in tl.static_range(1, WIDTH // GROUP):
+                more = groups[j][1] > best  # of equals the lower
+                best = tl.where(more, groups[j][1], best)
+                index = tl.where(more, groups[j][2], index)
+                winner = tl.where(more, j, winner)
+            tl.store(out + i, tl.where(best >= 0.0, winner * GROUP + index, -1))
+            rest = ()
+            for j in tl.static_range(WIDTH // GROUP):
+                rest = rest + (_without(groups[j][0], groups[j][1], groups[j][2], winner == j, GROUP),)  # type: ignore[assignment]  # noqa: RUF005
+            groups = rest
+
+
+@triton.jit
+def _free_scores(rows, carried, own, block, COUNT: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr):
+    """Scores of some blocks; -1 of those that are forced, or that a query does not see."""
     free = (block >= INITIAL) & (block <= own - LOCAL)
     # Queries that take all blocks were not scored.
     scored = free & (own >= COUNT)
-    score = tl.load(scores + (h.to(tl.int64) * chunk + row) * width + block, mask=scored, other=0.0)
-    carried = scores + ((KV + h.to(tl.int64)) * chunk + row) * width + block - 1
-    score += tl.load(carried, mask=scored & (block > 0), other=0.0)
-    score = tl.where(free, score, -1.0)
-    for i in range(INITIAL + LOCAL, COUNT):
+    score = tl.load(rows + block, mask=scored, other=0.0)
+    score += tl.load(carried + block - 1, mask=scored & (block > 0), other=0.0)
+    return tl.where(free, score, -1.0)
+
+
+@triton.jit
+def _without(score, best, index, gone, GROUP: tl.constexpr):
+    """A group's scores, its best one and where that stands; where ``gone``, without the one that was best."""
+    if gone:
+        score = tl.where(tl.arange(0, GROUP) == index, -1.0, score)
         best, index = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
-        tl.store(out + i, tl.where(best >= 0.0, index, -1))
-        score = tl.where(block == index, -1.0, score)
+    return score, best, index

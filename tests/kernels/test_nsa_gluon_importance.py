@@ -21,7 +21,10 @@ SCALE = 0.2
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("sizes", [BlockSizes(32, 16, 64, 6, 1, 2, 100), BlockSizes(16, 16, 16, 5, 1, 1, 64)])
+@pytest.mark.parametrize(
+    "sizes",
+    [BlockSizes(32, 16, 64, 6, 1, 2, 100), BlockSizes(16, 16, 16, 5, 1, 1, 64), BlockSizes(64, 16, 64, 1, 0, 1, 64)],
+)
 @pytest.mark.parametrize(
     ("kv", "group", "dim", "dtype"),
     [
@@ -37,7 +40,8 @@ SCALE = 0.2
 def test_scores_are_tritons(
     lengths: list[int], kv: int, group: int, dim: int, dtype: torch.dtype, sizes: BlockSizes
 ) -> None:
-    """Also where a tile ends beyond the pack, or has queries of several documents; of a part of the queries."""
+    """Also where a tile ends beyond the pack, has queries of several documents, or such that see no key yet beside some
+    that have to choose; of a part of the queries."""
     layout = make_layout(tuple(accumulate(lengths, initial=0)), sizes, DEVICE)
     compare(make_tables(layout), layout.tokens, layout.cmp_starts.numel(), kv, group, dim, dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate
 from typing import cast
 
@@ -98,17 +99,17 @@ def test_spans_of_any_kind() -> None:
         torch.testing.assert_close(lse.cpu().double(), want_lse, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("equal", [False, True])
-def test_chosen_blocks(equal: bool) -> None:
+@pytest.mark.parametrize(("equal", "top_group"), [(False, 128), (True, 128), (False, 4), (True, 1)])
+def test_chosen_blocks(equal: bool, top_group: int) -> None:
     """Those of the oracle; of equally important ones (all compressed keys alike) the first."""
     sizes, kv, group = BlockSizes(4, 2, 8, 5, 1, 2, 21), 1, 4
-    layout = layout_of([5, 100, 30], sizes)
+    layout = layout_of([5, 150, 30], sizes)  # up to 19 blocks: lists of 32, of which 16 groups take two each
     tables = make_tables(layout)
     q, k_cmp = inputs(layout, kv, group, (8, 8), torch.float32)[:2]
     if equal:
         k_cmp = k_cmp[:1].expand_as(k_cmp).contiguous()
     _, lse = span_attention(q, k_cmp, k_cmp, tables.cmp, SCALE, tuning=SPAN)
-    blocks = choose_blocks(q, k_cmp, lse, tables, SCALE, TINY.choose)
+    blocks = choose_blocks(q, k_cmp, lse, tables, SCALE, replace(TINY.choose, top_group=top_group))
     for t, start in enumerate(tables.starts.tolist()):
         keys = k_cmp[int(tables.cmp.low[t]) : int(tables.cmp.high[t]), 0].cpu().double()
         p = torch.softmax(SCALE * keys @ q[t].cpu().double().T, 0).sum(1)
