@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from shoal.cluster.local import RaySession
 from shoal.workers.actor import RankActor, device_of
@@ -117,29 +117,29 @@ class RankGroup:
             try:
                 ray.get(done)
             except ray.exceptions.RayError as error:
-                # once it has said what is wrong it may die of that: asked again, it would give its death for a reason
-                told = list(references).index(done[0]) if len(references) == len(self.actors) else None
-                others = [actor for rank, actor in enumerate(self.actors) if rank != told]
-                raise self._reason(error, waiting + [actor.pid.remote() for actor in others]) from error
+                raise self._reason(error, references) from error
         return list(ray.get(list(references)))
 
-    def _reason(self, first: Exception, waiting: list[Any]) -> Exception:
+    def _reason(self, first: Exception, references: Sequence[Any]) -> Exception:
         """What to tell: a death, which explains what the other ranks say, before a rank's refusal, before the rest.
 
-        waiting: for ranks of which it is to be known whether they live: whoever is dead fails its call at once; whoever
-        waits for the dead in a collective does not answer.
+        references: of the call that failed. All ranks are asked as well: whoever is dead fails that at once; whoever
+        waits for the dead in a collective does not answer. A rank that said what is wrong may have died of it since.
         """
         import ray
 
+        asked = [actor.pid.remote() for actor in self.actors]
+        said = dict(zip(asked, references, strict=True)) if len(references) == len(asked) else {}
         errors: list[Any] = [first]
+        waiting = [*references, *asked]
         while waiting and not any(isinstance(e, ray.exceptions.RayActorError) for e in errors):
             done, waiting = ray.wait(waiting, num_returns=1, timeout=LINGER)
             if not done:
                 break
-            try:
-                ray.get(done)
-            except ray.exceptions.RayError as error:
-                errors.append(error)
+            error = _failure(done[0])
+            if isinstance(error, ray.exceptions.RayActorError) and done[0] in said:
+                error = _failure(said[done[0]]) or error
+            errors += [error] if error else []
         if isinstance(errors[-1], ray.exceptions.RayActorError):
             return RankLost(self._death(errors[-1]))
         refusals = [e.cause for e in errors if isinstance(getattr(e, "cause", None), ShoalError)]
@@ -171,3 +171,15 @@ class RankGroup:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _failure(reference: Any) -> Exception | None:
+    """What a call has failed with by now."""
+    import ray
+
+    try:
+        if ray.wait([reference], timeout=0)[0]:
+            ray.get(reference)
+    except ray.exceptions.RayError as error:
+        return cast(Exception, error)
+    return None

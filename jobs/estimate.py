@@ -206,8 +206,8 @@ def _visible_blocks(a: AttentionTable | BlockSizes, length: int) -> int:
 
 
 def count_memory(recipe: Recipe, parameters: Parameters) -> dict[str, RankMemory]:
-    """Bytes a rank. Attention shards are replicated, routed experts are divided over the expert ranks. Where these are
-    on several nodes, rows are exchanged, and a rank has no slots: it takes less than is said here."""
+    """Bytes a rank. Attention shards are replicated, routed experts are divided over the expert ranks. Where rows
+    cannot be put, on several nodes or on CPUs, a rank has no slots: it takes less than is said here."""
     p, moe = recipe.parallel, recipe.moe
     sent = dispatched_on_a_rank(recipe)
     each = parameters.shared_experts // moe.shared_experts if sent else 0

@@ -168,9 +168,11 @@ class RankActor:
 
     def sample(self, prompt: list[int], count: int, options: dict[str, Any]) -> list[int]:
         """New tokens after ``prompt``; on ranks that do not lead, an empty list."""
+        from shoal.workers.inboxes import rows_exchanged
         from shoal.workers.sample import sample
 
-        return sample(self._ready().model, prompt, count, **options)
+        with rows_exchanged(self._ready().model):
+            return sample(self._ready().model, prompt, count, **options)
 
     def _ready(self) -> Trainer:
         assert self.trainer is not None, "build() comes first"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from shoal.workers import symmetric
 from shoal.workers.errors import InvalidInput
@@ -39,3 +40,18 @@ def rows_awaited(model: Transformer) -> AbstractContextManager[None]:
     """While a model trains or is validated: who waits in vain for rows that other ranks put fails with RowsMissing."""
     boxes = [layer.dispatcher.inbox for layer in model.moe_layers]
     return boxes[0].patience() if boxes and boxes[0] else nullcontext()
+
+
+@contextmanager
+def rows_exchanged(model: Transformer) -> Iterator[None]:
+    """Rows are exchanged however they travel else: slots have room for a micro-batch, and a sample may be longer. All
+    ranks call it alike."""
+    dispatchers = [layer.dispatcher for layer in model.moe_layers]
+    boxes = [each.inbox for each in dispatchers]
+    try:
+        for each in dispatchers:
+            each.inbox = None
+        yield
+    finally:
+        for each, box in zip(dispatchers, boxes, strict=True):
+            each.inbox = box

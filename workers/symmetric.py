@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -105,9 +106,8 @@ class Inbox:
         return [self._memory.get_buffer(rank, (words,), torch.int32) for rank in range(self.group.size)]
 
     def arrives(self) -> bool:
-        """Whether what ranks put comes to this one; every rank calls it before any other puts. Of a GPU that a process
-        does not see CUDA tells nothing, and process ids, by which PyTorch hands memory over, may be of two containers.
-        """
+        """Whether what ranks put comes to this one; every rank calls it before any other puts: of a GPU that a process
+        does not see CUDA tells nothing."""
         mark = torch.full_like(self.counts()[0], -1 - self.group.index)
         for rank in self.others:
             self.put(COUNTS, rank, mark)
@@ -146,12 +146,14 @@ class Inbox:
     @contextmanager
     def patience(self) -> Iterator[None]:
         """Whoever waited in this context until patience came to its end fails with RowsMissing: the kernel that waits
-        ends itself by a trap, of which CUDA says no more than that a launch failed."""
+        ends itself by a trap, of which CUDA says no more than that a launch failed. What fails for another reason
+        keeps it."""
         began = time.monotonic()
         try:
             yield
         except RuntimeError as error:
-            if time.monotonic() - began < PATIENCE.total_seconds():
+            launch = "CUDA error" in str(error) or not self.counts().is_cuda
+            if time.monotonic() - began < PATIENCE.total_seconds() or not launch:
                 raise
             own, others = self.group.ranks[self.group.index], (str(self.group.ranks[rank]) for rank in self.others)
             raise RowsMissing(
@@ -171,10 +173,12 @@ def inbox(
     own = torch.cuda.current_device() if device.index is None else device.index
     seen = {_gpu(index): index for index in range(torch.cuda.device_count())}
     found: list[Any] = [None] * group.size
-    dist.all_gather_object(found, (socket.gethostname(), _gpu(own)), group=group.handle)
+    dist.all_gather_object(found, (_container(), _gpu(own)), group=group.handle)
     gpus = {gpu for _, gpu in found}
-    if len({host for host, _ in found}) > 1:
+    if len({host for (host, _), _ in found}) > 1:
         raise OutOfReach("ranks are on several nodes")
+    if len({place for place, _ in found}) > 1:
+        raise OutOfReach("ranks are in several containers")
     if len(gpus) < group.size:
         raise OutOfReach("ranks share a GPU")
     reached = all(_reaches(own, seen[gpu]) for gpu in gpus & seen.keys() - {_gpu(own)})
@@ -191,6 +195,12 @@ def inbox(
     if why := _reason(group, "" if box.arrives() else "what a rank puts does not arrive"):
         raise OutOfReach(why)
     return box
+
+
+def _container() -> tuple[str, tuple[int, ...]]:
+    """The node, and the namespaces of processes and files: within these PyTorch finds who hands memory over."""
+    spaces = [Path(f"/proc/self/ns/{kind}") for kind in ("pid", "mnt")]
+    return socket.gethostname(), tuple(space.stat().st_ino for space in spaces if space.exists())
 
 
 def _gpu(index: int) -> str:
@@ -218,7 +228,10 @@ class SymmetricFlight(Flight):
     """Rows that are put where they are needed. Gates are float32."""
 
     def __init__(self, dispatcher: Dispatcher, x: Tensor, gates: Tensor, experts: Tensor, keep: bool) -> None:
-        assert dispatcher.inbox is not None and len(x) <= dispatcher.inbox.capacity
+        assert dispatcher.inbox is not None
+        assert len(x) <= dispatcher.inbox.capacity, (
+            f"{len(x)} rows, and slots have room for {dispatcher.inbox.capacity}"
+        )
         self._inbox = box = dispatcher.inbox
         super().__init__(dispatcher, x, gates, experts, keep, box.capacity)
         words = self._plan.words

@@ -28,7 +28,7 @@ from shoal.workers.sequence import zigzag
 from shoal.workers.volume import Shape, nsa_volume
 
 NVLINK = 294e9
-"""Bytes a second: 265 MB of rows in 0.903 ms by NCCL between two H200s (benchmarks/results/dispatch-2xh200.json,
+"""Bytes a second: 265 MB of rows in 0.9 ms by NCCL between two H200s (benchmarks/results/dispatch-2xh200.json,
 exchange with one row per rank, 65,536 tokens). Holds where a run measured no exchange of its own."""
 ALIGN = 32  # bytes: letters, rows with words behind them, begin there (workers/transfer.py)
 

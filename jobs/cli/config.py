@@ -143,7 +143,8 @@ def _render(recipe: Recipe, costs: Estimate) -> None:
         f"FLOPs a token   forward {si(f.forward)} (projections {si(f.projections)}, attention {si(f.attention)}, "
         f"compression {si(f.compression)}), training {si(f.training)}, at {recipe.train.sequence:,} tokens a sequence"
     )
-    parts = ("weights", "optimizer", "gradients", "activations")
+    parts = ["weights", "optimizer", "gradients", "activations"]
+    parts += ["slots"] if any(rank.slots for rank in costs.memory.values()) else []
     memory = grid("memory a rank", "ranks", *parts, "at most", right=range(1, 3 + len(parts)))
     for kind, rank in costs.memory.items():
         sizes = (*(getattr(rank, part) for part in parts), rank.total)

@@ -68,7 +68,8 @@ def nsa_attention(
 
     q: ``[T, H, Dqk]``. k_cmp, v_cmp: ``[C, KV, Dqk]``, ``[C, KV, Dv]``, compressed. k_slc, k_win: ``[T, KV, Dqk]``;
     v_slc, v_win: ``[T, KV, Dv]``; for a layout of some queries, as many rows of each as ``layout.needs`` says. gates:
-    ``[T, H, 3]`` after the sigmoid, in the order cmp, slc, win. scale: factor on the scores. H is a multiple of KV.
+    ``[T, H, 3]`` after the sigmoid, in the order cmp, slc, win. scale: factor on the scores, above 0. H is a multiple
+    of KV.
     Returns ``[T, H, Dv]`` in q's dtype, computed in float32 or q's float64.
 
     Queries and keys come rotated: q, k_slc and k_win at their own positions, k_cmp (φ of un-rotated keys) at the

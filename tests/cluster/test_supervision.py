@@ -244,14 +244,15 @@ def test_too_many_failures_end_the_run(
     assert TrainingFailed.exit_code == 1
 
 
-def test_what_a_rank_said_counts_for_more_than_its_death_afterwards(
-    session: RaySession, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("hanging", [0, 1])
+def test_what_ranks_said_counts_for_more_than_their_deaths_afterwards(
+    session: RaySession, monkeypatch: pytest.MonkeyPatch, hanging: int
 ) -> None:
-    """The first rank is like one whose GPU is lost, which NCCL's watchdog ends; the other one hangs."""
+    """A rank is like one whose GPU is lost, which NCCL's watchdog ends; the other one too, or it hangs."""
 
     class Failing(RankActor):
         def fail(self) -> None:
-            if self.rank:
+            if self.rank > 1 - hanging:
                 time.sleep(60)
             raise RuntimeError("nobody put rows")
 

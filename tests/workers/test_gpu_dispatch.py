@@ -68,7 +68,8 @@ def layer(
 def join(rank: int, port: int, alone: bool) -> torch.device:
     """alone: the process sees its own GPU only, as Ray's actors do."""
     if alone:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(rank)
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = seen[rank] if len(seen) > rank else str(rank)
     device = torch.device("cuda", 0 if alone else rank)
     torch.cuda.set_device(device)
     store = dist.TCPStore("127.0.0.1", port, None, False, timedelta(seconds=120))

@@ -156,14 +156,37 @@ def test_rows_that_go_astray_are_found_out_before_there_are_any(tmp_path: Path) 
     assert run_ranks(3, _arrives, str(tmp_path)) == [(True, False)] * 3
 
 
+def _sampled(rank: int, world: int, corpus: str, folder: str, dispatch: str) -> list[int]:
+    """What a rank says after a prompt that slots have no room for; then it trains, with them."""
+    symmetric.inbox = lambda *sizes: SharedInbox(folder, *sizes)  # type: ignore[assignment]
+    changes = {"parallel__ranks": 2, "parallel__device": "auto", "parallel__dispatch": dispatch}
+    changes |= {"train__batch": 2, "train__sequence": 32}
+    recipe = Recipe.model_validate(small_recipe(train__dtype="float32", **changes))
+    room = capacity(recipe)
+    assert room + 3 <= recipe.model.context
+    actor = RankActor(rank, world)
+    actor.trainer = Trainer(recipe, Path(corpus), None, make_mesh(Placement.of(recipe), rank), torch.device("cpu"))
+    said = actor.sample(list(range(room + 1)), 2, {"temperature": 0.0})
+    assert (actor.trainer.model.moe_layers[0].dispatcher.inbox is None) == (dispatch == "exchanged")
+    actor.run(1)
+    return said
+
+
+def test_a_sample_may_be_longer_than_slots(tmp_path: Path) -> None:
+    (tmp_path / "slots").mkdir()
+    arguments = str(small_corpus(tmp_path)), str(tmp_path / "slots")
+    put, exchanged = (run_ranks(2, _sampled, *arguments, dispatch) for dispatch in ("put", "exchanged"))
+    assert put == exchanged and len(put[0]) == 2 and not put[1]
+
+
 def _abandoned(rank: int, world: int, corpus: str, folder: str) -> str:
     """What the first rank ends with, whose other one stops in the midst of a step."""
-    symmetric.PATIENCE = timedelta(seconds=5)  # in which ranks of a busy machine come to their rows
     symmetric.inbox = lambda *sizes: SharedInbox(folder, *sizes)  # type: ignore[assignment]
     recipe = Recipe.model_validate(small_recipe(parallel__ranks=2, parallel__device="auto", train__dtype="float32"))
     actor = RankActor(rank, world)
     actor.trainer = Trainer(recipe, Path(corpus), None, make_mesh(Placement.of(recipe), rank), torch.device("cpu"))
     actor.run(1)
+    symmetric.PATIENCE = timedelta(seconds=5)  # in which ranks of a busy machine come to their rows
     if rank == 1:
         dispatcher = actor.trainer.model.moe_layers[-1].dispatcher
         dispatcher.start = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)  # type: ignore[method-assign,assignment]
@@ -180,4 +203,3 @@ def test_a_rank_gives_up_waiting_for_rows(tmp_path: Path) -> None:
         context.processes[0].join()
         said = pickle.loads((results / "0").read_bytes())
     assert said.startswith("rank 0 waited 5 s for rank 1, which puts rows for experts into its memory, in vain: ")
-    assert "Timed out waiting 5000ms" in said
