@@ -7,7 +7,7 @@ What moves, of one layer, between the ranks of a context group:
 - ``near``: the window before each segment;
 - ``far``: keys and values of the selected branch, for all blocks that a query might choose. They are on their way
   while compressed attention, the choice of blocks and the window are computed; they are not kept for the backward
-  pass, which fetches them again, and whose gradients return while those of the compression are computed. Or only the
+  pass, which fetches them again, and whose gradients return while those of φ are computed. Or only the
   pages that were chosen, when that is known: less where queries agree, but nothing hides it.
 
 Each query reads its own document, and no later token, so that less moves than all keys to all ranks.
@@ -135,7 +135,7 @@ def sequence_attention(
     slc = _Deliver.apply(*slc, flight)
     keys, values = fetch_rows(sequence.raw, *raw)
     near = fetch_rows(sequence.near, *win)
-    cmp = fetch_rows(sequence.cmp, compress[0](keys), compress[1](values))
+    cmp = fetch_rows(sequence.cmp, *_Send.apply(compress[0](keys), compress[1](values), flight))
     out: Tensor = _Attend.apply(q, *cmp, *slc, *near, gates, flight)
     return out
 
@@ -150,7 +150,8 @@ class _Flight:
     """What two nodes of autograd share: the second, which runs first backwards, leaves gradients under way.
 
     turns: heads of keys that are computed together, one after another. returned: sums of the gradients of the selected
-    branch, of the first turns; returning: those of the last one.
+    branch, of the first turns; returning: those of the turn before; held: those of the last one, not sent yet, since
+    what is sent after them would wait for them.
     """
 
     sequence: Sequence
@@ -161,6 +162,7 @@ class _Flight:
     turns: list[slice]
     returned: list[tuple[Tensor, ...]] = field(default_factory=list)
     returning: Give | PullGive | None = None
+    held: tuple[Plan | Pull, tuple[Tensor, ...], torch.dtype] | None = None
 
     def give(self, source: Plan | Pull, grads: tuple[Tensor, ...], dtype: torch.dtype) -> None:
         """Sends a turn's gradients on their way; those of the turn before have travelled during this one."""
@@ -169,8 +171,15 @@ class _Flight:
             self.returned.append(self.returning.wait(dtype))
         self.returning = coming
 
+    def send(self) -> None:
+        """Sends the last turn's gradients on their way, if they are still here."""
+        if self.held is not None:
+            held, self.held = self.held, None
+            self.give(*held)
+
     def take(self, dtype: torch.dtype) -> list[Tensor]:
         """All of them, of keys and of values."""
+        self.send()
         assert self.returning is not None
         parts = [*self.returned, self.returning.wait(dtype)]
         self.returned, self.returning = [], None
@@ -206,10 +215,25 @@ class _Arrival:
             pull.fetch(*self.kept, into=self.buffers).wait()
 
 
-class _Deliver(torch.autograd.Function):
-    """Nothing forwards; backwards the gradients of this rank's rows, which :class:`_Attend` has sent on their way.
+class _Send(torch.autograd.Function):
+    """Nothing forwards; backwards, when compressed rows' gradients are home, those of the selected branch are sent."""
 
-    Made before the compression, so that the gradients travel while its own are computed.
+    @staticmethod
+    def forward(ctx: Any, k: Tensor, v: Tensor, flight: _Flight) -> Pair:
+        ctx.flight = flight
+        return k.view_as(k), v.view_as(v)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.flight.send()
+        return (*grads, None)
+
+
+class _Deliver(torch.autograd.Function):
+    """Nothing forwards; backwards the gradients of this rank's rows, which :class:`_Attend` has found.
+
+    Made before the compression, so that they travel while its gradients are computed.
     """
 
     @staticmethod
@@ -268,7 +292,10 @@ class _Attend(torch.autograd.Function):
             left = Kept(kept[:each], ctx.choices[i])
             del kept[:each]  # a turn lets go of what it has read
             back, far = _backward_turn(grads[0], inputs, turn, left, coming.pop(0), flight)
-            flight.give(ctx.sources[i], far, inputs[3].dtype)
+            if i + 1 < len(turns):
+                flight.give(ctx.sources[i], far, inputs[3].dtype)
+            else:
+                flight.held = ctx.sources[i], far, inputs[3].dtype
             backs.append(back)
             del far
         d_q, d_k_cmp, d_v_cmp, d_k_win, d_v_win, d_gates = (_joined(x) for x in zip(*backs, strict=True))

@@ -13,11 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
-from sequences import SIZES, TOKENS, Problem, drawn, nsa_alone, nsa_of, nsa_shared, rank_part
+from sequences import NSA_NAMES, SIZES, TOKENS, Problem, drawn, nsa_alone, nsa_of, nsa_shared, rank_part
 from torch.profiler import ProfilerActivity, profile
 
 from shoal.kernels.nsa import BlockSizes
-from shoal.workers.exchange import Fetch, Plan
+from shoal.workers.exchange import Fetch, Give, Plan
 from shoal.workers.mesh import Group
 from shoal.workers.sequence import make_sequence, zigzag
 from shoal.workers.volume import Shape, far_volume, nsa_volume
@@ -161,6 +161,53 @@ def test_heads_in_turns_compute_the_same_and_send_the_same(world: int, heads: in
     for mine, all_at_once in zip(turns, once, strict=True):
         for a, b in zip(mine, all_at_once, strict=True):
             assert (a.counts, a.forward, a.total) == (b.counts, b.forward, b.total)
+
+
+def test_gradients_in_float32_travel_so_and_lose_nothing() -> None:
+    """Of the selected branch in bfloat16: twice the bytes, and owners sum what has not been rounded, as one rank does."""
+    world, p = 4, Problem(pack(512), dtype=torch.bfloat16)
+    owned = zigzag(512, world, SIZES.slc_block)
+    want = nsa_alone(p, drawn(p))[NSA_NAMES.index("k_slc")].double()
+    errors = []
+    for wide in (False, True):
+        got, shape = torch.zeros_like(want), Shape(Problem.kv, Problem.dims, 2, 4 if wide else 2)
+        for rank, (r,) in enumerate(run_ranks(world, _on_rank, [p], 64, 512, False, wide, 0)):
+            returned = {k: r.total[k] - r.forward[k] for k in r.total}
+            assert returned == nsa_volume(p.cu, owned, rank, shape, SIZES)["backward"]
+            got[owned[rank].indices()] = r.results[NSA_NAMES.index("k_slc")].double()
+        errors.append(float((got - want).norm() / want.norm()))
+    assert errors[1] < 0.5 * errors[0] < 5e-3, errors
+
+
+def _order(rank: int, world: int, p: Problem) -> list[str]:
+    """What a backward pass does, in its order. φ: when the gradient of its first weights is there."""
+    import torch.distributed as dist
+
+    seen: list[str] = []
+    give, wait = Plan.give, Give.wait
+
+    def giving(plan: Plan, *grads: torch.Tensor) -> Give:
+        seen.append(f"{plan.name} sent")
+        return give(plan, *grads)
+
+    def waiting(given: Give, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        seen.append(f"{given.plan.name} there")
+        return wait(given, dtype)
+
+    Plan.give, Give.wait = giving, waiting  # type: ignore[method-assign]
+    group = Group(tuple(range(world)), rank, dist.group.WORLD)
+    *leaves, upstream = rank_part(p, drawn(p), group, TOKENS)
+    sequence = make_sequence(p.cu, p.sizes, group, torch.device("cpu"))
+    leaves[TOKENS].register_hook(lambda grad: seen.append("φ"))
+    torch.autograd.grad(nsa_of(p, leaves, sequence), leaves, upstream)
+    return seen
+
+
+def test_far_gradients_travel_while_those_of_phi_are_computed() -> None:
+    """They are sent last: on a GPU exchanges of one group follow one another."""
+    wanted = ["cmp sent", "cmp there", "far sent", "φ", "far there"]
+    for seen in run_ranks(2, _order, Problem(pack(256))):
+        assert [word for word in seen if word in wanted] == wanted, seen
 
 
 def _far_heads(rank: int, world: int, p: Problem, heads: int) -> tuple[int, int]:

@@ -28,7 +28,7 @@ def own_part(recipe: Recipe, batch: PackedBatch, group: Group | None) -> PackedB
     """The tokens of a packed batch that this rank of a context group computes, of two segments. No communication."""
     if group is None or group.size == 1 or not len(batch.tokens):
         return batch
-    # NSA's blocks must not be cut; around a ring, segments must be of equal length
+    # pages of a single document stay whole; around a ring, segments must be of equal length
     multiple = recipe.attention.slc_block if recipe.attention.kind == "nsa" else 1
     return batch.part(zigzag(len(batch.tokens), group.size, multiple)[group.index])
 
