@@ -164,7 +164,7 @@ def test_heads_in_turns_compute_the_same_and_send_the_same(world: int, heads: in
 
 
 def test_gradients_in_float32_travel_so_and_lose_nothing() -> None:
-    """Of the selected branch in bfloat16: twice the bytes, and owners sum what has not been rounded, as one rank does."""
+    """Of the selected branch in bfloat16: twice the bytes, and owners sum what has not been rounded, as one rank."""
     world, p = 4, Problem(pack(512), dtype=torch.bfloat16)
     owned = zigzag(512, world, SIZES.slc_block)
     want = nsa_alone(p, drawn(p))[NSA_NAMES.index("k_slc")].double()
