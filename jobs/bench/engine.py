@@ -4,16 +4,18 @@ On a CPU ``tiny``'s answers, many at a time, are compared with one request at a 
 transformers' ``generate`` has one) and by the plain loop, which has none. Then, on a CPU and on a GPU, two models that
 differ in nothing but their attention compute a prompt, and generate far into their context, on a GPU in CUDA graphs and
 without. For the latter the pages are filled with random numbers: no prompt has to be computed for it, and sequences
-choose experts apart from one another, as they do after a prompt of a trained model but not of one at random.
+choose experts apart from one another, as they do after a prompt of a trained model but not of one at random. Decode of
+the same shape by transformers' continuous batching stands beside it (``engine_peer``).
 """
 
 from __future__ import annotations
 
+import gc
 import random
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from shoal.jobs.bench.registry import Settings
@@ -29,21 +31,27 @@ if TYPE_CHECKING:
 TARGET = 5.0
 PROMPT, ANSWER, AT_ONCE = 64, 64, 16
 REPEATS, STEPS, WARM = 3, 20, 3
+PEER_STEPS = 8  # of transformers, which may take a second each
 KINDS = ("nsa", "full")
 PROMPTS, STEP, PLAIN_STEP = "a prompt", "a decode step", "a decode step, no graph,"
+PEER = "transformers, continuous batching"
+Figures = dict[tuple[str, int, int], float]
+"""Milliseconds, by what took them, the context, and how many sequences there were at once."""
 MEMORY = 0.9  # of a GPU's memory that is free once the weights are there
 
 
 @dataclass(frozen=True)
 class Scale:
     """What is measured on a kind of device. at_once: sequences that generate together, by context. step: tokens of a
-    chunk of a prompt. memory: bytes that it takes."""
+    chunk of a prompt. memory: bytes that it takes. peer: sequences that transformers generates together, by context; it
+    is asked for more and more of them, until they do not fit."""
 
     recipe: str
     sets: tuple[str, ...]
     at_once: dict[int, tuple[int, ...]]
     step: int
     memory: float = 0
+    peer: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def most(self) -> int:
@@ -54,7 +62,8 @@ class Scale:
 SCALES = {
     "cpu": [
         Scale(
-            "tiny", ("attention.slc_count=8", "attention.window=128"), at_once={1024: (1, 4), 4096: (1, 4)}, step=512
+            "tiny", ("attention.slc_count=8", "attention.window=128"),
+            at_once={1024: (1, 4), 4096: (1, 4)}, step=512, peer={1024: (1, 4)},
         )
     ],
     # groups of 16 heads share keys and values, as in the NSA paper; its block sizes are the defaults
@@ -65,7 +74,7 @@ SCALES = {
         ),
         Scale(
             "deepseekmoe-16b", ("model.heads=64", "model.kv_heads=4", "parallel.device=cuda"),
-            at_once={4096: (1, 7, 128), 65536: (1, 7)}, step=4096, memory=70e9,
+            at_once={4096: (1, 7, 128), 65536: (1, 7)}, step=4096, memory=70e9, peer={4096: (1, 7, 32, 64, 112, 128)},
         ),
     ],
 }  # fmt: skip
@@ -115,6 +124,7 @@ def _attentions(settings: Settings, device: str) -> Iterator[Row]:
         found = {}
         for kind in KINDS:
             found[kind] = _of_kind(settings, device, scale, kind)
+            gc.collect()
             torch.cuda.empty_cache()  # for the next one's pages, which are what is free
         for key, ms in found["nsa"].items():
             what, context, at_once = key
@@ -125,9 +135,36 @@ def _attentions(settings: Settings, device: str) -> Iterator[Row]:
                 f"{what} with NSA", ms, "the same with full attention" * (other is not None), other,
                 tokens_per_second=1000 * tokens / ms, **facts,
             )  # fmt: skip
+        for context, counts in scale.peer.items():
+            yield from _beside_peer(settings, device, scale, context, counts, found["nsa"])
 
 
-def _of_kind(settings: Settings, device: str, scale: Scale, kind: str) -> dict[tuple[str, int, int], float]:
+def _beside_peer(
+    settings: Settings, device: str, scale: Scale, context: int, counts: tuple[int, ...], ours: Figures
+) -> Iterator[Row]:
+    """What transformers does, and NSA's steps beside it: as many tokens in batches of the size that suits it best."""
+    from shoal.jobs.bench.engine_peer import decode_steps
+
+    steps = (settings.steps or PEER_STEPS, WARM)
+    peers = decode_steps(recipe_of(scale, "full"), device, context, counts, *steps, settings.say)
+    facts: dict[str, Any] = {"recipe": scale.recipe, "context": context, "device": device}
+    for each in peers:
+        yield time_row(
+            f"{STEP} of {PEER}", each.ms, tokens_per_second=1000 * each.at_once / each.ms, at_once=each.at_once,
+            attention=each.attention, transformers=each.version, **facts,
+        )  # fmt: skip
+    for at_once in scale.at_once[context]:
+        ms, fitting = ours.get((STEP, context, at_once)), [each for each in peers if each.at_once <= at_once]
+        if ms is None or not fitting:
+            continue
+        best = min(fitting, key=lambda each: each.ms / each.at_once)
+        yield time_row(
+            f"{STEP} with NSA", ms, f"{PEER}, {best.at_once} at once", best.ms * at_once / best.at_once,
+            tokens_per_second=1000 * at_once / ms, at_once=at_once, **facts,
+        )  # fmt: skip
+
+
+def _of_kind(settings: Settings, device: str, scale: Scale, kind: str) -> Figures:
     """Milliseconds of prompts and of decode steps, by what it is, the context, and how many at once."""
     from shoal.workers.engine.engine import Engine
     from shoal.workers.machine import free_memory
@@ -135,7 +172,7 @@ def _of_kind(settings: Settings, device: str, scale: Scale, kind: str) -> dict[t
     model = _model(recipe_of(scale, kind), device)
     limits = Limits(sequences=scale.most, step=scale.step, prefix_cache=False)
     engine = Engine(model, limits, int(MEMORY * free_memory(device)) if device == "cuda" else None)
-    found: dict[tuple[str, int, int], float] = {}
+    found: Figures = {}
     _prompt_ms(engine, min(scale.at_once))  # the first one loads kernels
     for context, counts in scale.at_once.items():
         ms = found[PROMPTS, context, 1] = _prompt_ms(engine, context)

@@ -15,7 +15,10 @@ BENCHMARKS = {
     "train": ("shoal.jobs.bench.train", "Tokens/s of tiny under Ray, beside the same training without Ray."),
     "startup": ("shoal.jobs.bench.startup", "Time from the command to the first step, and its parts."),
     "memory": ("shoal.jobs.bench.memory", "Peak memory of a training run, over all its processes."),
-    "engine": ("shoal.jobs.bench.engine", "What batching brings to generation, and NSA beside full attention."),
+    "engine": (
+        "shoal.jobs.bench.engine",
+        "What batching brings to generation; NSA beside full attention and transformers.",
+    ),
     "serve": ("shoal.jobs.bench.serve", "Latencies and tokens/s of a server, under one load after another."),
     "nsa": ("shoal.jobs.bench.nsa", "NSA's kernels on a GPU, decode too, beside PyTorch's dense attention."),
     "nsa-wide": ("shoal.jobs.bench.nsa_wide", "NSA's kernels for d_qk 192 and d_v 128 on a GPU: Gluon beside Triton."),

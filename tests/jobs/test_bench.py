@@ -147,12 +147,13 @@ def test_the_engine_is_measured_beside_one_request_at_a_time_and_full_attention(
     """In small: the same work on both sides of every ratio, and nothing left in the engine."""
     from shoal.jobs.bench import engine
 
-    small = replace(engine.SCALES["cpu"][0], at_once={96: (1, 2), 512: (1, 2)}, step=128)
+    small = replace(engine.SCALES["cpu"][0], at_once={96: (1, 2), 512: (1, 2)}, step=128, peer={512: (2, 1)})
     for name, value in {"AT_ONCE": 4, "PROMPT": 8, "ANSWER": 6, "SCALES": {"cpu": [small]}}.items():
         monkeypatch.setattr(engine, name, value)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     said: list[str] = []
-    batched, plain, *attentions = engine.run(Settings(repeats=1, steps=2, say=said.append))
+    batched, plain, *rows = engine.run(Settings(repeats=1, steps=2, say=said.append))
+    attentions, peers, beside = rows[:6], rows[6:8], rows[8:]
     assert [row["baseline"] for row in (batched, plain)] == [
         "one request at a time, cached",
         "one request at a time, plain loop",
@@ -169,7 +170,18 @@ def test_the_engine_is_measured_beside_one_request_at_a_time_and_full_attention(
         assert row["tokens_per_second"] == pytest.approx(1000 * tokens / row["ms"])
         assert row["baseline"] == "the same with full attention"
     assert all(row["ratio"] == pytest.approx(row["baseline_ms"] / row["ms"]) for row in (batched, plain, *attentions))
-    assert len(said) == 1 + 2 * len(attentions)
+    assert len(said) == 1 + 2 * len(attentions) + len(peers)
+
+    best = min(peers, key=lambda row: row["ms"] / row["at_once"])
+    assert [(row["what"], row["at_once"]) for row in peers] == [
+        (f"a decode step of {engine.PEER}", 2),
+        (f"a decode step of {engine.PEER}", 1),
+    ]
+    assert all(row["tokens_per_second"] == pytest.approx(1000 * row["at_once"] / row["ms"]) for row in peers)
+    assert [(row["ms"], row["at_once"]) for row in beside] == [(row["ms"], row["at_once"]) for row in attentions[4:]]
+    assert beside[0]["baseline"] == f"{engine.PEER}, 1 at once"  # not more than NSA has
+    assert beside[1]["baseline"] == f"{engine.PEER}, {best['at_once']} at once"
+    assert beside[1]["baseline_ms"] == pytest.approx(2000 / best["tokens_per_second"])
 
 
 def test_what_is_measured_on_a_gpu_fits_into_one() -> None:
