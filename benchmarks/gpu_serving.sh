@@ -41,7 +41,7 @@ serve() { # NAME OPTIONS…
 engine() {
     part caches 120 "$PYTHON" -m pytest -q -p no:cacheprovider tests/workers/test_gpu.py -k paged
     part graphs 240 "$PYTHON" -m pytest -q -p no:cacheprovider tests/kernels/test_few.py tests/workers/test_gpu_graphs.py
-    part engine 420 "$PYTHON" -m shoal.jobs.cli.main bench engine --out "$OUT"
+    part engine 540 "$PYTHON" -m shoal.jobs.cli.main bench engine --out "$OUT"
 }
 
 service() {
