@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shoal.kernels.launches import launch, power_of_2, tiles
 from shoal.kernels.moe.router import SCORES
 from shoal.kernels.moe.triton_best import best_of, scores_of
 
@@ -77,7 +78,7 @@ def choose(
     tokens, width = x.shape
     experts = width if centroids is None else len(centroids)
     tile = 64 if tokens >= 16384 else 16
-    blocks = triton.cdiv(tokens, tile)
+    blocks = tiles(tokens, tile)
     scores = _floats(x, tokens, experts)
     gates, chosen = _floats(x, tokens, top_k), _ints(x, tokens, top_k)
     counts, sums = _ints(x, experts), _floats(x, experts)
@@ -86,9 +87,11 @@ def choose(
     block_counts = counts if alone else _ints(x, blocks, experts)
     block_sums = sums if alone else _floats(x, blocks, experts)
     lses = _floats(x, tokens) if lse else None
-    shape = {"N": experts, "NP": max(16, triton.next_power_of_2(experts)), "K": top_k, "TILE": tile}
+    shape = {"N": experts, "NP": max(16, power_of_2(experts)), "K": top_k, "TILE": tile}
     if tokens:
-        _choose_kernel[(blocks,)](
+        launch(
+            _choose_kernel,
+            (blocks,),
             x,
             x if centroids is None else centroids,
             scores if bias is None else bias,
@@ -103,7 +106,7 @@ def choose(
             order,
             tokens,
             H=width,
-            KP=triton.next_power_of_2(top_k),
+            KP=power_of_2(top_k),
             BH=128,
             GIVEN=centroids is None,
             SIGMOID=score == "sigmoid",
@@ -119,12 +122,12 @@ def choose(
             **shape,
         )
     if not alone:
-        _scan_kernel[(experts,)](block_counts, block_sums, counts, sums, blocks, N=experts, TILE=1024)
+        launch(_scan_kernel, (experts,), block_counts, block_sums, counts, sums, blocks, N=experts, TILE=1024)
     if not sort:
         ends, order = ends[:0], torch.arange(tokens * top_k, dtype=torch.int32, device=x.device)
         rows = order.view(tokens, top_k)
     elif not alone:
-        _place_kernel[(max(blocks, 1),)](chosen, block_counts, counts, ends, rows, order, tokens, **shape)
+        launch(_place_kernel, (max(blocks, 1),), chosen, block_counts, counts, ends, rows, order, tokens, **shape)
     return Choice(scores, gates, chosen, counts, ends, sums, rows, order, lses)
 
 
@@ -158,7 +161,9 @@ def choose_backward(
     out = torch.empty(tokens, experts, dtype=dtype, device=row_grads.device)
     if tokens:
         tile = 16
-        _choose_backward_kernel[(triton.cdiv(tokens, tile),)](
+        launch(
+            _choose_backward_kernel,
+            (tiles(tokens, tile),),
             choice.scores,
             choice.gates,
             choice.experts,
@@ -171,7 +176,7 @@ def choose_backward(
             out,
             tokens,
             N=experts,
-            NP=max(16, triton.next_power_of_2(experts)),
+            NP=max(16, power_of_2(experts)),
             K=top_k,
             TILE=tile,
             SIGMOID=score == "sigmoid",
