@@ -209,8 +209,7 @@ class Pass:
         if up is None or down is None or self.shared_hidden is None:
             return None, None, None
         weights = up, down.flatten(0, 1)
-        products = self.kind(None)
-        d_x, d_up, d_down, _ = ffn.backward(products, grad, lambda: x, self.shared_hidden, *weights)
+        d_x, d_up, d_down, _ = ffn.backward(self.shared_products, grad, lambda: x, self.shared_hidden, *weights)
         return d_x, apart(d_up, len(up)), d_down.view_as(down)
 
 
