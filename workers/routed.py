@@ -188,11 +188,11 @@ class Pass:
     def _logits_backward(self, d_gates: Tensor, d_found: Found, dtype: torch.dtype) -> Pair | None:
         """Gradient of the router's logits, and its centroids."""
         d_sums, d_squares, d_scores = d_found
-        if self.router is None or self.choice is None or d_sums is None:
+        if self.router is None or self.choice is None:
             return None
         from shoal.kernels.moe.triton_route import choose_backward
 
-        grads = d_gates.contiguous().flatten(), d_sums.contiguous()
+        grads = d_gates.contiguous().flatten(), None if d_sums is None else d_sums.contiguous()
         d_logits = choose_backward(
             self.choice,
             *grads,
@@ -231,11 +231,16 @@ class RoutedFFN(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         """``[T, H]``, and what the router of the pass :meth:`Pass.found`."""
         ctx.passing, passing.keep = passing, True
+        ctx.set_materialize_grads(False)
         passing.begin(x, gates, experts)
         return passing.end(), *passing.found()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *d_found: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, grad: Tensor | None, *d_found: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         passing, ctx.passing = ctx.passing, None  # what it keeps goes with it
+        if grad is None:
+            grad = torch.zeros_like(passing.arrived.parts[0])
         d_x, d_centroids, d_gates, *weights = passing.backward(grad, Found(*d_found))
         return None, d_x, d_centroids, d_gates, None, *weights
