@@ -8,6 +8,7 @@ memory, whose products are added up in the same registers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -25,7 +26,12 @@ _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32
 
 def on_hopper(x: Tensor) -> bool:
     """Whether a tensor is on a GPU of compute capability 9.0."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)
+    return x.is_cuda and _is_hopper(x.device)
+
+
+@lru_cache(maxsize=8)
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def begins_ahead(x: Tensor, wanted: bool = True) -> dict[str, bool]:
@@ -36,13 +42,24 @@ def begins_ahead(x: Tensor, wanted: bool = True) -> dict[str, bool]:
 
 
 @lru_cache(maxsize=256)
-def _layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for(list(block), _DTYPES[dtype])
+def _blocks(block: tuple[int, ...], dtype: torch.dtype) -> tuple[list[int], gl.NVMMASharedLayout]:
+    return list(block), gl.NVMMASharedLayout.get_default_for(list(block), _DTYPES[dtype])
 
 
 def descriptor(x: Tensor, *block: int) -> TensorDescriptor:
     """For copies of blocks of a tensor of 16 bits or float32 by TMA."""
-    return TensorDescriptor.from_tensor(x, list(block), _layout(block, x.dtype))
+    return descriptor_of(x, x.shape, x.stride(), *block)
+
+
+def descriptor_of(x: Tensor, shape: Sequence[int], strides: Sequence[int], *block: int) -> TensorDescriptor:
+    """As :func:`descriptor`, of the memory of ``x`` in another shape. Triton would check it whenever one is made, which
+    takes the host longer than all of this; CUDA checks sizes and strides again."""
+    assert x.data_ptr() % 16 == 0, "TMA copies from multiples of 16 bytes"
+    assert strides[-1] == 1, "TMA copies rows whose elements are neighbours"
+    made = TensorDescriptor.__new__(TensorDescriptor)
+    made.base, made.shape, made.strides, made.padding = x, shape, strides, "zero"
+    made.block_shape, made.layout = _blocks(block, x.dtype)
+    return made
 
 
 @lru_cache(maxsize=8)

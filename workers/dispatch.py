@@ -57,6 +57,7 @@ class Dispatcher:
         hosted = sorted((place, expert) for expert, own in enumerate(places) for place in own)
         self.local = tuple(expert for place, expert in hosted if place == self.group.index)
         self.first = sum(place < self.group.index for place, _ in hosted)
+        self.most_local = max(sum(place == rank for place, _ in hosted) for rank in range(self.group.size))
         self.hosts = sorted({place for place, _ in hosted})
         self.others = [place for place in self.hosts if place != self.group.index]
         slots: list[list[int]] = [[] for _ in places]

@@ -188,11 +188,11 @@ class Pass:
     def _logits_backward(self, d_gates: Tensor, d_found: Found, dtype: torch.dtype) -> Pair | None:
         """Gradient of the router's logits, and its centroids."""
         d_sums, d_squares, d_scores = d_found
-        if self.router is None or self.choice is None or d_sums is None:
+        if self.router is None or self.choice is None:
             return None
         from shoal.kernels.moe.triton_route import choose_backward
 
-        grads = d_gates.contiguous().flatten(), d_sums.contiguous()
+        grads = d_gates.contiguous().flatten(), None if d_sums is None else d_sums.contiguous()
         d_logits = choose_backward(
             self.choice,
             *grads,
@@ -209,8 +209,7 @@ class Pass:
         if up is None or down is None or self.shared_hidden is None:
             return None, None, None
         weights = up, down.flatten(0, 1)
-        products = self.kind(None)
-        d_x, d_up, d_down, _ = ffn.backward(products, grad, lambda: x, self.shared_hidden, *weights)
+        d_x, d_up, d_down, _ = ffn.backward(self.shared_products, grad, lambda: x, self.shared_hidden, *weights)
         return d_x, apart(d_up, len(up)), d_down.view_as(down)
 
 
@@ -232,11 +231,16 @@ class RoutedFFN(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         """``[T, H]``, and what the router of the pass :meth:`Pass.found`."""
         ctx.passing, passing.keep = passing, True
+        ctx.set_materialize_grads(False)
         passing.begin(x, gates, experts)
         return passing.end(), *passing.found()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *d_found: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, grad: Tensor | None, *d_found: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         passing, ctx.passing = ctx.passing, None  # what it keeps goes with it
+        if grad is None:
+            grad = torch.zeros_like(passing.arrived.parts[0])
         d_x, d_centroids, d_gates, *weights = passing.backward(grad, Found(*d_found))
         return None, d_x, d_centroids, d_gates, None, *weights

@@ -16,6 +16,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -82,6 +83,14 @@ class Inbox:
             for memory in self._share(total, device)
         ]
         own = self._parts[group.index]
+        self._slots = {
+            (part, rank): self._parts[rank][part][group.index - (group.index > rank)]
+            for rank in self.others
+            for part in parts
+        }
+        for part, rank in self._slots:
+            if part in (OUT, BACK):
+                self._slots[part, rank] = self._slots[part, rank].view(dtype)
         self._words = {part: own[part].flatten(0, 1) for part in (WORDS_OUT, WORDS_BACK)}
         self._rows = {part: own[part].view(dtype).view(-1, hidden) for part in (OUT, BACK)}
 
@@ -129,9 +138,9 @@ class Inbox:
 
     def put(self, part: int, rank: int, values: Tensor) -> None:
         """Writes this rank's slot of another one, from its beginning; by a copy engine, on the current stream."""
-        slot = self.group.index - (self.group.index > rank)
-        words = values if values.dtype == torch.int32 else values.view(torch.int32)
-        self._parts[rank][part][slot, : len(values)].copy_(words)
+        slot, rows = self._slots[part, rank], values.shape[0]
+        assert values.dtype == slot.dtype, "copies that convert are no work of a copy engine"
+        (slot if slot.shape[0] == rows else slot[:rows]).copy_(values)
 
     def say(self, part: int, rank: int) -> None:
         """Tells another rank that a part of this rank's slot is there, and what was put before it; on the current
@@ -237,69 +246,94 @@ class SymmetricFlight(Flight):
         words = self._plan.words
         assert words is not None
         del self._plan
-        self._places = (self.tokens + len(box.others) * box.capacity) * min(self.choices, len(dispatcher.local))
-        self._host: Tensor | None = None
-        planned = Moment(x.device)
-        with beside(x.device, planned, lane=1):  # the host reads counts while rows are on their way
-            self._put({COUNTS: self.counts}, COUNTS)
-            box.hear(COUNTS)
-            self._all = torch.cat([self.counts[None], box.counts()])  # copied: the slots are written again
-            if self._places * x.shape[1] * x.element_size() > ROOM:
+        away = len(box.others) * box.capacity
+        self._places = (self.tokens + away) * min(self.choices, len(dispatcher.local))
+        most = (box.capacity + away) * min(self.choices, dispatcher.most_local)  # of any rank: all of them decide alike
+        parts = {WORDS_OUT: words, OUT: x}
+        self._out: dict[int, Tensor] = {}
+        self._counted: Moment | None = None
+        if most * x.shape[1] * x.element_size() > ROOM:
+            with beside(x.device, lane=1):  # the host reads counts while rows are on their way
+                self._put({COUNTS: self.counts}, COUNTS)
+                box.hear(COUNTS)
+                self._all = self._counts_of_all()
                 self._host = on_host(self._all)
-            self._counted = Moment(x.device)
-        with beside(x.device, planned):
-            self._put({WORDS_OUT: words, OUT: x}, OUT)
+                self._counted = Moment(x.device)
+        else:
+            parts = {COUNTS: self.counts} | parts
+        with beside(x.device):
+            self._put(parts, OUT)
+
+    def _counts_of_all(self) -> Tensor:
+        """``[ranks, slots]``, copied: the slots are written again."""
+        return torch.cat([self.counts[None], self._inbox.counts()])
 
     def _put(self, parts: dict[int, Tensor], told: int) -> None:
-        """Slots of capacity rows, for all others, on the current stream; or a part of one for each of them."""
-        for values in parts.values():
-            used_here(values)
-        for i, rank in enumerate(self._inbox.others):
+        """The same to all others, on the current stream; of what goes home as many rows as slots have, to each.
+
+        What goes out is kept until others' results have come home, which they made of it; when they have what goes home
+        this pass need not hear.
+        """
+        box = self._inbox
+        if BACK in parts:
+            used_here(*parts.values())
+        else:
+            self._out = self._out | parts
+        for i, rank in enumerate(box.others):
             for part, values in parts.items():
-                self._inbox.put(part, rank, values[i] if part in (BACK, WORDS_BACK) else values)
-            self._inbox.say(told, rank)
+                home = part in (BACK, WORDS_BACK) and len(box.others) > 1
+                box.put(part, rank, values[i * box.capacity : (i + 1) * box.capacity] if home else values)
+            box.say(told, rank)
 
     def _hear(self, part: int) -> None:
         with self.dispatcher.waiting():
             self._inbox.hear(part)
 
-    def _slot_counts(self) -> Tensor:
-        self._counted.before_here()
-        return used_here(self._all).sum(0)
+    def _hear_back(self) -> None:
+        self._hear(BACK)
+        self._out.clear()
 
-    def send(self) -> None:
-        """Rows are on their way since the start; reads how many rows this rank's experts get, if that may be many."""
-        if self._host is not None:
-            d = self.dispatcher
-            table = d.reads.of(self._host, self._counted)
-            self._places = sum(sum(row[d.first : d.first + len(d.local)]) for row in table)
+    def _slot_counts(self) -> Tensor:
+        """To be called once rows have arrived."""
+        if self._counted is not None:
+            self._counted.before_here()
+            used_here(self._all)
+        return self._all.sum(0)
 
     def arrive(self, x: Tensor, gates: Tensor) -> Arrived:
-        """As the base class has it; what came is copied where a backward pass will ask for it."""
-        box = self._inbox
-        self._counted.before_here()  # and so before word goes home that slots may be written again
+        """As the base class has it; what came is copied where a backward pass will ask for it.
+
+        Reads how many rows this rank's experts get, if that may be many, once all is launched that needs not know it.
+        """
+        box, d = self._inbox, self.dispatcher
+        if self._counted is not None:
+            self._counted.before_here()  # and so before word goes home that slots may be written again
         self._hear(OUT)
+        if self._counted is None:
+            self._all = self._counts_of_all()
         rows = box.rows(OUT).clone() if self.keep else box.rows(OUT)
-        return self._sorted((x, rows), gates, box.words(WORDS_OUT), self._places)
+        arrived = self._sorted((x, rows), gates, box.words(WORDS_OUT), self._places)
+        if self._counted is None:
+            return arrived
+        table = d.reads.of(self._host, self._counted)
+        places = sum(sum(row[d.first : d.first + len(d.local)]) for row in table)
+        return replace(arrived, fan=Fan(arrived.fan.rows, arrived.fan.order[:places]))
 
     def give_back(self, arrived: Arrived, results: Tensor) -> None:
         """As the base class has it."""
         rows, gates = arrived.fan.rows[self.tokens :], arrived.gates[self.tokens :]
         sums = combine(results, rows, self.dispatcher.triton, gates)
-        with beside(sums.device, Moment(sums.device)):
-            self._put({BACK: self._by_rank(sums)}, BACK)
-
-    def _by_rank(self, values: Tensor) -> Tensor:
-        return values.view(len(self._inbox.others), self._inbox.capacity, -1)
+        with beside(sums.device):
+            self._put({BACK: sums}, BACK)
 
     def returned(self, base: Tensor) -> Tensor:
         """As the base class has it."""
-        self._hear(BACK)
+        self._hear_back()
         return self._at_home(self._inbox.rows(BACK), base)
 
     def send_grads(self, grad: Tensor) -> None:
         """As the base class has it."""
-        with beside(grad.device, Moment(grad.device)):
+        with beside(grad.device):
             self._put({OUT: grad}, OUT)
 
     def arrive_grads(self, grad: Tensor) -> tuple[Tensor, ...]:
@@ -311,12 +345,12 @@ class SymmetricFlight(Flight):
         """As the base class has it."""
         sums = combine(d_rows, fan.rows[self.tokens :], self.dispatcher.triton)
         words = words_of(d_gates[self.tokens :])
-        with beside(sums.device, Moment(sums.device)):
-            self._put({WORDS_BACK: self._by_rank(words), BACK: self._by_rank(sums)}, BACK)
+        with beside(sums.device):
+            self._put({WORDS_BACK: words, BACK: sums}, BACK)
 
     def returned_gates(self, own: Tensor) -> Tensor:
         """As the base class has it."""
-        self._hear(BACK)
+        self._hear_back()
         return self._gates_at_home(own, self._inbox.words(WORDS_BACK))
 
     def returned_grads(self, base: Tensor, product: tuple[Tensor, Tensor] | None = None) -> Tensor:

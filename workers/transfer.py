@@ -93,24 +93,49 @@ class Moment:
             self.event.synchronize()
 
 
+class _Lane(AbstractContextManager[None]):
+    """A stream that is the current one within the context. Rows of few tokens are bound by the host, which would take
+    longer for PyTorch's own context and an event made anew each time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream, self._now = device, torch.cuda.Stream(device, priority=-1), torch.cuda.Event()
+        self.after: Moment | None = None
+
+    def __enter__(self) -> None:
+        self._outside = torch.cuda.current_stream(self._device)
+        if self.after is None:
+            self._now.record(self._outside)  # waits for what was recorded before are not changed by that
+            self._stream.wait_event(self._now)
+        elif self.after.event is not None:
+            self._stream.wait_event(self.after.event)
+        torch.cuda.set_stream(self._stream)
+
+    def __exit__(self, *raised: object) -> None:
+        torch.cuda.set_stream(self._outside)
+
+
 @lru_cache(maxsize=8)
-def _stream(device: torch.device, lane: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device, priority=-1)
+def _lane(device: torch.device, lane: int) -> _Lane:
+    return _Lane(device)
 
 
-def beside(device: torch.device, after: Moment, lane: int = 0) -> AbstractContextManager[None]:
-    """What is launched in this context runs beside the current stream, after a moment, and beside other lanes."""
-    if after.event is None:
+def beside(device: torch.device, after: Moment | None = None, lane: int = 0) -> AbstractContextManager[None]:
+    """What is launched in this context runs beside the current stream, after a moment, by default the one at which the
+    context begins, and beside other lanes."""
+    if device.type != "cuda":
         return nullcontext()
-    stream = _stream(device, lane)
-    stream.wait_event(after.event)
-    return torch.cuda.stream(stream)
+    found = _lane(device, lane)
+    found.after = after
+    return found
 
 
-def used_here(tensor: Tensor) -> Tensor:
-    """A tensor of the exchanges' stream that the current stream goes on with: its memory is kept until that is done."""
+def used_here(tensor: Tensor, *more: Tensor) -> Tensor:
+    """A tensor of another stream that the current stream goes on with: its memory is kept until that is done; and more
+    of them."""
     if tensor.is_cuda:
-        tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        stream = torch.cuda.current_stream(tensor.device)
+        for each in (tensor, *more):
+            each.record_stream(stream)
     return tensor
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from shoal.kernels import launches
 from shoal.kernels.hopper import multiprocessors, on_hopper
 
 
@@ -28,14 +30,16 @@ def launch(kernel: Any, arguments: tuple[Any, ...], **constants: Any) -> None:
     kernel that was compiled for these constants is launched directly. Nothing else of the arguments may be specialized.
     """
     device = arguments[0].base.device
-    key = (kernel, device.index, *constants.values())
+    key = (id(kernel), device.index, *constants.values())  # Triton computes a kernel's hash in Python
     found = _compiled.get(key)
     grid = (multiprocessors(device), 1, 1)
-    with torch.cuda.device(device):
+    with nullcontext() if device.index == launches.current_device() else torch.cuda.device(device):
         if found is None:
             _compiled[key] = kernel[grid](*arguments, **constants, num_warps=4)
         else:
-            found[grid](*arguments, *constants.values())
+            # of a tensor CUDA would be asked where it lies
+            values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+            found[grid](*values, *constants.values())
 
 
 @gluon.jit

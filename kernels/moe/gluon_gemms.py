@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
+from shoal.kernels.launches import tiles
 from shoal.kernels.moe.gluon_common import supported
 from shoal.kernels.moe.gluon_outer import outer_products
 from shoal.kernels.moe.gluon_product import ACT, COLUMNS, PLAIN, ROWS, UP, product
@@ -25,14 +25,15 @@ class GluonGemms(TritonGemms):
     def tiles(self, rows: Tensor) -> Tiles:
         """Of this division into groups; without groups all rows are one."""
         if self._tiles is None:
-            self._tiles = tiles_of(self.ends, len(rows), ROWS, rows.device)
+            self._tiles = tiles_of(self.ends, rows.shape[0], ROWS, rows.device)
         return self._tiles
 
     def rows_by_weight(self, rows: Tensor, weight: Tensor) -> Tensor:
         """``[R, A], [E, A, B] -> [R, B]``: every row by its expert's weight; weights may be transposed views."""
-        if not self.plain or not len(rows) or not supported(rows, *weight.shape[-2:]):
+        count = rows.shape[0]
+        if not self.plain or not count or not supported(rows, *weight.shape[-2:]):
             return super().rows_by_weight(rows, weight)
-        out = rows.new_empty(len(rows), weight.shape[-1])
+        out = rows.new_empty(count, weight.shape[-1])
         product(PLAIN, rows, weight, self.tiles(rows), out)
         return out
 
@@ -41,9 +42,10 @@ class GluonGemms(TritonGemms):
         side = self._side(gate_up)
         gate_up = gate_up if side > 1 else self.joined(gate_up)
         double = side * gate_up.shape[-1]
-        if not len(rows) or not supported(rows, rows.shape[1], double // 2):
+        count = rows.shape[0]
+        if not count or not supported(rows, rows.shape[1], double // 2):
             return super().up(rows, gate_up)
-        hidden, act = rows.new_empty(len(rows), double), rows.new_empty(len(rows), double // 2)
+        hidden, act = rows.new_empty(count, double), rows.new_empty(count, double // 2)
         product(UP, rows, gate_up, self.tiles(rows), hidden, act, side=side)
         return hidden, act
 
@@ -71,7 +73,7 @@ class GluonGemms(TritonGemms):
         d_hidden, act = torch.empty_like(hidden), hidden.new_empty(rows, inner)
         parts = None
         if gates is not None:
-            parts = torch.empty(triton.cdiv(inner, COLUMNS[ACT]), rows, dtype=torch.float32, device=grad.device)
+            parts = torch.empty(tiles(inner, COLUMNS[ACT]), rows, dtype=torch.float32, device=grad.device)
         weight = down.transpose(-1, -2)
         product(ACT, grad, weight, self.tiles(grad), d_hidden, act, hidden, gates, order, parts)
         return d_hidden, act, None if parts is None else parts.sum(0)

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from shoal.kernels.hopper import barrier, descriptor
+from shoal.kernels.hopper import barrier, descriptor, descriptor_of
 from shoal.kernels.moe.gluon_common import launch
 from shoal.kernels.moe.gluon_epilogues import epilogue_act, epilogue_plain, epilogue_up, fetch_hidden
 from shoal.kernels.moe.triton_tiles import Tiles
@@ -62,28 +62,26 @@ def product(
     inner = side * width // 2 if mode == UP else width
     depth_of_all = depth if mode == UP else side * depth
     by_column = weight.stride(-1) != 1  # each column's elements are neighbours
-    flat = (weight.transpose(-1, -2) if by_column else weight).reshape(-1, depth if by_column else width)
     columns = COLUMNS[mode]
     block = [columns, DEPTH] if by_column else [DEPTH, columns]
     halves = 2 if mode != PLAIN else 1
-    act, hidden = out if act is None else act, out if hidden is None else hidden
     stages, slots = SHAPES[mode]
     planes = _planes(out, halves)
     arguments = (
         descriptor(rows, ROWS // 2, DEPTH),
-        descriptor(flat, *block),
+        _flat(weight, by_column, *block),
         planes,
-        planes if act is out else _planes(act, 1),
-        planes if hidden is out else _planes(hidden, halves),
+        out if act is None else _planes(act, 1),  # a descriptor costs the host time, used or not
+        out if hidden is None else _planes(hidden, halves),
         out,
-        act,
+        out if act is None else act,
         order if gates is not None else out,
         gates if gates is not None else out,
         parts if parts is not None else out,
         tiles.table,
         tiles.count,
         tiles.most,
-        len(rows),
+        rows.shape[0],
     )
     launch(
         _gemm_kernel,
@@ -100,9 +98,22 @@ def product(
     )
 
 
+def _flat(weight: Tensor, by_column: bool, *block: int) -> TensorDescriptor:
+    """``[E, K, N]`` as ``[E · K, N]``, or as ``[E · N, K]`` where columns are contiguous; a copy where it has to be."""
+    rows, width = weight.shape[-2:]
+    if by_column:
+        rows, width = width, rows
+    apart = weight.stride(-1 if by_column else -2)
+    if weight.dim() == 2 or weight.stride(0) == rows * apart:
+        return descriptor_of(weight, (weight.numel() // width, width), (apart, 1), *block)
+    return descriptor((weight.transpose(-1, -2) if by_column else weight).reshape(-1, width), *block)
+
+
 def _planes(x: Tensor, halves: int) -> TensorDescriptor:
     """``[R, halves · N]`` as ``[halves, R, N]``, so that a tile ends where its half does."""
-    return descriptor(x.view(len(x), halves, -1).transpose(0, 1), 1, 64, 64)
+    rows, width = x.shape
+    inner = width // halves
+    return descriptor_of(x, (halves, rows, inner), (inner, x.stride(0), 1), 1, 64, 64)
 
 
 @gluon.jit

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shoal.kernels.launches import launch, tiles
 from shoal.kernels.moe import triton_rows
 from shoal.kernels.moe.fan import Fan
 from shoal.kernels.moe.plan import Plan, Ways
@@ -33,12 +34,14 @@ def plan(experts: Tensor, gates: Tensor, ways: Ways, capacity: int = 0) -> Plan:
     tokens, choices = experts.shape
     wide, count = len(ways.hosts) + len(ways.columns), max(tokens, capacity)
     tile = tile_of(count, wide)
-    blocks = triton.cdiv(count, tile)
+    blocks = tiles(count, tile)
     slots, before, counts = ints(experts, tokens, choices), ints(experts, blocks, wide), ints(experts, wide)
     words = ints(experts, capacity, 2 * choices) if capacity else None
     home = ints(experts, tokens, len(ways.ranks)) if capacity else None
     if count:
-        _plan_kernel[(blocks,)](
+        launch(
+            _plan_kernel,
+            (blocks,),
             experts.contiguous(),
             gates.contiguous(),
             ways.table,
@@ -68,7 +71,9 @@ def pack(plan: Plan, x: Tensor, gates: Tensor, ways: Ways, rows: Tensor, words: 
     tokens = len(x)
     home, order = ints(x, tokens, len(ways.ranks)), ints(x, len(rows))
     if tokens and len(ways.ranks):
-        _pack_kernel[(triton.cdiv(tokens, plan.tile),)](
+        launch(
+            _pack_kernel,
+            (tiles(tokens, plan.tile),),
             gates.contiguous(),
             plan.slots,
             plan.before,
@@ -93,7 +98,9 @@ def gates_at_home(own: Tensor, words: Tensor, home: Tensor, slots: Tensor, ways:
     """As :func:`shoal.kernels.moe.plan.gates_at_home`."""
     out = torch.empty(own.shape, dtype=torch.float32, device=own.device)
     if out.numel():
-        _home_kernel[(triton.cdiv(out.numel(), 1024),)](
+        launch(
+            _home_kernel,
+            (tiles(out.numel(), 1024),),
             own.contiguous(),
             words,
             home,

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shoal.kernels.launches import launch, power_of_2, tiles
 from shoal.kernels.moe.router import SCORES
 from shoal.kernels.moe.triton_best import best_of, scores_of
 
@@ -66,7 +67,7 @@ def choose(
     normalize: divided by their sum. bias: ``[N]`` float32, added to the scores for the choice only. Of equals the lower
     expert is chosen; a score that is not a number counts as the least. groups, most: experts lie in so many equal runs,
     and a token's experts in the ``most`` of them that hold the best ones (0: in any). lse: compute it, for softmax.
-    sort: whether choices are to be sorted; otherwise rows stand in the order of the choices, and ends has no elements.
+    sort: whether choices are to be sorted; otherwise ends, rows and order have no elements.
     """
     if score not in SCORES:
         raise ValueError(f"score={score!r}: one of {SCORES}")
@@ -77,18 +78,23 @@ def choose(
     tokens, width = x.shape
     experts = width if centroids is None else len(centroids)
     tile = 64 if tokens >= 16384 else 16
-    blocks = triton.cdiv(tokens, tile)
+    blocks = tiles(tokens, tile)
     scores = _floats(x, tokens, experts)
     gates, chosen = _floats(x, tokens, top_k), _ints(x, tokens, top_k)
     counts, sums = _ints(x, experts), _floats(x, experts)
-    rows, order, ends = _ints(x, tokens, top_k), _ints(x, tokens * top_k), _ints(x, experts)
+    if sort:
+        rows, order, ends = _ints(x, tokens, top_k), _ints(x, tokens * top_k), _ints(x, experts)
+    else:
+        rows = order = ends = _ints(x, 0)
     alone = blocks == 1  # as in steps of a few tokens, which are short of time for launches: one does it all
     block_counts = counts if alone else _ints(x, blocks, experts)
     block_sums = sums if alone else _floats(x, blocks, experts)
     lses = _floats(x, tokens) if lse else None
-    shape = {"N": experts, "NP": max(16, triton.next_power_of_2(experts)), "K": top_k, "TILE": tile}
+    shape = {"N": experts, "NP": max(16, power_of_2(experts)), "K": top_k, "TILE": tile}
     if tokens:
-        _choose_kernel[(blocks,)](
+        launch(
+            _choose_kernel,
+            (blocks,),
             x,
             x if centroids is None else centroids,
             scores if bias is None else bias,
@@ -103,7 +109,7 @@ def choose(
             order,
             tokens,
             H=width,
-            KP=triton.next_power_of_2(top_k),
+            KP=power_of_2(top_k),
             BH=128,
             GIVEN=centroids is None,
             SIGMOID=score == "sigmoid",
@@ -112,19 +118,16 @@ def choose(
             GROUP=experts // groups,
             MOST=most if most < groups else 0,
             LSE=lse,
-            ALONE=alone,
+            ALONE=alone and sort,
             PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
             num_warps=4,
             num_stages=3,
             **shape,
         )
     if not alone:
-        _scan_kernel[(experts,)](block_counts, block_sums, counts, sums, blocks, N=experts, TILE=1024)
-    if not sort:
-        ends, order = ends[:0], torch.arange(tokens * top_k, dtype=torch.int32, device=x.device)
-        rows = order.view(tokens, top_k)
-    elif not alone:
-        _place_kernel[(max(blocks, 1),)](chosen, block_counts, counts, ends, rows, order, tokens, **shape)
+        launch(_scan_kernel, (experts,), block_counts, block_sums, counts, sums, blocks, N=experts, TILE=1024)
+    if sort and not alone:
+        launch(_place_kernel, (max(blocks, 1),), chosen, block_counts, counts, ends, rows, order, tokens, **shape)
     return Choice(scores, gates, chosen, counts, ends, sums, rows, order, lses)
 
 
@@ -149,16 +152,18 @@ def choose_backward(
 ) -> Tensor:
     """Gradient of the logits, ``[T, N]`` in ``dtype``.
 
-    row_grads: ``[T·K]`` float32, gradients of the gates in the order of the sorted rows. sum_grads: ``[N]`` float32, of
-    the sums; None: zeros. score_grads: ``[T, N]`` float32, contiguous, of the scores themselves. square_grad: float32,
-    one number, of ``choice.squares``.
+    row_grads: ``[T·K]`` float32, gradients of the gates in the order of the sorted rows, or of the choices where these
+    were not sorted. sum_grads: ``[N]`` float32, of the sums; None: zeros. score_grads: ``[T, N]`` float32, contiguous,
+    of the scores themselves. square_grad: float32, one number, of ``choice.squares``.
     """
     tokens, experts = choice.scores.shape
     top_k = choice.gates.shape[1]
     out = torch.empty(tokens, experts, dtype=dtype, device=row_grads.device)
     if tokens:
         tile = 16
-        _choose_backward_kernel[(triton.cdiv(tokens, tile),)](
+        launch(
+            _choose_backward_kernel,
+            (tiles(tokens, tile),),
             choice.scores,
             choice.gates,
             choice.experts,
@@ -171,11 +176,12 @@ def choose_backward(
             out,
             tokens,
             N=experts,
-            NP=max(16, triton.next_power_of_2(experts)),
+            NP=max(16, power_of_2(experts)),
             K=top_k,
             TILE=tile,
             SIGMOID=score == "sigmoid",
             NORMALIZE=normalize,
+            SORTED=choice.rows.numel() > 0,
             SUMS=sum_grads is not None,
             SCORES=score_grads is not None,
             SQUARES=square_grad is not None and choice.lse is not None,
@@ -242,7 +248,7 @@ def _choose_kernel(
     PRECISION: tl.constexpr,
 ):
     """A tile of tokens: its scores, its choices, how many chose each expert and the sums of the scores. ALONE: there is
-    no other tile, and its choices are sorted too."""
+    no other tile, and its choices are to be sorted too."""
     block = tl.program_id(0).to(tl.int64)
     t = block * TILE + tl.arange(0, TILE)
     e = tl.arange(0, NP)
@@ -339,6 +345,7 @@ def _choose_backward_kernel(
     TILE: tl.constexpr,
     SIGMOID: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    SORTED: tl.constexpr,
     SUMS: tl.constexpr,
     SCORES: tl.constexpr,
     SQUARES: tl.constexpr,
@@ -358,13 +365,13 @@ def _choose_backward_kernel(
     if NORMALIZE:
         for i in tl.static_range(K):
             b_e = tl.load(experts + t * K + i, mask=there, other=-1)
-            row = tl.load(rows + t * K + i, mask=there, other=0)
+            row = tl.load(rows + t * K + i, mask=there, other=0) if SORTED else t * K + i
             total += tl.sum(tl.where(e[None, :] == b_e[:, None], s, 0.0), 1)
             dg = tl.load(row_grads + row, mask=there, other=0.0)
             mean += dg * tl.load(gates + t * K + i, mask=there, other=0.0)
     for i in tl.static_range(K):
         b_e = tl.load(experts + t * K + i, mask=there, other=-1)
-        row = tl.load(rows + t * K + i, mask=there, other=0)
+        row = tl.load(rows + t * K + i, mask=there, other=0) if SORTED else t * K + i
         dg = tl.load(row_grads + row, mask=there, other=0.0)
         if NORMALIZE:
             dg = (dg - mean) / total

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shoal.kernels.launches import launch, power_of_2, tiles
+
 
 def expand(x: Tensor, rows: Tensor, out: Tensor | None = None, more: Tensor | None = None) -> Tensor:
     """``[T, H] -> [T·K, H]``: row ``rows[t, k]`` is ``x[t]``. rows: ``[T, K]`` int32, every place once.
@@ -28,8 +30,21 @@ def expand(x: Tensor, rows: Tensor, out: Tensor | None = None, more: Tensor | No
         grid, shape = _tiles(tokens, hidden, 4)
         apart = {"X": x.stride(0), "Y": out.stride(0), "Z": 0 if more is None else more.stride(0)}
         second = x if more is None else more
-        _expand_kernel[grid](
-            x, second, rows, out, tokens, first, H=hidden, K=top_k, SOME=some, num_warps=4, **apart, **shape
+        launch(
+            _expand_kernel,
+            grid,
+            x,
+            second,
+            rows,
+            out,
+            tokens,
+            first,
+            H=hidden,
+            K=top_k,
+            SOME=some,
+            num_warps=4,
+            **apart,
+            **shape,
         )
     return out
 
@@ -59,7 +74,9 @@ def combine(
         return out
     experts = 0 if centroids is None else len(centroids)
     grid, shape = _tiles(tokens, hidden, 4) if not experts else _tiles(tokens, hidden, 16, 128)
-    _combine_kernel[grid](
+    launch(
+        _combine_kernel,
+        grid,
         results,
         rows,
         results if gates is None else gates,
@@ -71,7 +88,7 @@ def combine(
         H=hidden,
         K=top_k,
         N=experts,
-        NP=max(16, triton.next_power_of_2(experts)),
+        NP=max(16, power_of_2(experts)),
         R=results.stride(0),
         Y=out.stride(0),
         SOME=some,
@@ -90,8 +107,8 @@ def swiglu(hidden: Tensor) -> Tensor:
     out = hidden.new_empty(rows, double // 2)
     if rows:
         tile, width = 32, 128
-        grid = (triton.cdiv(rows, tile), triton.cdiv(double // 2, width))
-        _swiglu_kernel[grid](hidden, out, rows, F=double // 2, TILE=tile, BF=width, num_warps=4)
+        grid = (tiles(rows, tile), tiles(double // 2, width))
+        launch(_swiglu_kernel, grid, hidden, out, rows, F=double // 2, TILE=tile, BF=width, num_warps=4)
     return out
 
 
@@ -109,7 +126,9 @@ def swiglu_backward(
     d_gates = None if gates is None else torch.empty(rows, dtype=torch.float32, device=hidden.device)
     if rows:
         tile, width = 16, 128
-        _swiglu_backward_kernel[(triton.cdiv(rows, tile),)](
+        launch(
+            _swiglu_backward_kernel,
+            (tiles(rows, tile),),
             hidden,
             d_act,
             hidden if gates is None else gates,
@@ -128,8 +147,8 @@ def swiglu_backward(
 
 
 def _tiles(tokens: int, hidden: int, tile: int, width: int = 1024) -> tuple[tuple[int, int], dict[str, int]]:
-    width = min(width, triton.next_power_of_2(hidden))
-    return (triton.cdiv(tokens, tile), triton.cdiv(hidden, width)), {"TILE": tile, "BH": width}
+    width = min(width, power_of_2(hidden))
+    return (tiles(tokens, tile), tiles(hidden, width)), {"TILE": tile, "BH": width}
 
 
 @triton.jit(do_not_specialize=["tokens", "first"], do_not_specialize_on_alignment=["rows"])

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shoal.kernels.launches import launch, power_of_2, tiles
 from shoal.kernels.moe.fan import Fan
 
 
@@ -24,7 +25,7 @@ def sort(
     tokens, choices = slots.shape
     total = tokens + (0 if words is None else len(words))
     tile = tile_of(total, experts)
-    blocks, columns = triton.cdiv(total, tile), max(experts, 1)
+    blocks, columns = tiles(total, tile), max(experts, 1)
     if words is None:
         words, all_gates = slots, gates
     else:
@@ -34,7 +35,9 @@ def sort(
     before, counts, ends = ints(slots, blocks, columns), ints(slots, columns), ints(slots, experts)
     shape = {"N": columns, "NP": padded_columns(columns), "K": choices, "TILE": tile, "num_warps": 4}
     if total:
-        _count_kernel[(blocks,)](
+        launch(
+            _count_kernel,
+            (blocks,),
             slots,
             gates.contiguous(),
             words,
@@ -50,7 +53,9 @@ def sort(
             **shape,
         )
     count_before(before, counts)
-    _place_kernel[(max(blocks, 1),)](mine, before, counts, ends, rows, order, total, len(order), experts, **shape)
+    launch(
+        _place_kernel, (max(blocks, 1),), mine, before, counts, ends, rows, order, total, len(order), experts, **shape
+    )
     return all_gates, Fan(rows, order), ends
 
 
@@ -58,7 +63,7 @@ def gates_of_rows(values: Tensor, rows: Tensor) -> Tensor:
     """As :func:`shoal.kernels.moe.plan.gates_of_rows`."""
     out = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
     if out.numel():
-        _gates_kernel[(triton.cdiv(out.numel(), 1024),)](values.contiguous(), rows, out, out.numel(), TILE=1024)
+        launch(_gates_kernel, (tiles(out.numel(), 1024),), values.contiguous(), rows, out, out.numel(), TILE=1024)
     return out
 
 
@@ -69,7 +74,7 @@ def tile_of(tokens: int, columns: int) -> int:
 
 def padded_columns(columns: int) -> int:
     """The power of two that holds them."""
-    return max(16, triton.next_power_of_2(columns))
+    return max(16, power_of_2(columns))
 
 
 def ints(like: Tensor, *shape: int) -> Tensor:
@@ -81,7 +86,7 @@ def count_before(before: Tensor, counts: Tensor) -> None:
     """Of each column of ``before [blocks, N]`` int32 the sum over earlier blocks, in place of a block's own count; and
     the totals, to ``counts [N]``."""
     blocks, columns = before.shape
-    _before_kernel[(columns,)](before, counts, blocks, N=columns, TILE=1024)
+    launch(_before_kernel, (columns,), before, counts, blocks, N=columns, TILE=1024)
 
 
 @triton.jit(do_not_specialize=["blocks"])

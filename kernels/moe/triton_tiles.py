@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shoal.kernels.launches import launch, power_of_2
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -30,14 +32,16 @@ def tiles_of(ends: Tensor | None, rows: int, size: int, device: torch.device | N
     most = rows // size + min(groups, rows)
     table = torch.empty(3, most, dtype=torch.int32, device=device)
     count = torch.empty(1, dtype=torch.int32, device=device)
-    _tiles_kernel[(groups,)](
+    launch(
+        _tiles_kernel,
+        (groups,),
         count if ends is None else ends,
         table,
         count,
         most,
         rows,
         E=groups,
-        EP=triton.next_power_of_2(groups),
+        EP=power_of_2(groups),
         SIZE=size,
         CHUNK=128,
         GIVEN=ends is not None,

@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.runtime.jit import JITFunction
 
-from shoal.kernels import hopper
+from shoal.kernels import hopper, launches
 
 HOPPER = GPUTarget("cuda", 90, 32)
 COMPILED = ("triton_address", "triton_fan", "triton_sort", "triton_rows", "triton_store", "triton_rope", "triton_few",
@@ -196,6 +196,7 @@ def main() -> None:
     JITFunction.run = compile_for_hopper  # type: ignore[method-assign]
     hopper.on_hopper = lambda x: True
     hopper.multiprocessors = lambda device: 132  # type: ignore[assignment]
+    launches.current_device = lambda: 0
     torch.cuda.device = lambda device: nullcontext()  # type: ignore
     attention(2, 16, (128, 128), torch.bfloat16)
     attention(1, 4, (128, 64), torch.float16)

@@ -1,0 +1,75 @@
+"""Launches of Triton kernels that take little of the host's time, which is what bounds few tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+"""Of a kernel and all that it is compiled for: what was compiled, and its constants in their order."""
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int, **named: Any) -> None:
+    """``kernel[grid](*arguments, **named)`` on the current device, named being its constants and Triton's options.
+
+    Triton asks of every argument what it would be compiled for, and takes three times as long for that as for the
+    launch: of what was compiled once it is enough to know the tensors' dtypes and whether they begin on 16 bytes. Given
+    tensors, it would ask CUDA where each of them lies. Numbers that are no constants must not be specialized. Raises
+    TypeError where they are, or a constant is no keyword.
+    """
+    if not isinstance(kernel, JITFunction):  # of Triton's interpreter
+        kernel[grid](*arguments, **named)
+        return
+    values: list[int] = []
+    kinds: list[Any] = []
+    for argument in arguments:
+        if isinstance(argument, int):
+            values.append(argument)
+            kinds.append(-(2**31) <= argument < 2**31)
+        else:
+            address = argument.data_ptr()
+            values.append(address)
+            kinds += argument.dtype, address % 16 == 0
+    key = (id(kernel), current_device(), *kinds, *named.items())
+    found = _compiled.get(key)
+    if found is None:
+        names = _constants(kernel, arguments)
+        compiled = kernel[grid](*arguments, **named)
+        if compiled is not None:
+            _compiled[key] = compiled, tuple(named[name] for name in names)
+        return
+    compiled, constants = found
+    compiled[(*grid, 1, 1)[:3]](*values, *constants)
+
+
+def current_device() -> int:
+    """The index of the GPU that Triton launches on."""
+    index: int = driver.active.get_current_device()
+    return index
+
+
+def _constants(kernel: JITFunction[Any], arguments: tuple[Tensor | int, ...]) -> list[str]:
+    """Names of the constants, which stand behind the arguments."""
+    params, constants = kernel.params[: len(arguments)], kernel.params[len(arguments) :]
+    for param, argument in zip(params, arguments, strict=True):
+        if param.is_constexpr or not (isinstance(argument, Tensor) or param.do_not_specialize):
+            raise TypeError(
+                f"{kernel.__name__}: {param.name}={argument} is a constant or specialized: name it where it is "
+                "launched, or list it in do_not_specialize"
+            )
+    if plain := [param.name for param in constants if not param.is_constexpr]:
+        raise TypeError(f"{kernel.__name__}: {plain} are no constants: pass them by their place, before all constants")
+    return [param.name for param in constants]
+
+
+def tiles(count: int, size: int) -> int:
+    """How many tiles of a size so much makes. Triton's ``cdiv`` takes twenty times as long on the host."""
+    return -(-count // size)
+
+
+def power_of_2(number: int) -> int:
+    """The least power of two that is not less."""
+    return 1 << max(number - 1, 0).bit_length()

@@ -1,0 +1,108 @@
+"""Launches that do not ask Triton what arguments would be compiled for: whether it is asked where it must be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import triton_on_cpu
+from hypothesis import given
+from hypothesis import strategies as st
+
+triton_on_cpu.prepare()
+
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from shoal.kernels import launches  # noqa: E402
+
+
+def _scale(x, y, count, factor, N: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    i = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    tl.store(y + i, tl.load(x + i, mask=i < count) * factor * N, mask=i < count)
+
+
+class Compiled:
+    """In the place of what Triton compiles: remembers how it is launched."""
+
+    def __init__(self, told: list[Any]) -> None:
+        self.told = told
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments: self.told.append((grid, arguments))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], list[Any]]:
+    """What Triton was asked to compile, and what was launched without asking it."""
+    compiled: list[Any] = []
+    launched: list[Any] = []
+
+    def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> Compiled:
+        compiled.append(named)
+        return Compiled(launched)
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(launches, "current_device", lambda: 0)
+    monkeypatch.setattr(launches, "_compiled", {})
+    return compiled, launched
+
+
+def test_triton_is_asked_once_for_each_thing_it_compiles_for(asked: tuple[list[Any], list[Any]]) -> None:
+    compiled, launched = asked
+    kernel: Any = JITFunction(_scale, do_not_specialize=["count", "factor"])
+    words = torch.zeros(64)
+    variants: list[tuple[Any, Any, int, dict[str, int]]] = [
+        (words, words, 5, {"N": 2, "TILE": 16}),
+        (words[1:], words, 5, {"N": 2, "TILE": 16}),  # not on 16 bytes
+        (words, words.double(), 5, {"N": 2, "TILE": 16}),
+        (words, words, 2**31, {"N": 2, "TILE": 16}),  # int64
+        (words, words, 5, {"TILE": 16, "N": 3}),
+        (words, words, 5, {"N": 16, "TILE": 2}),
+        (words, words, 5, {"N": 2, "TILE": 16, "num_warps": 8}),
+    ]
+    for x, y, count, named in variants:
+        launches.launch(kernel, (3,), x, y, count, 7, **named)
+    assert compiled == [named for *_, named in variants]
+    assert not launched
+    for x, y, count, named in variants:
+        launches.launch(kernel, (4, 2), x[4:], y[4:], count + 16, 8, **named)
+    assert len(compiled) == len(variants)
+    for (grid, arguments), (x, y, count, named) in zip(launched, variants, strict=True):
+        assert grid == (4, 2, 1)
+        assert arguments == (x[4:].data_ptr(), y[4:].data_ptr(), count + 16, 8, named["N"], named["TILE"])
+
+
+@pytest.mark.parametrize("plain", [["count"], ["factor"], []])
+def test_numbers_that_triton_specializes_are_refused(plain: list[str], asked: tuple[list[Any], list[Any]]) -> None:
+    kernel: Any = JITFunction(_scale, do_not_specialize=plain)
+    with pytest.raises(TypeError, match="is a constant or specialized"):
+        launches.launch(kernel, (1,), torch.zeros(8), torch.zeros(8), 5, 7, N=2, TILE=8)
+    assert not asked[0]
+
+
+def test_constants_are_named_and_others_are_not(asked: tuple[list[Any], list[Any]]) -> None:
+    kernel: Any = JITFunction(_scale, do_not_specialize=["count", "factor"])
+    x = torch.zeros(8)
+    with pytest.raises(TypeError, match="N=2 is a constant"):
+        launches.launch(kernel, (1,), x, x, 5, 7, 2, TILE=8)
+    with pytest.raises(TypeError, match=r"\['factor'\] are no constants"):
+        launches.launch(kernel, (1,), x, x, 5, factor=7, N=2, TILE=8)
+
+
+def test_what_is_launched_computes() -> None:
+    """Twice, of which the second launch does not ask Triton on a GPU."""
+    kernel = triton.jit(do_not_specialize=["count", "factor"])(_scale)
+    for factor in (2, 3):
+        x = torch.arange(40, dtype=torch.float32, device=triton_on_cpu.DEVICE)
+        y = torch.full_like(x, -1)
+        launches.launch(kernel, (launches.tiles(37, 16),), x, y, 37, factor, N=2, TILE=16)
+        assert torch.equal(y, torch.where(x < 37, x * factor * 2, -1))
+
+
+@given(count=st.integers(0, 1 << 40), size=st.integers(1, 1 << 20))
+def test_arithmetic_is_that_of_triton(count: int, size: int) -> None:
+    assert launches.tiles(count, size) == triton.cdiv(count, size)
+    assert launches.power_of_2(size) == triton.next_power_of_2(size)
