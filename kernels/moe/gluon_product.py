@@ -105,7 +105,8 @@ def _flat(weight: Tensor, by_column: bool, *block: int) -> TensorDescriptor:
         rows, width = width, rows
     apart = weight.stride(-1 if by_column else -2)
     if weight.dim() == 2 or weight.stride(0) == rows * apart:
-        return descriptor_of(weight, (weight.numel() // width, width), (apart, 1), *block)
+        beside = weight.stride(-2 if by_column else -1)
+        return descriptor_of(weight, (weight.numel() // width, width), (apart, beside), *block)
     return descriptor((weight.transpose(-1, -2) if by_column else weight).reshape(-1, width), *block)
 
 
@@ -113,7 +114,7 @@ def _planes(x: Tensor, halves: int) -> TensorDescriptor:
     """``[R, halves · N]`` as ``[halves, R, N]``, so that a tile ends where its half does."""
     rows, width = x.shape
     inner = width // halves
-    return descriptor_of(x, (halves, rows, inner), (inner, x.stride(0), 1), 1, 64, 64)
+    return descriptor_of(x, (halves, rows, inner), (inner, *x.stride()), 1, 64, 64)
 
 
 @gluon.jit

@@ -29,7 +29,7 @@ from shoal.kernels import hopper, launches
 HOPPER = GPUTarget("cuda", 90, 32)
 COMPILED = ("triton_address", "triton_fan", "triton_sort", "triton_rows", "triton_store", "triton_rope", "triton_few",
             "triton_places", "triton_paged", "triton_paged_choose", "triton_paged_parts", "triton_paged_sum",
-            "triton_phi")  # fmt: skip
+            "triton_phi", "triton_route", "triton_tiles")  # fmt: skip
 """Modules of Triton kernels that are compiled as well."""
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")
 
@@ -111,6 +111,17 @@ def experts() -> None:
     together = x.new_zeros(2, hidden, 256)
     hidden_rows, _ = GluonGemms(None).up(x, together)
     GluonGemms(None).up_backward(hidden_rows, together)
+
+
+def routing(tokens: int) -> None:
+    """Choices, sorted or not, and their gradients, those of the balance sums among them or not."""
+    from shoal.kernels.moe.triton_route import choose, choose_backward
+
+    x, centroids = torch.zeros(tokens, 256, dtype=torch.bfloat16), torch.zeros(64, 256, dtype=torch.bfloat16)
+    for sort in (True, False):
+        choice = choose(x, centroids, 6, sort=sort)
+        for sums in (torch.zeros(64), None):
+            choose_backward(choice, torch.zeros(tokens * 6), sums, x.dtype, score="softmax", normalize=False)
 
 
 def pages(kv: int, group: int, dims: tuple[int, int], dtype: torch.dtype) -> None:
@@ -202,6 +213,7 @@ def main() -> None:
     attention(1, 4, (128, 64), torch.float16)
     attention(2, 16, (192, 128), torch.bfloat16)
     experts()
+    routing(64)
     pages(4, 16, (192, 128), torch.bfloat16)
     pages(3, 5, (24, 40), torch.float32)
     dispatch(2, 64, 1, 16384)
