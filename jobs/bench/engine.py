@@ -151,7 +151,7 @@ def _beside_peer(
     for each in peers:
         yield time_row(
             f"{STEP} of {PEER}", each.ms, tokens_per_second=1000 * each.at_once / each.ms, at_once=each.at_once,
-            attention=each.attention, transformers=each.version, **facts,
+            attention=each.attention, transformers=each.version, prompts="alike but for the last token", **facts,
         )  # fmt: skip
     for at_once in scale.at_once[context]:
         ms, fitting = ours.get((STEP, context, at_once)), [each for each in peers if each.at_once <= at_once]
