@@ -194,7 +194,7 @@ def _order(rank: int, world: int, p: Problem) -> list[str]:
         seen.append(f"{given.plan.name} there")
         return wait(given, dtype)
 
-    Plan.give, Give.wait = giving, waiting  # type: ignore[method-assign]
+    Plan.give, Give.wait = giving, waiting  # type: ignore[method-assign,assignment]
     group = Group(tuple(range(world)), rank, dist.group.WORLD)
     *leaves, upstream = rank_part(p, drawn(p), group, TOKENS)
     sequence = make_sequence(p.cu, p.sizes, group, torch.device("cpu"))
