@@ -83,14 +83,12 @@ class Inbox:
             for memory in self._share(total, device)
         ]
         own = self._parts[group.index]
+        kinds = {OUT: dtype, BACK: dtype}  # of all other parts words
         self._slots = {
-            (part, rank): self._parts[rank][part][group.index - (group.index > rank)]
+            (part, rank): self._parts[rank][part][group.index - (group.index > rank)].view(kinds.get(part, torch.int32))
             for rank in self.others
             for part in parts
         }
-        for part, rank in self._slots:
-            if part in (OUT, BACK):
-                self._slots[part, rank] = self._slots[part, rank].view(dtype)
         self._words = {part: own[part].flatten(0, 1) for part in (WORDS_OUT, WORDS_BACK)}
         self._rows = {part: own[part].view(dtype).view(-1, hidden) for part in (OUT, BACK)}
 
