@@ -33,7 +33,7 @@ from shoal.workers.config import Recipe
 
 TOKENS = 256  # of a batch; masks have a row for each
 PAGE = 256  # tokens of transformers' pages
-PATIENCE = 90.0  # seconds that all of it may take
+PATIENCE = 150.0  # seconds that all of it may take
 REFUSED = "refused"
 
 
