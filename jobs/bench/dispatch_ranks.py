@@ -78,8 +78,12 @@ class Bench:
         self.generator = torch.Generator(device).manual_seed(group.index)
 
     def of(self, tokens: int) -> Figures:
-        """All figures for so many tokens a rank, medians over rounds in which all take turns."""
-        sides = {**self.exchanges(tokens), **self.layers(tokens)}
+        """All figures for so many tokens a rank."""
+        return self._in_turns(self.exchanges, tokens) + self._in_turns(self.layers, tokens)
+
+    def _in_turns(self, made: Callable[[int], Sides], tokens: int) -> Figures:
+        """Medians over rounds in which all sides take turns, and each round's milliseconds."""
+        sides = made(tokens)
         times: dict[str, list[float]] = {name: [] for name in sides}
         for _, call in sides.values():
             call()
@@ -88,7 +92,8 @@ class Bench:
             for name, (_, call) in sides.items():
                 times[name].append(self.ms(call))
         figures = [
-            {"name": name, "tokens": tokens, "ms": statistics.median(times[name]), **_told(facts)}
+            {"name": name, "tokens": tokens, "ms": statistics.median(times[name]), "rounds": times[name]}
+            | _told(facts)
             for name, (facts, _) in sides.items()
         ]
         del sides
@@ -234,9 +239,15 @@ class Bench:
     # -- time ---------------------------------------------------------------------------------------------------------
 
     def ms(self, call: Callable[[], object]) -> float:
-        """Of one call when many follow one another, of the slowest rank."""
+        """Of one call when many follow one another, of the slowest rank.
+
+        As many come before that do not count: after a side that leaves a GPU idle, the first 300 ms of products are
+        faster than those that follow, by a tenth, since its clocks fall with the power it has drawn.
+        """
         once = self._loop(call, 2)
-        return self._loop(call, max(2, min(200, int(self.sizes.window / max(once, 1e-3)))))
+        count = max(2, min(200, int(self.sizes.window / max(once, 1e-3))))
+        self._loop(call, count)
+        return self._loop(call, count)
 
     def _loop(self, call: Callable[[], object], times: int) -> float:
         call()
