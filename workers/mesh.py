@@ -22,16 +22,23 @@ all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_
 @dataclass(frozen=True)
 class Group:
     """Ranks that take part in a collective. ``handle`` is None for a group of one, where all but ``reduce`` and
-    ``broadcast``, which are of several, are no-ops."""
+    ``broadcast``, which are of several, are no-ops. other: a second group of the same ranks, if there is one."""
 
     ranks: tuple[int, ...]
     index: int
     handle: dist.ProcessGroup | None = None
+    other: dist.ProcessGroup | None = None
 
     @property
     def size(self) -> int:
         """Number of ranks."""
         return len(self.ranks)
+
+    @property
+    def beside(self) -> Group:
+        """The same ranks over their second group, or this one. Exchanges of one group follow one another; what takes
+        long, and is not wanted soon, holds nothing up there."""
+        return self if self.other is None else Group(self.ranks, self.index, self.other)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over the group, in place."""
@@ -97,27 +104,29 @@ def make_mesh(placement: Placement, rank: int = 0, device: torch.device | str = 
     """Builds the groups; every rank calls this after ``init_process_group``. One rank alone needs none of it."""
     backend = "nccl" if torch.device(device).type == "cuda" else "gloo"
 
-    def join(groups: Sequence[tuple[int, ...]]) -> Group | None:
+    def join(groups: Sequence[tuple[int, ...]], twice: bool = False) -> Group | None:
         mine = None
         for ranks in groups:
             # new_group is collective over all ranks, members or not
-            handle = None
+            handles: list[dist.ProcessGroup] = []
             if placement.ranks > 1 and len(ranks) > 1:
-                handle = dist.new_group(list(ranks), timeout=COLLECTIVE_TIMEOUT, backend=backend)
+                handles = [
+                    dist.new_group(list(ranks), timeout=COLLECTIVE_TIMEOUT, backend=backend) for _ in range(1 + twice)
+                ]
             if rank in ranks:
-                mine = Group(ranks, ranks.index(rank), handle)
+                mine = Group(ranks, ranks.index(rank), *handles)
         return mine
 
     everyone = tuple(range(placement.ranks))
     world, dispatch = join([everyone]), join(placement.dispatch_groups())
     assert world is not None and dispatch is not None
-    context, attention = join(placement.context_groups()), join([placement.attention])
+    context, attention = join(placement.context_groups(), twice=True), join([placement.attention])
     replicas = join(placement.replica_groups())
     for group in (context, attention, replicas) if backend == "nccl" else ():
         # The first call of a group makes its connections, and must be one of all its ranks: who exchanges rows depends
         # on the documents, and gradients first travel in the midst of a backward pass.
-        if group is not None:
-            group.all_reduce(torch.zeros(1, device=device))
+        for each in dict.fromkeys((group, group.beside)) if group is not None else ():
+            each.all_reduce(torch.zeros(1, device=device))
     return Mesh(
         placement=placement,
         rank=rank,

@@ -5,10 +5,11 @@ What moves, of one layer, between the ranks of a context group:
 - ``raw``: the few tokens before a segment that its first compressed blocks reach back to, before φ;
 - ``cmp``: compressed keys and values, made once, by the rank that holds a block's last token;
 - ``near``: the window before each segment;
-- ``far``: keys and values of the selected branch, for all blocks that a query might choose. They are on their way
-  while compressed attention, the choice of blocks and the window are computed; they are not kept for the backward
-  pass, which fetches them again, and whose gradients return while those of φ are computed. Or only the
-  pages that were chosen, when that is known: less where queries agree, but nothing hides it.
+- ``far``: keys and values of the selected branch, for all blocks that a query might choose. They leave first, over a
+  process group of their own, where they hold up none of the others, and are on their way while φ, compressed
+  attention, the choice of blocks and the window are computed; they are not kept for the backward pass, which fetches
+  them again, and whose gradients return while those of φ are computed. Or only the pages that were chosen, when that is
+  known: less where queries agree, but nothing hides it.
 
 Each query reads its own document, and no later token, so that less moves than all keys to all ranks.
 """
@@ -96,7 +97,7 @@ def _make_sequence(
     layout = make_layout(cu_seqlens, sizes, device, tile, dense_keys, owned[group.index])
     received: Counter[str] = Counter()
     reads = tuple(n.far for n in need)
-    far = Plan.of("far", group, owned, reads, received)
+    far = Plan.of("far", group.beside, owned, reads, received)
     return Sequence(
         layout=layout,
         own=own_blocks(layout),
@@ -149,9 +150,9 @@ def _turns(heads: int, at_once: int) -> list[slice]:
 class _Flight:
     """What two nodes of autograd share: the second, which runs first backwards, leaves gradients under way.
 
-    turns: heads of keys that are computed together, one after another. returned: sums of the gradients of the selected
-    branch, of the first turns; returning: those of the turn before; held: those of the last one, not sent yet, since
-    what is sent after them would wait for them.
+    turns: heads of keys that are computed together, one after another. coming: far keys under way forwards. returned:
+    sums of the gradients of the selected branch, of the first turns; returning: those of the turn before; held: those
+    of the last one, not sent yet, since those of compressed rows, which φ's wait for, have the links first.
     """
 
     sequence: Sequence
@@ -160,9 +161,16 @@ class _Flight:
     wide: bool
     fetching: Fetching
     turns: list[slice]
+    coming: list[_Arrival] = field(default_factory=list)
     returned: list[tuple[Tensor, ...]] = field(default_factory=list)
     returning: Give | PullGive | None = None
     held: tuple[Plan | Pull, tuple[Tensor, ...], torch.dtype] | None = None
+
+    def begin(self, turn: int, k: Tensor, v: Tensor) -> None:
+        """Sends a turn's keys on their way, of this rank's rows of all heads; there is no turn after the last."""
+        if turn < len(self.turns):
+            k, v = k[:, self.turns[turn]], v[:, self.turns[turn]]
+            self.coming.append(_Arrival(self, k, v, first=turn == 0))
 
     def give(self, source: Plan | Pull, grads: tuple[Tensor, ...], dtype: torch.dtype) -> None:
         """Sends a turn's gradients on their way; those of the turn before have travelled during this one."""
@@ -231,14 +239,15 @@ class _Send(torch.autograd.Function):
 
 
 class _Deliver(torch.autograd.Function):
-    """Nothing forwards; backwards the gradients of this rank's rows, which :class:`_Attend` has found.
+    """Forwards the first far keys leave; backwards the gradients of this rank's rows, which :class:`_Attend` has found.
 
-    Made before the compression, so that they travel while its gradients are computed.
+    Made before the compression, so that keys travel while it is computed, and gradients while its own are.
     """
 
     @staticmethod
     def forward(ctx: Any, k: Tensor, v: Tensor, flight: _Flight) -> Pair:
         ctx.flight, ctx.dtype = flight, k.dtype
+        flight.begin(0, k, v)
         return k.view_as(k), v.view_as(v)
 
     @staticmethod
@@ -253,18 +262,11 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         *inputs, flight = args
-        turns, coming, outs, kept = flight.turns, [], [], []
-
-        def begin(i: int) -> None:
-            k, v = (x[:, turns[i]] for x in inputs[3:5])
-            coming.append(_Arrival(flight, k, v, first=i == 0))
-
-        begin(0)
+        outs, kept = [], []
         ctx.sources, ctx.choices = [], []
-        for i, turn in enumerate(turns):
-            if i + 1 < len(turns):
-                begin(i + 1)
-            out, left, source = _forward_turn(inputs, turn, coming.pop(0))
+        for i, turn in enumerate(flight.turns):
+            flight.begin(i + 1, *inputs[3:5])
+            out, left, source = _forward_turn(inputs, turn, flight.coming.pop(0))
             outs.append(out)
             kept += left.tensors
             ctx.choices.append(left.choices)

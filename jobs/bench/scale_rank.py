@@ -41,8 +41,9 @@ def rank_main(rank: int, ranks: int, store: str, cases: list[Case], results: str
     if ranks > 1:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, f"file://{store}", timedelta(minutes=3), ranks, rank)
-        group = Group(tuple(range(ranks)), rank, dist.group.WORLD)
-        group.all_reduce(torch.zeros(1, device=device))  # all ranks make their connections now
+        group = Group(tuple(range(ranks)), rank, dist.group.WORLD, dist.new_group())
+        for each in (group, group.beside):
+            each.all_reduce(torch.zeros(1, device=device))  # all ranks make their connections now
     dtype = torch.bfloat16 if cuda else torch.float32
     peak = peak_flops(device.type, str(dtype).removeprefix("torch."))
     for index, case in enumerate(cases):

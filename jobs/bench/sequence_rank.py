@@ -75,8 +75,9 @@ def rank_main(rank: int, ranks: int, store: str, cases: list[Case], results: str
     if ranks > 1:
         backend, wait = "nccl" if cuda else "gloo", timedelta(minutes=5)
         dist.init_process_group(backend, f"file://{store}", wait, ranks, rank)
-        group = Group(tuple(range(ranks)), rank, dist.group.WORLD)
-        group.all_reduce(torch.zeros(1, device=device))  # all ranks make their connections now
+        group = Group(tuple(range(ranks)), rank, dist.group.WORLD, dist.new_group())
+        for each in (group, group.beside):
+            each.all_reduce(torch.zeros(1, device=device))  # all ranks make their connections now
     for index, case in enumerate(cases):
         tell(rank, results, {"begins": index})
         rows = _check(case, group, device) if case.kind == "check" else measure(case, group, device)

@@ -102,7 +102,7 @@ def _rank(
     if sys.platform == "linux":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # a machine whose name does not resolve runs the tests too
     store = dist.TCPStore("127.0.0.1", port, None, False, TIMEOUT)
-    backend = "gloo" if device == "cpu" else "nccl"
+    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"  # as a run has them
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     try:
         result = fn(rank, world, *args)

@@ -13,14 +13,14 @@ from shoal.workers.config import Recipe
 VOCAB = 300
 
 
-def small_corpus(folder: Path) -> Path:
-    """Documents of 1 to 400 words, some shorter than a block and some longer than a row."""
+def small_corpus(folder: Path, longest: int = 400) -> Path:
+    """Documents of 1 word to so many, some shorter than a block and some longer than a row."""
     rng = random.Random(0)
     words = ["shoal", "fish", "net", "sea", "of", "the", "a", "swims", "deep", "blue", "tide", "and", "rows"]
     texts = folder / "texts"
     texts.mkdir(parents=True)
     for i in range(120):
-        text = " ".join(rng.choice(words) for _ in range(rng.choice([1, 3, 20, 60, 400])))
+        text = " ".join(rng.choice(words) for _ in range(rng.choice([1, 3, 20, 60, longest])))
         (texts / f"{i:03}.txt").write_text(f"{i} {text}\n")
     out = folder / "corpus"
     prepare(open_inputs([texts], ReadOptions()), out, PrepareOptions(vocabulary=VOCAB, val_fraction=0.1))

@@ -1,23 +1,31 @@
-"""Full attention over a sequence that ranks share, gathered and around a ring: one rank's outputs and gradients."""
+"""Full attention over a sequence that ranks share, gathered and around a ring: one rank's outputs and gradients, of the
+layer and of a model, in whose ranks no more keys arrive at a time than are one rank's share."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 from sequences import Problem, full_alone, full_drawn, full_shared
+from small import small_recipe
+from test_model import packed
+from torch import Tensor
 
-from shoal.workers.mesh import Group
+from shoal.workers.config import Recipe
+from shoal.workers.mesh import Group, make_mesh
+from shoal.workers.model import Transformer
+from shoal.workers.model.feedforward import named_views
+from shoal.workers.placement import Placement
 from shoal.workers.sequence import zigzag
 from shoal.workers.volume import Shape, ring_volume
 
 
 def _on_rank(rank: int, world: int, p: Problem, ring: bool) -> Any:
-    import torch.distributed as dist
-
     group = Group(tuple(range(world)), rank, dist.group.WORLD if world > 1 else None)
     results, circle = full_shared(p, full_drawn(p), group, ring)
     return results, dict(circle.received)
@@ -48,3 +56,62 @@ def test_a_ring_in_bfloat16() -> None:
             assert got.dtype == torch.bfloat16
             own = all_of_it[rows.indices()]
             assert (got.double() - own).norm() <= 5e-3 * own.norm()
+
+
+@dataclass
+class Passed:
+    """What a rank of a model computed. hidden: of its tokens. gradients: its part of each weight's. arrived: bytes of
+    keys, values and their gradients that each exchange brought."""
+
+    hidden: Tensor
+    gradients: dict[str, Tensor]
+    arrived: list[int]
+
+
+def _model_on_rank(rank: int, world: int, tables: dict[str, Any], lengths: list[int]) -> Passed:
+    """A forward and a backward pass of documents of such lengths, which the ranks share."""
+    recipe = Recipe.model_validate(tables)
+    model = Transformer(recipe, make_mesh(Placement.of(recipe), rank))
+    batch = model.own_part(packed(lengths))
+    arrived: list[int] = []
+    exchange = dist.batch_isend_irecv
+
+    def watched(ops: list[dist.P2POp]) -> list[dist.Work]:
+        arrived.append(sum(op.tensor.nbytes for op in ops if op.op is dist.irecv))
+        return exchange(ops)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "batch_isend_irecv", watched)
+        hidden = model(batch)
+        model.loss_sum(hidden, batch.targets).backward()
+    found = {}
+    for name, parameter, part in named_views(model):
+        assert parameter.grad is not None
+        found[name] = parameter.grad if part is None else parameter.grad[part]
+    return Passed(hidden.detach(), found, arrived)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(("lengths", "ring"), [([128], True), ([127], False), ([70, 58], False)])
+def test_a_model_of_one_document_goes_around_the_ring(world: int, lengths: list[int], ring: bool) -> None:
+    """Hidden states and gradients are one rank's. Around the ring an exchange brings keys of a rank's tokens at most,
+    however many the document has; where keys are gathered, as of several documents, they all come at once."""
+    sizes = {"attention__kind": "full", "model__context": 128, "train__sequence": 128}
+    alone = _model_on_rank(0, 1, small_recipe(**sizes), lengths)
+    assert alone.arrived == []
+    tables = small_recipe(**sizes, parallel__ranks=world, parallel__context=world)
+    results: list[Passed] = run_ranks(world, _model_on_rank, tables, lengths)
+    tokens, m = sum(lengths), Recipe.model_validate(tables).model
+    for result, rows in zip(results, zigzag(tokens, world, 1), strict=True):
+        torch.testing.assert_close(result.hidden, alone.hidden[rows.indices()], rtol=1e-9, atol=1e-11)
+    for name, want in alone.gradients.items():
+        got = sum(result.gradients[name] for result in results if name in result.gradients)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+    shape = Shape(m.kv_heads, (m.head_dim, m.v_dim), 8, 8)
+    volume = ring_volume(tokens, world, shape)
+    share = tokens / world * shape.kv_heads * sum(shape.dims) * 8
+    for result in results:
+        around = set(result.arrived) == {share} and sum(result.arrived) == m.layers * sum(volume.values())
+        assert around == ring, result.arrived
+    if not ring and world > 2:
+        assert max(max(result.arrived) for result in results) > share

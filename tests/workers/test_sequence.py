@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
@@ -18,7 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from shoal.kernels.nsa import BlockSizes
 from shoal.workers.exchange import Fetch, Give, Plan
-from shoal.workers.mesh import Group
+from shoal.workers.mesh import Group, make_mesh
+from shoal.workers.placement import Placement
 from shoal.workers.sequence import make_sequence, zigzag
 from shoal.workers.volume import Shape, far_volume, nsa_volume
 
@@ -179,12 +180,24 @@ def test_gradients_in_float32_travel_so_and_lose_nothing() -> None:
     assert errors[1] < 0.5 * errors[0] < 5e-3, errors
 
 
-def _order(rank: int, world: int, p: Problem) -> list[str]:
-    """What a backward pass does, in its order. φ: when the gradient of its first weights is there."""
+def _order(rank: int, world: int, p: Problem) -> tuple[list[str], list[str]]:
+    """What a forward and a backward pass do, in their order. φ: when the gradient of its first weights is there."""
     import torch.distributed as dist
 
     seen: list[str] = []
-    give, wait = Plan.give, Give.wait
+    fetch, give, wait = Plan.fetch, Plan.give, Give.wait
+
+    def fetching(plan: Plan, *xs: torch.Tensor) -> Fetch:
+        seen.append(f"{plan.name} sent")
+        found = fetch(plan, *xs)
+        arrived = found.wait
+
+        def there() -> tuple[torch.Tensor, ...]:
+            seen.append(f"{plan.name} there")
+            return arrived()
+
+        found.wait = there  # type: ignore[method-assign]
+        return found
 
     def giving(plan: Plan, *grads: torch.Tensor) -> Give:
         seen.append(f"{plan.name} sent")
@@ -194,20 +207,63 @@ def _order(rank: int, world: int, p: Problem) -> list[str]:
         seen.append(f"{given.plan.name} there")
         return wait(given, dtype)
 
-    Plan.give, Give.wait = giving, waiting  # type: ignore[method-assign,assignment]
+    Plan.fetch, Plan.give, Give.wait = fetching, giving, waiting  # type: ignore[method-assign,assignment]
     group = Group(tuple(range(world)), rank, dist.group.WORLD)
     *leaves, upstream = rank_part(p, drawn(p), group, TOKENS)
     sequence = make_sequence(p.cu, p.sizes, group, torch.device("cpu"))
     leaves[TOKENS].register_hook(lambda grad: seen.append("φ"))
-    torch.autograd.grad(nsa_of(p, leaves, sequence), leaves, upstream)
-    return seen
+    out = nsa_of(p, leaves, sequence)
+    forward = seen.copy()
+    seen.clear()
+    torch.autograd.grad(out, leaves, upstream)
+    return forward, seen
 
 
-def test_far_gradients_travel_while_those_of_phi_are_computed() -> None:
-    """They are sent last: on a GPU exchanges of one group follow one another."""
-    wanted = ["cmp sent", "cmp there", "far sent", "φ", "far there"]
-    for seen in run_ranks(2, _order, Problem(pack(256))):
-        assert [word for word in seen if word in wanted] == wanted, seen
+def test_far_keys_and_gradients_travel_while_phi_and_its_gradients_are_computed() -> None:
+    """Keys are sent before φ has what it reads, and waited for when compressed rows are home. Gradients are sent last:
+    those of compressed rows have the links first."""
+    keys = ["far sent", "raw sent", "raw there", "cmp sent", "cmp there", "far there"]
+    gradients = ["far sent", "far there", "cmp sent", "cmp there", "far sent", "φ", "far there"]
+    for forward, backward in run_ranks(2, _order, Problem(pack(256))):
+        assert [word for word in forward if word in keys] == keys, forward
+        assert [word for word in backward if word in gradients] == gradients, backward
+
+
+class _Late:
+    """An exchange that begins when it is waited for."""
+
+    def __init__(self, begin: Callable[[], list[Any]]) -> None:
+        self.begin = begin
+
+    def wait(self) -> None:
+        for work in self.begin():
+            work.wait()
+
+
+def _late(rank: int, world: int, p: Problem) -> list[torch.Tensor]:
+    """Results of a rank, of which the last one sends far keys and gradients when it wants its own."""
+    launch = Plan.launch
+
+    def launching(plan: Plan, *sides: Any) -> list[Any]:
+        if plan.name == "far" and rank == world - 1:
+            return [_Late(lambda: launch(plan, *sides))]
+        return launch(plan, *sides)
+
+    Plan.launch = launching  # type: ignore[method-assign,assignment]
+    everyone = tuple(range(world))
+    group = make_mesh(Placement(world, everyone, (), world, world), rank).context
+    assert group is not None
+    return nsa_shared(p, drawn(p), group).results
+
+
+def test_far_keys_hold_up_no_others() -> None:
+    """Where one rank is late with them, all else goes its way, and results are one rank's: far keys have a process
+    group of their own, since messages of one group are matched by their order, and on a GPU follow one another."""
+    p = Problem(pack(256))
+    want = nsa_alone(p, drawn(p))
+    for found, rows in zip(run_ranks(2, _late, p), zigzag(256, 2, p.sizes.slc_block), strict=True):
+        for got, all_of_it in zip(found[: TOKENS + 1], want, strict=False):
+            torch.testing.assert_close(got, all_of_it[rows.indices()], rtol=1e-9, atol=1e-11)
 
 
 def _far_heads(rank: int, world: int, p: Problem, heads: int) -> tuple[int, int]:

@@ -1,0 +1,110 @@
+"""Two GPUs: a trainer whose ranks share each sequence, over NCCL, trains as one GPU does, with experts on each GPU or
+spread over both.
+
+Needs no Ray: ``pytest -m gpu tests/workers/test_gpu_shared.py`` on a machine with two GPUs. On two ranks of the CPU the
+same runs, over gloo.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from small import small_corpus, small_recipe
+
+from shoal.workers.config import Recipe
+from shoal.workers.mesh import Mesh, make_mesh
+from shoal.workers.model import contexts
+from shoal.workers.placement import Placement
+from shoal.workers.trainer import Trainer
+
+STEPS = 4
+EXPERTS = {"all experts on each": 1, "experts over both": 2}
+WAYS = {"nsa": {"sequence_attention"}, "full": {"ring_attention", "gather_attention"}}
+"""How shared sequences are attended to, in the steps of a run."""
+BOUNDS = {"float32": (1e-4, 1e-3), "bfloat16": (0.01, 0.05)}
+"""Relative errors of losses and of gradient norms: rounding may swap two equally good experts or blocks."""
+
+SHRINK = 4
+"""How many times smaller a model and its sequences are on a CPU."""
+
+Runs = dict[tuple[str, str, str], dict[str, Any]]
+
+
+def tables_of(kind: str, dtype: str, device: str) -> dict[str, Any]:
+    """A recipe for one rank, with batches of one row, some of which hold a single document."""
+    by = 1 if device == "cuda" else SHRINK
+    model = {"hidden": 128, "head_dim": 128, "value_dim": 128, "context": 512}
+    train = {"sequence": 512 // by, "batch": 1, "warmup": 1, "steps": STEPS, "dtype": dtype}
+    tables = small_recipe(parallel__device="auto")
+    tables["model"] |= {key: size // by for key, size in model.items()}
+    tables["train"] |= train
+    blocks = {"cmp_block": 32, "cmp_stride": 16, "slc_block": 64, "window": 100}
+    tables["attention"] = {"kind": kind, "slc_count": 4} | {key: size // by for key, size in blocks.items()}
+    return tables
+
+
+def _counted(way: Callable[..., Any], taken: Counter[str]) -> Callable[..., Any]:
+    def counted(*args: Any, **more: Any) -> Any:
+        taken[way.__name__] += 1
+        return way(*args, **more)
+
+    return counted
+
+
+def _trained(tables: dict[str, Any], mesh: Mesh, corpus: Path, device: str) -> dict[str, Any]:
+    """Losses and gradient norms of some steps, the loss of a validation, and how often which way was taken."""
+    taken: Counter[str] = Counter()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in sorted(WAYS["nsa"] | WAYS["full"]):
+            patch.setattr(contexts, name, _counted(getattr(contexts, name), taken))
+        trainer = Trainer(Recipe.model_validate(tables), corpus, None, mesh, torch.device(device))
+        steps = [trainer.train_step() for _ in range(STEPS)]
+        losses = [step["loss"] for step in steps] + [trainer.evaluate()["loss"]]
+    return {"losses": losses, "norms": [step["grad_norm"] for step in steps], "taken": taken}
+
+
+def on_rank(rank: int, world: int, corpus: Path, device: str) -> Runs:
+    """Of each kind of attention and dtype, one rank's run and those of both."""
+    everyone = tuple(range(world))
+    meshes = {"alone": make_mesh(Placement(1, (0,), (0,), 1))}
+    for name, experts in EXPERTS.items():
+        meshes[name] = make_mesh(Placement(world, everyone, everyone, experts, world), rank, device)
+    found: Runs = {}
+    for kind in WAYS:
+        for dtype in BOUNDS:
+            for name, mesh in meshes.items():
+                tables = tables_of(kind, dtype, device)
+                if name in EXPERTS:
+                    tables["parallel"] |= {"ranks": world, "context": world, "expert": EXPERTS[name]}
+                assert Placement.of(Recipe.model_validate(tables)) == mesh.placement
+                found[kind, dtype, name] = _trained(tables, mesh, corpus, device)
+    return found
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Runs]:
+    """What both ranks found, of all runs in one go, since starting processes and NCCL takes long."""
+    device = str(request.param)
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA GPUs")
+    corpus = small_corpus(tmp_path_factory.mktemp("small"), longest=2000)
+    results: list[Runs] = run_ranks(2, on_rank, corpus, device, device=device)
+    return results
+
+
+@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("kind", WAYS)
+def test_ranks_that_share_sequences_train_as_one(found: list[Runs], kind: str, dtype: str, experts: str) -> None:
+    of_loss, of_norm = BOUNDS[dtype]
+    for runs in found:
+        alone, shared = runs[kind, dtype, "alone"], runs[kind, dtype, experts]
+        assert not alone["taken"] and set(shared["taken"]) == WAYS[kind]
+        assert shared["losses"] == pytest.approx(alone["losses"], rel=of_loss)
+        assert shared["norms"] == pytest.approx(alone["norms"], rel=of_norm)
