@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,28 @@ from torch import Tensor
 
 from shoal.kernels.nsa.rows import Rows
 from shoal.workers.mesh import Group
+
+if TYPE_CHECKING:
+    from shoal.workers.clock import Clock
+
+_clocks: list[Clock] = []  # of who watches; the backward pass has a thread of its own
+
+
+@contextmanager
+def watched(clock: Clock) -> Iterator[None]:
+    """Adds up this process's waits for rows meanwhile, as the part ``exchange``."""
+    _clocks.append(clock)
+    try:
+        yield
+    finally:
+        _clocks.remove(clock)
+
+
+def finish(works: Sequence[Any]) -> None:
+    """Waits for what was sent and received; on a GPU the stream does, not the host."""
+    with _clocks[-1].part("exchange") if _clocks else nullcontext():
+        for work in works:
+            work.wait()
 
 
 @dataclass(frozen=True)
@@ -88,9 +111,8 @@ class Fetch:
                 buffer[here] = x[mine]
 
     def wait(self) -> tuple[Tensor, ...]:
-        """The buffers, complete. On a GPU the stream waits, not the host."""
-        for work in self.works:
-            work.wait()
+        """The buffers, complete."""
+        finish(self.works)
         self.works, self.sent = [], []
         return self.buffers
 
@@ -109,8 +131,7 @@ class Give:
     def wait(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Sums ``[owned, …]`` in ``dtype``: this rank's part, then the others' in their order, added up in float32."""
         sums = []
-        for work in self.works:
-            work.wait()
+        finish(self.works)
         for g, parts in zip(self.sent, self.parts, strict=True):
             wide = torch.promote_types(g.dtype, torch.float32)
             total = torch.zeros(self.plan.owned, *g.shape[1:], dtype=wide, device=g.device)

@@ -66,16 +66,18 @@ def free_memory(device: str) -> int:
     return free
 
 
+def known_peak(gpu: str) -> float:
+    """FLOP/s in 16 bits of a GPU with this name, by its maker; 0 where that is not known."""
+    return next((peak for known, peak in PEAKS.items() if gpu.removeprefix("NVIDIA ").startswith(known)), 0.0)
+
+
 def peak_flops(device: str, dtype: str) -> float:
     """FLOP/s that a rank's device could do at most in a dtype: its maker's figure for 16 bits, where known, else what a
     product of matrices comes to here (20 ms on a core)."""
     import torch
 
-    if device == "cuda" and dtype in ("bfloat16", "float16"):
-        name = torch.cuda.get_device_name(0).removeprefix("NVIDIA ")
-        for known, peak in PEAKS.items():
-            if name.startswith(known):
-                return peak
+    if device == "cuda" and dtype in ("bfloat16", "float16") and (known := known_peak(torch.cuda.get_device_name(0))):
+        return known
     size = 8192 if device == "cuda" else 512
     a = torch.randn(size, size, dtype=getattr(torch, dtype), device=device)
     best = float("inf")

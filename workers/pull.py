@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shoal.kernels.host import sent_to
 from shoal.kernels.nsa.rows import Rows
-from shoal.workers.exchange import Plan
+from shoal.workers.exchange import Plan, finish
 
 
 @dataclass
@@ -116,8 +116,7 @@ class PullFetch:
 
     def wait(self) -> tuple[Tensor, ...]:
         """The buffers, complete."""
-        for work in self.works:
-            work.wait()
+        finish(self.works)
         for buffer, parts in zip(self.buffers, self.parts, strict=True):
             for _, rows, part in parts:
                 buffer.flatten(0, 1)[rows] = part
@@ -139,8 +138,7 @@ class PullGive:
 
     def wait(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Sums ``[owned, KV, D]`` in ``dtype``, as :meth:`shoal.workers.exchange.Give.wait`."""
-        for work in self.works:
-            work.wait()
+        finish(self.works)
         sums = []
         for g, parts in zip(self.grads, self.parts, strict=True):
             wide = torch.promote_types(g.dtype, torch.float32)

@@ -84,9 +84,11 @@ class StepWatch:
         """``data_seconds`` and so on of a step that took ``seconds``; what is left is the update of the weights.
 
         ``dispatch_seconds`` lies within forward and backward: the time for which rows of other ranks were waited for.
+        So does ``exchange_seconds``, of keys of a shared sequence, while that is ``exchange.watched`` on this clock.
         """
         spent = self.clock.read()
         found = {name: spent.get(name, 0.0) for name in PARTS}
         found["update"] = max(0.0, seconds - sum(found.values()))
         found["dispatch"] = spent.get("dispatch", 0.0)
+        found |= {name: spent[name] for name in ("exchange",) if name in spent}
         return {f"{name}_seconds": value for name, value in found.items()}

@@ -40,8 +40,9 @@ def output_of(command: Sequence[str]) -> str:
 
 
 @contextmanager
-def started(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A running command, its output in ``log``; asked to stop at the end of the block, and ended if it does not."""
+def started(command: Sequence[str], log: Path, finish: float | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """A running command, its output in ``log``; asked to stop at the end of the block, and ended if it has not within
+    ``finish`` seconds, ``FINISH_SECONDS`` unless given."""
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=environment(), start_new_session=True)
     try:
@@ -50,7 +51,7 @@ def started(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[byte
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
         try:
-            process.wait(FINISH_SECONDS)
+            process.wait(FINISH_SECONDS if finish is None else finish)
         except subprocess.TimeoutExpired:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

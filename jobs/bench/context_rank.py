@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from shoal.jobs.recipe import load_recipe
 from shoal.workers.config import Recipe
+from shoal.workers.exchange import watched
 from shoal.workers.machine import spare_collector
 from shoal.workers.mesh import make_mesh
 from shoal.workers.model.feedforward import MoELoad
@@ -25,6 +26,7 @@ RECIPE = "nsa-64k-small"
 PASSES, FIRST = 16, 1e-3
 """Forward passes that move the biases of experts to where a long run has them, and their rate to begin with."""
 ENOUGH = 1 << 17  # tokens of a pass
+SETTLING, FEWEST = 15.0, 4  # seconds after which no pass follows, once there are so many
 
 
 def rank_main(
@@ -76,7 +78,8 @@ def train(
     try:
         for step in range(1, recipe.train.steps + 1):
             start = time.perf_counter()
-            record = trainer.train_step()
+            with watched(trainer.watch.clock):
+                record = trainer.train_step()
             del record["gates"], record["coverage"]
             rows = [max(layer) for layer in trainer.by_place(record.pop("load"))]
             # the host's clocks differ: whether there is time for another step is decided together
@@ -104,14 +107,21 @@ def settle(trainer: Trainer, passes: int = PASSES) -> None:
     """Evens out the load of experts by their biases, where there are any, before the first step; collective.
 
     Routers that are new send tokens to few experts, and a benchmark has fewer steps than biases take. So each expert's
-    rate grows as long as its load stays on one side of the mean, and is halved when it changes sides (Rprop).
+    rate grows as long as its load stays on one side of the mean, and is halved when it changes sides (Rprop). Of passes
+    that take long there are fewer.
     """
     layers = trainer.model.moe_layers
     if not trainer.recipe.balance.bias_rate:
         return
     rates = torch.full((len(layers), trainer.recipe.moe.experts), FIRST, device=trainer.device)
     before = torch.zeros_like(rates)
-    for _ in range(passes):
+    began = time.monotonic()
+    for done in range(passes):
+        if done == 1:  # in the first one kernels were compiled
+            began = time.monotonic()
+        passed = torch.tensor([time.monotonic() - began], dtype=torch.float64, device=trainer.device)
+        if done >= FEWEST and trainer.mesh.world.all_gather(passed).max() > SETTLING:
+            break
         counts = counts_of(trainer)
         side = (counts.sum(1, keepdim=True) - counts * counts.shape[1]).sign().float()
         rates *= torch.where(before * side < 0, 0.5, torch.where(before * side > 0, 1.2, 1.0))

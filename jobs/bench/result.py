@@ -154,11 +154,18 @@ def device() -> str:
 
 
 def _gpus() -> str:
-    """``2 x NVIDIA H100 80GB HBM3``; empty without a GPU. Needs no torch in this process."""
-    if not shutil.which("nvidia-smi"):
-        return ""
-    names = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
+    """``2 x NVIDIA H100 80GB HBM3``; empty without a GPU."""
+    names = gpu_figures("name")
     return " + ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+
+
+def gpu_figures(what: str, gpus: str = "") -> list[str]:
+    """What the driver says of each GPU, ``name`` or ``memory.used``, bytes in MiB; of some alone, as
+    CUDA_VISIBLE_DEVICES names them. Nothing without a GPU. Needs no torch in this process."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    some = (f"--id={gpus}",) if gpus else ()
+    return _output("nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits", *some).splitlines()
 
 
 def gpu_kind() -> str:

@@ -4,14 +4,19 @@ Weak: each rank has as much to do, whatever their number. Strong: all of them to
 a rank's share of the work, as fast as one rank alone did it in the same run, over the time it took. A shared sequence
 gets longer with the ranks, and each of its tokens costs more: its share is that of one rank with the whole sequence, by
 the curve through shorter ones where that was not measured. ``peak_bytes`` is a rank's most, of an attention layer
-beyond its inputs. Beside each row stands what ``scale_model`` predicts, also for ranks that there are not
-(``"measured": false``); ``fitted`` rows are those that its constants were fitted to.
+beyond its inputs, of a server all that is in use on a GPU. ``dispatch_share`` is the share of the time for which the
+rank that waits longest waits for rows or keys of others, ``exposed_share`` that of all that one rank alone would not
+do: waits, packing, uneven loads. Beside each row stands what ``scale_model`` predicts, also for ranks that there are
+not (``"measured": false``); ``fitted`` rows are those that its constants were fitted to.
 
 ``python -m shoal.jobs.bench.scale --out FOLDER`` needs no Ray but for ``--parts serve``; the parts ``moe`` and
 ``sequence`` need torch and Triton alone. ``--device cpu`` runs all of it in small, over gloo. The JSON is written anew
 after each case; of other parts than the usual ones it is named after these, ``scale-moe.json``, and with ``--only``
-``scale-some.json``. Training is measured with weights that hardly move and experts whose load biases evened out before
-the first step, as in a long run; ``device_load`` says how even the ranks' rows were in the steps that count.
+``scale-some.json``. Beside the rows it has what was measured as it was, as ``facts``: ``--gather FILE…`` measures
+nothing, and makes one ``scale.json`` of what several calls did on machines of one kind, where ranks of one call are
+compared with the single rank of another. Training is measured with weights that hardly move and experts whose load
+biases evened out before the first step, as in a long run; ``device_load`` says how even the ranks' rows were in the
+steps that count.
 """
 
 from __future__ import annotations
@@ -20,14 +25,16 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shoal.jobs.bench.cases import run_cases
+from shoal.jobs.bench.cases import ENDLESS, Patience, run_cases
 from shoal.jobs.bench.registry import Settings, check_parts
 from shoal.jobs.bench.result import Document, Row, document, time_row, value_row, write
+from shoal.jobs.bench.scale_facts import ABOUT, found_in, read, told
 from shoal.jobs.bench.scale_model import NVLINK, Curve, Link, fit
 from shoal.workers.errors import InvalidInput, ShoalError, UsageError
 
@@ -56,8 +63,12 @@ class Scale:
         ranks: Sequence[int],
         say: Callable[[str], None] = print,
         data_dir: Path = Path("data"),
+        wanted: Sequence[str] = (),
+        patience: Patience = ENDLESS,
     ) -> None:
+        """wanted: measure such lines alone as have one of these in their name; all, if there are none."""
         self.series, self.ranks, self._say, self.data_dir = list(series), sorted(set(ranks)), say, data_dir
+        self.wanted, self.patience = tuple(wanted), patience
         self.found: dict[Case, Facts] = {}
         self.notes: list[str] = []
 
@@ -82,11 +93,11 @@ class Scale:
         order = [*self.ranks[:1], *reversed(self.ranks[1:])]
         for ranks in order:
             if cases := [case for case in self.cases(ranks) if not _served(case)]:
-                run_cases(rank_main, ranks, cases, self.say, told)
+                run_cases(rank_main, ranks, cases, self.say, told, self.patience)
         if served := [case for ranks in order for case in self.cases(ranks) if _served(case)]:
             from shoal.jobs.bench.scale_serve import serve_cases
 
-            serve_cases(served, self.data_dir, self.say, told)
+            serve_cases(served, self.data_dir, self.say, told, self.patience)
 
     def cases(self, ranks: int) -> list[Case]:
         """In the order in which they are measured."""
@@ -94,7 +105,8 @@ class Scale:
         for late in (False, True):
             for series in self.series:
                 for line in series.lines():
-                    if line.late == late and line.tried(ranks) and (case := _possible(series, line, ranks)):
+                    asked = line.late == late and line.tried(ranks) and _named(line.what, self.wanted)
+                    if asked and (case := _possible(series, line, ranks)):
                         found[case] = None
                 if ranks == 1 and not late:
                     found |= dict.fromkeys(series.extra())
@@ -141,6 +153,10 @@ class Scale:
         return set(used), fit(plans, [self.found[case]["ms"] / 1e3 for case in used], bandwidth), source
 
 
+def _named(what: str, wanted: Sequence[str]) -> bool:
+    return not wanted or any(part in what for part in wanted)
+
+
 def _served(case: Case) -> bool:
     from shoal.jobs.bench.scale_cases import Serving
 
@@ -174,6 +190,7 @@ def _row(
         "predicted_tokens_per_second": case.tokens / seconds,
         "predicted_efficiency": ideal / seconds,
         "predicted_bytes": plan.bytes,
+        "predicted_exposed_share": 1 - plan.compute / seconds,
     }
     if facts is None:
         return {"what": line.what, **({"target": target} if target else {}), **more}
@@ -183,6 +200,7 @@ def _row(
         "efficiency": 1e3 * ideal / ms,
         "mfu": series.flops(case) / (ms / 1e3 * case.ranks * facts["peak_flops"]) if facts["peak_flops"] else None,
         "dispatch_share": facts.get("dispatch_share"),
+        "exposed_share": max(0.0, 1 - 1e3 * plan.compute / ms),
         "peak_bytes": int(facts["peak_bytes"]) or None,  # none is measured on a CPU
     }
     more |= {key: facts[key] for key in KEPT if key in facts}
@@ -206,7 +224,14 @@ def result_name() -> str:
     return "scale" if torch.cuda.is_available() else "scale-cpu"
 
 
-def prepared(parts: Sequence[str], ranks: Sequence[int], small: bool, settings: Settings, only: str = "") -> Scale:
+def prepared(
+    parts: Sequence[str],
+    ranks: Sequence[int],
+    small: bool,
+    settings: Settings,
+    only: str = "",
+    patience: Patience = ENDLESS,
+) -> Scale:
     """Everything that is to be measured, the corpus for training made. only: of these parts, what has one of these in
     its name, with commas between. Raises UsageError for an unknown part, or where nothing is left."""
     check_parts(parts, PARTS)
@@ -215,18 +240,16 @@ def prepared(parts: Sequence[str], ranks: Sequence[int], small: bool, settings: 
     if missing:
         notes.append(f"left out, training: {', '.join(missing)} cannot be imported")
         parts = [part for part in parts if part != "train"]
-    from shoal.jobs.bench.scale_series import TrainSeries, all_series
+    from shoal.jobs.bench.scale_series import TrainSeries
 
-    series = [each for each in all_series(small, settings.steps) if each.part in parts]
-    if "serve" in parts:
-        from shoal.jobs.bench.scale_serve import serve_series
-
-        series += serve_series(small)
-    names = {each: "; ".join({line.what: 0 for line in each.lines()}) for each in series}
+    series = series_of(parts, small, settings.steps)
+    names = {each: {line.what: 0 for line in each.lines()} for each in series}
     wanted = [part for part in only.split(",") if part.strip()]
-    series = [each for each in series if not wanted or any(part in names[each] for part in wanted)]
+    series = [each for each in series if any(_named(what, wanted) for what in names[each])]
     if names and not series:
-        raise UsageError(f"--only {only} is in no name of these: {'; '.join(names.values())}")
+        raise UsageError(
+            f"--only {only} is in no name of these: {'; '.join('; '.join(each) for each in names.values())}"
+        )
     training = [each for each in series if isinstance(each, TrainSeries)]
     if training:
         from shoal.jobs.bench.context import long_document
@@ -234,10 +257,22 @@ def prepared(parts: Sequence[str], ranks: Sequence[int], small: bool, settings: 
         corpus = long_document(settings.data_dir, CHARACTERS if small else None).resolve()
         for each in training:
             each.corpus = str(corpus)
-    scale = Scale(series, ranks, settings.say, settings.data_dir)
+    scale = Scale(series, ranks, settings.say, settings.data_dir, wanted, patience)
     for note in notes:
         scale.say(note)
     return scale
+
+
+def series_of(parts: Sequence[str], small: bool, steps: int | None = None) -> list[Series]:
+    """All series of some parts."""
+    from shoal.jobs.bench.scale_series import all_series
+
+    series = [each for each in all_series(small, steps) if each.part in parts]
+    if "serve" in parts:
+        from shoal.jobs.bench.scale_serve import serve_series
+
+        series += serve_series(small)
+    return series
 
 
 def draw(result: Document, path: Path) -> None:
@@ -260,8 +295,12 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=None, help="of each training")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where prepared corpora lie")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds that a case may take, or a server")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after so many, what is left is left out")
+    parser.add_argument("--gather", type=Path, nargs="+", default=[], help="results of other calls to make one of")
     try:
-        measure(parser.parse_args())
+        chosen = parser.parse_args()
+        (gather if chosen.gather else measure)(chosen)
     except ShoalError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
@@ -284,16 +323,34 @@ def measure(chosen: argparse.Namespace) -> None:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as ranks of training have it
     before = os.getloadavg()[0]
     settings = Settings(chosen.data_dir, steps=chosen.steps)
-    scale = prepared(chosen.parts.split(","), ranks, small, settings, chosen.only)
+    patience = Patience(chosen.limit, time.monotonic() + chosen.seconds)
+    scale = prepared(chosen.parts.split(","), ranks, small, settings, chosen.only, patience)
     name = _title(small, chosen.parts.split(","), chosen.only)
 
     def after() -> Path:
-        result = document(name, scale.rows(), (before, os.getloadavg()[0])) | {"notes": scale.notes}
-        return write(result, chosen.out)
+        result = document(name, scale.rows(), (before, os.getloadavg()[0]))
+        return write(result | {"notes": scale.notes, "small": small, "facts": told(scale.found)}, chosen.out)
 
     scale.measure(after)
-    path = after()
-    picture = (chosen.plots or chosen.out) / f"{name}.png"
+    _written(after(), chosen)
+
+
+def gather(chosen: argparse.Namespace) -> None:
+    """One result of those that ``--gather`` names. Raises InvalidInput for what does not belong together."""
+    documents = read(chosen.gather)
+    small = documents[0]["small"]
+    scale = Scale(series_of(PARTS, small), RANKS)
+    scale.found = found_in(documents, {case: 0 for ranks in RANKS for case in scale.cases(ranks)})
+    shared = {key: documents[-1][key] for key in ABOUT}
+    notes = list(dict.fromkeys(note for each in documents for note in each["notes"]))
+    load = [max(each["load_average"][i] for each in documents) for i in (0, 1)]
+    result = document("scale-cpu" if small else "scale", scale.rows(), load) | shared
+    _written(write(result | {"notes": notes, "small": small, "facts": told(scale.found)}, chosen.out), chosen)
+
+
+def _written(path: Path, chosen: argparse.Namespace) -> None:
+    """Draws what was written, and says where it is."""
+    picture = (chosen.plots or chosen.out) / f"{path.stem}.png"
     draw(json.loads(path.read_text()), picture)
     print(f"written to {path} and {picture}")
 

@@ -70,7 +70,8 @@ def _measure(case: Case, group: Group, device: torch.device) -> dict[str, Any]:
     if device.type == "cuda" and need > torch.cuda.get_device_properties(device).total_memory:
         return {}
     whole = sequence_rank.measure(layer, group, device)[-1]
-    return {key: whole[key] for key in ("ms", "bytes", "bytes_by_formula", "peak_bytes", "repeats")}
+    facts = {key: whole[key] for key in ("ms", "bytes", "bytes_by_formula", "peak_bytes", "repeats")}
+    return facts | {"dispatch_share": whole.get("wait_share")}
 
 
 def _moe(sizes: Sizes, group: Group, device: torch.device) -> dict[str, Any]:
@@ -134,12 +135,17 @@ def _train(training: Training, group: Group, device: torch.device) -> dict[str, 
     return {
         "ms": _most(group, device, of("wall_seconds")),
         **{f"{part}_ms": of(f"{part}_seconds") for part in parts},
-        "dispatch_share": statistics.median(r["dispatch_seconds"] / r["wall_seconds"] for r in later),
+        "dispatch_share": _most(group, device, statistics.median(map(_waited, later))),
         "peak_bytes": max(r["peak_bytes"] for r in records),
         "steps": len(records),
         "device_load": statistics.median(r["device_load"] for r in later),
         "losses": [r["loss"] for r in records],
     }
+
+
+def _waited(record: dict[str, Any]) -> float:
+    """Share of a step for which this rank waited for rows of tokens, and for keys of a sequence that it shares."""
+    return float((record["dispatch_seconds"] + record.get("exchange_seconds", 0.0)) / record["wall_seconds"])
 
 
 def _most(group: Group, device: torch.device, value: float) -> float:

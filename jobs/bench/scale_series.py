@@ -148,17 +148,23 @@ class TrainSeries(Series):
         shared: bool = False,
         modes: tuple[str, ...] = ("weak", "strong"),
         points: tuple[int, ...] = (),
+        long: tuple[int, ...] = (),
     ) -> None:
         """batch: of mode and ranks the sequences of a step, those of a micro-batch, and their length. points: lengths
-        of a sequence that one rank trains on for the curve."""
+        of a sequence that one rank trains on for the curve. long: lengths of one that four and more train on, last."""
         self.what, self.recipe, self.sets, self.batch, self.steps = what, recipe, sets, batch, steps
-        self.shared, self.modes, self.points = shared, modes, points
+        self.shared, self.modes, self.points, self.long = shared, modes, points, long
         self.flat = not points
         self.corpus = ""
 
     def lines(self) -> list[Line]:
         """As the base class has it."""
-        return [Line(self.what, mode, self._of(mode), 0.90 if mode == "weak" else None) for mode in self.modes]
+        lines = [Line(self.what, mode, self._of(mode), 0.90 if mode == "weak" else None) for mode in self.modes]
+        model = self.what.partition(",")[0]
+        return [*lines, *(Line(f"{model} at {name_of(n)}", "strong", self._long(n), least=4) for n in self.long)]
+
+    def _long(self, length: int) -> Callable[[int], Case]:
+        return lambda ranks: self._case(ranks, 1, 1, length)
 
     def extra(self) -> list[Case]:
         """As the base class has it."""
@@ -292,6 +298,7 @@ def _large(steps: int) -> list[Series]:
             shared=True,
             modes=("weak",),
             points=(65536,),
+            long=(1 << 20,),
         ),
     ]
 

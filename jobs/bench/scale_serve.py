@@ -16,16 +16,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from shoal.jobs.bench.result import Row
+from shoal.jobs.bench.cases import Patience
+from shoal.jobs.bench.result import Row, gpu_figures
 from shoal.jobs.bench.scale_cases import Case, Facts, Line, Series, Serving
 from shoal.jobs.bench.scale_model import Curve, Plan, Travel, letter_bytes, rows_to_others
 from shoal.jobs.bench.scale_model import Experts as Layer
 from shoal.jobs.estimate import count_flops, count_parameters
-from shoal.workers.errors import ShoalError
+from shoal.workers.errors import ShoalError, TimedOut
+from shoal.workers.machine import known_peak, peak_flops
 
 APART = ("1A:1F", "1A:3F", "2A:2F", "2A:6F", "4A:4F")
 """Placements beside the colocated one, each on as many ranks as it has."""
 RUN = "scale"
+FOREVER = 1e6  # seconds, that nobody waits
 
 
 class ServeSeries(Series):
@@ -110,30 +113,37 @@ def serve_series(small: bool) -> list[Series]:
 
 
 def serve_cases(
-    cases: Sequence[Case], data_dir: Path, say: Callable[[str], None], told: Callable[[Case, list[Row]], None]
+    cases: Sequence[Case],
+    data_dir: Path,
+    say: Callable[[str], None],
+    told: Callable[[Case, list[Row]], None],
+    patience: Patience,
 ) -> None:
-    """Measures cases, a server for all that differ in requests alone. told: called with each as it is measured."""
+    """Measures cases, a server for all that differ in requests alone. told: called with each as it is measured.
+    patience: of each server, to begin and to be measured."""
     by_server: dict[tuple[int, str], list[Case]] = {}
     for case in cases:
         assert isinstance(case.sizes, Serving)
         by_server.setdefault((case.ranks, case.sizes.placement), []).append(case)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        if not _made(cases[0], Path(folder), data_dir):
+        if not _made(cases[0], Path(folder), data_dir, patience.left):
             say("left out, serving: the model to serve could not be made")
             return
         for (ranks, placement), mine in by_server.items():
             try:
-                _measure(mine, ranks, placement, Path(folder), data_dir, say, told)
+                _measure(mine, ranks, placement, Path(folder), data_dir, say, told, patience.left)
             except Exception as error:  # whatever its server or a request met; the others are measured
                 say(f"left out, serving {placement or 'colocated'} on {ranks}: {error}")
 
 
-def _made(case: Case, runs: Path, data_dir: Path) -> bool:
+def _made(case: Case, runs: Path, data_dir: Path, seconds: float) -> bool:
     """Whether the run to serve is there; a process of its own draws its weights, so that the GPU is free again."""
     assert isinstance(case.sizes, Serving)
     arguments = (RUN, case.sizes.recipe, case.sizes.sets, runs, data_dir.resolve())
     process = multiprocessing.get_context("spawn").Process(target=_make, args=arguments)
     process.start()
+    process.join(seconds if seconds < FOREVER else None)
+    process.kill()
     process.join()
     return process.exitcode == 0
 
@@ -155,13 +165,16 @@ def _measure(
     data_dir: Path,
     say: Callable[[str], None],
     told: Callable[[Case, list[Row]], None],
+    seconds: float,
 ) -> None:
-    """All loads of one server. Raises ShoalError."""
+    """All loads of one server, which has so many seconds to begin and to be measured. Raises ShoalError."""
     from shoal.jobs.bench.load import Limits, parse_mix
     from shoal.jobs.bench.serve import Level, ServeSettings, run
 
     serving = cases[0].sizes
     assert isinstance(serving, Serving)
+    if not seconds:
+        raise TimedOut("no time was left")
     options = (f"--workers={ranks}", *((f"--placement={placement}",) if placement else ()))
     rows = run(
         ServeSettings(
@@ -174,10 +187,13 @@ def _measure(
             limits=Limits(seconds=serving.seconds),
             warmup=4,
             options=options,
+            patience=seconds if seconds < FOREVER else None,
         )
     )
-    itemsize = 4 if "parallel.device=cuda" not in serving.sets else 2
+    cuda = "parallel.device=cuda" in serving.sets
+    peak = known_peak(next(iter(gpu_figures("name")), "")) if cuda else peak_flops("cpu", "float32")
     for case, row in zip(cases, rows, strict=True):
         kept = {key: row[key] for key in ("ttft_ms", "tpot_ms", "failed") if key in row}
-        facts = {"ms": row["ms"] * case.tokens, "peak_bytes": 0, "peak_flops": 0.0, "itemsize": itemsize}
+        facts = {"ms": row["ms"] * case.tokens, "peak_bytes": row.get("gpu_bytes", 0), "peak_flops": peak}
+        facts["itemsize"] = 2 if cuda else 4
         told(case, [facts | kept])

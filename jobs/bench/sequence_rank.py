@@ -18,6 +18,8 @@ from torch import Tensor
 from shoal.jobs.bench.cases import tell
 from shoal.kernels.nsa import BlockSizes, Layout, compress, make_layout, nsa_attention
 from shoal.kernels.nsa.compress import OwnBlocks
+from shoal.workers.clock import Clock
+from shoal.workers.exchange import watched
 from shoal.workers.mesh import Group
 from shoal.workers.pull import Fetching
 from shoal.workers.ring import make_ring, ring_attention
@@ -217,7 +219,10 @@ def measure(case: Case, group: Group, device: torch.device) -> list[dict[str, An
     volumes = [case.model(r) for r in range(group.size)]
     by_formula = [max(v["forward"] for v in volumes), max(v["backward"] for v in volumes)]
     by_formula.append(max(v["forward"] + v["backward"] for v in volumes))
-    facts_of_nsa = {"coverage": _coverage(case, group, device, leaves)} if case.kind == "nsa" and group.size > 1 else {}
+    facts_of_nsa: dict[str, float] = {}
+    if case.kind == "nsa" and group.size > 1:
+        facts_of_nsa["coverage"] = _coverage(case, group, device, leaves)
+        facts_of_nsa["wait_share"] = _waits(lambda: sum(once()[0]), group, device)
     return [
         {
             "phase": phase,
@@ -230,6 +235,17 @@ def measure(case: Case, group: Group, device: torch.device) -> list[dict[str, An
         }
         for i, phase in enumerate(("forward", "backward", "forward+backward"))
     ]
+
+
+def _waits(call: Callable[[], float], group: Group, device: torch.device) -> float:
+    """Share of a pass's time, which ``call`` returns, for which the rank that waits longest waits for keys or for
+    gradients of them."""
+    clock = Clock(device)
+    clock.on = True
+    with watched(clock):
+        seconds = call()
+    share = torch.tensor([clock.read().get("exchange", 0.0) / seconds], device=device, dtype=torch.float64)
+    return float(group.all_gather(share).max())
 
 
 @torch.no_grad()

@@ -33,8 +33,8 @@ from shoal.jobs.bench.load import (
     parse_mix,
 )
 from shoal.jobs.bench.registry import Settings
-from shoal.jobs.bench.result import Row, time_row
-from shoal.jobs.bench.server import served
+from shoal.jobs.bench.result import Row, gpu_figures, time_row
+from shoal.jobs.bench.server import READY_SECONDS, served
 from shoal.workers.errors import ClusterRefused, InvalidInput, NotFound, UsageError
 from shoal.workers.machine import cores
 
@@ -64,7 +64,8 @@ class Level:
 class ServeSettings(Settings):
     """run: a run's folder or its name; its server is started where there is no ``url``. model: None for the server's
     first. text: a file to cut prompts from; None for the run's validation text. warmup: requests before each load;
-    None for as many as it has at once. baseline: also measure the plain loop (needs a run)."""
+    None for as many as it has at once. baseline: also measure the plain loop (needs a run). patience: seconds that a
+    server which is started may take until all its loads are measured."""
 
     run: str | None = None
     runs_dir: Path = Path("runs")
@@ -81,6 +82,7 @@ class ServeSettings(Settings):
     baseline: bool = False
     against: str | None = None
     options: tuple[str, ...] = ()
+    patience: float | None = None
 
     def prompts(self, text: Text, name: object) -> Prompts:
         """The prompts of a load, the same whenever they are asked for."""
@@ -146,11 +148,23 @@ def _serve_and_measure(
 ) -> list[tuple[Level, Row]]:
     options = [*asked.options, *(("--token-file", str(asked.token_file)) if asked.token_file else ())]
     asked.say(f"starting {' '.join(['shoal serve', str(folder.path), *asked.options])}")
-    with served(folder.path.resolve(), options) as url:
-        return asyncio.run(_measure(asked, url, token, text))
+    end = None if asked.patience is None else clock() + asked.patience
+    with served(folder.path.resolve(), options, min(READY_SECONDS, asked.patience or READY_SECONDS)) as url:
+        return asyncio.run(_measure(asked, url, token, text, end))
 
 
-async def _measure(asked: ServeSettings, url: str, token: str | None, text: Text) -> list[tuple[Level, Row]]:
+async def _measure(
+    asked: ServeSettings, url: str, token: str | None, text: Text, end: float | None = None
+) -> list[tuple[Level, Row]]:
+    """Raises ClusterRefused, also where it is not done by ``end``, of ``clock``."""
+    try:
+        async with asyncio.timeout(None if end is None else end - clock()):
+            return await _loads(asked, url, token, text)
+    except TimeoutError:
+        raise ClusterRefused(f"{url} was not measured within {asked.patience:g} s: ask for less, or wait") from None
+
+
+async def _loads(asked: ServeSettings, url: str, token: str | None, text: Text) -> list[tuple[Level, Row]]:
     target = Target(url, asked.model or "", token, asked.temperature)
     async with target.connect() as session:
         target = replace(target, model=target.model or await _first_model(session, url))
@@ -180,11 +194,17 @@ async def _load(
         answers = await closed_loop(send, level.concurrency, asked.limits)
     else:
         answers = await open_loop(send, level.rate or 0.0, asked.limits, Random(f"{asked.seed} {level}"))
-    found = figures(answers, begin)
+    found = figures(answers, begin) | ({} if asked.url else _gpu_bytes())
     if not found["output_tokens_per_second"]:
         failed = next((f" ({a.error}: {_short(a.said)})" for a in answers if a.error), "")
         raise ClusterRefused(f"none of {len(answers)} requests, {level}, gave a token{failed}: ask for less, or longer")
     return found | {"warmup": warmup}
+
+
+def _gpu_bytes() -> Row:
+    """Memory of the fullest GPU that is in use now, pages that nothing is in among it."""
+    used = [int(mib) << 20 for mib in gpu_figures("memory.used", os.environ.get("CUDA_VISIBLE_DEVICES", ""))]
+    return {"gpu_bytes": max(used)} if used else {}
 
 
 async def _first_model(session: aiohttp.ClientSession, url: str) -> str:

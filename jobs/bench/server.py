@@ -16,31 +16,32 @@ from shoal.jobs.bench.command import failure, shoal_command, started
 from shoal.workers.errors import ClusterRefused
 
 READY_SECONDS = 300.0  # until a server that was started must answer
+STOP_SECONDS = 30.0  # it writes nothing when it is asked to stop
 
 
 @contextmanager
-def served(run: Path, options: Sequence[str] = ()) -> Iterator[str]:
+def served(run: Path, options: Sequence[str] = (), seconds: float = READY_SECONDS) -> Iterator[str]:
     """The URL of a ``shoal serve RUN`` on free ports, once it is ready; it is ended with the block.
 
-    Raises ClusterRefused when it does not come up.
+    Raises ClusterRefused when it does not come up within so many seconds.
     """
     port, rpc_port = _free_ports(2)
     command = [*shoal_command(), "serve", str(run), "--port", str(port), "--grpc-port", str(rpc_port), *options]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
-        with started(command, log) as process:
-            _wait_until_ready(process, f"http://127.0.0.1:{port}/readyz", log)
+        with started(command, log, STOP_SECONDS) as process:
+            _wait_until_ready(process, f"http://127.0.0.1:{port}/readyz", log, seconds)
             yield f"http://127.0.0.1:{port}/v1"
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path, seconds: float) -> None:
     """Raises ClusterRefused when the server ends, or is not ready in time."""
-    end = time.monotonic() + READY_SECONDS
+    end = time.monotonic() + seconds
     while not _answers(url):
         if process.poll() is not None:
             raise ClusterRefused(failure(process.args, process.returncode, log.read_text(errors="replace")))  # type: ignore[arg-type]
         if time.monotonic() > end:
-            raise ClusterRefused(f"{url} did not answer within {READY_SECONDS:.0f} s: run shoal serve to see why")
+            raise ClusterRefused(f"{url} did not answer within {seconds:.0f} s: run shoal serve to see why")
         time.sleep(0.1)
 
 

@@ -13,7 +13,7 @@ import pytest
 from shoal.jobs.bench.command import environment
 from shoal.jobs.bench.registry import Settings, draw
 from shoal.jobs.bench.result import table
-from shoal.jobs.bench.scale import Scale, prepared
+from shoal.jobs.bench.scale import PARTS, Scale, prepared, series_of
 from shoal.jobs.bench.scale_cases import Case
 from shoal.jobs.bench.scale_series import SequenceSeries, all_series
 from shoal.jobs.bench.sequence_rank import Case as Layer
@@ -63,8 +63,9 @@ def test_every_row_has_a_prediction_and_measured_ones_have_figures(result: Any) 
             assert row["mfu"] > 0
         if row["ranks"] == 1:
             assert row["predicted_ms"] == pytest.approx(row["ms"]) and row["predicted_bytes"] == 0
-        if row["measured"] and row["ranks"] > 1 and row["part"] != "sequence":
-            assert 0 <= row["dispatch_share"] < 1
+            assert 0 <= row["exposed_share"] < 1
+        if row["measured"] and row["ranks"] > 1:
+            assert (0 if row["part"] == "train" and "nsa" not in row["what"] else 1e-4) <= row["dispatch_share"] < 1
     assert {(r["part"], r["target"]) for r in rows if "target" in r} == {("moe", 0.92), ("train", 0.9)}
     assert result["notes"] == []
 
@@ -100,6 +101,65 @@ def test_constants_say_whether_they_are_fitted(result: Any) -> None:
         ("bytes a second between ranks", "measured"),
         ("a byte that travels, beyond that", "fitted"),
         ("an exchange, whatever its size", "fitted"),
+    }
+
+
+def _gathered(folder: Path, *documents: Any) -> subprocess.CompletedProcess[str]:
+    files = [folder / f"{i}.json" for i in range(len(documents))]
+    for file, document in zip(files, documents, strict=True):
+        file.write_text(json.dumps(document))
+    command = [sys.executable, "-m", "shoal.jobs.bench.scale", "--out", str(folder), "--gather", *map(str, files)]
+    return subprocess.run(command, env=environment(), timeout=120, capture_output=True, text=True)
+
+
+def test_what_several_calls_measured_gives_the_rows_of_one(result: Any, tmp_path: Path) -> None:
+    """Also where no call had both one rank and several; of what was measured twice the newer stands."""
+    one, two = ([f for f in result["facts"] if (f["ranks"] == 1) == alone] for alone in (True, False))
+    older = [{**f, "ms": 2 * f["ms"]} for f in one]
+    parts = [
+        {**result, "rows": [], "facts": facts, "date": date, "notes": [date]}
+        for facts, date in ((two, "2026-02-03"), (older, "2026-02-01"), (one, "2026-02-02"))
+    ]
+    done = _gathered(tmp_path, *parts)
+    assert done.returncode == 0, done.stderr
+    gathered = json.loads((tmp_path / "scale-cpu.json").read_text())
+    assert gathered["rows"] == result["rows"]
+    assert gathered["date"] == "2026-02-03" and gathered["notes"] == ["2026-02-01", "2026-02-02", "2026-02-03"]
+    assert (tmp_path / "scale-cpu.png").exists()
+
+
+def test_results_that_do_not_belong_together_are_not_gathered(result: Any, tmp_path: Path) -> None:
+    cut = {key: value for key, value in result.items() if key != "facts"}
+    done = _gathered(tmp_path, result, cut)
+    assert done.returncode == 3 and "1.json is no result of bench scale with facts" in done.stderr
+    done = _gathered(tmp_path, result, {**result, "device": "4 x NVIDIA H100, 64 cores, 512 GiB"})
+    assert done.returncode == 3 and "4 x NVIDIA H100" in done.stderr
+    done = _gathered(tmp_path, {**result, "facts": [{**result["facts"][0], "case": "MoE layer, 3 tokens"}]})
+    assert done.returncode == 3 and "MoE layer, 3 tokens on 1 was measured by another version" in done.stderr
+
+
+def test_no_two_cases_have_one_name() -> None:
+    for small in (False, True):
+        scale = Scale(series_of(PARTS, small), (1, 2, 4, 8))
+        cases = {case for ranks in scale.ranks for case in scale.cases(ranks)}
+        assert len({(case.ranks, str(case)) for case in cases}) == len(cases) > 20
+
+
+def test_some_lines_are_measured_alone() -> None:
+    scale = prepared(("serve",), [1, 2, 4], False, Settings(), "2A:2F,1A:1F")
+    assert [str(case) for ranks in scale.ranks for case in scale.cases(ranks)] == [
+        "1A:1F, 16 requests",
+        "2A:2F, 32 requests",
+    ]
+
+
+def test_a_million_tokens_are_trained_on_by_four_ranks_and_more() -> None:
+    scale = Scale(series_of(("train",), False), (1, 2, 4, 8), wanted=["4 layers of 2048 at 1M"])
+    assert {ranks: [case.tokens for case in scale.cases(ranks)][-1:] for ranks in scale.ranks} == {
+        1: [65536],  # for the curve of one rank
+        2: [],
+        4: [1 << 20],
+        8: [1 << 20],
     }
 
 

@@ -1,0 +1,65 @@
+"""What ``shoal bench scale`` measured, as its JSON keeps it: read again, with that of other calls, it gives their rows.
+
+A case is known by its ranks and its name, as :class:`~shoal.jobs.bench.scale_cases.Case` says it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shoal.jobs.bench.result import Document
+from shoal.workers.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from shoal.jobs.bench.scale_cases import Case, Facts
+
+ABOUT = ("device", "software", "commit", "dirty", "date")
+"""Of a document, what is that of the last one where several are gathered."""
+
+
+def told(found: Mapping[Case, Facts]) -> list[dict[str, Any]]:
+    """For the JSON: of each case its ranks, its name, and what was measured."""
+    return [{"ranks": case.ranks, "case": str(case), **facts} for case, facts in found.items()]
+
+
+def read(paths: Sequence[Path]) -> list[Document]:
+    """Results, the oldest first. Raises InvalidInput for a file that is none, and for those of different GPUs."""
+    documents = []
+    for path in paths:
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            document["facts"], document["small"], document["date"], document["device"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InvalidInput(
+                f"--gather {path} is no result of bench scale with facts ({error!r}): leave it out"
+            ) from None
+        documents.append(document)
+    documents.sort(key=lambda document: str(document["date"]))
+    kinds = {
+        (_gpus(document["device"]), document["small"]): path for path, document in zip(paths, documents, strict=True)
+    }
+    if len(kinds) > 1:
+        names = ", ".join(sorted({gpus for gpus, _ in kinds}))
+        raise InvalidInput(f"--gather was given results of {names}: name those of one kind of machine")
+    return documents
+
+
+def _gpus(device: str) -> str:
+    """A machine without its cores and its memory, which may grow."""
+    return device.partition(",")[0]
+
+
+def found_in(documents: Sequence[Document], cases: Iterable[Case]) -> dict[Case, Facts]:
+    """What was measured of each case, the newest of several. Raises InvalidInput for what is no case."""
+    known = {(case.ranks, str(case)): case for case in cases}
+    found: dict[Case, Facts] = {}
+    for document in documents:
+        for fact in document["facts"]:
+            key = fact["ranks"], fact["case"]
+            if key not in known:
+                raise InvalidInput(f"{key[1]} on {key[0]} was measured by another version: measure it again")
+            found[known[key]] = {name: value for name, value in fact.items() if name not in ("ranks", "case")}
+    return found
