@@ -2,8 +2,9 @@
 
 Part ``passes`` has the contexts, ``wide`` the paper's own heads, ``decode`` is ``nsa_decode.py``, ``groups`` is
 ``nsa_groups.py``. Everything from q, k_cmp, v_cmp, k, v and gates to the output is in a figure of a pass, and back to
-their gradients; φ, which makes k_cmp and v_cmp, stands in rows of its own. Dense attention gets as many KV heads as
-query heads: its kernels take about as long with fewer.
+their gradients. What makes k_cmp and v_cmp of keys and values, φ or the mean of a block, stands in rows of its own, and
+is in the figures that say so. Dense attention gets as many KV heads as query heads: its kernels take about as long with
+fewer.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from shoal.jobs.bench.result import Document, Row, time_row
 from shoal.jobs.bench.turns import Call, medians
-from shoal.kernels.nsa import BlockSizes, Layout, compress, make_layout, nsa_attention
+from shoal.kernels.nsa import BlockSizes, Layout, compress, compress_mean, make_layout, nsa_attention
 from shoal.workers.errors import UsageError
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ TARGETS = {
 WIDE_TARGETS = {"forward": 4.5, "backward": 6.0}
 DENSE = {"sdpa_flash": "FLASH_ATTENTION", "sdpa_cudnn": "CUDNN_ATTENTION"}  # baselines, and their names in SDPBackend
 WHOLE = "NSA, whole"
+COMPRESSIONS = ("block means", "φ")
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,12 @@ class Problem:
     d_out: Tensor
 
     @classmethod
-    def draw(cls, context: int, dims: tuple[int, int], heads: int = HEADS) -> Problem:
-        layout = make_layout((0, context), SIZES, "cuda")
+    def draw(cls, context: int, dims: tuple[int, int], heads: int = HEADS, device: str = "cuda") -> Problem:
+        layout = make_layout((0, context), SIZES, device)
         rows = {"q": context, "cmp": layout.cmp_starts.numel(), "slc": context, "win": context}
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+            return torch.randn(*shape, device=device, dtype=torch.bfloat16)
 
         keys = [normal(rows[branch], KV_HEADS, dim) for branch in ("cmp", "slc", "win") for dim in dims]
         inputs = (normal(context, heads, dims[0]), *keys, normal(context, heads, 3).sigmoid())
@@ -75,6 +78,20 @@ class Problem:
     @property
     def scale(self) -> float:
         return float(self.dims[0] ** -0.5)
+
+    def compressing(self, how: str, dim: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+        """What compresses keys or values of ``dim`` (one of ``COMPRESSIONS``), and what it takes, drawn: them first."""
+
+        def leaf(*shape: int, size: float = 1.0) -> Tensor:
+            x = torch.randn(*shape, device=self.d_out.device, dtype=self.d_out.dtype)
+            return (size * x).requires_grad_()
+
+        x, width = leaf(self.context, KV_HEADS, dim), SIZES.cmp_block * dim
+        if how == "block means":
+            return partial(compress_mean, layout=self.layout), (x,)
+        w1 = leaf(KV_HEADS, width, 2 * dim, size=width**-0.5)
+        w2 = leaf(KV_HEADS, 2 * dim, dim, size=(2 * dim) ** -0.5)
+        return partial(compress, layout=self.layout), (x, leaf(KV_HEADS, SIZES.cmp_block, dim), w1, w2)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -99,7 +116,7 @@ def _passes(settings: Settings) -> list[Row]:
     for context in CONTEXTS:
         settings.say(f"context {context}")
         problem = Problem.draw(context, (128, 128))
-        rows += _whole(problem, TARGETS) + forward_parts(problem) + backward_parts(problem) + _phi(problem)
+        rows += _whole(problem, TARGETS) + forward_parts(problem) + backward_parts(problem) + _compressions(problem)
         del problem
         torch.cuda.empty_cache()
     return rows
@@ -178,9 +195,21 @@ class Passes:
     @classmethod
     def of(cls, problem: Problem) -> Passes:
         leaves = tuple(x.requires_grad_() for x in problem.inputs)
+        return cls._to(problem, leaves, lambda: leaves)
 
+    @classmethod
+    def compressing(cls, problem: Problem, how: str) -> Passes:
+        """Those that begin with keys and values that are not compressed yet, and end with their gradients."""
+        q, _, _, *others = (x.requires_grad_() for x in problem.inputs)
+        both = [problem.compressing(how, dim) for dim in problem.dims]
+        leaves = (q, *both[0][1], *both[1][1], *others)
+        return cls._to(problem, leaves, lambda: (q, *(f(*taken) for f, taken in both), *others))
+
+    @classmethod
+    def _to(cls, problem: Problem, leaves: tuple[Tensor, ...], inputs: Callable[[], tuple[Tensor, ...]]) -> Passes:
         def forward() -> Tensor:
-            return nsa_attention(*leaves, problem.layout, problem.scale, "triton")  # type: ignore[call-arg, arg-type]
+            backend = "triton" if problem.d_out.is_cuda else "torch"
+            return nsa_attention(*inputs(), problem.layout, problem.scale, backend)  # type: ignore[call-arg, arg-type]
 
         def back(out: Tensor) -> object:
             return torch.autograd.grad(out, leaves, problem.d_out, retain_graph=True)
@@ -192,10 +221,10 @@ class Passes:
         self.back(self.forward())
         return peak_bytes(lambda: self.back(self.forward()))
 
-    def calls(self) -> dict[tuple[str, str], Call]:
-        """Each phase by (``WHOLE``, phase)."""
+    def calls(self, name: str = WHOLE) -> dict[tuple[str, str], Call]:
+        """Each phase by (name, phase)."""
         out = self.forward()
-        return {(WHOLE, "forward"): self.forward, (WHOLE, "backward"): lambda: self.back(out)}
+        return {(name, "forward"): self.forward, (name, "backward"): lambda: self.back(out)}
 
     def exact(self) -> Call:
         """The deterministic backward pass."""
@@ -219,16 +248,20 @@ def _deterministic() -> Iterator[None]:
 
 
 def _whole(problem: Problem, targets: dict[tuple[int, str], tuple[float, float]]) -> list[Row]:
+    """Both phases beside each baseline, also with what compresses; and what the same bits in every run cost."""
     passes, exact = Passes.of(problem), (f"{WHOLE}, deterministic", "backward")
-    most = passes.peak_bytes()
-    ms = medians({**passes.calls(), **dense_calls(problem), exact: passes.exact()})
+    compressing = {f"{WHOLE}, with {how}": Passes.compressing(problem, how) for how in COMPRESSIONS}
+    most = {name: each.peak_bytes() for name, each in {WHOLE: passes, **compressing}.items()}
+    more = {key: call for name, each in compressing.items() for key, call in each.calls(name).items()}
+    ms = medians({**passes.calls(), **dense_calls(problem), exact: passes.exact(), **more})
     rows = []
-    for phase in ("forward", "backward"):
-        for index, name in enumerate(DENSE):
-            if (name, phase) in ms:
-                facts = {"phase": phase, **problem.facts, "peak_bytes": most}
-                target = targets[problem.context, phase][index]
-                rows.append(time_row(WHOLE, ms[WHOLE, phase], name, ms[name, phase], target, **facts))
+    for what in most:
+        for phase in ("forward", "backward"):
+            for index, name in enumerate(DENSE):
+                if (name, phase) in ms:
+                    facts = {"phase": phase, **problem.facts, "peak_bytes": most[what]}
+                    target = targets[problem.context, phase][index]
+                    rows.append(time_row(what, ms[what, phase], name, ms[name, phase], target, **facts))
     what, phase = exact
     return [*rows, time_row(what, ms[exact], WHOLE, ms[WHOLE, phase], phase=phase, **problem.facts)]
 
@@ -306,25 +339,20 @@ def backward_parts(problem: Problem, tuning: BackwardTuning | None = None) -> li
     return [time_row(name, median_ms(part), phase="backward", **problem.facts) for name, part in parts.items()]
 
 
-def _phi(problem: Problem) -> list[Row]:
-    """The compression MLP of keys or values, once; a layer has two."""
-    dim, width = problem.dims[0], SIZES.cmp_block * problem.dims[0]
-    shapes = ((KV_HEADS, SIZES.cmp_block, dim), (KV_HEADS, width, 2 * dim), (KV_HEADS, 2 * dim, dim))
-    weights = [torch.randn(*s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in shapes]
-    x = torch.randn(problem.context, KV_HEADS, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-
-    def forward() -> Tensor:
-        return compress(x, weights[0], weights[1], weights[2], problem.layout)
-
-    out = forward()
-    d_out = torch.randn_like(out)
-
-    def back() -> object:
-        return torch.autograd.grad(out, (x, *weights), d_out, retain_graph=True)
-
-    what = "compression MLP (not in the whole)"
-    phases = {"forward": median_ms(forward), "backward": median_ms(back)}
-    return [time_row(what, ms, phase=phase, **problem.facts) for phase, ms in phases.items()]
+def _compressions(problem: Problem) -> list[Row]:
+    """φ, and block means, of keys or values, once; a layer has two."""
+    rows = []
+    for how in COMPRESSIONS:
+        compressed, taken = problem.compressing(how, problem.dims[0])
+        out = compressed(*taken)
+        d_out = torch.randn_like(out)
+        calls: dict[str, Call] = {
+            "forward": partial(compressed, *taken),
+            "backward": partial(torch.autograd.grad, out, taken, d_out, retain_graph=True),
+        }
+        what = f"compression, {how} (not in the whole)"
+        rows += [time_row(what, median_ms(f), phase=phase, **problem.facts) for phase, f in calls.items()]
+    return rows
 
 
 def draw(result: Document, path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""The compression MLP φ (NSA eq. 7)."""
+"""Compression of blocks (NSA eq. 7): the MLP φ, and the plain mean."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shoal.kernels.nsa.attention import Backend
 from shoal.kernels.nsa.layout import BlockSizes, Layout
 
 
@@ -61,3 +62,30 @@ def compress(x: Tensor, position: Tensor, w1: Tensor, w2: Tensor, layout: Layout
         hidden = hidden + products[:, part : part + reach, part]
     hidden = hidden.index_select(1, layout.cmp_chunks)
     return torch.bmm(torch.nn.functional.silu(hidden), w2).transpose(0, 1)
+
+
+def compress_mean(x: Tensor, layout: Layout | OwnBlocks, backend: Backend = "auto") -> Tensor:
+    """The mean of every whole block of ``l`` keys, one every ``d``, within a document: φ without weights.
+
+    x: ``[T, KV, D]``, keys or values, keys *before* RoPE, as :func:`compress` takes them. Returns ``[C, KV, D]`` in x's
+    dtype, summed in float32 or x's float64 and rounded once; C may be 0. backend: auto takes Triton in 16 bits on a
+    GPU. Raises ValueError when Triton is asked for without a GPU, or for float64.
+    """
+    if backend == "triton" and (not x.is_cuda or x.dtype == torch.float64):
+        raise ValueError(
+            f"backend='triton' takes float32 and 16 bits on a GPU, and x is {x.dtype} on {x.device}: take 'auto'"
+        )
+    in_16_bits = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and torch.version.hip is None
+    if backend == "triton" or (backend == "auto" and in_16_bits):
+        # Imported here: Triton is not there on every system.
+        from shoal.kernels.nsa.triton_mean import triton_compress_mean
+
+        return triton_compress_mean(x, layout)
+    sizes = layout.sizes
+    kv, dim = x.shape[1:]
+    if not layout.cmp_chunks.numel():
+        return x.new_zeros(0, kv, dim) + 0 * x.sum()
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    sums = wide.index_select(0, layout.chunk_tokens).view(-1, sizes.cmp_stride, kv, dim).sum(1)
+    blocks = sums.unfold(0, sizes.cmp_block // sizes.cmp_stride, 1).sum(-1) / sizes.cmp_block
+    return blocks.index_select(0, layout.cmp_chunks).to(x.dtype)

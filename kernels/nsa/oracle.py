@@ -55,6 +55,16 @@ def compress(x: Tensor, weights: Phi, cu_seqlens: tuple[int, ...], hyper: Hyper)
     return torch.stack(blocks) if blocks else x.new_zeros(0, *x.shape[1:])
 
 
+def compress_mean(x: Tensor, cu_seqlens: tuple[int, ...], hyper: Hyper) -> Tensor:
+    """The mean of each block in φ's place (eq. 7): x ``[T, KV, D]`` to ``[C, KV, D]``."""
+    blocks = [
+        x[start + i : start + i + hyper.l].sum(0) / hyper.l
+        for start, stop in pairwise(cu_seqlens)
+        for i in cmp_starts(stop - start, hyper)
+    ]
+    return torch.stack(blocks) if blocks else x.new_zeros(0, *x.shape[1:])
+
+
 def slc_importance(p_cmp: Tensor, blocks: int, hyper: Hyper) -> Tensor:
     """Importance of each selection block from compressed weights ``[C]`` (eq. 9), with the paper's two sums.
 

@@ -146,6 +146,26 @@ def test_at_full_size_each_sequence_has_pages_of_its_own() -> None:
     assert torch.equal(step.compressed.raw_row[:, -1], torch.full((16,), 63))
 
 
+# Passes that compress
+
+
+@pytest.mark.parametrize("how", nsa.COMPRESSIONS)
+def test_a_pass_that_compresses_reaches_keys_that_are_not_compressed(how: str) -> None:
+    """Its output is the attention over what was compressed; gradients are those of all that it takes."""
+    problem = nsa.Problem.draw(70, (8, 4), 8, "cpu")
+    passes = nsa.Passes.compressing(problem, how)
+    out = passes.forward()
+    gradients = passes.back(out)
+    assert isinstance(gradients, tuple)
+    weights = 1 if how == "block means" else 4
+    assert len(gradients) == 6 + 2 * weights
+    assert [g.shape for g in gradients[1 : 1 + 2 * weights : weights]] == [(70, 4, 8), (70, 4, 4)]
+    assert all(g.any() for g in gradients)
+    compressed, taken = problem.compressing(how, 8)
+    assert compressed(*taken).shape == problem.inputs[1].shape
+    assert torch.equal(out[:31], nsa.Passes.of(problem).forward()[:31])  # before the first block ends
+
+
 # Groups
 
 

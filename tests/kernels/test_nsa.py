@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from shoal.kernels.nsa import BlockSizes, Layout, compress, make_layout, nsa_attention, oracle
+from shoal.kernels.nsa.attention import Backend, chosen_backend
 
 PAPER = BlockSizes(32, 16, 64, 16, 1, 2, 512)
 SMALL = BlockSizes(cmp_block=4, cmp_stride=2, slc_block=8, slc_count=3, slc_initial=1, slc_local=1, window=5)
@@ -262,3 +263,27 @@ def test_on_a_gpu(dense_keys: int | None) -> None:
     out = there.fast(make_layout(p.cu, p.sizes, "cuda", dense_keys=dense_keys))
     for got, ref in zip([out, *torch.autograd.grad(out, there.leaves, upstream.cuda())], exact, strict=True):
         close(got.cpu(), ref, "on the GPU")
+
+
+def backend_of(p: Problem, backend: Backend) -> str:
+    k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = p.raw
+    layout = make_layout(p.cu, p.sizes, p.q.device)
+    blocks = slice(layout.cmp_starts.numel())
+    tensors = (p.q, k_cmp[blocks], v_cmp[blocks], k_slc, v_slc, k_win, v_win, p.gates)
+    return chosen_backend(tensors, layout, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_cpu_computes_with_pytorch_and_refuses_triton(dtype: torch.dtype) -> None:
+    p = moved(problem(SMALL, [20]), dtype)
+    assert backend_of(p, "auto") == backend_of(p, "torch") == "torch"
+    with pytest.raises(ValueError, match=r"on a GPU, and q is torch\.\w+ on cpu: take 'auto'"):
+        backend_of(p, "triton")
+
+
+@pytest.mark.gpu
+def test_a_gpu_computes_with_triton_in_16_bits_and_as_it_is_told() -> None:
+    for dtype, own in ((torch.bfloat16, "triton"), (torch.float16, "triton"), (torch.float32, "torch")):
+        p = moved(moved(problem(SMALL, [20]), dtype), "cuda")
+        assert backend_of(p, "auto") == own
+        assert [backend_of(p, "torch"), backend_of(p, "triton")] == ["torch", "triton"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton_on_cpu
 from torch import Tensor
-from triton_on_cpu import DEVICE, TOLERANCE, close, draw
+from triton_on_cpu import DEVICE, SHAPES, TOLERANCE, close, draw
 
 triton_on_cpu.prepare()
 
@@ -125,21 +125,19 @@ def test_chosen_blocks(equal: bool, top_group: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("kv", "group"), [(2, 16), (1, 4), (4, 1), (1, 6)])
-@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128), (96, 96)], ids=str)
-@pytest.mark.parametrize("tuning", [None, narrow_tunings()[0]], ids=["default", "narrow"])
-def test_on_a_gpu(dtype: torch.dtype, kv: int, group: int, dims: tuple[int, int], tuning: ForwardTuning | None) -> None:
-    """Against the PyTorch operations in float64, which other tests hold against the oracle."""
+@pytest.mark.parametrize(("kv", "group", "dims", "dtype"), SHAPES, ids=str)
+def test_on_a_gpu(kv: int, group: int, dims: tuple[int, int], dtype: torch.dtype) -> None:
+    """Against the PyTorch operations in float64, which other tests hold against the oracle; heads that Gluon takes by
+    Triton as well."""
     sizes = BlockSizes(32, 16, 64, 6, 1, 2, 100)
     layout = layout_of([700, 1, 63, 64, 900], sizes)
     args = inputs(layout, kv, group, dims, dtype)
     scale = dims[0] ** -0.5
-    result = nsa_forward(*args, layout, scale, tuning)
     exact = make_layout(layout.cu_seqlens, sizes, "cpu")
     want = nsa_attention(*in_float64(args), exact, scale)
-    # A block that rounding swaps for an equally important one changes a row, and is not counted as an error.
-    rows = (result.out.cpu().double() - want).norm(dim=-1) <= 0.1 * want.norm(dim=-1)
-    assert rows.double().mean() > 0.999
-    error = (result.out.cpu().double() - want)[rows].norm() / want[rows].norm()
-    assert error <= TOLERANCE[dtype]
+    for tuning in (None, narrow_tunings()[0]) if dims[0] in (96, 192) else (None,):
+        got = nsa_forward(*args, layout, scale, tuning).out.cpu().double()
+        # A block that rounding swaps for an equally important one changes a row, and is not counted as an error.
+        rows = (got - want).norm(dim=-1) <= 0.1 * want.norm(dim=-1)
+        assert rows.double().mean() > 0.999
+        assert (got - want)[rows].norm() / want[rows].norm() <= TOLERANCE[dtype]

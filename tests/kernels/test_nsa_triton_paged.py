@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton_on_cpu
 from torch import Tensor
-from triton_on_cpu import DEVICE, TOLERANCE, close, draw
+from triton_on_cpu import DEVICE, SHAPES, TOLERANCE, close, draw
 
 triton_on_cpu.prepare()
 
@@ -174,10 +174,8 @@ def test_no_queries() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("kv", "group"), [(4, 16), (1, 4), (4, 1), (2, 6)])
-@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128), (96, 96)])
-def test_on_a_gpu(dtype: torch.dtype, kv: int, group: int, dims: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("kv", "group", "dims", "dtype"), SHAPES, ids=str)
+def test_on_a_gpu(kv: int, group: int, dims: tuple[int, int], dtype: torch.dtype) -> None:
     """With more blocks than are chosen for one query, whose row may differ where rounding swaps equal blocks."""
     sizes = BlockSizes(32, 16, 64, 16, 1, 2, 512)
     args = case([0, 40, 1023, 700, 5000], sizes, kv, group, dims, dtype)
@@ -200,17 +198,31 @@ def test_gates_on_a_gpu() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dims", [(128, 128), (64, 64), (192, 128)])
+@pytest.mark.parametrize(
+    ("dtype", "kv", "group", "dims"),
+    [
+        (torch.bfloat16, 4, 16, (128, 128)),
+        (torch.bfloat16, 4, 16, (64, 64)),
+        (torch.bfloat16, 4, 16, (192, 128)),
+        (torch.float16, 1, 8, (96, 96)),
+        (torch.float16, 2, 4, (192, 192)),
+        (torch.bfloat16, 2, 2, (128, 128)),
+        (torch.float16, 4, 1, (192, 128)),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(("position", "count"), [(0, 20), (0, 64), (1, 1), (700, 300)])
-def test_chunks_on_a_gpu(position: int, count: int, dims: tuple[int, int]) -> None:
+def test_chunks_on_a_gpu(
+    position: int, count: int, dtype: torch.dtype, kv: int, group: int, dims: tuple[int, int]
+) -> None:
     """Prompts within a page and longer; every block is chosen, so that no rounding decides which."""
     sizes = BlockSizes(32, 16, 64, 16, 1, 2, 512)
-    q, gates, cache, (far, near, first) = chunk(position, count, sizes, 4, 16, dims, torch.bfloat16)
+    q, gates, cache, (far, near, first) = chunk(position, count, sizes, kv, group, dims, dtype)
     wide = PagedCache(*(getattr(cache, f.name).cpu().double() for f in fields(cache)))
     exact_q, exact_gates, scale = q.cpu().double(), gates.cpu().double(), dims[0] ** -0.5
     want = paged_prefill(exact_q, exact_gates, wide, position, far.cpu(), near.cpu(), first, sizes, scale)
     got = triton_paged_prefill(q, gates, cache, position, far, near, first, sizes, scale)
-    close(got, want, torch.bfloat16)
+    close(got, want, dtype)
 
 
 @pytest.mark.gpu

@@ -16,6 +16,16 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 """Relative error of an output, ``‖out - oracle‖ / ‖oracle‖``: some three times what rounding the output alone costs."""
 
+GROUPS = [(2, 16), (1, 8), (1, 4), (2, 2), (4, 1), (1, 6)]
+HEADS = [(64, 64), (128, 128), (192, 128), (96, 96), (192, 192)]
+SHAPES = [
+    (kv, group, dims, (torch.bfloat16, torch.float16)[(i + j) % 2])
+    for i, (kv, group) in enumerate(GROUPS)
+    for j, dims in enumerate(HEADS)
+]
+"""KV heads, group, dimensions of queries and of values, and a type, for tests on a GPU: every group with every head. In
+both types each takes a minute of compiling more."""
+
 
 def prepare() -> None:
     """Turn the interpreter on where there is no GPU. Call before anything imports Triton; otherwise the module skips.
