@@ -92,8 +92,7 @@ class Bench:
             for name, (_, call) in sides.items():
                 times[name].append(self.ms(call))
         figures = [
-            {"name": name, "tokens": tokens, "ms": statistics.median(times[name]), "rounds": times[name]}
-            | _told(facts)
+            {"name": name, "tokens": tokens, "ms": statistics.median(times[name]), "rounds": times[name]} | _told(facts)
             for name, (facts, _) in sides.items()
         ]
         del sides
