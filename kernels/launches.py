@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import triton
 from torch import Tensor
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
-"""Of a kernel and all that it is compiled for: what was compiled, and its constants in their order."""
+_compiled: dict[tuple[Any, ...], tuple[Callable[..., None], tuple[Any, ...]]] = {}
+"""Of a kernel and all that it is compiled for: what launches it, and its constants in their order."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int, **named: Any) -> None:
@@ -33,16 +35,37 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int, **named
             address = argument.data_ptr()
             values.append(address)
             kinds += argument.dtype, address % 16 == 0
-    key = (id(kernel), current_device(), *kinds, *named.items())
+    device = current_device()
+    key = (id(kernel), device, *kinds, *named.items())
     found = _compiled.get(key)
     if found is None:
         names = _constants(kernel, arguments)
         compiled = kernel[grid](*arguments, **named)
         if compiled is not None:
-            _compiled[key] = compiled, tuple(named[name] for name in names)
+            _compiled[key] = starter(compiled), tuple(named[name] for name in names)
         return
-    compiled, constants = found
-    compiled[(*grid, 1, 1)[:3]](*values, *constants)
+    start, constants = found
+    start(device, (*grid, 1, 1)[:3], *values, *constants)
+
+
+def starter(compiled: Any) -> Callable[..., None]:
+    """What launches a compiled kernel, given the current device, a grid of three numbers, and all arguments.
+
+    Triton 3.6 goes through three functions of Python at each launch, to ask for hooks of its own profiler and for
+    memory, which this leaves out; of another version, or a kernel that needs such memory, it is asked to launch.
+    """
+    run: Any = getattr(compiled, "run", None)
+    plain = triton.__version__.startswith("3.6.") and type(run).__name__ == "CudaLauncher"
+    if not plain or run.global_scratch_size or run.profile_scratch_size:
+        return lambda _, grid, *arguments: compiled[grid](*arguments)
+    go, function = run.launch, compiled.function
+    options = run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata, None, None, None
+    stream = driver.active.get_current_stream
+
+    def start(device: int, grid: tuple[int, int, int], *arguments: Any) -> None:
+        go(*grid, stream(device), function, *options, *arguments)
+
+    return start
 
 
 def current_device() -> int:
