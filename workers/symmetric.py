@@ -31,7 +31,7 @@ from shoal.kernels.moe.plan import words_of
 from shoal.workers.errors import last_line
 from shoal.workers.flight import Arrived, Flight
 from shoal.workers.mesh import COLLECTIVE_TIMEOUT, Group
-from shoal.workers.slots import BACK, COUNTS, OUT, WORDS_BACK, WORDS_OUT, shapes, words_in
+from shoal.workers.slots import BACK, COUNTS, LETTER, OUT, WORDS_BACK, shapes, words_in
 from shoal.workers.transfer import Moment, beside, on_host, used_here
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ class RowsMissing(RuntimeError):
 class Inbox:
     """Symmetric memory of a rank: slots of ``capacity`` rows that each other rank of the group writes.
 
-    What is in a slot is int32 words: counts ``[experts]``; of each row out, gates and choices ``[2K]`` and the row; of
-    each row that comes home, gradients of gates ``[K]`` and the row.
+    What is in a slot is int32 words: a letter, which is counts ``[experts]`` and of each row out gates and choices
+    ``[2K]``; the rows out; of each row that comes home, gradients of gates ``[K]`` and the row.
     """
 
     def __init__(
@@ -89,7 +89,10 @@ class Inbox:
             for rank in self.others
             for part in parts
         }
-        self._words = {part: own[part].flatten(0, 1) for part in (WORDS_OUT, WORDS_BACK)}
+        self._slots |= {(COUNTS, rank): self._slots[LETTER, rank][:experts] for rank in self.others}
+        words = own[LETTER][:, experts:].unflatten(1, (capacity, -1))
+        self._counts = own[LETTER][:, :experts].unbind()
+        self._words = {LETTER: words, WORDS_BACK: own[WORDS_BACK].flatten(0, 1)}
         self._rows = {part: own[part].view(dtype).view(-1, hidden) for part in (OUT, BACK)}
 
     def _share(self, words: int, device: torch.device) -> list[Tensor]:
@@ -122,12 +125,12 @@ class Inbox:
         _reason(self.group, "")  # all have put
         return [line.unique().tolist() for line in self.counts()] == [[-1 - rank] for rank in self.others]
 
-    def counts(self) -> Tensor:
-        """``[others, experts]`` int32 that came."""
-        return self._parts[self.group.index][COUNTS]
+    def counts(self) -> tuple[Tensor, ...]:
+        """``[experts]`` int32 that came from each other rank."""
+        return self._counts
 
     def words(self, part: int) -> Tensor:
-        """``[others · capacity, words]`` int32 that came."""
+        """``[others, capacity, 2K]`` int32 that came out, ``[others · capacity, K]`` that came home."""
         return self._words[part]
 
     def rows(self, part: int) -> Tensor:
@@ -159,7 +162,7 @@ class Inbox:
         try:
             yield
         except RuntimeError as error:
-            launch = "CUDA error" in str(error) or not self.counts().is_cuda
+            launch = "CUDA error" in str(error) or not self.counts()[0].is_cuda
             if time.monotonic() - began < PATIENCE.total_seconds() or not launch:
                 raise
             own, others = self.group.ranks[self.group.index], (str(self.group.ranks[rank]) for rank in self.others)
@@ -234,37 +237,45 @@ def _first_line(error: RuntimeError) -> str:
 class SymmetricFlight(Flight):
     """Rows that are put where they are needed. Gates are float32."""
 
-    def __init__(self, dispatcher: Dispatcher, x: Tensor, gates: Tensor, experts: Tensor, keep: bool) -> None:
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        x: Tensor,
+        gates: Tensor,
+        experts: Tensor,
+        keep: bool,
+        counts: Tensor | None = None,
+    ) -> None:
         assert dispatcher.inbox is not None
-        assert len(x) <= dispatcher.inbox.capacity, (
+        assert x.shape[0] <= dispatcher.inbox.capacity, (
             f"{len(x)} rows, and slots have room for {dispatcher.inbox.capacity}"
         )
         self._inbox = box = dispatcher.inbox
-        super().__init__(dispatcher, x, gates, experts, keep, box.capacity)
-        words = self._plan.words
-        assert words is not None
+        super().__init__(dispatcher, x, gates, experts, keep, box.capacity, counts)
+        letter = self._plan.letter
+        assert letter is not None
         del self._plan
         away = len(box.others) * box.capacity
         self._places = (self.tokens + away) * min(self.choices, len(dispatcher.local))
         most = (box.capacity + away) * min(self.choices, dispatcher.most_local)  # of any rank: all of them decide alike
-        parts = {WORDS_OUT: words, OUT: x}
         self._out: dict[int, Tensor] = {}
         self._counted: Moment | None = None
         if most * x.shape[1] * x.element_size() > ROOM:
             with beside(x.device, lane=1):  # the host reads counts while rows are on their way
                 self._put({COUNTS: self.counts}, COUNTS)
                 box.hear(COUNTS)
-                self._all = self._counts_of_all()
-                self._host = on_host(self._all)
+                self._total = self._counts_of_all()
+                self._host = on_host(self._total[None])
                 self._counted = Moment(x.device)
-        else:
-            parts = {COUNTS: self.counts} | parts
         with beside(x.device):
-            self._put(parts, OUT)
+            self._put({LETTER: letter, OUT: x}, OUT)
 
     def _counts_of_all(self) -> Tensor:
-        """``[ranks, slots]``, copied: the slots are written again."""
-        return torch.cat([self.counts[None], self._inbox.counts()])
+        """``[slots]``, the sum over all ranks."""
+        total = self.counts
+        for came in self._inbox.counts():
+            total = total + came
+        return total
 
     def _put(self, parts: dict[int, Tensor], told: int) -> None:
         """The same to all others, on the current stream; of what goes home as many rows as slots have, to each.
@@ -295,8 +306,8 @@ class SymmetricFlight(Flight):
         """To be called once rows have arrived."""
         if self._counted is not None:
             self._counted.before_here()
-            used_here(self._all)
-        return self._all.sum(0)
+            used_here(self._total)
+        return self._total
 
     def arrive(self, x: Tensor, gates: Tensor) -> Arrived:
         """As the base class has it; what came is copied where a backward pass will ask for it.
@@ -308,13 +319,13 @@ class SymmetricFlight(Flight):
             self._counted.before_here()  # and so before word goes home that slots may be written again
         self._hear(OUT)
         if self._counted is None:
-            self._all = self._counts_of_all()
+            self._total = self._counts_of_all()
         rows = box.rows(OUT).clone() if self.keep else box.rows(OUT)
-        arrived = self._sorted((x, rows), gates, box.words(WORDS_OUT), self._places)
+        arrived = self._sorted((x, rows), gates, box.words(LETTER), self._places)
         if self._counted is None:
             return arrived
-        table = d.reads.of(self._host, self._counted)
-        places = sum(sum(row[d.first : d.first + len(d.local)]) for row in table)
+        (counts,) = d.reads.of(self._host, self._counted)
+        places = sum(counts[d.first : d.first + len(d.local)])
         return replace(arrived, fan=Fan(arrived.fan.rows, arrived.fan.order[:places]))
 
     def give_back(self, arrived: Arrived, results: Tensor) -> None:
