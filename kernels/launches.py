@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -58,7 +59,7 @@ def starter(compiled: Any) -> Callable[..., None]:
     plain = triton.__version__.startswith("3.6.") and type(run).__name__ == "CudaLauncher"
     if not plain or run.global_scratch_size or run.profile_scratch_size:
         return lambda _, grid, *arguments: compiled[grid](*arguments)
-    go, function = run.launch, compiled.function
+    go, function = _with_kept_maps(run.launch), compiled.function
     options = run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata, None, None, None
     stream = driver.active.get_current_stream
 
@@ -68,10 +69,60 @@ def starter(compiled: Any) -> Callable[..., None]:
     return start
 
 
+_BEFORE = 13
+"""Arguments of Triton 3.6's launches before those of the kernel."""
+
+_maps: dict[tuple[Any, ...], list[Any]] = {}
+"""Of each tensor descriptor that was used what CUDA copies by, with shape and strides: they say where a tensor lies and
+how, no more, and allocators give the same places again and again."""
+
+MOST_MAPS = 4096
+
+_kinds: dict[str, int] = {}
+"""A number for each kind of block that descriptors are made for."""
+
+
+def _with_kept_maps(go: Callable[..., None]) -> Callable[..., None]:
+    """Triton 3.6's launch of a kernel, which asks CUDA anew for all of its tensor descriptors; or ``go`` itself, where
+    it has none."""
+    outside = inspect.getclosurevars(go).nonlocals if inspect.isfunction(go) else {}
+    if not outside.keys() >= {"launcher", "tensordesc_indices", "tensordesc_meta"}:
+        return go
+    metas = outside["tensordesc_meta"]
+    if None in metas:
+        return go
+    from triton.backends.nvidia.driver import make_tensordesc_arg
+
+    launcher, places = outside["launcher"], (_BEFORE + place for place in sorted(outside["tensordesc_indices"]))
+    kinds = (_kinds.setdefault(str(sorted(meta.items())), len(_kinds)) for meta in metas)
+    wanted = [*zip(places, metas, kinds, strict=True)][::-1]
+
+    def launch(*arguments: Any) -> None:
+        given = list(arguments)
+        for place, meta, kind in wanted:  # from the last one on, since each becomes several
+            made = given[place]
+            key = made.base.data_ptr(), kind, made.padding, *made.shape, *made.strides
+            found = _maps.get(key)
+            if found is None:
+                if len(_maps) >= MOST_MAPS:
+                    _maps.clear()
+                found = _maps[key] = make_tensordesc_arg(made, meta)
+            given[place : place + 1] = found
+        launcher(*given)
+
+    return launch
+
+
 def current_device() -> int:
     """The index of the GPU that Triton launches on."""
     index: int = driver.active.get_current_device()
     return index
+
+
+def current_place() -> tuple[int, int]:
+    """The GPU that Triton launches on, and its current stream."""
+    device = current_device()
+    return device, driver.active.get_current_stream(device)
 
 
 def _constants(kernel: JITFunction[Any], arguments: tuple[Tensor | int, ...]) -> list[str]:

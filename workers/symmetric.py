@@ -113,6 +113,8 @@ class Inbox:
         if own is None or why:
             raise RuntimeError(why)
         self._memory = symmetric.rendezvous(own, self.group.handle)
+        self._tell, self._await = self._memory.put_signal, self._memory.wait_signal
+        self._patience = PATIENCE // timedelta(milliseconds=1)
         return [self._memory.get_buffer(rank, (words,), torch.int32) for rank in range(self.group.size)]
 
     def arrives(self) -> bool:
@@ -146,12 +148,12 @@ class Inbox:
     def say(self, part: int, rank: int) -> None:
         """Tells another rank that a part of this rank's slot is there, and what was put before it; on the current
         stream, which waits until that rank has heard what it was told of this part before."""
-        self._memory.put_signal(rank, part, PATIENCE // timedelta(milliseconds=1))
+        self._tell(rank, part, self._patience)
 
     def hear(self, part: int) -> None:
         """Waits, on the current stream, until all others have told of a part."""
         for rank in self.others:
-            self._memory.wait_signal(rank, part, PATIENCE // timedelta(milliseconds=1))
+            self._await(rank, part, self._patience)
 
     @contextmanager
     def patience(self) -> Iterator[None]:
