@@ -32,7 +32,8 @@ from shoal.workers.errors import last_line
 from shoal.workers.flight import Arrived, Flight
 from shoal.workers.mesh import COLLECTIVE_TIMEOUT, Group
 from shoal.workers.slots import BACK, COUNTS, LETTER, OUT, WORDS_BACK, shapes, words_in
-from shoal.workers.transfer import Moment, beside, on_host, used_here
+from shoal.workers.tallies import Tallies, Unheard, open_tallies
+from shoal.workers.transfer import HostReads, Moment, beside, on_host, used_here
 
 if TYPE_CHECKING:
     from shoal.workers.dispatch import Dispatcher
@@ -71,6 +72,7 @@ class Inbox:
     ) -> None:
         """choices: of a token, with float32 gates. Collective; raises RuntimeError where the memory cannot be had."""
         self.group, self.capacity = group, capacity
+        self.tallies: Tallies | None = None  # where hosts read counts, if not what came into a slot
         self.others = [rank for rank in range(group.size) if rank != group.index]
         parts = shapes(len(self.others), capacity, hidden * dtype.itemsize // 4, choices, experts)
         starts, total = {}, 0
@@ -163,15 +165,32 @@ class Inbox:
         began = time.monotonic()
         try:
             yield
+        except RowsMissing:
+            raise
         except RuntimeError as error:
             launch = "CUDA error" in str(error) or not self.counts()[0].is_cuda
             if time.monotonic() - began < PATIENCE.total_seconds() or not launch:
                 raise
-            own, others = self.group.ranks[self.group.index], (str(self.group.ranks[rank]) for rank in self.others)
-            raise RowsMissing(
-                f"rank {own} waited {PATIENCE.total_seconds():g} s for rank {' or '.join(others)}, which puts rows for "
-                f"experts into its memory, in vain: that rank ended or hangs, see its log ({last_line(error)})"
-            ) from error
+            raise self.missing(self.others, last_line(error)) from error
+
+    def missing(self, ranks: list[int], why: str) -> RowsMissing:
+        """The error of who waited for these ranks of the group until patience came to its end."""
+        own, others = self.group.ranks[self.group.index], (str(self.group.ranks[rank]) for rank in ranks)
+        return RowsMissing(
+            f"rank {own} waited {PATIENCE.total_seconds():g} s for rank {' or '.join(others)}, which puts rows for "
+            f"experts into its memory, in vain: that rank ended or hangs, see its log ({why})"
+        )
+
+    def read_tallies(self, reads: HostReads) -> list[list[int]]:
+        """Counts ``[ranks, experts]`` of this pass, as ranks told them to hosts. Raises RowsMissing."""
+        assert self.tallies is not None
+        began = time.perf_counter()
+        try:
+            table = self.tallies.read(PATIENCE)
+        except Unheard as error:
+            raise self.missing(error.ranks, "its counts did not come") from error
+        reads.add(time.perf_counter() - began)
+        return table
 
 
 @lru_cache(maxsize=4)
@@ -206,6 +225,7 @@ def inbox(
         raise OutOfReach(why)
     if why := _reason(group, "" if box.arrives() else "what a rank puts does not arrive"):
         raise OutOfReach(why)
+    box.tallies = open_tallies(group, experts, torch.device("cuda", own))
     return box
 
 
@@ -262,7 +282,11 @@ class SymmetricFlight(Flight):
         most = (box.capacity + away) * min(self.choices, dispatcher.most_local)  # of any rank: all of them decide alike
         self._out: dict[int, Tensor] = {}
         self._counted: Moment | None = None
-        if most * x.shape[1] * x.element_size() > ROOM:
+        self._reads = most * x.shape[1] * x.element_size() > ROOM
+        if self._reads and box.tallies is not None:
+            with beside(x.device, lane=1):
+                box.tallies.tell(self.counts)
+        elif self._reads:
             with beside(x.device, lane=1):  # the host reads counts while rows are on their way
                 self._put({COUNTS: self.counts}, COUNTS)
                 box.hear(COUNTS)
@@ -324,10 +348,10 @@ class SymmetricFlight(Flight):
             self._total = self._counts_of_all()
         rows = box.rows(OUT).clone() if self.keep else box.rows(OUT)
         arrived = self._sorted((x, rows), gates, box.words(LETTER), self._places)
-        if self._counted is None:
+        if not self._reads:
             return arrived
-        (counts,) = d.reads.of(self._host, self._counted)
-        places = sum(counts[d.first : d.first + len(d.local)])
+        table = d.reads.of(self._host, self._counted) if self._counted else box.read_tallies(d.reads)
+        places = sum(sum(counts[d.first : d.first + len(d.local)]) for counts in table)
         return replace(arrived, fan=Fan(arrived.fan.rows, arrived.fan.order[:places]))
 
     def give_back(self, arrived: Arrived, results: Tensor) -> None:
