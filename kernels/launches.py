@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
+import triton
 from torch import Tensor
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
-"""Of a kernel and all that it is compiled for: what was compiled, and its constants in their order."""
+_compiled: dict[tuple[Any, ...], tuple[Callable[..., None], tuple[Any, ...]]] = {}
+"""Of a kernel and all that it is compiled for: what launches it, and its constants in their order."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int, **named: Any) -> None:
@@ -33,22 +36,93 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int, **named
             address = argument.data_ptr()
             values.append(address)
             kinds += argument.dtype, address % 16 == 0
-    key = (id(kernel), current_device(), *kinds, *named.items())
+    device = current_device()
+    key = (id(kernel), device, *kinds, *named.items())
     found = _compiled.get(key)
     if found is None:
         names = _constants(kernel, arguments)
         compiled = kernel[grid](*arguments, **named)
         if compiled is not None:
-            _compiled[key] = compiled, tuple(named[name] for name in names)
+            _compiled[key] = starter(compiled), tuple(named[name] for name in names)
         return
-    compiled, constants = found
-    compiled[(*grid, 1, 1)[:3]](*values, *constants)
+    start, constants = found
+    start(device, (*grid, 1, 1)[:3], *values, *constants)
+
+
+def starter(compiled: Any) -> Callable[..., None]:
+    """What launches a compiled kernel, given the current device, a grid of three numbers, and all arguments.
+
+    Triton 3.6 goes through three functions of Python at each launch, to ask for hooks of its own profiler and for
+    memory, which this leaves out; of another version, or a kernel that needs such memory, it is asked to launch.
+    """
+    run: Any = getattr(compiled, "run", None)
+    plain = triton.__version__.startswith("3.6.") and type(run).__name__ == "CudaLauncher"
+    if not plain or run.global_scratch_size or run.profile_scratch_size:
+        return lambda _, grid, *arguments: compiled[grid](*arguments)
+    go, function = _with_kept_maps(run.launch), compiled.function
+    options = run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata, None, None, None
+    stream = driver.active.get_current_stream
+
+    def start(device: int, grid: tuple[int, int, int], *arguments: Any) -> None:
+        go(*grid, stream(device), function, *options, *arguments)
+
+    return start
+
+
+_BEFORE = 13
+"""Arguments of Triton 3.6's launches before those of the kernel."""
+
+_maps: dict[tuple[Any, ...], list[Any]] = {}
+"""Of each tensor descriptor that was used what CUDA copies by, with shape and strides: they say where a tensor lies and
+how, no more, and allocators give the same places again and again."""
+
+MOST_MAPS = 4096
+
+_kinds: dict[str, int] = {}
+"""A number for each kind of block that descriptors are made for."""
+
+
+def _with_kept_maps(go: Callable[..., None]) -> Callable[..., None]:
+    """Triton 3.6's launch of a kernel, which asks CUDA anew for all of its tensor descriptors; or ``go`` itself, where
+    it has none."""
+    outside = inspect.getclosurevars(go).nonlocals if inspect.isfunction(go) else {}
+    if not outside.keys() >= {"launcher", "tensordesc_indices", "tensordesc_meta"}:
+        return go
+    metas = outside["tensordesc_meta"]
+    if None in metas:
+        return go
+    from triton.backends.nvidia.driver import make_tensordesc_arg
+
+    launcher, places = outside["launcher"], (_BEFORE + place for place in sorted(outside["tensordesc_indices"]))
+    kinds = (_kinds.setdefault(str(sorted(meta.items())), len(_kinds)) for meta in metas)
+    wanted = [*zip(places, metas, kinds, strict=True)][::-1]
+
+    def launch(*arguments: Any) -> None:
+        given = list(arguments)
+        for place, meta, kind in wanted:  # from the last one on, since each becomes several
+            made = given[place]
+            key = made.base.data_ptr(), kind, made.padding, *made.shape, *made.strides
+            found = _maps.get(key)
+            if found is None:
+                if len(_maps) >= MOST_MAPS:
+                    _maps.clear()
+                found = _maps[key] = make_tensordesc_arg(made, meta)
+            given[place : place + 1] = found
+        launcher(*given)
+
+    return launch
 
 
 def current_device() -> int:
     """The index of the GPU that Triton launches on."""
     index: int = driver.active.get_current_device()
     return index
+
+
+def current_place() -> tuple[int, int]:
+    """The GPU that Triton launches on, and its current stream."""
+    device = current_device()
+    return device, driver.active.get_current_stream(device)
 
 
 def _constants(kernel: JITFunction[Any], arguments: tuple[Tensor | int, ...]) -> list[str]:

@@ -75,6 +75,7 @@ class Dispatcher:
             ranks=self._ints(self.others),
             columns=self._ints(columns),
             own=self.group.index,
+            in_order=self.counts_in_order,
         )
         self.of_slot = self._ints([expert for _, expert in hosted])
         self._of_any_slot = self._ints([*(expert for _, expert in hosted), -1])  # -1 has its last element
@@ -108,10 +109,19 @@ class Dispatcher:
         """Measures a wait for rows, where somebody watches."""
         return self.clock.part("dispatch") if self.clock else nullcontext()
 
-    def start(self, x: Tensor, gates: Tensor, experts: Tensor, keep: bool = False, live: Live | None = None) -> Flight:
+    def start(
+        self,
+        x: Tensor,
+        gates: Tensor,
+        experts: Tensor,
+        keep: bool = False,
+        live: Live | None = None,
+        counts: Tensor | None = None,
+    ) -> Flight:
         """Says to all ranks what will come; ``x [T, H]``, ``gates [T, K]`` float32 or float64, ``experts [T, K]`` int.
 
         keep: whether there will be a backward pass. live: in a step where all ranks that have tokens have as many.
+        counts: ``[experts]`` int32, how often each was chosen, where that is known.
         Every rank of the group calls it, and every method of the flight, in the same order.
         """
         if self.group.size == 1:
@@ -120,4 +130,4 @@ class Dispatcher:
             return (ApartFlight if self.apart else GatheredFlight)(self, x, gates, experts, live)
         if self.inbox is None:
             return PackedFlight(self, x, gates, experts, keep)
-        return SymmetricFlight(self, x, gates, experts, keep)
+        return SymmetricFlight(self, x, gates, experts, keep, counts)

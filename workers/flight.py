@@ -35,18 +35,26 @@ class Flight:
 
     keep: whether there will be a backward pass. room: rows that each rank has room for, 0 where that does not matter.
     home: where what comes back for each token stands among all that does. triton: who plans and sorts. own: this rank's
-    tokens among all that its experts work on.
+    tokens among all that its experts work on. counts: as :meth:`Dispatcher.start` has them.
     """
 
     def __init__(
-        self, dispatcher: Dispatcher, x: Tensor, gates: Tensor, experts: Tensor, keep: bool, room: int = 0
+        self,
+        dispatcher: Dispatcher,
+        x: Tensor,
+        gates: Tensor,
+        experts: Tensor,
+        keep: bool,
+        room: int = 0,
+        counts: Tensor | None = None,
     ) -> None:
         self.dispatcher, self.keep = dispatcher, keep
         self.tokens, self.choices = experts.shape
         self.own = slice(0, self.tokens)
         self.triton = self._by_triton(gates)
-        self._plan = plan(experts, gates, dispatcher.ways, self.triton, room)
-        self.slots, self.counts = self._plan.slots, self._plan.counts[: len(dispatcher.ways.hosts)]
+        self._plan = plan(experts, gates, dispatcher.ways, self.triton, room, counts)
+        self.slots = self._plan.slots
+        self.counts = self._plan.counts if room else self._plan.counts[: len(dispatcher.ways.hosts)]
         self.home = self.slots.new_empty(self.tokens, 0) if self._plan.home is None else self._plan.home
 
     def _by_triton(self, gates: Tensor) -> bool:

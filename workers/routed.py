@@ -70,7 +70,8 @@ class Pass:
         x = x.contiguous()
         gates, self.chosen = self._choose(x, gates, experts)
         gates, experts = self._with_always(gates, self.chosen)
-        self.flight = self.dispatcher.start(x, gates, experts, self.keep, self.live)
+        counts = self.choice.counts if self.choice else None
+        self.flight = self.dispatcher.start(x, gates, experts, self.keep, self.live, counts)
         self.shared_hidden = self.shared_act = self.hidden = None
         shared_up, _ = self.shared
         if shared_up is not None:

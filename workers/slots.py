@@ -11,16 +11,16 @@ if TYPE_CHECKING:
 ENOUGH = 0.8
 """Of the tokens, how many must need a rank, in the mean over ranks, so that all of them are put there: with 64 experts
 and 6 or 7 of them chosen 0.99 do with 2 ranks, 0.84 or more with 4, 0.6 with 8."""
-COUNTS, OUT, BACK, WORDS_OUT, WORDS_BACK = range(5)
-"""Parts of a slot: counts, rows out, rows that come home, and the words that go with each row."""
+COUNTS, OUT, BACK, LETTER, WORDS_BACK = range(5)
+"""Parts of a slot: rows out, rows that come home, and the words that go with them; of words out the counts may come
+sooner than the others."""
 ALIGN = 64  # words: each part begins there
 
 
 def shapes(slots: int, capacity: int, width: int, choices: int, experts: int) -> dict[int, tuple[int, ...]]:
     """Of the parts of so many slots, in int32 words. width: of a row; choices: of a token, with float32 gates."""
     return {
-        COUNTS: (slots, experts),
-        WORDS_OUT: (slots, capacity, 2 * choices),
+        LETTER: (slots, experts + capacity * 2 * choices),
         OUT: (slots, capacity, width),
         WORDS_BACK: (slots, capacity, choices),
         BACK: (slots, capacity, width),

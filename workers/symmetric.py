@@ -31,8 +31,9 @@ from shoal.kernels.moe.plan import words_of
 from shoal.workers.errors import last_line
 from shoal.workers.flight import Arrived, Flight
 from shoal.workers.mesh import COLLECTIVE_TIMEOUT, Group
-from shoal.workers.slots import BACK, COUNTS, OUT, WORDS_BACK, WORDS_OUT, shapes, words_in
-from shoal.workers.transfer import Moment, beside, on_host, used_here
+from shoal.workers.slots import BACK, COUNTS, LETTER, OUT, WORDS_BACK, shapes, words_in
+from shoal.workers.tallies import Tallies, Unheard, open_tallies
+from shoal.workers.transfer import HostReads, Moment, beside, on_host, used_here
 
 if TYPE_CHECKING:
     from shoal.workers.dispatch import Dispatcher
@@ -55,8 +56,8 @@ class RowsMissing(RuntimeError):
 class Inbox:
     """Symmetric memory of a rank: slots of ``capacity`` rows that each other rank of the group writes.
 
-    What is in a slot is int32 words: counts ``[experts]``; of each row out, gates and choices ``[2K]`` and the row; of
-    each row that comes home, gradients of gates ``[K]`` and the row.
+    What is in a slot is int32 words: a letter, which is counts ``[experts]`` and of each row out gates and choices
+    ``[2K]``; the rows out; of each row that comes home, gradients of gates ``[K]`` and the row.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Inbox:
     ) -> None:
         """choices: of a token, with float32 gates. Collective; raises RuntimeError where the memory cannot be had."""
         self.group, self.capacity = group, capacity
+        self.tallies: Tallies | None = None  # where hosts read counts, if not what came into a slot
         self.others = [rank for rank in range(group.size) if rank != group.index]
         parts = shapes(len(self.others), capacity, hidden * dtype.itemsize // 4, choices, experts)
         starts, total = {}, 0
@@ -89,7 +91,10 @@ class Inbox:
             for rank in self.others
             for part in parts
         }
-        self._words = {part: own[part].flatten(0, 1) for part in (WORDS_OUT, WORDS_BACK)}
+        self._slots |= {(COUNTS, rank): self._slots[LETTER, rank][:experts] for rank in self.others}
+        words = own[LETTER][:, experts:].unflatten(1, (capacity, -1))
+        self._counts = own[LETTER][:, :experts].unbind()
+        self._words = {LETTER: words, WORDS_BACK: own[WORDS_BACK].flatten(0, 1)}
         self._rows = {part: own[part].view(dtype).view(-1, hidden) for part in (OUT, BACK)}
 
     def _share(self, words: int, device: torch.device) -> list[Tensor]:
@@ -110,6 +115,8 @@ class Inbox:
         if own is None or why:
             raise RuntimeError(why)
         self._memory = symmetric.rendezvous(own, self.group.handle)
+        self._tell, self._await = self._memory.put_signal, self._memory.wait_signal
+        self._patience = PATIENCE // timedelta(milliseconds=1)
         return [self._memory.get_buffer(rank, (words,), torch.int32) for rank in range(self.group.size)]
 
     def arrives(self) -> bool:
@@ -122,12 +129,12 @@ class Inbox:
         _reason(self.group, "")  # all have put
         return [line.unique().tolist() for line in self.counts()] == [[-1 - rank] for rank in self.others]
 
-    def counts(self) -> Tensor:
-        """``[others, experts]`` int32 that came."""
-        return self._parts[self.group.index][COUNTS]
+    def counts(self) -> tuple[Tensor, ...]:
+        """``[experts]`` int32 that came from each other rank."""
+        return self._counts
 
     def words(self, part: int) -> Tensor:
-        """``[others · capacity, words]`` int32 that came."""
+        """``[others, capacity, 2K]`` int32 that came out, ``[others · capacity, K]`` that came home."""
         return self._words[part]
 
     def rows(self, part: int) -> Tensor:
@@ -143,12 +150,12 @@ class Inbox:
     def say(self, part: int, rank: int) -> None:
         """Tells another rank that a part of this rank's slot is there, and what was put before it; on the current
         stream, which waits until that rank has heard what it was told of this part before."""
-        self._memory.put_signal(rank, part, PATIENCE // timedelta(milliseconds=1))
+        self._tell(rank, part, self._patience)
 
     def hear(self, part: int) -> None:
         """Waits, on the current stream, until all others have told of a part."""
         for rank in self.others:
-            self._memory.wait_signal(rank, part, PATIENCE // timedelta(milliseconds=1))
+            self._await(rank, part, self._patience)
 
     @contextmanager
     def patience(self) -> Iterator[None]:
@@ -158,15 +165,32 @@ class Inbox:
         began = time.monotonic()
         try:
             yield
+        except RowsMissing:
+            raise
         except RuntimeError as error:
-            launch = "CUDA error" in str(error) or not self.counts().is_cuda
+            launch = "CUDA error" in str(error) or not self.counts()[0].is_cuda
             if time.monotonic() - began < PATIENCE.total_seconds() or not launch:
                 raise
-            own, others = self.group.ranks[self.group.index], (str(self.group.ranks[rank]) for rank in self.others)
-            raise RowsMissing(
-                f"rank {own} waited {PATIENCE.total_seconds():g} s for rank {' or '.join(others)}, which puts rows for "
-                f"experts into its memory, in vain: that rank ended or hangs, see its log ({last_line(error)})"
-            ) from error
+            raise self.missing(self.others, last_line(error)) from error
+
+    def missing(self, ranks: list[int], why: str) -> RowsMissing:
+        """The error of who waited for these ranks of the group until patience came to its end."""
+        own, others = self.group.ranks[self.group.index], (str(self.group.ranks[rank]) for rank in ranks)
+        return RowsMissing(
+            f"rank {own} waited {PATIENCE.total_seconds():g} s for rank {' or '.join(others)}, which puts rows for "
+            f"experts into its memory, in vain: that rank ended or hangs, see its log ({why})"
+        )
+
+    def read_tallies(self, reads: HostReads) -> list[list[int]]:
+        """Counts ``[ranks, experts]`` of this pass, as ranks told them to hosts. Raises RowsMissing."""
+        assert self.tallies is not None
+        began = time.perf_counter()
+        try:
+            table = self.tallies.read(PATIENCE)
+        except Unheard as error:
+            raise self.missing(error.ranks, "its counts did not come") from error
+        reads.add(time.perf_counter() - began)
+        return table
 
 
 @lru_cache(maxsize=4)
@@ -201,6 +225,7 @@ def inbox(
         raise OutOfReach(why)
     if why := _reason(group, "" if box.arrives() else "what a rank puts does not arrive"):
         raise OutOfReach(why)
+    box.tallies = open_tallies(group, experts, torch.device("cuda", own))
     return box
 
 
@@ -234,37 +259,49 @@ def _first_line(error: RuntimeError) -> str:
 class SymmetricFlight(Flight):
     """Rows that are put where they are needed. Gates are float32."""
 
-    def __init__(self, dispatcher: Dispatcher, x: Tensor, gates: Tensor, experts: Tensor, keep: bool) -> None:
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        x: Tensor,
+        gates: Tensor,
+        experts: Tensor,
+        keep: bool,
+        counts: Tensor | None = None,
+    ) -> None:
         assert dispatcher.inbox is not None
-        assert len(x) <= dispatcher.inbox.capacity, (
+        assert x.shape[0] <= dispatcher.inbox.capacity, (
             f"{len(x)} rows, and slots have room for {dispatcher.inbox.capacity}"
         )
         self._inbox = box = dispatcher.inbox
-        super().__init__(dispatcher, x, gates, experts, keep, box.capacity)
-        words = self._plan.words
-        assert words is not None
+        super().__init__(dispatcher, x, gates, experts, keep, box.capacity, counts)
+        letter = self._plan.letter
+        assert letter is not None
         del self._plan
         away = len(box.others) * box.capacity
         self._places = (self.tokens + away) * min(self.choices, len(dispatcher.local))
         most = (box.capacity + away) * min(self.choices, dispatcher.most_local)  # of any rank: all of them decide alike
-        parts = {WORDS_OUT: words, OUT: x}
         self._out: dict[int, Tensor] = {}
         self._counted: Moment | None = None
-        if most * x.shape[1] * x.element_size() > ROOM:
+        self._reads = most * x.shape[1] * x.element_size() > ROOM
+        if self._reads and box.tallies is not None:
+            with beside(x.device, lane=1):
+                box.tallies.tell(self.counts)
+        elif self._reads:
             with beside(x.device, lane=1):  # the host reads counts while rows are on their way
                 self._put({COUNTS: self.counts}, COUNTS)
                 box.hear(COUNTS)
-                self._all = self._counts_of_all()
-                self._host = on_host(self._all)
+                self._total = self._counts_of_all()
+                self._host = on_host(self._total[None])
                 self._counted = Moment(x.device)
-        else:
-            parts = {COUNTS: self.counts} | parts
         with beside(x.device):
-            self._put(parts, OUT)
+            self._put({LETTER: letter, OUT: x}, OUT)
 
     def _counts_of_all(self) -> Tensor:
-        """``[ranks, slots]``, copied: the slots are written again."""
-        return torch.cat([self.counts[None], self._inbox.counts()])
+        """``[slots]``, the sum over all ranks."""
+        total = self.counts
+        for came in self._inbox.counts():
+            total = total + came
+        return total
 
     def _put(self, parts: dict[int, Tensor], told: int) -> None:
         """The same to all others, on the current stream; of what goes home as many rows as slots have, to each.
@@ -295,8 +332,8 @@ class SymmetricFlight(Flight):
         """To be called once rows have arrived."""
         if self._counted is not None:
             self._counted.before_here()
-            used_here(self._all)
-        return self._all.sum(0)
+            used_here(self._total)
+        return self._total
 
     def arrive(self, x: Tensor, gates: Tensor) -> Arrived:
         """As the base class has it; what came is copied where a backward pass will ask for it.
@@ -308,13 +345,13 @@ class SymmetricFlight(Flight):
             self._counted.before_here()  # and so before word goes home that slots may be written again
         self._hear(OUT)
         if self._counted is None:
-            self._all = self._counts_of_all()
+            self._total = self._counts_of_all()
         rows = box.rows(OUT).clone() if self.keep else box.rows(OUT)
-        arrived = self._sorted((x, rows), gates, box.words(WORDS_OUT), self._places)
-        if self._counted is None:
+        arrived = self._sorted((x, rows), gates, box.words(LETTER), self._places)
+        if not self._reads:
             return arrived
-        table = d.reads.of(self._host, self._counted)
-        places = sum(sum(row[d.first : d.first + len(d.local)]) for row in table)
+        table = d.reads.of(self._host, self._counted) if self._counted else box.read_tallies(d.reads)
+        places = sum(sum(counts[d.first : d.first + len(d.local)]) for counts in table)
         return replace(arrived, fan=Fan(arrived.fan.rows, arrived.fan.order[:places]))
 
     def give_back(self, arrived: Arrived, results: Tensor) -> None:

@@ -33,9 +33,13 @@ class HostReads:
         began = time.perf_counter()
         there.wait()
         numbers: list[list[int]] = table.tolist()
-        self.count += 1
-        self.seconds += time.perf_counter() - began
+        self.add(time.perf_counter() - began)
         return numbers
+
+    def add(self, seconds: float) -> None:
+        """Counts a wait."""
+        self.count += 1
+        self.seconds += seconds
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ def supported(x: Tensor, *widths: int) -> bool:
     return on_hopper(x) and x.dtype == torch.bfloat16 and all(width % 8 == 0 for width in widths)
 
 
-_compiled: dict[tuple[Any, ...], Any] = {}
+_compiled: dict[tuple[Any, ...], Callable[..., None]] = {}
 
 
 def launch(kernel: Any, arguments: tuple[Any, ...], **constants: Any) -> None:
@@ -30,16 +30,25 @@ def launch(kernel: Any, arguments: tuple[Any, ...], **constants: Any) -> None:
     kernel that was compiled for these constants is launched directly. Nothing else of the arguments may be specialized.
     """
     device = arguments[0].base.device
+    if device.index == launches.current_device():
+        _launch_here(kernel, arguments, device, constants)
+    else:
+        with torch.cuda.device(device):
+            _launch_here(kernel, arguments, device, constants)
+
+
+def _launch_here(kernel: Any, arguments: tuple[Any, ...], device: torch.device, constants: dict[str, Any]) -> None:
     key = (id(kernel), device.index, *constants.values())  # Triton computes a kernel's hash in Python
     found = _compiled.get(key)
     grid = (multiprocessors(device), 1, 1)
-    with nullcontext() if device.index == launches.current_device() else torch.cuda.device(device):
-        if found is None:
-            _compiled[key] = kernel[grid](*arguments, **constants, num_warps=4)
-        else:
-            # of a tensor CUDA would be asked where it lies
-            values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-            found[grid](*values, *constants.values())
+    if found is None:
+        compiled = kernel[grid](*arguments, **constants, num_warps=4)
+        if compiled is not None:
+            _compiled[key] = launches.starter(compiled)
+    else:
+        # of a tensor CUDA would be asked where it lies
+        values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+        found(device.index, grid, *values, *constants.values())
 
 
 @gluon.jit

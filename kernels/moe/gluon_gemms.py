@@ -52,24 +52,24 @@ class GluonGemms(TritonGemms):
     def up_backward(self, grad: Tensor, gate_up: Tensor) -> Tensor:
         """As :meth:`Gemms.up_backward`."""
         side = self._side(gate_up)
-        if side == 1 or not self.plain or not len(grad) or not supported(grad, gate_up.shape[1]):
+        if side == 1 or not self.plain or not grad.shape[0] or not supported(grad, gate_up.shape[1]):
             return super().up_backward(grad, gate_up)
-        out = grad.new_empty(len(grad), gate_up.shape[1])
+        out = grad.new_empty(grad.shape[0], gate_up.shape[1])
         product(PLAIN, grad, gate_up.transpose(-1, -2), self.tiles(grad), out, side=side)
         return out
 
     def _side(self, gate_up: Tensor) -> int:
         """How many experts stand side by side for the kernels: no tile may reach from one into another."""
         fits = self.ends is None and gate_up.dim() == 3 and gate_up.shape[-1] // 2 % COLUMNS[UP] == 0
-        return len(gate_up) if fits else 1
+        return gate_up.shape[0] if fits else 1
 
     def act_backward(
         self, grad: Tensor, down: Tensor, hidden: Tensor, gates: Tensor | None, order: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """From the gradient ``[R, H]`` of the unweighted results, as :func:`triton_rows.swiglu_backward`."""
-        if not len(grad) or not supported(grad, *down.shape[-2:]):
+        if not grad.shape[0] or not supported(grad, *down.shape[-2:]):
             return super().act_backward(grad, down, hidden, gates, order)
-        rows, inner = len(grad), down.shape[-2]
+        rows, inner = grad.shape[0], down.shape[-2]
         d_hidden, act = torch.empty_like(hidden), hidden.new_empty(rows, inner)
         parts = None
         if gates is not None:
@@ -80,6 +80,11 @@ class GluonGemms(TritonGemms):
 
     def rows_by_rows(self, left: Tensor, right: Tensor) -> Tensor:
         """``[R, A], [R, B] -> [E, A, B]``: the outer products of each expert's rows, summed."""
-        if not self.outer or self.ends is None or not len(left) or not supported(left, left.shape[1], right.shape[1]):
+        if (
+            not self.outer
+            or self.ends is None
+            or not left.shape[0]
+            or not supported(left, left.shape[1], right.shape[1])
+        ):
             return super().rows_by_rows(left, right)
         return outer_products(left, right, self.ends)

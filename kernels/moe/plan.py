@@ -22,6 +22,7 @@ class Ways:
     table: ``[N · most]``, the slots of each expert, of which the first ``copies[n]`` count (``copies [N]``; None: one
     each). hosts: ``[S]``, the rank of each slot; numbers: ``[S]``, 0 and so on. ranks: ``[D]``, other ranks that rows
     may go to. columns: ``[world]``, the place of each rank in ``ranks``, 0 for those not among them. own: this rank.
+    in_order: whether the slots are the experts, in their order.
     """
 
     table: Tensor
@@ -31,6 +32,7 @@ class Ways:
     ranks: Tensor
     columns: Tensor
     own: int
+    in_order: bool = False
 
     def slots_of(self, experts: Tensor) -> Tensor:
         """``[T, K]`` int -> int32: where each choice goes. Tokens take turns among the copies of an expert."""
@@ -48,13 +50,14 @@ class Plan:
     that go to each other rank. fan: their places, sorted by rank, then by token; Triton finds it while it packs, by
     ``before [blocks, S + world]``, the counts of the tokens before each block of ``tile``.
 
-    words: ``[capacity, 2K]`` int32, gates and slots of each token, -1 behind the last; home: ``[T, D]`` int32, the row
-    of each token among those of all ranks but this one, of capacity rows each. Both None without a capacity.
+    letter: ``[S + capacity · 2K]`` int32, counts of slots, then gates and slots of each token, -1 behind the last;
+    counts is a part of it then, without those of ranks. home: ``[T, D]`` int32, the row of each token among those of
+    all ranks but this one, of capacity rows each. Both None without a capacity.
     """
 
     slots: Tensor
     counts: Tensor
-    words: Tensor | None = None
+    letter: Tensor | None = None
     home: Tensor | None = None
     fan: Fan | None = None
     before: Tensor | None = None
@@ -71,15 +74,18 @@ def numbers_of(words: Tensor, dtype: torch.dtype) -> Tensor:
     return words.clone(memory_format=torch.contiguous_format).view(dtype)
 
 
-def plan(experts: Tensor, gates: Tensor, ways: Ways, triton: bool, capacity: int = 0) -> Plan:
+def plan(
+    experts: Tensor, gates: Tensor, ways: Ways, triton: bool, capacity: int = 0, counts: Tensor | None = None
+) -> Plan:
     """experts: ``[T, K]`` int; gates: ``[T, K]`` float32, or float64 without Triton and capacity.
 
     capacity: rows that each rank has room for, not less than T, where all are sent; 0: those needed are, packed.
+    counts: ``[N]`` int32, tokens of each expert, where they are known: they need not be counted again.
     """
     if triton:
         from shoal.kernels.moe import triton_fan
 
-        return triton_fan.plan(experts, gates, ways, capacity)
+        return triton_fan.plan(experts, gates, ways, capacity, counts)
     slots = ways.slots_of(experts)
     # bincount would wait for the GPU
     of_slots = (slots.reshape(-1, 1) == ways.numbers).sum(0, dtype=torch.int32)
@@ -87,15 +93,15 @@ def plan(experts: Tensor, gates: Tensor, ways: Ways, triton: bool, capacity: int
     if len(ways.ranks):
         fan, to_rank = by_rank(ways.hosts[slots.long()], ways.ranks)
         each.index_copy_(0, ways.ranks.long(), to_rank)
-    counts = torch.cat([of_slots, each])
     if not capacity:
-        return Plan(slots, counts, fan=fan)
+        return Plan(slots, torch.cat([of_slots, each]), fan=fan)
     tokens, choices = experts.shape
     words = slots.new_full((capacity, 2 * choices), -1)
     words[:tokens] = torch.cat([words_of(gates), slots], 1)
     first = (ways.ranks - (ways.ranks > ways.own).int()) * capacity
     home = torch.arange(tokens, dtype=torch.int32, device=slots.device)[:, None] + first
-    return Plan(slots, counts, words, home)
+    letter = torch.cat([of_slots, words.flatten()])
+    return Plan(slots, letter[: len(of_slots)], letter, home)
 
 
 def pack(plan: Plan, x: Tensor, gates: Tensor, ways: Ways, triton: bool, rows: Tensor, words: Tensor) -> Fan:
@@ -138,15 +144,16 @@ def sort(
     """Copies of a rank's own tokens, then of those that came, sorted by expert, then by token.
 
     slots: ``[T, K]`` int32 and gates: ``[T, K]`` of own tokens; words: ``[C, 2K or 3K]`` int32, gates and slots of the
-    others, or None; their rows may lie apart. Slots from ``first`` on are this rank's ``experts`` ones, other copies go
-    nowhere. Gates ``[T + C, K]``, and what :func:`shoal.kernels.moe.fan.by_expert` gives for so many places.
+    others, or None; their rows may lie apart, and those of several ranks ``[ranks, C, …]`` too. Slots from ``first`` on
+    are this rank's ``experts`` ones, other copies go nowhere. Gates ``[T + C, K]``, and what
+    :func:`shoal.kernels.moe.fan.by_expert` gives for so many places.
     """
     if triton:
         from shoal.kernels.moe import triton_sort
 
         return triton_sort.sort(slots, gates, words, first, experts, places)
     if words is not None:
-        choices = slots.shape[1]
+        choices, words = slots.shape[1], words.flatten(0, -2)
         gates = torch.cat([gates, numbers_of(words[:, :-choices], gates.dtype)])
         slots = torch.cat([slots, words[:, -choices:]])
     mine = slots - first

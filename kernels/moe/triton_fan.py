@@ -29,15 +29,19 @@ def _shape(ways: Ways) -> dict[str, int]:
     return {"S": slots, "W": world, "D": len(ways.ranks), "OWN": ways.own} | wide
 
 
-def plan(experts: Tensor, gates: Tensor, ways: Ways, capacity: int = 0) -> Plan:
+def plan(experts: Tensor, gates: Tensor, ways: Ways, capacity: int = 0, known: Tensor | None = None) -> Plan:
     """As :func:`shoal.kernels.moe.plan.plan`."""
     tokens, choices = experts.shape
-    wide, count = len(ways.hosts) + len(ways.columns), max(tokens, capacity)
+    shape = _shape(ways)
+    if capacity:
+        shape["W"] = 0  # all tokens go to all ranks
+    wide, count = shape["S"] + shape["W"], max(tokens, capacity)
     tile = tile_of(count, wide)
     blocks = tiles(count, tile)
-    slots, before, counts = ints(experts, tokens, choices), ints(experts, blocks, wide), ints(experts, wide)
-    words = ints(experts, capacity, 2 * choices) if capacity else None
-    home = ints(experts, tokens, len(ways.ranks)) if capacity else None
+    given = known is not None and capacity > 0 and ways.in_order and known.shape[0] == wide
+    slots, letter = ints(experts, tokens, choices), ints(experts, wide + capacity * 2 * choices)
+    counts, before = letter[:wide], letter if given else ints(experts, blocks, wide)
+    home = ints(experts, tokens, shape["D"]) if capacity else None
     if count:
         launch(
             _plan_kernel,
@@ -50,19 +54,22 @@ def plan(experts: Tensor, gates: Tensor, ways: Ways, capacity: int = 0) -> Plan:
             ways.ranks,
             slots,
             before,
-            slots if words is None else words,
+            slots if known is None else known,
+            letter,
             slots if home is None else home,
             tokens,
             capacity,
             K=choices,
             MOST=1 if ways.copies is None else len(ways.table) // len(ways.copies),
             WORDS=capacity > 0,
+            GIVEN=given,
             TILE=tile,
             num_warps=4,
-            **_shape(ways),
+            **shape,
         )
-    count_before(before, counts)
-    return Plan(slots, counts, words, home, before=before, tile=tile)
+    if not given:
+        count_before(before, counts)
+    return Plan(slots, counts, letter if capacity else None, home, before=before, tile=tile)
 
 
 def pack(plan: Plan, x: Tensor, gates: Tensor, ways: Ways, rows: Tensor, words: Tensor) -> Fan:
@@ -151,7 +158,8 @@ def _plan_kernel(
     ranks,
     slots,
     before,
-    words,
+    known,
+    letter,
     home,
     tokens,
     capacity,
@@ -164,9 +172,11 @@ def _plan_kernel(
     K: tl.constexpr,
     MOST: tl.constexpr,
     WORDS: tl.constexpr,
+    GIVEN: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """A tile of tokens: the slot of each choice, how many chose each slot, and how many need each other rank."""
+    """A tile of tokens: the slot of each choice, how many chose each slot, and how many need each other rank. GIVEN:
+    they were counted before."""
     block = tl.program_id(0)
     t = block * TILE + tl.arange(0, TILE)
     s, r = tl.arange(0, SP), tl.arange(0, WP)
@@ -178,9 +188,12 @@ def _plan_kernel(
         slot = slot_of(table, copies, expert, t, there, MOST, OWN)
         host = tl.load(hosts + slot, mask=there, other=OWN)
         tl.store(slots + t * K + i, slot, mask=there)
-        chose += ((s[None, :] == slot[:, None]) & there[:, None]).to(tl.int32)
-        needed = needed | ((r[None, :] == host[:, None]) & (host != OWN)[:, None]).to(tl.int32)
+        if not GIVEN:
+            chose += ((s[None, :] == slot[:, None]) & there[:, None]).to(tl.int32)
+        if W:
+            needed = needed | ((r[None, :] == host[:, None]) & (host != OWN)[:, None]).to(tl.int32)
         if WORDS:
+            words = letter + S
             gate = tl.load(gates + t * K + i, mask=there, other=0.0).to(tl.int32, bitcast=True)
             tl.store(words + t * (2 * K) + i, tl.where(there, gate, -1), mask=t < capacity)
             tl.store(words + t * (2 * K) + K + i, tl.where(there, slot, -1), mask=t < capacity)
@@ -188,8 +201,12 @@ def _plan_kernel(
         for d in range(D):
             rank = tl.load(ranks + d)
             tl.store(home + t * D + d, t + (rank - (rank > OWN).to(tl.int32)) * capacity, mask=there)
-    tl.store(before + block * (S + W) + s, tl.sum(chose, 0), mask=s < S)
-    tl.store(before + block * (S + W) + S + r, tl.sum(needed, 0), mask=r < W)
+    if GIVEN:
+        tl.store(letter + s, tl.load(known + s, mask=s < S, other=0), mask=(s < S) & (block == 0))
+    else:
+        tl.store(before + block * (S + W) + s, tl.sum(chose, 0), mask=s < S)
+    if W:
+        tl.store(before + block * (S + W) + S + r, tl.sum(needed, 0), mask=r < W)
 
 
 @triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["words"])

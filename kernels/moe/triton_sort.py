@@ -23,7 +23,8 @@ def sort(
 ) -> tuple[Tensor, Fan, Tensor]:
     """As :func:`shoal.kernels.moe.plan.sort`; the order is 0 at places that nobody takes."""
     tokens, choices = slots.shape
-    total = tokens + (0 if words is None else len(words))
+    came = 0 if words is None else words.shape[0] if words.dim() == 2 else words.shape[0] * words.shape[1]
+    total = tokens + came
     tile = tile_of(total, experts)
     blocks, columns = tiles(total, tile), max(experts, 1)
     if words is None:
@@ -48,7 +49,9 @@ def sort(
             total,
             first,
             experts,
-            B=words.stride(0),
+            max(came, 1) if words.dim() == 2 else words.shape[1],
+            0 if words.dim() == 2 else words.stride(0),
+            B=words.stride(-2),
             COPY=all_gates is not gates,
             **shape,
         )
@@ -102,7 +105,10 @@ def _before_kernel(before, counts, blocks, N: tl.constexpr, TILE: tl.constexpr):
     tl.store(counts + n, count)
 
 
-@triton.jit(do_not_specialize=["tokens", "total", "first", "experts"], do_not_specialize_on_alignment=["words"])
+@triton.jit(
+    do_not_specialize=["tokens", "total", "first", "experts", "each", "apart"],
+    do_not_specialize_on_alignment=["words"],
+)
 def _count_kernel(
     slots,
     gates,
@@ -114,6 +120,8 @@ def _count_kernel(
     total,
     first,
     experts,
+    each,
+    apart,
     B: tl.constexpr,
     COPY: tl.constexpr,
     N: tl.constexpr,
@@ -121,12 +129,16 @@ def _count_kernel(
     K: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """A tile of tokens: which of this rank's experts each choice is, -1 for others', and how many chose each."""
+    """A tile of tokens: which of this rank's experts each choice is, -1 for others', and how many chose each. Words of
+    tokens that came lie B apart, those of each rank's ``each`` tokens ``apart``."""
     block = tl.program_id(0)
     t = block * TILE + tl.arange(0, TILE)
     e = tl.arange(0, NP)
     own, came = t < tokens, (t >= tokens) & (t < total)
-    behind = words + (t - tokens).to(tl.int64) * B
+    number = (t - tokens).to(tl.int64)
+    behind = words
+    if COPY:
+        behind = words + number // each * apart + number % each * B
     chose = tl.zeros([TILE, NP], tl.int32)
     for i in tl.static_range(K):
         slot = tl.load(slots + t * K + i, mask=own, other=-1)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shoal.kernels.launches import launch, power_of_2
+from shoal.kernels.launches import current_place, launch, power_of_2
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,29 @@ class Tiles:
 
 def tiles_of(ends: Tensor | None, rows: int, size: int, device: torch.device | None = None) -> Tiles:
     """ends: ``[E]`` int32, where each group of the sorted ``rows`` ends; none: they are one group, on ``device``."""
-    groups = 1 if ends is None else len(ends)
-    device = device if ends is None else ends.device
+    if ends is None:
+        on_gpu = device is not None and device.type == "cuda"
+        key = (rows, size, *(current_place() if on_gpu else ()))
+        kept = _whole.get(key)
+        if kept is None:
+            kept = _found(None, rows, size, device)
+            if on_gpu and torch.cuda.is_current_stream_capturing():
+                return kept  # its numbers are not there until the graph is replayed
+            if len(_whole) >= MOST_KEPT:
+                _whole.clear()
+            _whole[key] = kept
+        return kept
+    return _found(ends, rows, size, ends.device)
+
+
+_whole: dict[tuple[int, ...], Tiles] = {}
+"""Of rows that are one group, by their number, the tiles' size, the GPU and the stream on which they were found."""
+
+MOST_KEPT = 64
+
+
+def _found(ends: Tensor | None, rows: int, size: int, device: torch.device | None) -> Tiles:
+    groups = 1 if ends is None else ends.shape[0]
     most = rows // size + min(groups, rows)
     table = torch.empty(3, most, dtype=torch.int32, device=device)
     count = torch.empty(1, dtype=torch.int32, device=device)

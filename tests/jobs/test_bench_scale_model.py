@@ -103,14 +103,14 @@ def _putting(rank: int, world: int, corpus: str, folder: str, sets: tuple[str, .
 
     from shoal.jobs.bench.context_rank import train
     from shoal.workers import symmetric
-    from shoal.workers.slots import COUNTS
+    from shoal.workers.slots import LETTER
 
     put = 0
 
     class Box(SharedInbox):
         def put(self, part: int, rank: int, values: torch.Tensor) -> None:
             nonlocal put
-            put += values.nbytes if part != COUNTS else 0
+            put += values.nbytes - self.counts()[0].nbytes * (part == LETTER)
             super().put(part, rank, values)
 
     boxes: list[Box] = []

@@ -11,6 +11,7 @@ A program of its own, since Triton must not have been told to interpret.
 from __future__ import annotations
 
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from itertools import accumulate
 from typing import Any
@@ -179,6 +180,7 @@ def dispatch(world: int, experts: int, copies: int, tokens: int) -> None:
     words = ints(tokens, 128 + 2 * choices)[:, 128:]
     planned = plan(chosen, gates, ways, True)
     plan(chosen, gates, ways, True, tokens)
+    plan(chosen, gates, replace(ways, in_order=True), True, tokens, ints(slots))
     address(x, gates, chosen, torch.zeros(tokens, dtype=torch.int64), ways, True, x, words)
     fan = pack(planned, x, gates, ways, True, x, words)
     _, sorted_rows, _ = sort(chosen, gates, words, 0, slots // world, tokens, True)

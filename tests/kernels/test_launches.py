@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -90,6 +91,51 @@ def test_constants_are_named_and_others_are_not(asked: tuple[list[Any], list[Any
         launches.launch(kernel, (1,), x, x, 5, 7, 2, TILE=8)
     with pytest.raises(TypeError, match=r"\['factor'\] are no constants"):
         launches.launch(kernel, (1,), x, x, 5, factor=7, N=2, TILE=8)
+
+
+@dataclass
+class Described:
+    """What of a tensor descriptor matters to a launch."""
+
+    base: torch.Tensor
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: str = "zero"
+
+
+def test_descriptors_are_given_to_cuda_once_for_each_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And launches get the arguments that Triton's own way gives them."""
+    driver = pytest.importorskip("triton.backends.nvidia.driver")
+    asked: list[tuple[Any, ...]] = []
+
+    def made(descriptor: Described, meta: dict[str, Any]) -> list[Any]:
+        what = descriptor.base.data_ptr(), descriptor.padding, meta["block_size"]
+        asked.append(what)
+        return [(what, meta["swizzle"]), *descriptor.shape, *descriptor.strides]
+
+    monkeypatch.setattr(driver, "make_tensordesc_arg", made)
+    monkeypatch.setattr(launches, "_maps", {})
+    got: list[tuple[Any, ...]] = []
+    block = {"swizzle": 3, "elem_size": 2, "elem_type": 6, "block_size": [64, 64], "fp4_padded": False}
+    metas = [block, block | {"block_size": [128, 64]}]
+    signature = {0: "tensordesc<bf16[64, 64]>", 1: "*i32", 2: "tensordesc<bf16[128, 64]>", 3: "constexpr"}
+    triton_way = driver.wrap_handle_tensordesc(lambda *given: got.append(given), signature, metas)
+    ours = launches._with_kept_maps(triton_way)
+    assert ours is not triton_way
+    x = torch.zeros(64, 64)
+    one, other = Described(x, (64, 64), (64, 1)), Described(x[1:], (63, 64), (64, 1))
+    flat = Described(x, (4096,), (1,))
+    before = tuple(range(13))
+    for first, second in ((one, other), (other, one), (one, one), (flat, other), (one, replace(other, padding="nan"))):
+        arguments = (*before, first, 5, second, 7)
+        triton_way(*arguments)
+        asked.clear()
+        ours(*arguments)
+        fresh = len(asked)
+        ours(*arguments)
+        assert len(asked) == fresh, "what was asked once is known"
+        assert got[-3] == got[-2] == got[-1]
+    assert launches._with_kept_maps(got.append) == got.append  # of a kernel without descriptors
 
 
 def test_what_is_launched_computes() -> None:

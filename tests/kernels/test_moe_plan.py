@@ -109,7 +109,7 @@ def test_rows_are_packed_as_operators_pack_them(case: Case) -> None:
 def test_what_goes_with_all_rows_is_planned_as_operators_plan_it(case: Case) -> None:
     (gates, experts), ways = case.choices(), case.ways()
     want, got = (plan(experts.long(), gates, ways, triton, case.tokens + 3) for triton in (False, True))
-    for part in ("slots", "counts", "words", "home"):
+    for part in ("slots", "counts", "letter", "home"):
         assert torch.equal(getattr(got, part), getattr(want, part)), part
     others = [rank for rank in range(case.world) if rank != case.own]
     for d, rank in enumerate(ways.ranks.tolist()):

@@ -11,15 +11,22 @@ from torch import Tensor
 
 from shoal.workers import symmetric
 from shoal.workers.symmetric import Inbox
+from shoal.workers.tallies import open_tallies
 
 
 class SharedInbox(Inbox):
-    """An inbox in files that processes map into their memory; signals are messages."""
+    """An inbox in files that processes map into their memory; signals are messages. tallied: whether hosts read counts
+    apart from rows."""
+
+    tallied = False
 
     def __init__(self, folder: str, *sizes: Any) -> None:
         self._folder = folder
         self.said: list[Any] = []
         super().__init__(*sizes)
+        if self.tallied:
+            self.tallies = open_tallies(self.group, sizes[-2], sizes[-1])
+            assert self.tallies is not None
 
     def _share(self, words: int, device: torch.device) -> list[Tensor]:
         path = str(Path(self._folder) / str(self.group.index))

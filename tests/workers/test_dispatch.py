@@ -221,27 +221,28 @@ def test_triton_equals_the_equations(name: str) -> None:
     check(case, run_ranks(len(case.tokens), on_ranks, case, torch.float32, True), 1e-6)
 
 
-@pytest.mark.parametrize("room", [0, 1 << 40])
+@pytest.mark.parametrize(("room", "tallied"), [(0, False), (0, True), (1 << 40, False)])
 @pytest.mark.parametrize("name", ["uneven tokens, and none", "all to one expert", "dispatched shared experts"])
-def test_rows_put_into_shared_memory_equal_the_equations(name: str, room: int, tmp_path: Path) -> None:
+def test_rows_put_into_shared_memory_equal_the_equations(name: str, room: int, tallied: bool, tmp_path: Path) -> None:
     """The way of two GPUs of one node, through memory that processes of this machine share; slots are used again.
 
-    room: whether the host reads how many rows experts get (0), or asks for as many as there may be.
+    room: whether the host reads how many rows experts get (0), or asks for as many as there may be. tallied: whether
+    hosts tell each other.
     """
     case = CASES[name]
-    results = run_ranks(len(case.tokens), in_room, room, case, torch.float32, False, str(tmp_path), 3)
+    results = run_ranks(len(case.tokens), in_room, (room, tallied), case, torch.float32, False, str(tmp_path), 3)
     check(case, results, 1e-6)
 
 
 @pytest.mark.parametrize("name", ["a rank without experts", "experts on one rank only"])
 def test_rows_put_into_shared_memory_by_triton_equal_the_equations(name: str, tmp_path: Path) -> None:
     case = CASES[name]
-    results = run_ranks(len(case.tokens), in_room, 1 << 40, case, torch.float32, True, str(tmp_path), 2)
+    results = run_ranks(len(case.tokens), in_room, (1 << 40, False), case, torch.float32, True, str(tmp_path), 2)
     check(case, results, 1e-6)
 
 
-def in_room(rank: int, world: int, room: int, *rest: Any) -> dict[str, Any]:
-    symmetric.ROOM = room
+def in_room(rank: int, world: int, how: tuple[int, bool], *rest: Any) -> dict[str, Any]:
+    symmetric.ROOM, SharedInbox.tallied = how
     return on_ranks(rank, world, *rest)
 
 

@@ -179,8 +179,9 @@ def test_a_sample_may_be_longer_than_slots(tmp_path: Path) -> None:
     assert put == exchanged and len(put[0]) == 2 and not put[1]
 
 
-def _abandoned(rank: int, world: int, corpus: str, folder: str) -> str:
+def _abandoned(rank: int, world: int, corpus: str, folder: str, tallied: bool) -> str:
     """What the first rank ends with, whose other one stops in the midst of a step."""
+    symmetric.ROOM, SharedInbox.tallied = (0, True) if tallied else (symmetric.ROOM, False)
     symmetric.inbox = lambda *sizes: SharedInbox(folder, *sizes)  # type: ignore[assignment]
     recipe = Recipe.model_validate(small_recipe(parallel__ranks=2, parallel__device="auto", train__dtype="float32"))
     actor = RankActor(rank, world)
@@ -195,10 +196,11 @@ def _abandoned(rank: int, world: int, corpus: str, folder: str) -> str:
     return last_line(raised.value)
 
 
-def test_a_rank_gives_up_waiting_for_rows(tmp_path: Path) -> None:
-    """Long before a collective does."""
+@pytest.mark.parametrize("tallied", [False, True])
+def test_a_rank_gives_up_waiting_for_rows(tallied: bool, tmp_path: Path) -> None:
+    """Long before a collective does; also where its host waits for counts."""
     (tmp_path / "slots").mkdir()
-    arguments = str(small_corpus(tmp_path)), str(tmp_path / "slots")
+    arguments = str(small_corpus(tmp_path)), str(tmp_path / "slots"), tallied
     with start_ranks(2, _abandoned, *arguments) as (context, results):
         context.processes[0].join()
         said = pickle.loads((results / "0").read_bytes())

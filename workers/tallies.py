@@ -1,0 +1,163 @@
+"""Counts of all ranks of a node, in memory that their hosts share: a host reads them while all multiprocessors compute.
+
+A GPU's copy engine writes its rank's counts there, then the number of the pass. So neither is a kernel, which might
+have to wait for a multiprocessor until a long product ends. A rank writes the next pass's counts only when all others
+have read these: it has what came home from them, which they sent afterwards.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+import weakref
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shoal.workers.mesh import Group
+from shoal.workers.transfer import Moment
+
+LINE = 16  # words: a mark begins on 64 bytes, what processors exchange
+MARKS = 256
+"""Passes are numbered up to so many, again and again: no rank is more than one ahead of another."""
+
+SPINS, NAP = 200, 20e-6
+"""How often a host looks before it sleeps, and for how many seconds then: counts come within some 0.1 ms."""
+
+TRIAL = timedelta(seconds=10)
+
+
+class Unheard(Exception):
+    """Ranks of the group, by their places in it, did not say what they have."""
+
+    def __init__(self, ranks: list[int]) -> None:
+        super().__init__(*ranks)
+        self.ranks = ranks
+
+
+class Tallies:
+    """``[experts]`` int32 of every rank of the group. memory: zeros at first, of :func:`words_for`, shared by all."""
+
+    def __init__(self, memory: Tensor, group: Group, experts: int, device: torch.device) -> None:
+        self._group, self._experts, self._device = group, experts, device
+        lines = memory.view(group.size, -1)
+        self._counts, self._mark = lines[group.index, :experts], lines[group.index, -LINE:][:1]
+        array: Any = memory.numpy()
+        self._words = memoryview(array)
+        self._starts = [rank * lines.shape[1] for rank in range(group.size)]
+        self._marks = [start + lines.shape[1] - LINE for start in self._starts]
+        # copied from the GPU, behind the counts, and made before: a pass would launch a kernel for it
+        self._numbers = torch.arange(MARKS + 1, dtype=torch.int32, device=device).split(1)
+        self._number = 0
+
+    def tell(self, counts: Tensor) -> None:
+        """Begins a pass: writes this rank's counts, on the current stream; they must be kept until others have read."""
+        self._number = self._number % MARKS + 1
+        self._counts.copy_(counts, non_blocking=True)
+        self._mark.copy_(self._numbers[self._number], non_blocking=True)
+
+    def read(self, patience: timedelta) -> list[list[int]]:
+        """The counts of all ranks; the host waits until they are there. Raises Unheard where patience ends, or what
+        CUDA says of this rank's own GPU."""
+        end = 0.0
+        looks = 0
+        while missing := [rank for rank, mark in enumerate(self._marks) if self._words[mark] != self._number]:
+            looks += 1
+            if looks < SPINS:
+                continue
+            now = time.monotonic()
+            end = end or now + patience.total_seconds()
+            if now > end:
+                if self._group.index in missing:
+                    Moment(self._device).wait()
+                raise Unheard(missing)
+            time.sleep(NAP)
+        return [self._words[start : start + self._experts].tolist() for start in self._starts]
+
+
+def words_for(ranks: int, experts: int) -> int:
+    """int32 words: of each rank its counts, and on a line of its own which pass they are of."""
+    return ranks * (-(-experts // LINE) + 1) * LINE
+
+
+def open_tallies(group: Group, experts: int, device: torch.device) -> Tallies | None:
+    """Collective over ranks in one container; None on all of them where their hosts or GPUs cannot share memory."""
+    size = 4 * words_for(group.size, experts)
+    memory: Tensor | None = None
+    own, place = -1, ""
+    if group.index == 0:
+        own, place = _made(size)
+    try:
+        place = _all(group, place)[0]
+        if place:
+            memory = _opened(place, size)
+        registered = memory is not None and _registered(memory, device)
+        there = all(_all(group, registered))
+    finally:
+        if own >= 0:
+            os.close(own)  # who has mapped it keeps it, and nobody else can find it
+    if memory is None or not registered:
+        return None
+    tallies = Tallies(memory, group, experts, device)
+    if device.type == "cuda":
+        weakref.finalize(tallies, _unregister, memory)  # which lives as long
+    if not there:
+        return None
+    return tallies if all(_all(group, _arrives(tallies, group, experts, device))) else None
+
+
+def _made(size: int) -> tuple[int, str]:
+    """Memory without a name in any file system, so that none is left behind by a process that is killed."""
+    try:
+        made = os.memfd_create("shoal-counts")
+        os.ftruncate(made, size)
+    except (OSError, AttributeError):
+        return -1, ""
+    return made, f"/proc/{os.getpid()}/fd/{made}"
+
+
+def _opened(place: str, size: int) -> Tensor | None:
+    try:
+        with Path(place).open("r+b", buffering=0) as file:
+            return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.int32)
+    except (OSError, ValueError):
+        return None
+
+
+def _registered(memory: Tensor, device: torch.device) -> bool:
+    """Whether copies to it need not wait for the host."""
+    if device.type != "cuda":
+        return True
+    runtime: Any = torch.cuda.cudart()
+    if not int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)):
+        return True
+    with suppress(RuntimeError):  # what went wrong would else be said of the next launch
+        torch.zeros(1, device=device)
+    return False
+
+
+def _unregister(memory: Tensor) -> None:
+    runtime: Any = torch.cuda.cudart()
+    runtime.cudaHostUnregister(memory.data_ptr())
+
+
+def _arrives(tallies: Tallies, group: Group, experts: int, device: torch.device) -> bool:
+    """Whether what all GPUs write is there for this host."""
+    counts = torch.full((experts,), -1 - group.index, dtype=torch.int32, device=device)
+    tallies.tell(counts)
+    try:
+        return tallies.read(TRIAL) == [[-1 - rank] * experts for rank in range(group.size)]
+    except Unheard:
+        return False
+
+
+def _all(group: Group, own: Any) -> list[Any]:
+    found: list[Any] = [None] * group.size
+    dist.all_gather_object(found, own, group=group.handle)
+    return found
