@@ -26,6 +26,7 @@ from shoal.workers.errors import UsageError
 
 if TYPE_CHECKING:
     from shoal.jobs.bench.registry import Settings
+    from shoal.kernels.nsa.attention import Backend
     from shoal.kernels.nsa.triton_backward import BackwardTuning
     from shoal.kernels.nsa.triton_forward import ForwardTuning
 
@@ -79,7 +80,9 @@ class Problem:
     def scale(self) -> float:
         return float(self.dims[0] ** -0.5)
 
-    def compressing(self, how: str, dim: int) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    def compressing(
+        self, how: str, dim: int, backend: Backend = "auto"
+    ) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
         """What compresses keys or values of ``dim`` (one of ``COMPRESSIONS``), and what it takes, drawn: them first."""
 
         def leaf(*shape: int, size: float = 1.0) -> Tensor:
@@ -88,10 +91,10 @@ class Problem:
 
         x, width = leaf(self.context, KV_HEADS, dim), SIZES.cmp_block * dim
         if how == "block means":
-            return partial(compress_mean, layout=self.layout), (x,)
+            return partial(compress_mean, layout=self.layout, backend=backend), (x,)
         w1 = leaf(KV_HEADS, width, 2 * dim, size=width**-0.5)
         w2 = leaf(KV_HEADS, 2 * dim, dim, size=(2 * dim) ** -0.5)
-        return partial(compress, layout=self.layout), (x, leaf(KV_HEADS, SIZES.cmp_block, dim), w1, w2)
+        return partial(compress, layout=self.layout, backend=backend), (x, leaf(KV_HEADS, SIZES.cmp_block, dim), w1, w2)
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,6 +91,27 @@ class Tile:
     """Selection blocks of the document up to ``stop``, where a choice has to be made; 0: every row takes all."""
 
 
+class ChunkInverse(NamedTuple):
+    """What ``chunk_tokens`` and ``cmp_chunks`` of a layout say, the other way round; -1 for none.
+
+    places: ``[T]`` int32, where each token stands in ``chunk_tokens``. blocks: ``[n]`` int32, the compression block
+    that begins with each chunk.
+    """
+
+    places: Tensor
+    blocks: Tensor
+
+    @classmethod
+    def of(cls, tokens: int, chunk_tokens: Tensor, stride: int, cmp_chunks: Tensor) -> ChunkInverse:
+        """Of T tokens, and chunks of ``stride`` of them."""
+
+        def inverse(count: int, rows: Tensor) -> Tensor:
+            empty = torch.full((count,), -1, dtype=torch.int32, device=rows.device)
+            return empty.scatter_(0, rows, torch.arange(len(rows), dtype=torch.int32, device=rows.device))
+
+        return cls(inverse(tokens, chunk_tokens), inverse(len(chunk_tokens) // stride, cmp_chunks))
+
+
 @dataclass(frozen=True)
 class Layout:
     """Index tables of one packed batch, for all its queries or for some.
@@ -124,6 +146,11 @@ class Layout:
     def tokens(self) -> int:
         """T, the tokens of the pack."""
         return self.cu_seqlens[-1]
+
+    @cached_property
+    def inverse(self) -> ChunkInverse:
+        """Made when it is first asked for, by the backward pass of φ."""
+        return ChunkInverse.of(self.tokens, self.chunk_tokens, self.sizes.cmp_stride, self.cmp_chunks)
 
     @cached_property
     def tiles(self) -> tuple[Tile, ...]:

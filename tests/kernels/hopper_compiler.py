@@ -30,7 +30,7 @@ from shoal.kernels import hopper, launches
 HOPPER = GPUTarget("cuda", 90, 32)
 COMPILED = ("triton_address", "triton_fan", "triton_sort", "triton_rows", "triton_store", "triton_rope", "triton_few",
             "triton_places", "triton_paged", "triton_paged_choose", "triton_paged_parts", "triton_paged_sum",
-            "triton_mean", "triton_phi", "triton_route", "triton_tiles")  # fmt: skip
+            "triton_mean", "triton_phi", "triton_phi_grad", "triton_route", "triton_tiles")  # fmt: skip
 """Modules of Triton kernels that are compiled as well."""
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")
 
@@ -76,6 +76,7 @@ def attention(kv: int, group: int, dims: tuple[int, int], dtype: torch.dtype) ->
     from shoal.kernels.nsa.gluon_span_grad import gluon_span_backward
     from shoal.kernels.nsa.triton_inverse import Inverse
     from shoal.kernels.nsa.triton_mean import triton_compress_mean
+    from shoal.kernels.nsa.triton_phi_grad import triton_compress
     from shoal.kernels.nsa.triton_span_grad import Grads
     from shoal.kernels.nsa.triton_tables import make_tables
 
@@ -87,6 +88,9 @@ def attention(kv: int, group: int, dims: tuple[int, int], dtype: torch.dtype) ->
     base = torch.zeros(tokens, heads)
     grads = Grads(*(torch.zeros(x.shape) for x in (q, k, v)))
     triton_compress_mean(k.clone().requires_grad_(), layout).sum().backward()
+    shapes = (32, dims[0]), (32 * dims[0], 2 * dims[0]), (2 * dims[0], dims[0])
+    phi = [k.new_zeros(kv, *shape).requires_grad_() for shape in shapes]
+    triton_compress(k.clone().requires_grad_(), *phi, layout).sum().backward()
     gluon_span_attention(q, k, v, tables.window, 0.1)
     gluon_span_backward(q, k, v, d_out, base, base, tables.window, tables.window_seen, 0.1, grads)
     if group >= 16:

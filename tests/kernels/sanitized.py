@@ -10,7 +10,7 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # read when PyTorch first al
 
 import torch
 
-from shoal.kernels.nsa import BlockSizes, compress_mean, make_layout
+from shoal.kernels.nsa import BlockSizes, compress, compress_mean, make_layout
 from shoal.kernels.nsa.attention import Tensors
 from shoal.kernels.nsa.paged import decode_tables, make_cache
 from shoal.kernels.nsa.triton_attention import nsa_triton
@@ -29,9 +29,13 @@ def passes(device: str, dtype: torch.dtype, heads: int, kv: int, dims: tuple[int
 
     k_raw = leaf(tokens, kv, dims[0])
     keys = [leaf(rows, kv, dim) for rows in (blocks, tokens, tokens) for dim in dims]
+    shapes = (32, dims[1]), (32 * dims[1], 2 * dims[1]), (2 * dims[1], dims[1])
+    phi = [leaf(kv, *shape) for shape in shapes]
     gates = torch.rand(tokens, heads, 3, device=device, dtype=dtype, requires_grad=True)
     for deterministic in (False, True):
-        tensors = (leaf(tokens, heads, dims[0]), compress_mean(k_raw, layout), *keys[1:], gates)
+        means = compress_mean(k_raw, layout)
+        values = compress(leaf(tokens, kv, dims[1]), *phi, layout)
+        tensors = (leaf(tokens, heads, dims[0]), means, values, *keys[2:], gates)
         out = nsa_triton(*cast(Tensors, tensors), layout, dims[0] ** -0.5, deterministic=deterministic)
         out.sum().backward()
         assert out.isfinite().all()

@@ -16,6 +16,8 @@ from shoal.kernels.nsa import BlockSizes
 SHARED_MEMORY = 227 * 1024
 KERNELS = {"_span_kernel": 3, "_grad_kernel": 4, "_gather_grad_kernel": 2, "_gemm_kernel": 5, "_outer_kernel": 1}
 KERNELS |= {"_importance_kernel": 2, "_mean_kernel": 3, "_mean_grad_kernel": 3}
+KERNELS |= {"_chunks_kernel": 3, "_swap_kernel": 6, "_hidden_kernel": 3, "_hidden_grad_kernel": 3}
+KERNELS |= {"_position_grad_kernel": 3, "_key_grad_kernel": 3}
 KERNELS |= {"_plan_kernel": 6, "_before_kernel": 6, "_pack_kernel": 2, "_count_kernel": 2, "_place_kernel": 3}
 KERNELS |= {"_gates_kernel": 2, "_home_kernel": 2, "_expand_kernel": 4, "_address_kernel": 2}
 KERNELS |= {"_products_kernel": 4, "_choices_kernel": 2, "_add_norm_kernel": 2, "_up_kernel": 2, "_down_kernel": 2}

@@ -28,6 +28,7 @@ TABLES: dict[str, Callable[[Layout], Any]] = {
     "tiles": lambda layout: layout.tiles,
     "tables": make_tables,
     "own blocks": own_blocks,
+    "inverse": lambda layout: own_blocks(layout).inverse,
 }
 
 

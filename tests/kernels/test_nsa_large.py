@@ -20,6 +20,7 @@ from shoal.kernels.nsa.attention import Tensors  # noqa: E402
 from shoal.kernels.nsa.rows import Rows  # noqa: E402
 from shoal.kernels.nsa.triton_attention import Tunings, nsa_triton  # noqa: E402
 from shoal.kernels.nsa.triton_mean import triton_compress_mean  # noqa: E402
+from shoal.kernels.nsa.triton_phi_grad import triton_compress  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,31 @@ def test_gradients_of_a_document_that_lies_behind_a_long_one(size: Size, determi
     for name, mine, leaf in zip(NAMES, got, short, strict=True):
         assert leaf.grad is not None
         near(mine, leaf.grad, size.dtype, name)
+
+
+@on_both(35)
+def test_the_mlp_of_a_document_that_lies_behind_a_long_one(size: Size) -> None:
+    """Its compressed keys, and the gradients of its own, are those of the document alone."""
+    torch.cuda.empty_cache()
+    dim, block = 128 if size is LARGE else 8, size.sizes.cmp_block
+    generator = torch.Generator(DEVICE).manual_seed(1)
+
+    def normal(*shape: int, std: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=DEVICE, dtype=size.dtype) * std
+
+    x, position = normal(size.ends[-1], size.heads, dim), normal(size.heads, block, dim)
+    w1 = normal(size.heads, block * dim, 2 * dim, std=(block * dim) ** -0.5)
+    w2 = normal(size.heads, 2 * dim, dim, std=(2 * dim) ** -0.5)
+    found, count = [], size.sizes.cmp_blocks(size.short)
+    for tokens, ends in ((x, size.ends), (x[size.long :].clone(), (0, size.short))):
+        leaf = tokens.requires_grad_()
+        out = triton_compress(leaf, position, w1, w2, make_layout(ends, size.sizes, DEVICE))
+        out.square().sum().backward()
+        assert leaf.grad is not None and leaf.grad.any()
+        found.append((out[-count:].detach().clone(), leaf.grad[-size.short :].clone()))
+        leaf.grad = None
+    for name, got, want in zip(("output", "gradient"), *found, strict=True):
+        near(got, want, size.dtype, name)
 
 
 @on_both(20)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal.kernels.nsa import BlockSizes, Layout, compress
+from shoal.kernels.nsa.attention import Backend
 from shoal.kernels.nsa.compress import OwnBlocks
 from shoal.kernels.nsa.paged_store import Heads
 from shoal.kernels.rope import Yarn, rope_rates, rope_tables, rotate
@@ -116,9 +117,9 @@ class Compression(nn.Module):
         self.w1 = nn.Parameter(torch.empty(kv_heads, block * dim, 2 * dim))
         self.w2 = nn.Parameter(torch.empty(kv_heads, 2 * dim, dim))
 
-    def forward(self, x: Tensor, layout: Layout | OwnBlocks) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout | OwnBlocks, backend: Backend = "auto") -> Tensor:
         """``[T, KV, D] -> [C, KV, D]``."""
-        return compress(x, self.position, self.w1, self.w2, layout)
+        return compress(x, self.position, self.w1, self.w2, layout, backend)
 
 
 class NativeSparseAttention(nn.Module):

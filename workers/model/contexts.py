@@ -51,8 +51,8 @@ class AttentionContext:
 
     def nsa(self, layer: NativeSparseAttention, x_TH: Tensor) -> Tensor:
         p = layer.project(x_TH, self.rotation)
-        k_cmp = rotate(layer.compress_k(p.k_cmp, self.layout), *self.cmp_rotation)
-        v_cmp = layer.compress_v(p.v_cmp, self.layout)
+        k_cmp = rotate(layer.compress_k(p.k_cmp, self.layout, self.backend), *self.cmp_rotation)
+        v_cmp = layer.compress_v(p.v_cmp, self.layout, self.backend)
         keys = (k_cmp, v_cmp, p.k_slc, p.v_slc, p.k_win, p.v_win)
         return nsa_attention(p.q, *keys, p.gates, self.layout, layer.scale, self.backend)
 
@@ -83,8 +83,8 @@ class SharedContext:
         p = layer.project(x_TH, self.rotation)
         own = self.sequence.own
         compress = (
-            lambda keys: rotate(layer.compress_k(keys, own), *self.cmp_rotation),
-            lambda values: layer.compress_v(values, own),
+            lambda keys: rotate(layer.compress_k(keys, own, self.backend), *self.cmp_rotation),
+            lambda values: layer.compress_v(values, own, self.backend),
         )
         branches = ((p.k_cmp, p.v_cmp), (p.k_slc, p.v_slc), (p.k_win, p.v_win))
         keys = (p.q, *branches, p.gates, compress)
