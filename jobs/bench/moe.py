@@ -52,9 +52,11 @@ def _rows_of(tokens: int, settings: Settings) -> list[Row]:
 
     problem = layers.problem(tokens)
     skewed = layers.problem(tokens, skew=SKEW)
-    sides: dict[str, tuple[Layer, Problem]] = {name: (layer, problem) for name, layer in layers.LAYERS.items()}
-    if not find_spec("megablocks"):
-        del sides["megablocks"]
+    sides: dict[str, tuple[Layer, Problem]] = {
+        name: (layer, problem)
+        for name, layer in layers.LAYERS.items()
+        if find_spec("megablocks") or not name.startswith("megablocks")
+    }
     sides["triton, skewed"] = (layers.LAYERS["triton"], skewed)
     ms: dict[tuple[str, str], list[float]] = {}
     broken: set[str] = set()
