@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.jobs.bench.registry import Settings
-from shoal.jobs.bench.result import Row, time_row
+from shoal.jobs.bench.result import Document, Row, time_row
 from shoal.workers.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -87,6 +87,14 @@ def tell(figures: list[dict[str, Any]], world: int) -> list[Row]:
             best = BEST_MS[tokens]
             rows.append(time_row(name, ms, "copy-engine put, rows alone", best, 1 / DISPATCH_SLOWER, **facts))
     return rows
+
+
+def draw(result: Document, path: Path) -> bool:
+    """Writes a PNG of the layer's time over one rank's, and of rows' one way; False where there is none. Raises
+    OSError."""
+    from shoal.jobs.bench import moe_plot
+
+    return moe_plot.draw(moe_plot.dispatch_panels(result["rows"]), result, path)
 
 
 def main() -> None:

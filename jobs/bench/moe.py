@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.jobs.bench.registry import Settings
-from shoal.jobs.bench.result import Row, time_row, value_row
+from shoal.jobs.bench.result import Document, Row, time_row, value_row
 from shoal.workers.errors import InvalidInput, TrainingFailed
 
 if TYPE_CHECKING:
@@ -52,9 +52,11 @@ def _rows_of(tokens: int, settings: Settings) -> list[Row]:
 
     problem = layers.problem(tokens)
     skewed = layers.problem(tokens, skew=SKEW)
-    sides: dict[str, tuple[Layer, Problem]] = {name: (layer, problem) for name, layer in layers.LAYERS.items()}
-    if not find_spec("megablocks"):
-        del sides["megablocks"]
+    sides: dict[str, tuple[Layer, Problem]] = {
+        name: (layer, problem)
+        for name, layer in layers.LAYERS.items()
+        if find_spec("megablocks") or not name.startswith("megablocks")
+    }
     sides["triton, skewed"] = (layers.LAYERS["triton"], skewed)
     ms: dict[tuple[str, str], list[float]] = {}
     broken: set[str] = set()
@@ -128,6 +130,13 @@ def _first_call(settings: Settings) -> Row:
     seconds = float(result.stdout.split()[-1])
     settings.say(f"first call, from an empty cache: {seconds:.1f} s")
     return value_row("first call to first result, empty cache", seconds, "s", "limit", FIRST_CALL_S, 1.0, tokens=16384)
+
+
+def draw(result: Document, path: Path) -> bool:
+    """Writes a PNG of shares of the chain's speed and of memory kept; False where there is none. Raises OSError."""
+    from shoal.jobs.bench import moe_plot
+
+    return moe_plot.draw(moe_plot.layer_panels(result["rows"]), result, path)
 
 
 def main() -> None:

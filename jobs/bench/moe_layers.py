@@ -15,6 +15,7 @@ from torch import Tensor
 
 from shoal.kernels.moe import grouped_ffn, route
 from shoal.kernels.moe.backend import experts_backend
+from shoal.kernels.moe.gemms import Gemms
 
 HIDDEN, INNER, EXPERTS, TOP_K, SHARED = 2048, 1408, 64, 6, 2
 """One layer of DeepSeekMoE-16B."""
@@ -105,12 +106,21 @@ def triton_layer(p: Problem) -> Outcome:
 
 def torch_layer(p: Problem) -> Outcome:
     """Shoal's torch backend: what a model computes on one rank with ``moe.backend = "torch"``."""
+    return _by_products(p, Gemms)
+
+
+def grouped_gemm_layer(p: Problem) -> Outcome:
+    """The same with ``moe.backend = "megablocks"``: MegaBlocks' products alone."""
+    return _by_products(p, experts_backend("megablocks", p.x.device, p.x.dtype))
+
+
+def _by_products(p: Problem, kind: type[Gemms]) -> Outcome:
     routing = route(p.x, p.centroids, TOP_K)
     order = torch.argsort(routing.experts.flatten(), stable=True)
     counts = torch.bincount(routing.experts.flatten(), minlength=EXPERTS)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)
-    results = grouped_ffn(p.x[order // TOP_K], counts, p.gate_up, p.down)[inverse].view(len(p.x), TOP_K, HIDDEN)
+    results = grouped_ffn(p.x[order // TOP_K], counts, p.gate_up, p.down, kind)[inverse].view(len(p.x), TOP_K, HIDDEN)
     out = torch.bmm(routing.gates.to(results.dtype)[:, None], results)[:, 0]
     for gate_up, down in zip(p.shared_up, p.shared_down, strict=True):
         gate, up = (p.x @ gate_up).chunk(2, dim=-1)
@@ -171,6 +181,7 @@ LAYERS: dict[str, Layer] = {
     "torch": torch_layer,
     "torch.compile": compiled_layer,
     "megablocks": megablocks_layer,
+    "megablocks, its products in Shoal": grouped_gemm_layer,
 }
 
 

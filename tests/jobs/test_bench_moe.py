@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from shoal.jobs.bench import moe, moe_layers
-from shoal.jobs.bench.registry import Settings
+from shoal.jobs.bench import moe, moe_layers, moe_plot
+from shoal.jobs.bench.registry import Settings, draw
 from shoal.kernels.moe import route
 from shoal.workers.errors import InvalidInput
 
@@ -56,3 +58,17 @@ def test_rows_compare_with_the_chain_and_with_the_limits() -> None:
     assert kept["ratio"] >= kept["target"] == 1.0
     assert skewed["ratio"] == 1.0 and skewed["target"] == pytest.approx(1 / 1.15)
     assert all(moe.line(row) for row in rows)
+
+
+def test_the_picture_has_each_side_and_what_is_asked_for(tmp_path: Path) -> None:
+    ms = {(moe.CHAIN, phase): 10.0 for phase in moe.PHASES}
+    ms |= {(name, phase): 12.5 for name in ("triton", "torch", "triton, skewed") for phase in moe.PHASES}
+    rows = moe._tell(4096, ms, {"triton": 179.0, "torch": 400.0, "triton, skewed": 179.0}) + moe._tell(16384, ms, {})
+    both, forward, kept = moe_plot.layer_panels(rows)
+    assert both.lines == forward.lines == {name: [(4096, 0.8), (16384, 0.8)] for name in ("triton", "torch")}
+    assert (both.asked, forward.asked) == ([(4096, 0.7), (16384, 0.85)], [])
+    assert (kept.lines, kept.asked) == ({"triton": [(4096, 179.0)], "torch": [(4096, 400.0)]}, [(4096, 180.0)])
+    result = {"benchmark": "moe-h100", "device": "H100", "rows": rows}
+    path = draw("moe", result, tmp_path)
+    assert path == tmp_path / "moe-h100.png" and path.read_bytes().startswith(b"\x89PNG")
+    assert draw("moe", {**result, "rows": []}, tmp_path / "none") is None and not (tmp_path / "none").exists()

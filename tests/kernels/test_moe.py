@@ -1,5 +1,7 @@
 """The MoE kernels against the equations of DeepSeekMoE, token by token, in float64."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +17,7 @@ from shoal.kernels.moe import (
     sequence_counts,
     sequence_loss,
 )
+from shoal.kernels.moe.backend import experts_backend
 
 
 def weights(experts: int, hidden: int, inner: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,6 +44,29 @@ def test_grouped_ffn_equals_each_expert_alone(counts: list[int], seed: int) -> N
             torch.testing.assert_close(g, r, rtol=1e-10, atol=1e-12)
     else:
         assert all(not g.any() for g in got)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["torch", "triton", "megablocks"])
+@pytest.mark.parametrize("counts", [[16, 0, 33, 1, 0], [0, 0, 70, 0], [0, 129, 300]])
+def test_each_backend_equals_each_expert_alone_in_bf16(counts: list[int], name: str) -> None:
+    """Experts without rows, and one with all of them."""
+    if name == "megablocks" and not find_spec("megablocks"):
+        pytest.skip("make megablocks builds it")
+    kind = experts_backend(name, torch.device("cuda"), torch.bfloat16)
+    gen = torch.Generator().manual_seed(5)
+    shapes = [(sum(counts), 64), (len(counts), 64, 96), (len(counts), 48, 64)]
+    inputs = [(torch.randn(*s, generator=gen) * s[-2] ** -0.5).cuda().bfloat16().requires_grad_() for s in shapes]
+    upstream = torch.randn(shapes[0], generator=gen).cuda().bfloat16()
+    out = grouped_ffn(inputs[0], torch.tensor(counts, device="cuda"), inputs[1], inputs[2], kind)
+    got = [out, *torch.autograd.grad(out, inputs, upstream)]
+    rows, gate_up, down = exact = [t.detach().cpu().double().requires_grad_() for t in inputs]
+    which = [e for e, n in enumerate(counts) for _ in range(n)]
+    want = torch.stack([oracle.ffn(row, gate_up[e], down[e]) for row, e in zip(rows, which, strict=True)])
+    for one, other in zip(got, [want, *torch.autograd.grad(want, exact, upstream.cpu().double())], strict=True):
+        assert (one.detach().cpu().double() - other.detach()).norm() <= 1.5e-2 * other.detach().norm()
+    for grad in got[2:]:
+        assert not any(grad[e].any() for e, n in enumerate(counts) if not n), "an expert without rows has no gradient"
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])

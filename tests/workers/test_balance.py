@@ -125,6 +125,12 @@ def _move(rank: int, world: int, tables: dict[str, Any], corpus: str, folder: st
     last = again.train_step()
     for key in KEYS:
         assert last[key] == records[5][key], "a resumed run has the same bits"
+    again.settle()
+    again.restore(2)
+    assert again.plan == _random_plan(recipe.parallel.expert_ranks, 2) != trainer.plan
+    last = again.train_step()
+    for key in KEYS:
+        assert last[key] == records[2][key], "experts are back where they were before the last move"
     return {"records": records, "figures": figures, "plan": trainer.plan}
 
 
