@@ -92,6 +92,7 @@ def train(
                 spare_collector()
             if step >= least and passed > seconds:
                 break
+        trainer.weights.finish()  # NCCL keeps what was not waited for, as long as there are its groups
     finally:
         gc.unfreeze()  # this model goes
 

@@ -12,10 +12,12 @@ Put the functions that run on the ranks at the top level of the test's module (a
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import traceback
@@ -38,6 +40,8 @@ multiprocessing.set_forkserver_preload(
     ]
 )
 TIMEOUT = timedelta(seconds=120)
+GRACE = 2.0
+"""For how many seconds the others of a rank that failed may still raise what they know of it."""
 
 
 def run_ranks(world: int, fn: Callable[..., Any], *args: Any, device: str = "cpu") -> list[Any]:
@@ -50,18 +54,22 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, device: str = "cpu
         device: ``cpu``, with gloo between ranks, or ``cuda``: a GPU for each, and NCCL.
 
     Raises:
-        torch.multiprocessing.ProcessRaisedException: a rank raised; the message holds its traceback. The other ranks
-            are ended.
-        torch.multiprocessing.ProcessExitedException: a rank died of a signal or left without a result.
+        torch.multiprocessing.ProcessRaisedException: a rank raised. The message holds the tracebacks of all that did,
+            the first one first, and where those were that had to be ended.
+        torch.multiprocessing.ProcessExitedException: a rank died of a signal, as NCCL's watchdog ends it, or raised
+            beside a GPU. The message ends alike.
     """
     with start_ranks(world, fn, *args, device=device) as (context, folder):
         try:
-            while not context.join():
+            while not context.join(grace_period=GRACE):
                 pass
         except mp.ProcessRaisedException as error:
             # a rank that lost its peer may be heard before the one that failed
-            raise mp.ProcessRaisedException(
-                (folder / "error").read_text(), error.error_index, error.error_pid
+            raise mp.ProcessRaisedException(_told(folder, world), error.error_index, error.error_pid) from None
+        except mp.ProcessExitedException as error:
+            told = f"{error}\n{_told(folder, world)}"
+            raise mp.ProcessExitedException(
+                told, error.error_index, error.error_pid, error.exit_code, error.signal_name
             ) from None
         return [pickle.loads((folder / str(rank)).read_bytes()) for rank in range(world)]
 
@@ -91,11 +99,44 @@ def start_ranks(
                 process.join()
 
 
+def _told(folder: Path, world: int) -> str:
+    """What ranks raised, in that order, and where others were when they were ended."""
+    parts = [path.read_text() for path in [folder / "error"] if path.exists()]
+    for rank in range(world):
+        place = folder / f"ended-{rank}"
+        if place.exists() and (stack := place.read_text()):
+            parts.append(f"rank {rank} was ended here:\n{stack}")
+    return "\n".join(parts)
+
+
 def _rank(
     rank: int, world: int, port: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...], device: str
 ) -> None:
     gc.freeze()  # what was imported before the fork is no garbage: to look through it would copy all of its memory
     torch.set_num_threads(1)
+    with (Path(folder) / f"ended-{rank}").open("w") as ended:
+        # whoever is ended because another rank failed says where it was, also in the midst of a call of NCCL's
+        faulthandler.register(signal.SIGTERM, ended, chain=True)
+        try:
+            _join(rank, world, port, device)
+            result = fn(rank, world, *args)
+            (Path(folder) / str(rank)).write_bytes(pickle.dumps(result))
+            dist.barrier()  # nobody takes the group down under another's last collective
+        except Exception:
+            with (Path(folder) / "error").open("ab", buffering=0) as errors:  # one write: those of others stay apart
+                errors.write(f"rank {rank}:\n{traceback.format_exc()}".encode())
+            if device == "cuda":
+                os._exit(1)  # else NCCL would wait for what this rank's peers never send
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            raise
+        finally:
+            faulthandler.unregister(signal.SIGTERM)
+        dist.destroy_process_group()
+
+
+def _join(rank: int, world: int, port: int, device: str) -> None:
+    """Makes the default process group."""
     if device == "cuda":
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast wants rights that containers lack
         torch.cuda.set_device(rank)
@@ -104,14 +145,3 @@ def _rank(
     store = dist.TCPStore("127.0.0.1", port, None, False, TIMEOUT)
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"  # as a run has them
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
-    try:
-        result = fn(rank, world, *args)
-        (Path(folder) / str(rank)).write_bytes(pickle.dumps(result))
-        dist.barrier()  # nobody takes the group down under another's last collective
-    except Exception:
-        with contextlib.suppress(FileExistsError), (Path(folder) / "error").open("x") as first:
-            first.write(f"rank {rank}:\n{traceback.format_exc()}")
-        if device == "cpu":  # NCCL would wait for what this rank's peers never send
-            dist.destroy_process_group()
-        raise
-    dist.destroy_process_group()

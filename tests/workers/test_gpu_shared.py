@@ -57,13 +57,13 @@ def _counted(way: Callable[..., Any], taken: Counter[str]) -> Callable[..., Any]
     return counted
 
 
-def _trained(tables: dict[str, Any], mesh: Mesh, corpus: Path, device: str) -> dict[str, Any]:
+def _trained(tables: dict[str, Any], mesh: Mesh, corpus: Path, device: torch.device) -> dict[str, Any]:
     """Losses and gradient norms of some steps, the loss of a validation, and how often which way was taken."""
     taken: Counter[str] = Counter()
     with pytest.MonkeyPatch.context() as patch:
         for name in sorted(WAYS["nsa"] | WAYS["full"]):
             patch.setattr(contexts, name, _counted(getattr(contexts, name), taken))
-        trainer = Trainer(Recipe.model_validate(tables), corpus, None, mesh, torch.device(device))
+        trainer = Trainer(Recipe.model_validate(tables), corpus, None, mesh, device)
         steps = [trainer.train_step() for _ in range(STEPS)]
         losses = [step["loss"] for step in steps] + [trainer.evaluate()["loss"]]
     return {"losses": losses, "norms": [step["grad_norm"] for step in steps], "taken": taken}
@@ -72,9 +72,11 @@ def _trained(tables: dict[str, Any], mesh: Mesh, corpus: Path, device: str) -> d
 def on_rank(rank: int, world: int, corpus: Path, device: str) -> Runs:
     """Of each kind of attention and dtype, one rank's run and those of both."""
     everyone = tuple(range(world))
+    # with its number: processes here see all GPUs, and a thread's current one is the first
+    place = torch.device(device, rank) if device == "cuda" else torch.device(device)
     meshes = {"alone": make_mesh(Placement(1, (0,), (0,), 1))}
     for name, experts in EXPERTS.items():
-        meshes[name] = make_mesh(Placement(world, everyone, everyone, experts, world), rank, device)
+        meshes[name] = make_mesh(Placement(world, everyone, everyone, experts, world), rank, place)
     found: Runs = {}
     for kind in WAYS:
         for dtype in BOUNDS:
@@ -83,7 +85,7 @@ def on_rank(rank: int, world: int, corpus: Path, device: str) -> Runs:
                 if name in EXPERTS:
                     tables["parallel"] |= {"ranks": world, "context": world, "expert": EXPERTS[name]}
                 assert Placement.of(Recipe.model_validate(tables)) == mesh.placement
-                found[kind, dtype, name] = _trained(tables, mesh, corpus, device)
+                found[kind, dtype, name] = _trained(tables, mesh, corpus, place)
     return found
 
 
