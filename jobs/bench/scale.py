@@ -53,6 +53,7 @@ KEPT = (
 """Facts of a case that stand in its row as they are."""
 NEEDS = ("pydantic", "pyarrow", "tokenizers")  # of training: recipes and corpora
 CHARACTERS = 400_000  # of the small corpus
+USUAL_PATIENCE = Patience(600.0)  # with a case, or a server
 
 
 class Scale:
@@ -231,7 +232,7 @@ def prepared(
     small: bool,
     settings: Settings,
     only: str = "",
-    patience: Patience = ENDLESS,
+    patience: Patience = USUAL_PATIENCE,
 ) -> Scale:
     """Everything that is to be measured, the corpus for training made. only: of these parts, what has one of these in
     its name, with commas between. Raises UsageError for an unknown part, or where nothing is left."""
@@ -296,7 +297,8 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=None, help="of each training")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where prepared corpora lie")
-    parser.add_argument("--limit", type=float, default=600.0, help="seconds that a case may take, or a server")
+    limit = "seconds that a case may take, or a server"
+    parser.add_argument("--limit", type=float, default=USUAL_PATIENCE.case, help=limit)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after so many, what is left is left out")
     parser.add_argument("--gather", type=Path, nargs="+", default=[], help="results of other calls to make one of")
     try:

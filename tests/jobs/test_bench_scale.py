@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from shoal.jobs.bench.cases import Patience
 from shoal.jobs.bench.command import environment
 from shoal.jobs.bench.registry import Settings, draw
 from shoal.jobs.bench.result import table
@@ -168,6 +170,16 @@ def test_some_lines_are_measured_alone() -> None:
         "1A:1F, 16 requests",
         "2A:2F, 32 requests",
     ]
+
+
+def test_nothing_is_waited_for_without_an_end() -> None:
+    """Also by ``shoal bench scale``, which has no options for it; where no time is left, nothing is begun."""
+    assert 0 < prepared(("moe",), [1], True, Settings()).patience.left < 3600
+    over = Patience(end=time.monotonic())
+    scale = prepared(("moe", "serve"), [1], False, Settings(), patience=over)
+    scale.measure()
+    assert len(scale.notes) == 2 and all(note.endswith(": no time was left") for note in scale.notes)
+    assert not scale.found
 
 
 def test_a_million_tokens_are_trained_on_by_four_ranks_and_more() -> None:
