@@ -6,17 +6,18 @@ gets longer with the ranks, and each of its tokens costs more: its share is that
 the curve through shorter ones where that was not measured. ``peak_bytes`` is a rank's most, of an attention layer
 beyond its inputs, of a server all that is in use on a GPU. ``dispatch_share`` is the share of the time for which the
 rank that waits longest waits for rows or keys of others, ``exposed_share`` that of all that one rank alone would not
-do: waits, packing, uneven loads. Beside each row stands what ``scale_model`` predicts, also for ranks that there are
-not (``"measured": false``); ``fitted`` rows are those that its constants were fitted to.
+do for a rank's part of tokens and of the update: waits, packing, uneven loads. Beside each row stands what
+``scale_model`` predicts, also for ranks that there are not (``"measured": false``); ``fitted`` rows are those that its
+constants were fitted to.
 
 ``python -m shoal.jobs.bench.scale --out FOLDER`` needs no Ray but for ``--parts serve``; the parts ``moe`` and
 ``sequence`` need torch and Triton alone. ``--device cpu`` runs all of it in small, over gloo. The JSON is written anew
 after each case; of other parts than the usual ones it is named after these, ``scale-moe.json``, and with ``--only``
 ``scale-some.json``. Beside the rows it has what was measured as it was, as ``facts``: ``--gather FILE…`` measures
 nothing, and makes one ``scale.json`` of what several calls did on machines of one kind, where ranks of one call are
-compared with the single rank of another. Training is measured with weights that hardly move and experts whose load
-biases evened out before the first step, as in a long run; ``device_load`` says how even the ranks' rows were in the
-steps that count.
+compared with the single rank of another: its rows have the ``date`` of their call, and ``gathered`` says what calls
+there were, and of which commit. Training is measured with weights that hardly move and experts whose load biases evened
+out before the first step, as in a long run; ``device_load`` says how even the ranks' rows were in the steps that count.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from typing import TYPE_CHECKING
 from shoal.jobs.bench.cases import ENDLESS, Patience, run_cases
 from shoal.jobs.bench.registry import Settings, check_parts
 from shoal.jobs.bench.result import Document, Row, document, time_row, value_row, write
-from shoal.jobs.bench.scale_facts import ABOUT, found_in, read, told
+from shoal.jobs.bench.scale_facts import ABOUT, calls_of, found_in, read, told
 from shoal.jobs.bench.scale_model import NVLINK, Curve, Link, fit
 from shoal.workers.errors import InvalidInput, ShoalError, UsageError
 
@@ -47,11 +48,12 @@ USUAL = PARTS[:3]
 SHARE = "a rank's share, as one rank alone does it"
 KEPT = (
     "bytes", "bytes_of_rows", "activation_bytes", "steps", "data_ms", "forward_ms", "backward_ms", "reduce_ms",
-    "update_ms", "device_load", "losses", "ttft_ms", "tpot_ms", "failed",
+    "update_ms", "device_load", "losses", "ttft_ms", "tpot_ms", "failed", "date",
 )  # fmt: skip
 """Facts of a case that stand in its row as they are."""
 NEEDS = ("pydantic", "pyarrow", "tokenizers")  # of training: recipes and corpora
 CHARACTERS = 400_000  # of the small corpus
+USUAL_PATIENCE = Patience(600.0)  # with a case, or a server
 
 
 class Scale:
@@ -230,7 +232,7 @@ def prepared(
     small: bool,
     settings: Settings,
     only: str = "",
-    patience: Patience = ENDLESS,
+    patience: Patience = USUAL_PATIENCE,
 ) -> Scale:
     """Everything that is to be measured, the corpus for training made. only: of these parts, what has one of these in
     its name, with commas between. Raises UsageError for an unknown part, or where nothing is left."""
@@ -295,7 +297,8 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=None, help="of each training")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where prepared corpora lie")
-    parser.add_argument("--limit", type=float, default=600.0, help="seconds that a case may take, or a server")
+    limit = "seconds that a case may take, or a server"
+    parser.add_argument("--limit", type=float, default=USUAL_PATIENCE.case, help=limit)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after so many, what is left is left out")
     parser.add_argument("--gather", type=Path, nargs="+", default=[], help="results of other calls to make one of")
     try:
@@ -345,7 +348,8 @@ def gather(chosen: argparse.Namespace) -> None:
     notes = list(dict.fromkeys(note for each in documents for note in each["notes"]))
     load = [max(each["load_average"][i] for each in documents) for i in (0, 1)]
     result = document("scale-cpu" if small else "scale", scale.rows(), load) | shared
-    _written(write(result | {"notes": notes, "small": small, "facts": told(scale.found)}, chosen.out), chosen)
+    more = {"notes": notes, "small": small, "gathered": calls_of(documents), "facts": told(scale.found)}
+    _written(write(result | more, chosen.out), chosen)
 
 
 def _written(path: Path, chosen: argparse.Namespace) -> None:

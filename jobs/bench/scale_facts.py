@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from shoal.jobs.bench.scale_cases import Case, Facts
 
 ABOUT = ("device", "software", "commit", "dirty", "date")
-"""Of a document, what is that of the last one where several are gathered."""
+"""Of a document, what is that of the last one where several are gathered; :func:`calls_of` has it of each."""
 
 
 def told(found: Mapping[Case, Facts]) -> list[dict[str, Any]]:
@@ -38,13 +38,18 @@ def read(paths: Sequence[Path]) -> list[Document]:
             ) from None
         documents.append(document)
     documents.sort(key=lambda document: str(document["date"]))
-    kinds = {
-        (_gpus(document["device"]), document["small"]): path for path, document in zip(paths, documents, strict=True)
-    }
+    kinds = {_gpus(document["device"]) + ", in small" * document["small"] for document in documents}
     if len(kinds) > 1:
-        names = ", ".join(sorted({gpus for gpus, _ in kinds}))
-        raise InvalidInput(f"--gather was given results of {names}: name those of one kind of machine")
+        raise InvalidInput(
+            f"--gather was given results of {' and of '.join(sorted(kinds))}: name those of one kind of machine"
+        )
     return documents
+
+
+def calls_of(documents: Sequence[Document]) -> list[dict[str, Any]]:
+    """Of each call that documents come from, the oldest first, what ``ABOUT`` names."""
+    calls = [each for document in documents for each in document.get("gathered", [{k: document[k] for k in ABOUT}])]
+    return sorted(calls, key=lambda call: str(call["date"]))
 
 
 def _gpus(device: str) -> str:
@@ -53,7 +58,8 @@ def _gpus(device: str) -> str:
 
 
 def found_in(documents: Sequence[Document], cases: Iterable[Case]) -> dict[Case, Facts]:
-    """What was measured of each case, the newest of several. Raises InvalidInput for what is no case."""
+    """What was measured of each case, the newest of several, and as ``date`` that of its call. Raises InvalidInput for
+    what is no case."""
     known = {(case.ranks, str(case)): case for case in cases}
     found: dict[Case, Facts] = {}
     for document in documents:
@@ -61,5 +67,8 @@ def found_in(documents: Sequence[Document], cases: Iterable[Case]) -> dict[Case,
             key = fact["ranks"], fact["case"]
             if key not in known:
                 raise InvalidInput(f"{key[1]} on {key[0]} was measured by another version: measure it again")
-            found[known[key]] = {name: value for name, value in fact.items() if name not in ("ranks", "case")}
+            case, date = known[key], str(fact.get("date", document["date"]))
+            if case not in found or date >= found[case]["date"]:
+                mine = {name: value for name, value in fact.items() if name not in ("ranks", "case")}
+                found[case] = mine | {"date": date}
     return found

@@ -125,6 +125,9 @@ def serve_cases(
     for case in cases:
         assert isinstance(case.sizes, Serving)
         by_server.setdefault((case.ranks, case.sizes.placement), []).append(case)
+    if not patience.left:
+        say("left out, serving: no time was left")
+        return
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         if not _made(cases[0], Path(folder), data_dir, patience.left):
             say("left out, serving: the model to serve could not be made")

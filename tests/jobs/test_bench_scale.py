@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from shoal.jobs.bench.cases import Patience
 from shoal.jobs.bench.command import environment
 from shoal.jobs.bench.registry import Settings, draw
 from shoal.jobs.bench.result import table
@@ -45,6 +47,10 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return json.loads((folder / "scale-cpu.json").read_text())
 
 
+SAME = (("moe", "weak"), ("sequence", "weak"), ("sequence", "strong"))
+"""Parts and modes whose efficiency is beside the time of a rank's part; others leave out what is shared out."""
+
+
 def test_every_row_has_a_prediction_and_measured_ones_have_figures(result: Any) -> None:
     rows = [row for row in result["rows"] if "mode" in row]
     assert {(r["part"], r["mode"], r["ranks"], r["measured"]) for r in rows} == {
@@ -63,7 +69,8 @@ def test_every_row_has_a_prediction_and_measured_ones_have_figures(result: Any) 
             assert row["mfu"] > 0
         if row["ranks"] == 1:
             assert row["predicted_ms"] == pytest.approx(row["ms"]) and row["predicted_bytes"] == 0
-            assert 0 <= row["exposed_share"] < 1
+        if row["ranks"] == 1 or (row["measured"] and (row["part"], row["mode"]) in SAME):
+            assert row["exposed_share"] == pytest.approx(max(0, 1 - row["efficiency"]), abs=1e-3)
         if row["measured"] and row["ranks"] > 1:
             assert (0 if row["part"] == "train" and "nsa" not in row["what"] else 1e-4) <= row["dispatch_share"] < 1
     assert {(r["part"], r["target"]) for r in rows if "target" in r} == {("moe", 0.92), ("train", 0.9)}
@@ -113,17 +120,29 @@ def _gathered(folder: Path, *documents: Any) -> subprocess.CompletedProcess[str]
 
 
 def test_what_several_calls_measured_gives_the_rows_of_one(result: Any, tmp_path: Path) -> None:
-    """Also where no call had both one rank and several; of what was measured twice the newer stands."""
+    """Also where no call had both one rank and several; of what was measured twice the newer stands. Rows say of which
+    call they are, and gathered once more they are the same."""
     one, two = ([f for f in result["facts"] if (f["ranks"] == 1) == alone] for alone in (True, False))
     older = [{**f, "ms": 2 * f["ms"]} for f in one]
     parts = [
-        {**result, "rows": [], "facts": facts, "date": date, "notes": [date]}
+        {**result, "rows": [], "facts": facts, "date": date, "commit": date[-1], "notes": [date]}
         for facts, date in ((two, "2026-02-03"), (older, "2026-02-01"), (one, "2026-02-02"))
     ]
     done = _gathered(tmp_path, *parts)
     assert done.returncode == 0, done.stderr
     gathered = json.loads((tmp_path / "scale-cpu.json").read_text())
-    assert gathered["rows"] == result["rows"]
+    dated = [
+        row | ({"date": "2026-02-02" if row["ranks"] == 1 else "2026-02-03"} if row.get("measured") else {})
+        for row in result["rows"]
+    ]
+    assert gathered["rows"] == dated
+    assert [(c["date"], c["commit"]) for c in gathered["gathered"]] == [(f"2026-02-0{i}", str(i)) for i in (1, 2, 3)]
+    # the whole is as old as its newest part, not each of its facts
+    twice = _gathered(tmp_path, gathered, {**parts[1], "date": "2026-02-02T12:00"})
+    assert twice.returncode == 0, twice.stderr
+    again = json.loads((tmp_path / "scale-cpu.json").read_text())
+    assert len(again["gathered"]) == 4
+    assert {row["date"] for row in again["rows"] if row.get("measured") and row["ranks"] == 1} == {"2026-02-02T12:00"}
     assert gathered["date"] == "2026-02-03" and gathered["notes"] == ["2026-02-01", "2026-02-02", "2026-02-03"]
     assert (tmp_path / "scale-cpu.png").exists()
 
@@ -133,7 +152,7 @@ def test_results_that_do_not_belong_together_are_not_gathered(result: Any, tmp_p
     done = _gathered(tmp_path, result, cut)
     assert done.returncode == 3 and "1.json is no result of bench scale with facts" in done.stderr
     done = _gathered(tmp_path, result, {**result, "device": "4 x NVIDIA H100, 64 cores, 512 GiB"})
-    assert done.returncode == 3 and "4 x NVIDIA H100" in done.stderr
+    assert done.returncode == 3 and "4 x NVIDIA H100, in small" in done.stderr
     done = _gathered(tmp_path, {**result, "facts": [{**result["facts"][0], "case": "MoE layer, 3 tokens"}]})
     assert done.returncode == 3 and "MoE layer, 3 tokens on 1 was measured by another version" in done.stderr
 
@@ -151,6 +170,16 @@ def test_some_lines_are_measured_alone() -> None:
         "1A:1F, 16 requests",
         "2A:2F, 32 requests",
     ]
+
+
+def test_nothing_is_waited_for_without_an_end() -> None:
+    """Also by ``shoal bench scale``, which has no options for it; where no time is left, nothing is begun."""
+    assert 0 < prepared(("moe",), [1], True, Settings()).patience.left < 3600
+    over = Patience(end=time.monotonic())
+    scale = prepared(("moe", "serve"), [1], False, Settings(), patience=over)
+    scale.measure()
+    assert len(scale.notes) == 2 and all(note.endswith(": no time was left") for note in scale.notes)
+    assert not scale.found
 
 
 def test_a_million_tokens_are_trained_on_by_four_ranks_and_more() -> None:
