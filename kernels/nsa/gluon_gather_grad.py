@@ -54,7 +54,7 @@ def block_parts(
 ) -> None:
     """Of the queries of chunk ``index``: the parts of their gradients, ``part [chunk, n, H, D]``, and what they add to
     the gradients of keys and values. ends: of ``ends_by_head``. taken: ``[chunks]`` int32, zeros at first: how many
-    items of each chunk workers have taken."""
+    items of each chunk of the inverse workers have taken."""
     tokens, heads, dim = q.shape
     keys, kv, dim_v = v.shape
     group, n, piece = heads // kv, part.shape[1], gcd(dim, 128)
@@ -76,7 +76,7 @@ def block_parts(
         tables.block_first,
         tables.block_last,
         tables.own_rows,
-        index,
+        index - inverse.before,
         inverse.chunks,
         index * inverse.chunk * n,
         scale * LOG2E,

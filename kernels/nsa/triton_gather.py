@@ -16,18 +16,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shoal.kernels.nsa.triton_inverse import invert
+from shoal.kernels.nsa.triton_inverse import heads_within, invert, item_bytes, segments
 from shoal.kernels.nsa.triton_select import LOG2E, halves, load_keys, load_rows, padded, precision, query_keys
 from shoal.kernels.nsa.triton_tables import Tables
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """chunk: queries whose partial outputs exist at a time. heads: KV heads at a time, 0 for all. direct: how many of a
-    query's blocks are read query by query, while the partial outputs of the others are merged: the first is bound by
-    the L2 cache, the second by memory; None: 8 for groups of 8 heads and more, whose heads share what is read, else 0.
-    rows: of a matrix product, queries times padded group. steps: such products an
-    item, between two loads of keys and values; a power of two."""
+    """chunk: queries whose partial outputs exist at a time. heads: KV heads at a time, 0 for all, or as many as a table
+    of items has room for. direct: how many of a query's blocks are read query by query, while the partial outputs of
+    the others are merged: the first is bound by the L2 cache, the second by memory; None: 8 for groups of 8 heads and
+    more, whose heads share what is read, else 0. rows: of a matrix product, queries times padded group. steps: such
+    products an item, between two loads of keys and values; a power of two."""
 
     chunk: int = 8192
     heads: int = 0
@@ -79,44 +79,48 @@ def selected_by_block(
     parted, n = blocks[..., direct:], blocks.shape[2] - direct
     group_p = padded(group, least=1)
     tile = max(1, tuning.rows // group_p)
-    chunk, at_once = min(tuning.chunk, tokens), tuning.heads or kv
+    chunk, size = min(tuning.chunk, tokens), tile * tuning.steps
+    at_once = tuning.heads or heads_within(kv, item_bytes(chunk, 1, n, tables.blocks, size))
     part = q.new_empty(chunk, n, at_once, group, dim_v)
     part_lse = q.new_empty(chunk, n, at_once, group, dtype=torch.float32)
-    inverse = invert(parted, tables, chunk, tile * tuning.steps) if n else None
     shape = {"N": n, "HEADS": at_once, "OWN": own, **_shape(q, v, tables)}
     for head in range(0, kv, at_once):
         width = min(at_once, kv - head)
-        for index, start in enumerate(range(0, tokens, chunk)):
-            stop = min(start + chunk, tokens)
-            pairs = (stop - start) * n
-            if inverse is not None:
-                most = min(pairs, tables.blocks_within(start, stop) + pairs // inverse.size)
-                _partial_kernel[(most, width)](
-                    *(q, k, v, inverse.item_blocks, inverse.item_pairs, inverse.first_items, tables.block_first),
-                    *(part, part_lse, scale * LOG2E, k.shape[0], head, index, inverse.chunks, start),
-                    TILE=tile,
-                    ITEM=inverse.size,
-                    GP=group_p,
-                    num_warps=tuning.warps,
-                    num_stages=tuning.stages,
+        for segment in segments(tokens, chunk, item_bytes(chunk, width, n, tables.blocks, size)):
+            inverse = invert(parted[:, head : head + width], tables, chunk, size, segment) if n else None
+            for start in range(segment.start * chunk, min(segment.stop * chunk, tokens), chunk):
+                stop = min(start + chunk, tokens)
+                pairs = (stop - start) * n
+                if inverse is not None:
+                    most = min(pairs, tables.blocks_within(start, stop) + pairs // size)
+                    _partial_kernel[(most, width)](
+                        *(q, k, v, inverse.item_blocks, inverse.item_pairs, inverse.first_items, tables.block_first),
+                        *(part, part_lse, scale * LOG2E, k.shape[0], head, start // chunk - inverse.before),
+                        *(inverse.chunks, start),
+                        TILE=tile,
+                        ITEM=size,
+                        GP=group_p,
+                        num_warps=tuning.warps,
+                        num_stages=tuning.stages,
+                        **shape,
+                    )
+                _merge_kernel[(stop - start, width)](
+                    *(q, k, v, part, part_lse, blocks, tables.starts, tables.key_starts),
+                    *(beside if beside is not None else (out, lse)),
+                    *(out, lse),
+                    *(mix if mix is not None else (out, out, lse, out)),
+                    *(scale * LOG2E, head, start, blocks.stride(0), blocks.stride(1)),
+                    DIRECT=direct,
+                    EARLY=direct > 0 and n * group * dim_v <= 5 * 16 * 128,  # what registers hold
+                    GP=padded(group),
+                    NP=triton.next_power_of_2(max(n, 1)),
+                    BESIDE=beside is not None,
+                    MIX=mix is not None,
+                    num_warps=tuning.merge_warps,
+                    num_stages=tuning.merge_stages,
                     **shape,
                 )
-            _merge_kernel[(stop - start, width)](
-                *(q, k, v, part, part_lse, blocks, tables.starts, tables.key_starts),
-                *(beside if beside is not None else (out, lse)),
-                *(out, lse),
-                *(mix if mix is not None else (out, out, lse, out)),
-                *(scale * LOG2E, head, start, blocks.stride(0), blocks.stride(1)),
-                DIRECT=direct,
-                EARLY=direct > 0 and n * group * dim_v <= 5 * 16 * 128,  # what registers hold
-                GP=padded(group),
-                NP=triton.next_power_of_2(max(n, 1)),
-                BESIDE=beside is not None,
-                MIX=mix is not None,
-                num_warps=tuning.merge_warps,
-                num_stages=tuning.merge_stages,
-                **shape,
-            )
+            del inverse  # before there is a next one
     return out, lse
 
 
@@ -171,7 +175,7 @@ def _partial_kernel(
 ):
     """Outputs ``[TILE * GP, E]`` and log-sum-exps (base 2) of the queries of one item, over its block alone."""
     h = head + tl.program_id(1)
-    first_item = first_items + h * chunks + chunk
+    first_item = first_items + tl.program_id(1) * chunks + chunk  # of the heads at work alone
     item = (tl.load(first_item) + tl.program_id(0)).to(tl.int64)
     if item >= tl.load(first_item + 1):
         return

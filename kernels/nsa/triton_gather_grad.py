@@ -16,7 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shoal.kernels.nsa.triton_inverse import ends_by_head, invert, lists_by_block, longest_first
+from shoal.kernels.nsa.triton_inverse import (
+    ends_by_head,
+    invert,
+    item_bytes,
+    list_bytes,
+    lists_by_block,
+    longest_first,
+    segments,
+)
 from shoal.kernels.nsa.triton_select import LOG2E, halves, load_rows, padded, precision
 from shoal.kernels.nsa.triton_span_grad import Grads, score_weights
 from shoal.kernels.nsa.triton_tables import PackTables
@@ -71,21 +79,28 @@ def selected_backward(
     part = torch.empty(chunk, n, heads, dim, dtype=q.dtype, device=q.device)
     hopper = None if deterministic or not tuning.hopper else for_hopper(q, v, tables, wide=tuning.wide)
     shared = ((q, k, v, d_out, base, dots), part, blocks, tables, scale, grads, tuning)
-    find = _parts_on_hopper(hopper, *shared) if hopper else _parts_of_blocks(*shared, deterministic=deterministic)
-    for index, start in enumerate(range(0, tokens, chunk)):
-        stop = min(start + chunk, tokens)
-        find(index, start, stop)
-        _sum_kernel[(stop - start, kv)](
-            *(grads.d_q, part, blocks, d_q, 1.0 if alone else scale, start, blocks.stride(0), blocks.stride(1)),
-            ALONE=alone,
-            N=n,
-            KV=kv,
-            G=heads // kv,
-            GP=padded(heads // kv, least=1),
-            D=dim,
-            DP=padded(dim),
-            num_warps=max(tuning.merge_warps, padded(dim) // 32),
-        )
+    of_chunk = (chunk, kv, n, tables.blocks)
+    room = list_bytes(*of_chunk) if deterministic else item_bytes(*of_chunk, tuning.item)
+    for segment in segments(tokens, chunk, room):
+        if hopper:
+            find = _parts_on_hopper(hopper, *shared, segment)
+        else:
+            find = _parts_of_blocks(*shared, segment, deterministic=deterministic)
+        for start in range(segment.start * chunk, min(segment.stop * chunk, tokens), chunk):
+            stop = min(start + chunk, tokens)
+            find(start // chunk, start, stop)
+            _sum_kernel[(stop - start, kv)](
+                *(grads.d_q, part, blocks, d_q, 1.0 if alone else scale, start, blocks.stride(0), blocks.stride(1)),
+                ALONE=alone,
+                N=n,
+                KV=kv,
+                G=heads // kv,
+                GP=padded(heads // kv, least=1),
+                D=dim,
+                DP=padded(dim),
+                num_warps=max(tuning.merge_warps, padded(dim) // 32),
+            )
+        del find  # and what it reads, before there is a next one
     return d_q
 
 
@@ -98,9 +113,10 @@ def _parts_on_hopper(
     scale: float,
     grads: Grads,
     tuning: GatherGradTuning,
+    segment: range,
 ) -> Callable[[int, int, int], None]:
     """What :func:`_parts_of_blocks` returns, of the twin of its kernel in Gluon."""
-    inverse = longest_first(invert(blocks, tables, len(part), tuning.item))
+    inverse = longest_first(invert(blocks, tables, len(part), tuning.item, segment))
     ends, taken = ends_by_head(inverse, blocks.shape[1]), blocks.new_zeros(inverse.chunks)
 
     def find(index: int, start: int, stop: int) -> None:
@@ -117,17 +133,18 @@ def _parts_of_blocks(
     scale: float,
     grads: Grads,
     tuning: GatherGradTuning,
+    segment: range,
     *,
     deterministic: bool,
 ) -> Callable[[int, int, int], None]:
-    """What finds, for the number of a chunk and its queries' bounds, the parts of their gradients, ``part [chunk, n, H,
-    D]``, and adds to the gradients of keys and values."""
+    """What finds, for the number of a chunk of the segment and its queries' bounds, the parts of their gradients,
+    ``part [chunk, n, H, D]``, and adds to the gradients of keys and values."""
     (chunk, n, heads, dim), (kv, dim_v) = part.shape, operands[2].shape[1:]
     if deterministic:
-        pairs, first, chunks = lists_by_block(blocks, tables, chunk)
+        pairs, first, chunks = lists_by_block(blocks, tables, chunk, segment)
         items, size = pairs, 0
     else:
-        inverse = invert(blocks, tables, chunk, tuning.item)
+        inverse = invert(blocks, tables, chunk, tuning.item, segment)
         pairs, first, chunks = inverse.item_pairs, inverse.first_items, inverse.chunks
         items, size = inverse.item_blocks, inverse.size
     group_p = padded(heads // kv, least=1)
@@ -140,7 +157,7 @@ def _parts_of_blocks(
         _block_kernel[(programs, kv)](
             *(*operands, grads.d_k, grads.d_v, part, items, pairs, first),
             *(tables.block_first, tables.block_last, tables.own_rows, scale * LOG2E),
-            *(start, low, index, chunks, tables.blocks),
+            *(start, low, index - segment.start, chunks, tables.blocks),
             ITEM=size,
             N=n,
             KV=kv,
