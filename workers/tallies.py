@@ -114,11 +114,12 @@ def open_tallies(group: Group, experts: int, device: torch.device) -> Tallies | 
 
 def _made(size: int) -> tuple[int, str]:
     """Memory without a name in any file system, so that none is left behind by a process that is killed."""
+    made = -1
     try:
         made = os.memfd_create("shoal-counts")
         os.ftruncate(made, size)
     except (OSError, AttributeError):
-        return -1, ""
+        return made, ""
     return made, f"/proc/{os.getpid()}/fd/{made}"
 
 

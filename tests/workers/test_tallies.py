@@ -108,10 +108,15 @@ def _refused(rank: int, world: int, fault: str) -> bool:
         tallies.mmap.mmap = fails  # type: ignore[misc,assignment]
     if fault == "one GPU is not told of it" and rank == 1:
         tallies._registered = lambda *_: False
+    if fault == "it may not be so large" and rank == 0:
+        os.ftruncate = fails
     group = Group(tuple(range(world)), rank, dist.group.WORLD)
-    return tallies.open_tallies(group, 8, CPU) is None
+    without = tallies.open_tallies(group, 8, CPU) is None
+    return without and not any("shoal-counts" in os.path.realpath(each) for each in Path("/proc/self/fd").iterdir())
 
 
-@pytest.mark.parametrize("fault", ["none is made", "one rank may not open it", "one GPU is not told of it"])
-def test_ranks_go_without_it_alike(fault: str) -> None:
+@pytest.mark.parametrize(
+    "fault", ["none is made", "it may not be so large", "one rank may not open it", "one GPU is not told of it"]
+)
+def test_ranks_go_without_it_alike_and_leave_nothing_open(fault: str) -> None:
     assert run_ranks(3, _refused, fault) == [True] * 3
