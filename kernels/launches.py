@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -78,9 +79,6 @@ how, no more, and allocators give the same places again and again."""
 
 MOST_MAPS = 4096
 
-_kinds: dict[str, int] = {}
-"""A number for each kind of block that descriptors are made for."""
-
 
 def _with_kept_maps(go: Callable[..., None]) -> Callable[..., None]:
     """Triton 3.6's launch of a kernel, which asks CUDA anew for all of its tensor descriptors; or ``go`` itself, where
@@ -94,7 +92,7 @@ def _with_kept_maps(go: Callable[..., None]) -> Callable[..., None]:
     from triton.backends.nvidia.driver import make_tensordesc_arg
 
     launcher, places = outside["launcher"], (_BEFORE + place for place in sorted(outside["tensordesc_indices"]))
-    kinds = (_kinds.setdefault(str(sorted(meta.items())), len(_kinds)) for meta in metas)
+    kinds = (sys.intern(str(sorted(meta.items()))) for meta in metas)
     wanted = [*zip(places, metas, kinds, strict=True)][::-1]
 
     def launch(*arguments: Any) -> None:

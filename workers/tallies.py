@@ -30,6 +30,9 @@ MARKS = 256
 SPINS, NAP = 200, 20e-6
 """How often a host looks before it sleeps, and for how many seconds then: counts come within some 0.1 ms."""
 
+ASK = 1.0
+"""Seconds after which a host asks, again and again, whether its own GPU failed, which shared memory does not tell."""
+
 TRIAL = timedelta(seconds=10)
 
 
@@ -63,20 +66,23 @@ class Tallies:
         self._mark.copy_(self._numbers[self._number], non_blocking=True)
 
     def read(self, patience: timedelta) -> list[list[int]]:
-        """The counts of all ranks; the host waits until they are there. Raises Unheard where patience ends, or what
-        CUDA says of this rank's own GPU."""
-        end = 0.0
+        """The counts of all ranks; the host waits until they are there. Raises Unheard where patience ends, or
+        sooner what CUDA says of this rank's own GPU."""
+        end = ask = 0.0
         looks = 0
         while missing := [rank for rank, mark in enumerate(self._marks) if self._words[mark] != self._number]:
             looks += 1
             if looks < SPINS:
                 continue
             now = time.monotonic()
-            end = end or now + patience.total_seconds()
+            end, ask = end or now + patience.total_seconds(), ask or now + ASK
             if now > end:
                 if self._group.index in missing:
                     Moment(self._device).wait()
                 raise Unheard(missing)
+            if now > ask and self._device.type == "cuda":
+                ask = now + ASK
+                torch.cuda.current_stream(self._device).query()  # raises what any kernel before failed of
             time.sleep(NAP)
         return [self._words[start : start + self._experts].tolist() for start in self._starts]
 
@@ -114,11 +120,12 @@ def open_tallies(group: Group, experts: int, device: torch.device) -> Tallies | 
 
 def _made(size: int) -> tuple[int, str]:
     """Memory without a name in any file system, so that none is left behind by a process that is killed."""
+    made = -1
     try:
         made = os.memfd_create("shoal-counts")
         os.ftruncate(made, size)
     except (OSError, AttributeError):
-        return -1, ""
+        return made, ""
     return made, f"/proc/{os.getpid()}/fd/{made}"
 
 

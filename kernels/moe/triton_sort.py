@@ -23,8 +23,7 @@ def sort(
 ) -> tuple[Tensor, Fan, Tensor]:
     """As :func:`shoal.kernels.moe.plan.sort`; the order is 0 at places that nobody takes."""
     tokens, choices = slots.shape
-    came = 0 if words is None else words.shape[0] if words.dim() == 2 else words.shape[0] * words.shape[1]
-    total = tokens + came
+    total = tokens + (0 if words is None else words.shape[:-1].numel())
     tile = tile_of(total, experts)
     blocks, columns = tiles(total, tile), max(experts, 1)
     if words is None:
@@ -49,8 +48,8 @@ def sort(
             total,
             first,
             experts,
-            max(came, 1) if words.dim() == 2 else words.shape[1],
-            0 if words.dim() == 2 else words.stride(0),
+            max(words.shape[-2], 1),
+            words.stride(0),  # of no matter for those of one rank, which are all of its tokens
             B=words.stride(-2),
             COPY=all_gates is not gates,
             **shape,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -27,23 +28,24 @@ class Tiles:
 
 def tiles_of(ends: Tensor | None, rows: int, size: int, device: torch.device | None = None) -> Tiles:
     """ends: ``[E]`` int32, where each group of the sorted ``rows`` ends; none: they are one group, on ``device``."""
-    if ends is None:
-        on_gpu = device is not None and device.type == "cuda"
-        key = (rows, size, *(current_place() if on_gpu else ()))
-        kept = _whole.get(key)
-        if kept is None:
-            kept = _found(None, rows, size, device)
-            if on_gpu and torch.cuda.is_current_stream_capturing():
-                return kept  # its numbers are not there until the graph is replayed
-            if len(_whole) >= MOST_KEPT:
-                _whole.clear()
-            _whole[key] = kept
-        return kept
-    return _found(ends, rows, size, ends.device)
+    if ends is not None:
+        return _found(ends, rows, size, ends.device)
+    # A graph finds its own: it would go on reading memory of kept ones that were given up since, and what it finds is
+    # not there for others until it is replayed.
+    if device is None or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return _found(None, rows, size, device)
+    key = (rows, size, device, *current_place())
+    kept = _whole.get(key)
+    if kept is None:
+        if len(_whole) >= MOST_KEPT:
+            _whole.clear()
+        kept = _whole[key] = _found(None, rows, size, device)
+    return kept
 
 
-_whole: dict[tuple[int, ...], Tiles] = {}
-"""Of rows that are one group, by their number, the tiles' size, the GPU and the stream on which they were found."""
+_whole: dict[tuple[Any, ...], Tiles] = {}
+"""Of rows that are one group, by their number, the tiles' size, where they lie, and the GPU and the stream on which
+they were found."""
 
 MOST_KEPT = 64
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,6 +34,16 @@ class Compiled:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return lambda *arguments: self.told.append((grid, arguments))
+
+
+class Launchable(Compiled):
+    """With the launcher of an NVIDIA GPU."""
+
+    function, packed_metadata = 77, (4, 1, 0)
+
+    def __init__(self, run: Any, told: list[Any]) -> None:
+        super().__init__(told)
+        self.run = run
 
 
 @pytest.fixture
@@ -136,6 +147,31 @@ def test_descriptors_are_given_to_cuda_once_for_each_place(monkeypatch: pytest.M
         assert len(asked) == fresh, "what was asked once is known"
         assert got[-3] == got[-2] == got[-1]
     assert launches._with_kept_maps(got.append) == got.append  # of a kernel without descriptors
+
+
+@pytest.mark.parametrize("changes", [{}, {"global_scratch_size": 1}, {"profile_scratch_size": 1}])
+def test_launches_say_what_those_of_triton_say(changes: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for hooks of a profiler; kernels that need memory of Triton's allocators are launched by it."""
+    driver = pytest.importorskip("triton.backends.nvidia.driver")
+    if not triton.__version__.startswith("3.6."):
+        pytest.skip("Triton is asked to launch")
+    told: list[Any] = []
+    run = driver.CudaLauncher.__new__(driver.CudaLauncher)
+    sizes = {"global_scratch_size": 0, "profile_scratch_size": 0} | changes
+    aligned = {"global_scratch_align": 1, "profile_scratch_align": 1}
+    options = {"num_ctas": 1, "launch_cooperative_grid": False, "launch_pdl": True}
+    run.__dict__.update(sizes, **aligned, **options, launch=lambda *given: told.append(given))
+    compiled = Launchable(run, [])
+    monkeypatch.setattr(launches, "driver", SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda _: 99)))
+    start = launches.starter(compiled)
+    start(0, (4, 2, 1), 1234, 5, 16)
+    if changes:
+        assert compiled.told == [((4, 2, 1), (1234, 5, 16))]
+        assert not told
+    else:
+        run(4, 2, 1, 99, compiled.function, compiled.packed_metadata, None, None, None, 1234, 5, 16)
+        assert told[0] == told[1]
+        assert len(told[0]) == launches._BEFORE + 3
 
 
 def test_what_is_launched_computes() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -119,6 +119,20 @@ def test_what_goes_with_all_rows_is_planned_as_operators_plan_it(case: Case) -> 
 
 
 @settings(max_examples=15)
+@given(case=cases())
+def test_counts_that_are_known_are_those_that_would_be_counted(case: Case) -> None:
+    """Where slots are the experts in their order; of other slots they are counted all the same."""
+    (gates, experts), ways = case.choices(), case.ways()
+    alone = replace(case, homes=tuple(sorted(home[:1] for home in case.homes)))
+    known = torch.bincount(experts.flatten().long(), minlength=len(case.homes)).int().to(DEVICE)
+    for each in (ways, replace(alone.ways(), in_order=True)):
+        want = plan(experts, gates, each, False, case.tokens + 3)
+        got = plan(experts, gates, each, True, case.tokens + 3, known)
+        for part in ("counts", "letter"):
+            assert torch.equal(getattr(got, part), getattr(want, part)), part
+
+
+@settings(max_examples=15)
 @given(case=cases(), hidden=st.sampled_from([1, 12, 1030]))
 def test_rows_for_all_ranks_are_addressed_as_operators_address_them(case: Case, hidden: int) -> None:
     (gates, experts), ways = case.choices(), case.ways()
@@ -159,6 +173,16 @@ def test_what_came_is_sorted_as_operators_sort_it(case: Case, came: int | None, 
     assert len(got[1].order) == places
     assert not places or 0 <= int(got[1].order.min()) <= int(got[1].order.max()) < max(everything.numel(), 1)
     assert torch.equal(got[2], want[2])
+    if words is not None and came == 30:  # in slots of three ranks, behind what else came
+        slotted = torch.full((3, 5 + 10 * 2 * case.top_k), -7, dtype=torch.int32, device=DEVICE)
+        of_ranks = slotted[:, 5:].unflatten(1, (10, -1))
+        of_ranks.copy_(words.unflatten(0, (3, 10)))
+        for triton, one in ((False, want), (True, got)):
+            several = sort(slots, gates, of_ranks, first, local, places, triton)
+            assert torch.equal(several[0].view(torch.int32), one[0].view(torch.int32))
+            assert torch.equal(several[1].rows, one[1].rows)
+            assert torch.equal(several[1].order[:mine], one[1].order[:mine])
+            assert torch.equal(several[2], one[2])
 
 
 @settings(max_examples=15)

@@ -19,7 +19,7 @@ from shoal.kernels.moe.gemms import apart, side_by_side  # noqa: E402
 from shoal.kernels.moe.layer import moe_layer  # noqa: E402
 from shoal.kernels.moe.triton_gemms import TritonGemms  # noqa: E402
 from shoal.kernels.moe.triton_route import Choice, choose, choose_backward  # noqa: E402
-from shoal.kernels.moe.triton_tiles import tiles_of  # noqa: E402
+from shoal.kernels.moe.triton_tiles import MOST_KEPT, tiles_of  # noqa: E402
 from shoal.workers.config import Recipe  # noqa: E402
 from shoal.workers.mesh import make_mesh  # noqa: E402
 from shoal.workers.model.feedforward import MoE, MoELoad  # noqa: E402
@@ -349,3 +349,21 @@ def test_tiles_cover_each_row_once_and_no_two_groups(counts: list[int]) -> None:
         tiles = tiles_of(groups, sum(counts), size, torch.device(DEVICE))
         assert tiles.count.tolist() == [len(want)]
         assert tiles.table[:, : len(want)].T.tolist() == [list(tile) for tile in want]
+
+
+@pytest.mark.gpu
+def test_a_graph_reads_tiles_of_its_own() -> None:
+    """Kept ones of the same rows are given up when many other numbers of rows have come, and their memory is taken."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        want = tiles_of(None, 100, 16, device).table.tolist()
+    with torch.cuda.graph(graph, stream=stream):
+        read = tiles_of(None, 100, 16, device).table.clone()
+    with torch.cuda.stream(stream):
+        for rows in range(101, 102 + MOST_KEPT):
+            tiles_of(None, rows, 16, device)
+        taken = [torch.full((3, 7), -7, dtype=torch.int32, device=device) for _ in range(1024)]
+        graph.replay()
+        assert read.tolist() == want
+    assert len(taken) == 1024

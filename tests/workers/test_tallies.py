@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from ranks import run_ranks, start_ranks
 
 from shoal.workers import tallies
@@ -98,6 +99,32 @@ def test_a_rank_that_was_killed_is_named() -> None:
         assert [pickle.loads((folder / str(rank)).read_bytes()) for rank in range(2)] == [[2], [2]]
 
 
+def _own_fault() -> None:
+    """Exits with 3 where the host hears of its own GPU's fault, with 4 where it waits for others to the end."""
+    device = torch.device("cuda", 0)
+    memory = torch.zeros(tallies.words_for(2, 8), dtype=torch.int32, pin_memory=True)
+    opened = tallies.Tallies(memory, Group((0, 1), 0), 8, device)
+    opened.tell(torch.zeros(8, dtype=torch.int32, device=device))
+    torch._assert_async(torch.zeros(1, device=device))
+    try:
+        opened.read(LONG)
+    except tallies.Unheard:
+        os._exit(4)
+    except RuntimeError:
+        os._exit(3)  # nothing of CUDA can be taken down in good order
+
+
+@pytest.mark.gpu
+def test_a_rank_whose_own_gpu_fails_does_not_wait_for_others() -> None:
+    process = mp.get_context("spawn").Process(target=_own_fault)
+    process.start()
+    try:
+        process.join(2 * LONG.total_seconds())
+        assert process.exitcode == 3
+    finally:
+        process.kill()
+
+
 def _refused(rank: int, world: int, fault: str) -> bool:
     def fails(*_: Any, **__: Any) -> Any:
         raise OSError(fault)
@@ -108,10 +135,15 @@ def _refused(rank: int, world: int, fault: str) -> bool:
         tallies.mmap.mmap = fails  # type: ignore[misc,assignment]
     if fault == "one GPU is not told of it" and rank == 1:
         tallies._registered = lambda *_: False
+    if fault == "it may not be so large" and rank == 0:
+        os.ftruncate = fails
     group = Group(tuple(range(world)), rank, dist.group.WORLD)
-    return tallies.open_tallies(group, 8, CPU) is None
+    without = tallies.open_tallies(group, 8, CPU) is None
+    return without and not any("shoal-counts" in os.path.realpath(each) for each in Path("/proc/self/fd").iterdir())
 
 
-@pytest.mark.parametrize("fault", ["none is made", "one rank may not open it", "one GPU is not told of it"])
-def test_ranks_go_without_it_alike(fault: str) -> None:
+@pytest.mark.parametrize(
+    "fault", ["none is made", "it may not be so large", "one rank may not open it", "one GPU is not told of it"]
+)
+def test_ranks_go_without_it_alike_and_leave_nothing_open(fault: str) -> None:
     assert run_ranks(3, _refused, fault) == [True] * 3
