@@ -112,7 +112,8 @@ def open_tallies(group: Group, experts: int, device: torch.device) -> Tallies | 
         return None
     tallies = Tallies(memory, group, experts, device)
     if device.type == "cuda":
-        weakref.finalize(tallies, _unregister, memory)  # which lives as long
+        finalizer = weakref.finalize(tallies, _unregister, memory)  # which lives as long
+        finalizer.atexit = False  # the driver forgets it with the process, and would wait for what is under way
     if not there:
         return None
     return tallies if all(_all(group, _arrives(tallies, group, experts, device))) else None

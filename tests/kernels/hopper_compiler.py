@@ -89,8 +89,8 @@ def attention(kv: int, group: int, dims: tuple[int, int], dtype: torch.dtype) ->
     grads = Grads(*(torch.zeros(x.shape) for x in (q, k, v)))
     triton_compress_mean(k.clone().requires_grad_(), layout).sum().backward()
     shapes = (32, dims[0]), (32 * dims[0], 2 * dims[0]), (2 * dims[0], dims[0])
-    phi = [k.new_zeros(kv, *shape).requires_grad_() for shape in shapes]
-    triton_compress(k.clone().requires_grad_(), *phi, layout).sum().backward()
+    position, w1, w2 = (k.new_zeros(kv, *shape).requires_grad_() for shape in shapes)
+    triton_compress(k.clone().requires_grad_(), position, w1, w2, layout).sum().backward()
     gluon_span_attention(q, k, v, tables.window, 0.1)
     gluon_span_backward(q, k, v, d_out, base, base, tables.window, tables.window_seen, 0.1, grads)
     if group >= 16:

@@ -30,11 +30,11 @@ def passes(device: str, dtype: torch.dtype, heads: int, kv: int, dims: tuple[int
     k_raw = leaf(tokens, kv, dims[0])
     keys = [leaf(rows, kv, dim) for rows in (blocks, tokens, tokens) for dim in dims]
     shapes = (32, dims[1]), (32 * dims[1], 2 * dims[1]), (2 * dims[1], dims[1])
-    phi = [leaf(kv, *shape) for shape in shapes]
+    position, w1, w2 = (leaf(kv, *shape) for shape in shapes)
     gates = torch.rand(tokens, heads, 3, device=device, dtype=dtype, requires_grad=True)
     for deterministic in (False, True):
         means = compress_mean(k_raw, layout)
-        values = compress(leaf(tokens, kv, dims[1]), *phi, layout)
+        values = compress(leaf(tokens, kv, dims[1]), position, w1, w2, layout)
         tensors = (leaf(tokens, heads, dims[0]), means, values, *keys[2:], gates)
         out = nsa_triton(*cast(Tensors, tensors), layout, dims[0] ** -0.5, deterministic=deterministic)
         out.sum().backward()

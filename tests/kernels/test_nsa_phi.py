@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -112,7 +113,8 @@ def test_keys_that_are_views(kv: int) -> None:
     ):
         found = []
         for phi, wide in ((triton_compress, torch.float32), (compress, torch.float64)):
-            out = phi(view(branches).to(wide), *(w.to(wide) for w in weights), layout)
+            position, w1, w2 = (w.to(wide) for w in weights)
+            out = phi(view(branches).to(wide), position, w1, w2, layout)
             upstream = draw(dim, kv, len(out), dtype=torch.float32, seed=7).to(wide).permute(2, 1, 0)
             found.append((out.detach(), *torch.autograd.grad(out, branches, upstream)))
         close(found[0][0], found[1][0].cpu(), torch.float32)
@@ -124,11 +126,11 @@ def test_of_a_part_of_the_queries() -> None:
     cu = (0, 10, 100)
     whole = make_layout(cu, SMALL, DEVICE)
     part = make_layout(cu, SMALL, DEVICE, queries=Rows.of([(14, 33), (71, 90)]))
-    x, *weights = inputs(100, 2, 8, SMALL, torch.float32)
+    x, position, w1, w2 = inputs(100, 2, 8, SMALL, torch.float32)
     x.requires_grad_()
-    got = triton_compress(x[part.needs.raw.indices(x.device)], *weights, own_blocks(part))
-    double = [w.double() for w in weights]
-    want = compress(x.double(), *double, whole)[part.needs.own.indices(x.device)]
+    got = triton_compress(x[part.needs.raw.indices(x.device)], position, w1, w2, own_blocks(part))
+    all_of_them = compress(x.double(), position.double(), w1.double(), w2.double(), whole)
+    want = all_of_them[part.needs.own.indices(x.device)]
     close(got, want.detach().cpu(), torch.float32)
     upstream = torch.randn_like(got)
     mine, theirs = (torch.autograd.grad(out, x, upstream.to(out.dtype))[0] for out in (got, want))
@@ -156,9 +158,9 @@ def test_gradients_are_the_same_bits_in_every_run() -> None:
 
 
 def test_triton_without_a_gpu_is_refused() -> None:
-    x, *weights = (x.cpu() for x in inputs(40, 1, 8, PAPER, torch.float32))
+    x, position, w1, w2 = (x.cpu() for x in inputs(40, 1, 8, PAPER, torch.float32))
     with pytest.raises(ValueError, match=r"on a GPU, and x is torch\.float32 on cpu"):
-        compress(x, *weights, make_layout((0, 40), PAPER, "cpu"), "triton")
+        compress(x, position, w1, w2, make_layout((0, 40), PAPER, "cpu"), "triton")
 
 
 @pytest.mark.gpu
@@ -171,7 +173,7 @@ def test_on_a_gpu(dtype: torch.dtype, kv: int, dim: int) -> None:
     layout = make_layout(tuple(accumulate(lengths, initial=0)), PAPER, DEVICE)
     taken = inputs(layout.tokens, kv, dim, PAPER, dtype)
     got = passes(compress, taken, layout)
-    plain = passes(lambda *args: compress(*args, "torch"), taken, layout)
+    plain = passes(partial(compress, backend="torch"), taken, layout)
     want = passes(compress, [x.double() for x in taken], layout)
     for g, p, w in zip(got, plain, want, strict=True):
         assert g is not None and p is not None and w is not None and g.dtype == dtype and g.shape == w.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import pickle
 import random
@@ -132,7 +133,7 @@ def _refused(rank: int, world: int, fault: str) -> bool:
     if fault == "none is made" and rank == 0:
         os.memfd_create = fails  # type: ignore[assignment]
     if fault == "one rank may not open it" and rank == 1:
-        tallies.mmap.mmap = fails  # type: ignore[misc,assignment]
+        mmap.mmap = fails  # type: ignore[misc, assignment]
     if fault == "one GPU is not told of it" and rank == 1:
         tallies._registered = lambda *_: False
     if fault == "it may not be so large" and rank == 0:
