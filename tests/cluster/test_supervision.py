@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from exported import address_of_metrics, wait_for_run
 from rich.console import Console
 from small import small_corpus, small_recipe
@@ -263,7 +264,9 @@ def test_what_ranks_said_counts_for_more_than_their_deaths_afterwards(
     monkeypatch.setattr("shoal.cluster.group.LINGER", 2.0)
     recipe = Recipe.model_validate(small_recipe(parallel__ranks=2))
     with RankGroup(recipe, session, Failing) as group, pytest.raises(RankLost, match="nobody put rows"):
-        group.get(group.call("fail"))
+        references = group.call("fail")
+        ray.wait(references, num_returns=2 - hanging, timeout=60)  # a reply on its way is lost with its process
+        group.get(references)
 
 
 def test_a_run_that_waits_for_room_is_stopped_by_a_signal(

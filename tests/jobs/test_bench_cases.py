@@ -23,6 +23,7 @@ def measuring(rank: int, ranks: int, store: str, names: list[str], results: str)
             raise ValueError("let go too late")
 
 
+@pytest.mark.slow
 def test_a_case_that_hangs_is_left_out_and_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "GRACE", 0.2)
     said: list[str] = []

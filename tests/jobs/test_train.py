@@ -102,6 +102,7 @@ def test_interrupted_and_resumed_a_run_ends_with_the_same_bits(
     assert list(temporary.iterdir()) == []
 
 
+@pytest.mark.slow  # test_supervision has a damaged checkpoint, test_checkpoint other ranks
 def test_resumed_on_other_ranks_from_the_checkpoint_before_a_damaged_one(
     here: Path, whole: Path, temporary: Path
 ) -> None:
