@@ -89,7 +89,10 @@ def on_rank(rank: int, world: int, corpus: Path, device: str) -> Runs:
     return found
 
 
-@pytest.fixture(scope="module", params=[pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)])
+DEVICES = [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(scope="module", params=DEVICES)
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Runs]:
     """What both ranks found, of all runs in one go, since starting processes and NCCL takes long."""
     device = str(request.param)
