@@ -48,7 +48,7 @@ def cut(group: int) -> tuple[int, int, int]:
 
 @pytest.mark.parametrize(
     ("group", "table", "parts"),
-    [(1, 1, (1, 3, 4)), (2, 3000, (2, 2, 4))],
+    [(1, 1, (1, 3, 4)), pytest.param(2, 3000, (2, 2, 4), marks=pytest.mark.slow)],
     ids=["a chunk of a head", "two chunks"],
 )
 def test_as_in_one_segment_and_as_the_oracle(
