@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from nsa_packs import hyper
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -43,12 +44,11 @@ class Problem:
         return nsa_attention(self.q, keys, values, k_slc, v_slc, k_win, v_win, self.gates, layout, SCALE)
 
     def slow(self) -> Tensor:
-        s, cu = self.sizes, self.cu
-        hyper = oracle.Hyper(s.cmp_block, s.cmp_stride, s.slc_block, s.slc_count, s.slc_initial, s.slc_local, s.window)
+        cu, sizes = self.cu, hyper(self.sizes)
         k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = self.raw
-        keys = oracle.compress(k_cmp, oracle.Phi(*self.phi_k), cu, hyper)
-        values = oracle.compress(v_cmp, oracle.Phi(*self.phi_v), cu, hyper)
-        return oracle.nsa(self.q, keys, values, k_slc, v_slc, k_win, v_win, self.gates, cu, hyper, SCALE)
+        keys = oracle.compress(k_cmp, oracle.Phi(*self.phi_k), cu, sizes)
+        values = oracle.compress(v_cmp, oracle.Phi(*self.phi_v), cu, sizes)
+        return oracle.nsa(self.q, keys, values, k_slc, v_slc, k_win, v_win, self.gates, cu, sizes, SCALE)
 
     def layout(self, tile: int | None = None, dense_keys: int | None = None) -> Layout:
         return make_layout(self.cu, self.sizes, "cpu", tile=tile, dense_keys=dense_keys)

@@ -15,6 +15,8 @@ from triton_on_cpu import DEVICE, close, draw
 
 triton_on_cpu.prepare()
 
+from nsa_packs import compressing, hyper  # noqa: E402
+
 from shoal.kernels.nsa import BlockSizes, Layout, compress_mean, make_layout, oracle  # noqa: E402
 from shoal.kernels.nsa.compress import own_blocks  # noqa: E402
 from shoal.kernels.nsa.rows import Rows  # noqa: E402
@@ -22,10 +24,6 @@ from shoal.kernels.nsa.triton_mean import triton_compress_mean  # noqa: E402
 
 Mean = Callable[[Tensor, Layout], Tensor]
 PAPER = BlockSizes(32, 16, 64, 16, 1, 2, 512)
-
-
-def hyper(s: BlockSizes) -> oracle.Hyper:
-    return oracle.Hyper(s.cmp_block, s.cmp_stride, s.slc_block, s.slc_count, s.slc_initial, s.slc_local, s.window)
 
 
 def check(
@@ -46,15 +44,9 @@ def check(
     close(x.grad, torch.zeros_like(exact) if exact.grad is None else exact.grad, dtype)
 
 
-@st.composite
-def block_sizes(draw: st.DrawFn) -> BlockSizes:
-    d, per_cmp = draw(st.integers(1, 4)), draw(st.integers(1, 3))
-    return BlockSizes(per_cmp * d, d, 3 * d, 2, 0, 1, 5)
-
-
 packs = given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4),
-    sizes=block_sizes(),
+    sizes=compressing(),
     kv=st.integers(1, 3),
     dim=st.integers(1, 20),
 )

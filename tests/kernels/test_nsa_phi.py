@@ -17,6 +17,8 @@ from triton_on_cpu import DEVICE, close, draw
 
 triton_on_cpu.prepare()
 
+from nsa_packs import LENGTHS, compressing, hyper  # noqa: E402
+
 from shoal.kernels.nsa import BlockSizes, compress, make_layout, oracle  # noqa: E402
 from shoal.kernels.nsa.compress import own_blocks  # noqa: E402
 from shoal.kernels.nsa.layout import ChunkInverse  # noqa: E402
@@ -52,14 +54,13 @@ def passes(phi: Phi, taken: list[Tensor], layout: Any, frozen: tuple[str, ...] =
 
 def check(lengths: list[int], sizes: BlockSizes, kv: int, dim: int, frozen: tuple[str, ...] = ()) -> None:
     """Relative errors of all, in float32, with tokens of no chunk and chunks of no block among them."""
-    cu, s = tuple(accumulate(lengths, initial=0)), sizes
+    cu = tuple(accumulate(lengths, initial=0))
     layout = make_layout(cu, sizes, DEVICE)
     if not layout.cmp_chunks.numel():
         return
-    hyper = oracle.Hyper(s.cmp_block, s.cmp_stride, s.slc_block, s.slc_count, s.slc_initial, s.slc_local, s.window)
 
     def defined(x: Tensor, position: Tensor, w1: Tensor, w2: Tensor, _: Any) -> Tensor:
-        return oracle.compress(x, oracle.Phi(position, w1, w2), cu, hyper)
+        return oracle.compress(x, oracle.Phi(position, w1, w2), cu, hyper(sizes))
 
     taken = inputs(layout.tokens, kv, dim, sizes, torch.float32)
     got = passes(triton_compress, taken, layout, frozen)
@@ -70,15 +71,9 @@ def check(lengths: list[int], sizes: BlockSizes, kv: int, dim: int, frozen: tupl
             close(g, w, torch.float32)
 
 
-@st.composite
-def block_sizes(draw: st.DrawFn) -> BlockSizes:
-    d, per_cmp = draw(st.integers(1, 4)), draw(st.integers(1, 3))
-    return BlockSizes(per_cmp * d, d, 3 * d, 2, 0, 1, 5)
-
-
 packs = given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4),
-    sizes=block_sizes(),
+    sizes=compressing(),
     kv=st.integers(1, 3),
     dim=st.integers(4, 20),  # of one element a sum may be nearly nothing, and so what errors are compared with
 )
@@ -137,7 +132,7 @@ def test_of_a_part_of_the_queries() -> None:
     close(mine, theirs.cpu().double(), torch.float32)
 
 
-@given(lengths=st.lists(st.integers(0, 40), max_size=4), sizes=block_sizes())
+@given(lengths=LENGTHS, sizes=compressing())
 def test_the_inverse_of_chunks_and_blocks(lengths: list[int], sizes: BlockSizes) -> None:
     layout = make_layout(tuple(accumulate(lengths, initial=0)), sizes, "cpu")
     inverse: ChunkInverse = layout.inverse

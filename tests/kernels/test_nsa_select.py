@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from nsa_packs import hyper
 
 from shoal.kernels.nsa import BlockSizes, compress, make_layout, oracle
 from shoal.kernels.nsa.select import importance, select
@@ -20,10 +21,6 @@ def block_sizes(draw: st.DrawFn) -> BlockSizes:
     per_slc = draw(st.integers(per_cmp, per_cmp + 3))
     initial, local, others = draw(st.integers(0, 2)), draw(st.integers(1, 2)), draw(st.integers(0, 3))
     return BlockSizes(per_cmp * d, d, per_slc * d, initial + local + others, initial, local, draw(st.integers(1, 20)))
-
-
-def hyper(s: BlockSizes) -> oracle.Hyper:
-    return oracle.Hyper(s.cmp_block, s.cmp_stride, s.slc_block, s.slc_count, s.slc_initial, s.slc_local, s.window)
 
 
 def test_weights_of_the_paper_are_1_2_2_2_1_on_4j_minus_1_to_4j_plus_3() -> None:

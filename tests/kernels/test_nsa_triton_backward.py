@@ -13,6 +13,8 @@ from triton_on_cpu import DEVICE, close, draw
 
 triton_on_cpu.prepare()
 
+from nsa_packs import hyper  # noqa: E402
+
 from shoal.kernels.nsa import BlockSizes, Layout, make_layout, nsa_attention, oracle  # noqa: E402
 from shoal.kernels.nsa.triton_attention import Tunings, narrow_tunings, nsa_triton  # noqa: E402
 from shoal.kernels.nsa.triton_backward import BackwardTuning, nsa_backward  # noqa: E402
@@ -72,12 +74,8 @@ def test_against_the_oracle(
     layout = make_layout(tuple(accumulate(lengths, initial=0)), sizes, DEVICE)
     args = inputs(layout, kv, group, dims, torch.float32)
     got = gradients(args, layout, SCALE, deterministic, TINY)
-    hyper = oracle.Hyper(
-        *(sizes.cmp_block, sizes.cmp_stride, sizes.slc_block, sizes.slc_count),
-        *(sizes.slc_initial, sizes.slc_local, sizes.window),
-    )
     exact = [x.cpu().double().requires_grad_() for x in args[:-1]]
-    oracle.nsa(*cast(Inputs, exact), layout.cu_seqlens, hyper, SCALE).backward(args[-1].cpu().double())
+    oracle.nsa(*cast(Inputs, exact), layout.cu_seqlens, hyper(sizes), SCALE).backward(args[-1].cpu().double())
     for name, mine, leaf in zip(NAMES, got, exact, strict=True):
         assert mine is not None and leaf.grad is not None, name
         close(mine, leaf.grad, torch.float32)

@@ -14,6 +14,8 @@ from triton_on_cpu import DEVICE, SHAPES, TOLERANCE, close, draw
 
 triton_on_cpu.prepare()
 
+from nsa_packs import hyper  # noqa: E402
+
 from shoal.kernels.nsa import BlockSizes, Layout, make_layout, nsa_attention, oracle  # noqa: E402
 from shoal.kernels.nsa.triton_attention import narrow_tunings  # noqa: E402
 from shoal.kernels.nsa.triton_choose import ChooseTuning, choose_blocks  # noqa: E402
@@ -32,10 +34,6 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 def layout_of(lengths: list[int], sizes: BlockSizes) -> Layout:
     return make_layout(tuple(accumulate(lengths, initial=0)), sizes, DEVICE)
-
-
-def hyper(s: BlockSizes) -> oracle.Hyper:
-    return oracle.Hyper(s.cmp_block, s.cmp_stride, s.slc_block, s.slc_count, s.slc_initial, s.slc_local, s.window)
 
 
 def inputs(layout: Layout, kv: int, group: int, dims: tuple[int, int], dtype: torch.dtype) -> Inputs:
