@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -64,6 +65,14 @@ class Group:
         out = tensor.new_empty(self.size, *tensor.shape)
         all_gather_single(out.view(-1), tensor.contiguous().view(-1), group=self.handle)
         return out
+
+    def all_gather_object(self, own: Any) -> list[Any]:
+        """What every rank has, which is pickled: for what happens once."""
+        if self.handle is None:
+            return [own]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, own, group=self.handle)
+        return found
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,7 @@ def rehome(group: Group, before: Mapping[str, Tensor], after: Mapping[str, Tenso
     it. They may lie in the same memory: all is copied out before anything is written. Collective over the group.
     """
     wanted = [name for name, tensor in after.items() if not _stays(before.get(name), tensor)]
-    found: list[tuple[list[str], list[str]]] = [(list(before), wanted)]
-    if group.handle is not None:
-        found *= group.size
-        dist.all_gather_object(found, (list(before), wanted), group=group.handle)
+    found: list[tuple[list[str], list[str]]] = group.all_gather_object((list(before), wanted))
     holders: dict[str, list[int]] = {}
     for rank, (held, _) in enumerate(found):
         for name in held:

@@ -20,10 +20,9 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from shoal.kernels.moe.fan import Fan, combine
@@ -203,8 +202,7 @@ def inbox(
         raise OutOfReach("ranks are on CPUs")
     own = torch.cuda.current_device() if device.index is None else device.index
     seen = {_gpu(index): index for index in range(torch.cuda.device_count())}
-    found: list[Any] = [None] * group.size
-    dist.all_gather_object(found, (_container(), _gpu(own)), group=group.handle)
+    found = group.all_gather_object((_container(), _gpu(own)))
     gpus = {gpu for _, gpu in found}
     if len({host for (host, _), _ in found}) > 1:
         raise OutOfReach("ranks are on several nodes")
@@ -246,9 +244,7 @@ def _reaches(own: int, other: int) -> bool:
 
 def _reason(group: Group, why: str) -> str:
     """The first reason that a rank has, told to all of them; "" where none has one."""
-    found: list[Any] = [None] * group.size
-    dist.all_gather_object(found, why, group=group.handle)
-    return next(filter(None, found), "")
+    return next(filter(None, group.all_gather_object(why)), "")
 
 
 def _first_line(error: RuntimeError) -> str:

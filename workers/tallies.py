@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from shoal.workers.mesh import Group
@@ -100,11 +99,11 @@ def open_tallies(group: Group, experts: int, device: torch.device) -> Tallies | 
     if group.index == 0:
         own, place = _made(size)
     try:
-        place = _all(group, place)[0]
+        place = group.all_gather_object(place)[0]
         if place:
             memory = _opened(place, size)
         registered = memory is not None and _registered(memory, device)
-        there = all(_all(group, registered))
+        there = all(group.all_gather_object(registered))
     finally:
         if own >= 0:
             os.close(own)  # who has mapped it keeps it, and nobody else can find it
@@ -116,7 +115,7 @@ def open_tallies(group: Group, experts: int, device: torch.device) -> Tallies | 
         finalizer.atexit = False  # the driver forgets it with the process, and would wait for what is under way
     if not there:
         return None
-    return tallies if all(_all(group, _arrives(tallies, group, experts, device))) else None
+    return tallies if all(group.all_gather_object(_arrives(tallies, group, experts, device))) else None
 
 
 def _made(size: int) -> tuple[int, str]:
@@ -163,9 +162,3 @@ def _arrives(tallies: Tallies, group: Group, experts: int, device: torch.device)
         return tallies.read(TRIAL) == [[-1 - rank] * experts for rank in range(group.size)]
     except Unheard:
         return False
-
-
-def _all(group: Group, own: Any) -> list[Any]:
-    found: list[Any] = [None] * group.size
-    dist.all_gather_object(found, own, group=group.handle)
-    return found
