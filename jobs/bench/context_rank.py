@@ -20,6 +20,7 @@ from shoal.workers.machine import spare_collector
 from shoal.workers.mesh import make_mesh
 from shoal.workers.model.feedforward import MoELoad
 from shoal.workers.placement import Placement
+from shoal.workers.symmetric import Inbox
 from shoal.workers.trainer import Trainer
 
 RECIPE = "nsa-64k-small"
@@ -67,8 +68,8 @@ def train(
 
     Yields the record of each step, with its time on the wall (the GPU is done with it: its facts were read), the
     context, recomputed layers, ``device_load``, of the rank with most rows for its experts, as a multiple of a fair
-    share, the mean over layers, and ``peak_bytes``, the most that a rank has allocated since the start, slots for rows
-    of other ranks among it.
+    share, the mean over layers, ``rows_put``, whether rows are put into the memory of other ranks, and ``peak_bytes``,
+    the most that a rank has allocated since the start, slots for rows of other ranks among it.
     """
     mesh = make_mesh(Placement.of(recipe), rank, device)
     trainer = Trainer(_within_a_long_run(recipe), corpus, None, mesh, device)
@@ -86,7 +87,7 @@ def train(
             facts = torch.tensor([time.monotonic() - began, _peak(trainer)], dtype=torch.float64, device=device)
             passed, peak = mesh.world.all_gather(facts).amax(0).tolist()
             wall = time.perf_counter() - start
-            load = {"device_load": sum(rows) / len(rows) if rows else 1.0}
+            load = {"device_load": sum(rows) / len(rows) if rows else 1.0, "rows_put": bool(_inboxes(trainer))}
             yield {**record, "wall_seconds": wall, **settings, **load, "peak_bytes": int(peak)}
             if step == 1:
                 spare_collector()
@@ -148,5 +149,10 @@ def _peak(trainer: Trainer) -> int:
     see; 0 on a CPU."""
     if trainer.device.type != "cuda":
         return 0
+    return torch.cuda.max_memory_allocated() + sum(box.nbytes for box in _inboxes(trainer))
+
+
+def _inboxes(trainer: Trainer) -> set[Inbox]:
+    """Where other ranks put rows; layers share them."""
     boxes = {layer.dispatcher.inbox for layer in trainer.model.moe_layers}
-    return torch.cuda.max_memory_allocated() + sum(box.nbytes for box in boxes if box)
+    return {box for box in boxes if box}

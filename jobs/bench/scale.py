@@ -17,7 +17,9 @@ after each case; of other parts than the usual ones it is named after these, ``s
 nothing, and makes one ``scale.json`` of what several calls did on machines of one kind, where ranks of one call are
 compared with the single rank of another: its rows have the ``date`` of their call, and ``gathered`` says what calls
 there were, and of which commit. Training is measured with weights that hardly move and experts whose load biases evened
-out before the first step, as in a long run; ``device_load`` says how even the ranks' rows were in the steps that count.
+out before the first step, as in a long run; ``device_load`` says how even the ranks' rows were in the steps that count,
+``rows_put`` whether they were put into the memory of other ranks. Where a share of the peak's FLOPs is asked for, a row
+of its own has it as its ratio; ``flops_per_token`` are those of the formula, forward and backward, none of them twice.
 """
 
 from __future__ import annotations
@@ -46,9 +48,10 @@ RANKS = (1, 2, 4, 8)
 PARTS = ("moe", "sequence", "train", "serve")
 USUAL = PARTS[:3]
 SHARE = "a rank's share, as one rank alone does it"
+PEAK = "the same FLOPs at the device's peak"
 KEPT = (
     "bytes", "bytes_of_rows", "activation_bytes", "steps", "data_ms", "forward_ms", "backward_ms", "reduce_ms",
-    "update_ms", "device_load", "losses", "ttft_ms", "tpot_ms", "failed", "date",
+    "update_ms", "device_load", "rows_put", "losses", "ttft_ms", "tpot_ms", "failed", "date",
 )  # fmt: skip
 """Facts of a case that stand in its row as they are."""
 NEEDS = ("pydantic", "pyarrow", "tokenizers")  # of training: recipes and corpora
@@ -132,7 +135,10 @@ class Scale:
                 if (case := _possible(series, line, ranks)) is None:
                     continue
                 about = {"part": series.part, "mode": line.mode, "ranks": ranks, "fitted": case in fitted}
-                rows.append(_row(series, line, case, self.found.get(case), curve, one, link, about))
+                facts = self.found.get(case)
+                rows.append(_row(series, line, case, facts, curve, one, link, about))
+                if line.utilisation and facts and facts["peak_flops"]:
+                    rows.append(_utilised(series, line, case, facts))
         if fitted and rows:
             constants = (
                 ("bytes a second between ranks", link.bandwidth, "bytes/s", source),
@@ -181,12 +187,13 @@ def _row(
     """A row of one case, measured or not."""
     plan, ideal = series.plan(case, curve, one), series.ideal(case, line.mode, curve, one)
     seconds = plan.seconds(link)
-    target = line.target if case.ranks == RANKS[-1] else None
+    target = line.targets.get(case.ranks)
     alone = case.tokens in curve.measured or (line.mode == "weak" and series.flat)
     more: Row = {
         **about,
         "measured": facts is not None,
         "tokens": case.tokens,
+        "flops_per_token": series.flops(case) / case.tokens,
         "one_rank": "measured" if alone else "by its curve",
         "predicted_ms": 1e3 * seconds,
         "predicted_tokens_per_second": case.tokens / seconds,
@@ -207,6 +214,14 @@ def _row(
     }
     more |= {key: facts[key] for key in KEPT if key in facts}
     return time_row(line.what, ms, SHARE, 1e3 * ideal, target, **more)
+
+
+def _utilised(series: Series, line: Line, case: Case, facts: Facts) -> Row:
+    """A row whose ratio is the share of the peak's FLOPs."""
+    least = 1e3 * series.flops(case) / (case.ranks * facts["peak_flops"])
+    about: Row = {"part": series.part, "ranks": case.ranks, "measured": True, "tokens": case.tokens}
+    about |= {"date": facts["date"]} if "date" in facts else {}
+    return time_row(f"{line.what}, utilisation", float(facts["ms"]), PEAK, least, line.utilisation, **about)
 
 
 def run(settings: Settings) -> list[Row]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -73,14 +73,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Line:
-    """Cases that differ in ranks. mode: ``weak`` or ``strong``. target: the least efficiency asked for at 8 ranks."""
+    """Cases that differ in ranks. mode: ``weak`` or ``strong``. targets: by ranks, the least efficiency asked for.
+    utilisation: the least share of the peak's FLOPs asked for."""
 
     what: str
     mode: str
     case: Callable[[int], Case]
-    target: float | None = None
+    targets: Mapping[int, float] = field(default_factory=dict)
     least: int = 1
     ranks: tuple[int, ...] = ()
+    utilisation: float | None = None
 
     def tried(self, ranks: int) -> bool:
         """Whether it is measured on so many."""

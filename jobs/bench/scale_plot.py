@@ -17,7 +17,7 @@ TITLES = {
     "serve": "serving",
 }
 MARKS = {"weak": ("o", "-"), "strong": ("s", "--")}
-COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
+COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink")
 
 
 def draw(result: Document, path: Path) -> None:

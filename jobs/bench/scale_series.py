@@ -48,7 +48,7 @@ class MoESeries(Series):
     def lines(self) -> list[Line]:
         """As the base class has it."""
         return [
-            Line(self.what, "weak", lambda n: self._case(n, self.weak * n), 0.92),
+            Line(self.what, "weak", lambda n: self._case(n, self.weak * n), {8: 0.92}),
             Line(self.what, "strong", lambda n: self._case(n, self.strong)),
         ]
 
@@ -92,13 +92,13 @@ class SequenceSeries(Series):
     def lines(self) -> list[Line]:
         """As the base class has it. A sequence grows with the ranks, or is the same for all of them."""
         fixed = [(n, 1) for n in self.strong] + [(n, 2) for n in self.long]
-        lines = [Line(f"NSA at {name_of(n)}", "strong", self._of(n), _target(n), least) for n, least in fixed]
+        lines = [Line(f"NSA at {name_of(n)}", "strong", self._of(n), _targets(n), least) for n, least in fixed]
         return [
             Line(
                 f"NSA, {name_of(self.weak)} a rank",
                 "weak",
                 lambda n: self._case(n, self.weak * n),
-                _target(8 * self.weak),
+                _targets(8 * self.weak),
             ),
             *lines,
         ]
@@ -149,17 +149,24 @@ class TrainSeries(Series):
         modes: tuple[str, ...] = ("weak", "strong"),
         points: tuple[int, ...] = (),
         long: tuple[int, ...] = (),
+        asked: dict[int, float] | None = None,
+        utilisation: float | None = None,
     ) -> None:
         """batch: of mode and ranks the sequences of a step, those of a micro-batch, and their length. points: lengths
-        of a sequence that one rank trains on for the curve. long: lengths of one that four and more train on, last."""
+        of a sequence that one rank trains on for the curve. long: lengths of one that four and more train on, last.
+        asked: of weak scaling, the least efficiency by ranks. utilisation: the least share of the peak; with it one
+        rank alone is measured."""
         self.what, self.recipe, self.sets, self.batch, self.steps = what, recipe, sets, batch, steps
         self.shared, self.modes, self.points, self.long = shared, modes, points, long
         self.flat = not points
+        self.asked, self.utilisation = asked or {8: 0.90}, utilisation
         self.corpus = ""
 
     def lines(self) -> list[Line]:
         """As the base class has it."""
-        lines = [Line(self.what, mode, self._of(mode), 0.90 if mode == "weak" else None) for mode in self.modes]
+        if self.utilisation:
+            return [Line(self.what, "weak", self._of("weak"), ranks=(1,), utilisation=self.utilisation)]
+        lines = [Line(self.what, mode, self._of(mode), self.asked if mode == "weak" else {}) for mode in self.modes]
         model = self.what.partition(",")[0]
         return [*lines, *(Line(f"{model} at {name_of(n)}", "strong", self._long(n), least=4) for n in self.long)]
 
@@ -254,8 +261,8 @@ def name_of(tokens: int) -> str:
     return f"{tokens >> 10}k" if tokens % 1024 == 0 else str(tokens)
 
 
-def _target(tokens: int) -> float | None:
-    return 0.90 if tokens == 1 << 20 else None
+def _targets(tokens: int) -> dict[int, float]:
+    return {8: 0.90} if tokens == 1 << 20 else {}
 
 
 def all_series(small: bool, steps: int | None) -> list[Series]:
@@ -272,6 +279,14 @@ def _large(steps: int) -> list[Series]:
         *(MoESeries(Sizes(), path, 16384, 65536) for path in ("all_to_all", "symmetric")),
         SequenceSeries(Layer("nsa", 0, 1), 131072, (65536, 262144), (1 << 20,)),
         TrainSeries("deepseekmoe-2b at 4k", "deepseekmoe-2b", cuda, of_2b, steps),
+        TrainSeries(
+            "deepseekmoe-2b at 2k, 4 micro-batches",  # of as many sequences as fit 80 GB
+            "deepseekmoe-2b",
+            ("balance.over=micro_batch", *cuda),
+            lambda _, n: (160 * n, 40 * n, 2048),
+            steps,
+            utilisation=0.40,
+        ),
         TrainSeries("nsa-64k-small at 64k", "nsa-64k-small", ("train.recompute=8", *cuda), of_64k, steps, shared=True),
         TrainSeries(
             "deepseekmoe-2b with 64 experts at 4k",
@@ -288,6 +303,7 @@ def _large(steps: int) -> list[Series]:
             lambda mode, n: (432 * n, 36 * n, 2048),
             few,
             modes=("weak",),
+            asked={2: 0.95, 8: 0.90},
         ),
         TrainSeries(
             "4 layers of 2048, 128k a rank",
@@ -317,6 +333,7 @@ def _small(steps: int) -> list[Series]:
         MoESeries(sizes, "all_to_all", 64, 256),
         SequenceSeries(layer, 1024, (2048,)),
         TrainSeries("deepseekmoe-2b, small", "deepseekmoe-2b", tiny, of_2b, steps),
+        TrainSeries("deepseekmoe-2b alone, small", "deepseekmoe-2b", tiny, of_2b, steps, utilisation=0.40),
         TrainSeries("nsa-64k-small, small", "nsa-64k-small", nsa, of_64k, steps, shared=True),
         TrainSeries("deepseekmoe-2b with 64 experts, small", "deepseekmoe-2b", ("moe.experts=64", *tiny), of_2b, steps),
     ]

@@ -121,7 +121,8 @@ def _putting(rank: int, world: int, corpus: str, folder: str, sets: tuple[str, .
 
     symmetric.inbox = inbox  # type: ignore[assignment]
     counted = Counted()
-    list(train(Training("deepseekmoe-2b", sets, 1).load(), Path(corpus), rank, torch.device("cpu"), 0.0, 1))
+    records = train(Training("deepseekmoe-2b", sets, 1).load(), Path(corpus), rank, torch.device("cpu"), 0.0, 1)
+    assert [record["rows_put"] for record in records] == [True]
     for message in boxes[0].said:  # one that is let go of before it was heard is lost
         message.wait()
     return counted.rows, put
