@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import count
 
 import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from shoal.kernels.launches import Descriptor
 
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 """Triton 3.7 calls it the first, 3.6 the second."""
@@ -41,24 +43,34 @@ def begins_ahead(x: Tensor, wanted: bool = True) -> dict[str, bool]:
     return {"AHEAD": ahead, "launch_pdl": True} if ahead else {"AHEAD": False}
 
 
+_kinds = count()
+
+
 @lru_cache(maxsize=256)
-def _blocks(block: tuple[int, ...], dtype: torch.dtype) -> tuple[list[int], gl.NVMMASharedLayout]:
-    return list(block), gl.NVMMASharedLayout.get_default_for(list(block), _DTYPES[dtype])
+def _blocks(block: tuple[int, ...], dtype: torch.dtype, rows: bool) -> tuple[list[int], gl.NVMMASharedLayout, int]:
+    shape = list(block)
+    layout = (
+        gl.NVMMASharedLayout(0, 32, rank=2) if rows else gl.NVMMASharedLayout.get_default_for(shape, _DTYPES[dtype])
+    )
+    return shape, layout, next(_kinds)
 
 
-def descriptor(x: Tensor, *block: int) -> TensorDescriptor:
-    """For copies of blocks of a tensor of 16 bits or float32 by TMA."""
-    return descriptor_of(x, x.shape, x.stride(), *block)
+def descriptor(x: Tensor, *block: int, rows: bool = False) -> Descriptor:
+    """For copies of blocks of a tensor of 16 bits or float32 by TMA. rows: of float32, whose rows lie side by side in
+    shared memory, instead of swizzled."""
+    return descriptor_of(x, x.shape, x.stride(), *block, rows=rows)
 
 
-def descriptor_of(x: Tensor, shape: Sequence[int], strides: Sequence[int], *block: int) -> TensorDescriptor:
+def descriptor_of(
+    x: Tensor, shape: Sequence[int], strides: Sequence[int], *block: int, rows: bool = False
+) -> Descriptor:
     """As :func:`descriptor`, of the memory of ``x`` in another shape. Triton would check it whenever one is made, which
     takes the host longer than all of this; CUDA checks sizes and strides again."""
     assert x.data_ptr() % 16 == 0, "TMA copies from multiples of 16 bytes"
     assert strides[-1] == 1, "TMA copies rows whose elements are neighbours"
-    made = TensorDescriptor.__new__(TensorDescriptor)
+    made = Descriptor.__new__(Descriptor)
     made.base, made.shape, made.strides, made.padding = x, shape, strides, "zero"
-    made.block_shape, made.layout = _blocks(block, x.dtype)
+    made.block_shape, made.layout, made.kind = _blocks(block, x.dtype, rows)
     return made
 
 

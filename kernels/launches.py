@@ -9,34 +9,49 @@ from typing import Any
 
 import triton
 from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
+
+
+class Descriptor(TensorDescriptor):  # type: ignore[misc]  # Triton is not typed
+    """For copies of blocks of a tensor by TMA. kind: a number for what a kernel is compiled for, of dtype, block and
+    layout."""
+
+    kind: int
+
 
 _compiled: dict[tuple[Any, ...], tuple[Callable[..., None], tuple[Any, ...]]] = {}
 """Of a kernel and all that it is compiled for: what launches it, and its constants in their order."""
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int, **named: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int | float | Descriptor, **named: Any) -> None:
     """``kernel[grid](*arguments, **named)`` on the current device, named being its constants and Triton's options.
 
     Triton asks of every argument what it would be compiled for, and takes three times as long for that as for the
-    launch: of what was compiled once it is enough to know the tensors' dtypes and whether they begin on 16 bytes. Given
-    tensors, it would ask CUDA where each of them lies. Numbers that are no constants must not be specialized. Raises
-    TypeError where they are, or a constant is no keyword.
+    launch, with tensor descriptors 20 times: of what was compiled once it is enough to know tensors' dtypes and whether
+    they begin on 16 bytes, of numbers what Triton may specialize on, of descriptors their kind. Given tensors, it would
+    ask CUDA where each of them lies. Raises TypeError where a constant is no keyword, or a keyword no constant.
     """
     if not isinstance(kernel, JITFunction):  # of Triton's interpreter
         kernel[grid](*arguments, **named)
         return
-    values: list[int] = []
+    values: list[Any] = []
     kinds: list[Any] = []
     for argument in arguments:
         if isinstance(argument, int):
             values.append(argument)
-            kinds.append(-(2**31) <= argument < 2**31)
+            kinds.append((argument == 1, argument & 15 == 0, -(2**31) <= argument < 2**31))
+        elif isinstance(argument, float):
+            values.append(argument)
+            kinds.append(float)
+        elif isinstance(argument, Descriptor):
+            values.append(argument)
+            kinds.append(argument.kind)
         else:
             address = argument.data_ptr()
             values.append(address)
-            kinds += argument.dtype, address % 16 == 0
+            kinds += argument.dtype, address & 15 == 0
     device = current_device()
     key = (id(kernel), device, *kinds, *named.items())
     found = _compiled.get(key)
@@ -123,15 +138,12 @@ def current_place() -> tuple[int, int]:
     return device, driver.active.get_current_stream(device)
 
 
-def _constants(kernel: JITFunction[Any], arguments: tuple[Tensor | int, ...]) -> list[str]:
+def _constants(kernel: JITFunction[Any], arguments: tuple[Any, ...]) -> list[str]:
     """Names of the constants, which stand behind the arguments."""
     params, constants = kernel.params[: len(arguments)], kernel.params[len(arguments) :]
     for param, argument in zip(params, arguments, strict=True):
-        if param.is_constexpr or not (isinstance(argument, Tensor) or param.do_not_specialize):
-            raise TypeError(
-                f"{kernel.__name__}: {param.name}={argument} is a constant or specialized: name it where it is "
-                "launched, or list it in do_not_specialize"
-            )
+        if param.is_constexpr:
+            raise TypeError(f"{kernel.__name__}: {param.name}={argument} is a constant: name it where it is launched")
     if plain := [param.name for param in constants if not param.is_constexpr]:
         raise TypeError(f"{kernel.__name__}: {plain} are no constants: pass them by their place, before all constants")
     return [param.name for param in constants]

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shoal.kernels.launches import launch, power_of_2, tiles
+
 ROWS = 32
 """Heads of a program."""
 
@@ -45,11 +47,13 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
         x = x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
-        _rotate_kernel[(triton.cdiv(tokens * heads, ROWS),)](
+        launch(
+            _rotate_kernel,
+            (tiles(tokens * heads, ROWS),),
             *(x, cos, sin, out, tokens * heads, x.stride(0), x.stride(1)),
             HEADS=heads,
             HALF=dim // 2,
-            HALFP=triton.next_power_of_2(dim // 2),
+            HALFP=power_of_2(dim // 2),
             ROWS=ROWS,
             BACK=back,
             num_warps=4,

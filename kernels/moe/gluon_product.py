@@ -17,9 +17,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from shoal.kernels.hopper import barrier, descriptor, descriptor_of
+from shoal.kernels.launches import Descriptor
 from shoal.kernels.moe.gluon_common import launch
 from shoal.kernels.moe.gluon_epilogues import epilogue_act, epilogue_plain, epilogue_up, fetch_hidden
 from shoal.kernels.moe.triton_tiles import Tiles
@@ -98,7 +98,7 @@ def product(
     )
 
 
-def _flat(weight: Tensor, by_column: bool, *block: int) -> TensorDescriptor:
+def _flat(weight: Tensor, by_column: bool, *block: int) -> Descriptor:
     """``[E, K, N]`` as ``[E · K, N]``, or as ``[E · N, K]`` where columns are contiguous; a copy where it has to be."""
     rows, width = weight.shape[-2:]
     if by_column:
@@ -110,7 +110,7 @@ def _flat(weight: Tensor, by_column: bool, *block: int) -> TensorDescriptor:
     return descriptor((weight.transpose(-1, -2) if by_column else weight).reshape(-1, width), *block)
 
 
-def _planes(x: Tensor, halves: int) -> TensorDescriptor:
+def _planes(x: Tensor, halves: int) -> Descriptor:
     """``[R, halves · N]`` as ``[halves, R, N]``, so that a tile ends where its half does."""
     rows, width = x.shape
     inner = width // halves

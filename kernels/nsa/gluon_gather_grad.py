@@ -22,6 +22,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from shoal.kernels.hopper import barrier, descriptor, multiprocessors, take, tell
+from shoal.kernels.launches import launch
 from shoal.kernels.nsa import gluon_span_grad
 from shoal.kernels.nsa.gluon_gather_products import consumer
 from shoal.kernels.nsa.triton_inverse import Inverse
@@ -58,7 +59,9 @@ def block_parts(
     tokens, heads, dim = q.shape
     keys, kv, dim_v = v.shape
     group, n, piece = heads // kv, part.shape[1], gcd(dim, 128)
-    _gather_grad_kernel[(multiprocessors(q.device),)](
+    launch(
+        _gather_grad_kernel,
+        (multiprocessors(q.device),),
         descriptor(q, 1, group, 64),
         descriptor(k.view(keys, kv * dim), 64, piece),
         descriptor(v.view(keys, kv * dim_v), 64, dim_v),

@@ -29,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from shoal.kernels.hopper import descriptor, multiprocessors, on_hopper
+from shoal.kernels.launches import launch
 from shoal.kernels.nsa.gluon_span import laps
 from shoal.kernels.nsa.layout import BlockSizes
 from shoal.kernels.nsa.triton_select import LOG2E
@@ -64,7 +65,9 @@ def block_scores(
     tile = COLUMNS // group
     tiles = triton.cdiv(stop - start, 2 * tile)
     pairs = q.view(len(q), heads // 2, 2, dim).transpose(0, 1)
-    _importance_kernel[(min(tiles * kv, multiprocessors(q.device)),)](
+    launch(
+        _importance_kernel,
+        (min(tiles * kv, multiprocessors(q.device)),),
         descriptor(pairs, group // 2, tile, 2, 64),
         descriptor(k_cmp.view(keys, kv * dim), KEYS // 2, piece),
         lse,

@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from shoal.kernels.hopper import descriptor, multiprocessors, on_hopper, split_halves
+from shoal.kernels.launches import launch
 from shoal.kernels.nsa.triton_select import LOG2E
 from shoal.kernels.nsa.triton_tables import Span
 
@@ -69,7 +70,9 @@ def gluon_span_attention(q: Tensor, k: Tensor, v: Tensor, span: Span, scale: flo
     # Beside queries and keys of 192 dimensions there is no room for whole outputs.
     width = dim_v if dim <= 128 else 64
     tiles = triton.cdiv(tokens, 2 * tile)
-    _span_kernel[(min(tiles * kv, multiprocessors(q.device)),)](
+    launch(
+        _span_kernel,
+        (min(tiles * kv, multiprocessors(q.device)),),
         descriptor(q, tile, group, piece),
         descriptor(k.view(keys, kv * dim), block, piece),
         descriptor(v.view(keys, kv * dim_v), block, dim_v),

@@ -16,14 +16,13 @@ from __future__ import annotations
 from math import gcd
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from shoal.kernels.hopper import descriptor, on_hopper
+from shoal.kernels.launches import launch, tiles
 from shoal.kernels.nsa.gluon_span_products import consumer, next_tile, queries
 from shoal.kernels.nsa.triton_select import LOG2E
 from shoal.kernels.nsa.triton_span_grad import Grads
@@ -75,14 +74,14 @@ def gluon_span_backward(
     if not tokens or not keys:
         return
     group = heads // kv
-    tile, chunk, piece = ROWS // group, chunk or triton.cdiv(tokens, ROWS) * ROWS, gcd(dim, 128)
+    tile, chunk, piece = ROWS // group, chunk or tiles(tokens, ROWS) * ROWS, gcd(dim, 128)
     operands = (
         descriptor(q, tile, group, piece),
         descriptor(k.view(keys, kv * dim), ROWS, piece),
         descriptor(v.view(keys, kv * dim_v), ROWS, dim_v),
         descriptor(d_out, tile, group, dim_v),
-        _row_descriptor(base, [tile, group]),
-        _row_descriptor(dots, [tile, group]),
+        descriptor(base, tile, group, rows=True),
+        descriptor(dots, tile, group, rows=True),
         descriptor(grads.d_q, tile, group, 64),
         descriptor(grads.d_k.view(keys, kv * dim), ROWS, 64),
         descriptor(grads.d_v.view(keys, kv * dim_v), ROWS, 64),
@@ -96,16 +95,21 @@ def gluon_span_backward(
         chunk,
         lap,
     )
-    grid = (triton.cdiv(keys, 2 * ROWS), triton.cdiv(tokens, chunk), kv)
+    grid = (tiles(keys, 2 * ROWS), tiles(tokens, chunk), kv)
     for values, others in ((True, True),) if dim == 128 else ((True, False), (False, True)):
-        _grad_kernel[grid](
-            *operands, KV=kv, G=group, D=dim, TILE=tile, STAGES=STAGES, VALUES=values, OTHERS=others, num_warps=4
+        launch(
+            _grad_kernel,
+            grid,
+            *operands,
+            KV=kv,
+            G=group,
+            D=dim,
+            TILE=tile,
+            STAGES=STAGES,
+            VALUES=values,
+            OTHERS=others,
+            num_warps=4,
         )
-
-
-def _row_descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
-    """Numbers of rows lie side by side in shared memory."""
-    return TensorDescriptor.from_tensor(x, block, gl.NVMMASharedLayout(0, 32, rank=2))
 
 
 @gluon.jit

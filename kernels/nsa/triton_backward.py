@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shoal.kernels.launches import launch, tiles
 from shoal.kernels.nsa.layout import Layout
 from shoal.kernels.nsa.triton_forward import Forward
 from shoal.kernels.nsa.triton_gather_grad import GatherGradTuning, selected_backward
@@ -115,7 +116,7 @@ def branch_backward(
         if supported(q, v, wide=tuning.wide):
             # Programs enough for the multiprocessors, and few that add to the same keys.
             chunk = min(max(256, q.shape[0] // 2048 * 64), 2048) if tuning.chunk else 0
-            return gluon_span_backward(*args, chunk=chunk, lap=triton.cdiv(tuning.lap, 64) * 64)
+            return gluon_span_backward(*args, chunk=chunk, lap=tiles(tuning.lap, 64) * 64)
     return span_backward(*args, deterministic=deterministic, tuning=tuning)
 
 
@@ -142,7 +143,9 @@ def row_sums(d_out: Tensor, gates: Tensor, forward: Forward) -> tuple[Tensor, Te
     rows = tokens * heads
     if rows:
         f, tile = forward, 32
-        _row_sums_kernel[(triton.cdiv(rows, tile),)](
+        launch(
+            _row_sums_kernel,
+            (tiles(rows, tile),),
             *(d_out, f.cmp, f.slc, f.win, f.cmp_lse, f.slc_lse, f.win_lse, gates, bases, dots, d_gates, rows),
             E=dim,
             EP=padded(dim),

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shoal.kernels.launches import launch
 from shoal.kernels.nsa.triton_select import LOG2E, halves, load_keys, load_rows, padded, precision
 from shoal.kernels.nsa.triton_tables import Tables
 
@@ -66,7 +67,9 @@ def choose_blocks(
         if longest > n > sizes.slc_initial + sizes.slc_local:
             score(q, k_cmp, lse, tables, scale, scores, start, stop)
         warps = max(tuning.top_warps, seen // 2048)  # with more of them, a warp has no registers for all scores
-        _top_kernel[(stop - start, kv)](
+        launch(
+            _top_kernel,
+            (stop - start, kv),
             *(scores, tables.starts, blocks, start, width, chunk),
             WIDTH=seen,
             GROUP=min(max(tuning.top_group, seen // 16), seen),
@@ -106,7 +109,9 @@ def score_blocks(
     blocks before the local ones, of queries that have to choose."""
     kv, group, sizes = k_cmp.shape[1], q.shape[1] // k_cmp.shape[1], tables.sizes
     per_slc = sizes.slc_block // sizes.cmp_stride
-    _importance_kernel[(triton.cdiv(stop - start, tile), kv)](
+    launch(
+        _importance_kernel,
+        (triton.cdiv(stop - start, tile), kv),
         *(q, k_cmp, lse, tables.starts, tables.cmp.low, tables.cmp.high, scores, scale * LOG2E),
         *(start, stop, scores.shape[3], scores.shape[2]),
         G=group,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shoal.kernels.launches import launch, tiles
 from shoal.kernels.nsa.attention import Arrive
 from shoal.kernels.nsa.layout import Layout
 from shoal.kernels.nsa.triton_choose import ChooseTuning, choose_blocks
@@ -130,8 +131,19 @@ def mix(cmp: Tensor, slc: Tensor, win: Tensor, gates: Tensor) -> Tensor:
     rows, dim = cmp.shape[0] * cmp.shape[1], cmp.shape[2]
     if rows:
         tile = 32
-        _mix_kernel[(triton.cdiv(rows, tile),)](
-            cmp, slc, win, gates, out, rows, E=dim, EP=padded(dim), TILE=tile, num_warps=4
+        launch(
+            _mix_kernel,
+            (tiles(rows, tile),),
+            cmp,
+            slc,
+            win,
+            gates,
+            out,
+            rows,
+            E=dim,
+            EP=padded(dim),
+            TILE=tile,
+            num_warps=4,
         )
     return out
 

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shoal.kernels.launches import launch, power_of_2
 from shoal.kernels.nsa.triton_inverse import heads_within, invert, item_bytes, segments
 from shoal.kernels.nsa.triton_select import LOG2E, halves, load_keys, load_rows, padded, precision, query_keys
 from shoal.kernels.nsa.triton_tables import Tables
@@ -93,7 +94,9 @@ def selected_by_block(
                 pairs = (stop - start) * n
                 if inverse is not None:
                     most = min(pairs, tables.blocks_within(start, stop) + pairs // size)
-                    _partial_kernel[(most, width)](
+                    launch(
+                        _partial_kernel,
+                        (most, width),
                         *(q, k, v, inverse.item_blocks, inverse.item_pairs, inverse.first_items, tables.block_first),
                         *(part, part_lse, scale * LOG2E, k.shape[0], head, start // chunk - inverse.before),
                         *(inverse.chunks, start),
@@ -104,7 +107,9 @@ def selected_by_block(
                         num_stages=tuning.stages,
                         **shape,
                     )
-                _merge_kernel[(stop - start, width)](
+                launch(
+                    _merge_kernel,
+                    (stop - start, width),
                     *(q, k, v, part, part_lse, blocks, tables.starts, tables.key_starts),
                     *(beside if beside is not None else (out, lse)),
                     *(out, lse),
@@ -113,7 +118,7 @@ def selected_by_block(
                     DIRECT=direct,
                     EARLY=direct > 0 and n * group * dim_v <= 5 * 16 * 128,  # what registers hold
                     GP=padded(group),
-                    NP=triton.next_power_of_2(max(n, 1)),
+                    NP=power_of_2(max(n, 1)),
                     BESIDE=beside is not None,
                     MIX=mix is not None,
                     num_warps=tuning.merge_warps,

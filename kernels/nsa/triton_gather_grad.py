@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shoal.kernels.launches import launch
 from shoal.kernels.nsa.triton_inverse import (
     ends_by_head,
     invert,
@@ -89,7 +90,9 @@ def selected_backward(
         for start in range(segment.start * chunk, min(segment.stop * chunk, tokens), chunk):
             stop = min(start + chunk, tokens)
             find(start // chunk, start, stop)
-            _sum_kernel[(stop - start, kv)](
+            launch(
+                _sum_kernel,
+                (stop - start, kv),
                 *(grads.d_q, part, blocks, d_q, 1.0 if alone else scale, start, blocks.stride(0), blocks.stride(1)),
                 ALONE=alone,
                 N=n,
@@ -154,7 +157,9 @@ def _parts_of_blocks(
         programs = high - low
         if size:
             programs = min((stop - start) * n, programs + (stop - start) * n // size)
-        _block_kernel[(programs, kv)](
+        launch(
+            _block_kernel,
+            (programs, kv),
             *(*operands, grads.d_k, grads.d_v, part, items, pairs, first),
             *(tables.block_first, tables.block_last, tables.own_rows, scale * LOG2E),
             *(start, low, index - segment.start, chunks, tables.blocks),

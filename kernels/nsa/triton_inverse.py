@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shoal.kernels.launches import launch, power_of_2
 from shoal.kernels.nsa.triton_tables import Tables
 
 TABLE = 1 << 29
@@ -78,15 +79,15 @@ def invert(blocks: Tensor, tables: Tables, chunk: int, size: int, segment: range
     ranks = blocks.new_empty(kv, tokens, n)
     tile = 64
     grid = (-(-tokens // tile), kv)
-    shape = {"N": n, "NP": triton.next_power_of_2(n), "TILE": tile}
+    shape = {"N": n, "NP": power_of_2(n), "TILE": tile}
     args = (block_base, ranks, counts, tokens, chunk, chunks, bins, blocks.stride(0), blocks.stride(1))
-    _count_kernel[grid](blocks, *args, **shape)
+    launch(_count_kernel, grid, blocks, *args, **shape)
     ends = ((counts + (size - 1)) // size).cumsum(0, dtype=torch.int32)
     first = torch.nn.functional.pad(ends, (1, 0))  # of each counter, and behind the last one the number of all items
     most = _most_items(tokens * kv * n, kv * chunks * bins, size)
     item_blocks = blocks.new_empty(most)
     item_pairs = blocks.new_full((most, size), -1)
-    _fill_kernel[grid](blocks, *args, segment.start * chunk, first, item_blocks, item_pairs, SIZE=size, **shape)
+    launch(_fill_kernel, grid, blocks, *args, segment.start * chunk, first, item_blocks, item_pairs, SIZE=size, **shape)
     return Inverse(chunk, chunks, size, item_blocks, item_pairs, first[::bins].contiguous(), segment.start)
 
 

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from shoal.kernels.launches import launch, tiles
 from shoal.kernels.nsa.compress import OwnBlocks
 from shoal.kernels.nsa.layout import Layout
 
@@ -34,8 +35,8 @@ class _Mean(torch.autograd.Function):
         out = x.new_empty(len(firsts), *x.shape[1:])
         width = out[:1].numel()
         if len(firsts):
-            grid = triton.cdiv(len(firsts), TILE), triton.cdiv(width, COLUMNS)
-            _mean_kernel[grid](x.contiguous(), firsts, out, len(firsts), L=block, W=width, R=TILE, BW=COLUMNS)
+            grid = tiles(len(firsts), TILE), tiles(width, COLUMNS)
+            launch(_mean_kernel, grid, x.contiguous(), firsts, out, len(firsts), L=block, W=width, R=TILE, BW=COLUMNS)
         return out
 
     @staticmethod
@@ -49,8 +50,10 @@ class _Mean(torch.autograd.Function):
             token = torch.arange(tokens, device=firsts.device)
             low = torch.searchsorted(firsts, token - ctx.block, right=True).to(torch.int32)
             high = torch.searchsorted(firsts, token, right=True).to(torch.int32)
-            grid = triton.cdiv(tokens, TILE), triton.cdiv(width, COLUMNS)
-            _mean_grad_kernel[grid](
+            grid = tiles(tokens, TILE), tiles(width, COLUMNS)
+            launch(
+                _mean_grad_kernel,
+                grid,
                 *(grads[0].contiguous(), low, high, d_x, tokens),
                 L=ctx.block,
                 MOST=ctx.block // ctx.stride,

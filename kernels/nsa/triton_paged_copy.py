@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shoal.kernels.launches import launch
 from shoal.kernels.nsa.triton_select import padded
 
 
@@ -17,7 +18,9 @@ def copy_rows(k: Tensor, v: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
     dim_v, count = v.shape[-1], len(pages)
     outs = k.new_empty(count * rows, kv, dim), v.new_empty(count * rows, kv, dim_v)
     if count:
-        _copy_kernel[(count, kv)](
+        launch(
+            _copy_kernel,
+            (count, kv),
             *(k, v, pages, *outs),
             KV=kv,
             ROWS=rows,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shoal.kernels.launches import launch
 from shoal.kernels.nsa.layout import BlockSizes
 from shoal.kernels.nsa.paged import DecodeTables
 from shoal.kernels.nsa.paged_store import Compressed
@@ -57,7 +58,9 @@ def triton_row_places(
     by_far, by_near = ints(count, kv, pages), ints(count, kv, windows)
     raw_page, raw_row = ints(count, sizes.cmp_block), ints(count, sizes.cmp_block)
     if count:
-        _places_kernel[(count,)](
+        launch(
+            _places_kernel,
+            (count,),
             *(positions, near_start, far, near, rates, to_far, to_near, first, by_far, by_near, cos, sin),
             *(to_compressed, raw_page, raw_row, first_cos, first_sin, scratch or 0, pages, windows),
             KV=kv,

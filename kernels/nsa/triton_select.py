@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shoal.kernels.launches import launch, power_of_2
 from shoal.kernels.nsa.triton_tables import Tables
 
 LOG2E = 1.4426950408889634
@@ -16,7 +17,7 @@ LOG2E = 1.4426950408889634
 
 def padded(size: int, least: int = 16) -> int:
     """The power of two that holds ``size``; matrix products want 16 at least."""
-    return max(least, triton.next_power_of_2(size))
+    return max(least, power_of_2(size))
 
 
 def halves(dim: int) -> dict[str, int]:
@@ -48,7 +49,9 @@ def selected_by_query(
     lse = q.new_empty(tokens, heads, dtype=torch.float32)
     if not tokens:
         return out, lse
-    _by_query_kernel[(tokens * kv,)](
+    launch(
+        _by_query_kernel,
+        (tokens * kv,),
         q,
         k,
         v,

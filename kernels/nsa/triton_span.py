@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shoal.kernels.launches import launch
 from shoal.kernels.nsa.triton_select import LOG2E, halves, load_keys, load_rows, padded, precision, query_keys
 from shoal.kernels.nsa.triton_tables import Span
 
@@ -53,7 +54,9 @@ def span_attention(
     group_p = padded(heads // kv, least=1)
     tile = max(1, tuning.rows // group_p)
     second = also or span
-    _span_kernel[(triton.cdiv(tokens, tile), kv)](
+    launch(
+        _span_kernel,
+        (triton.cdiv(tokens, tile), kv),
         q,
         k,
         v,

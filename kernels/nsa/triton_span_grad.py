@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shoal.kernels.launches import launch, tiles
 from shoal.kernels.nsa.triton_select import LOG2E, halves, load_keys, load_rows, padded, precision, query_keys
 from shoal.kernels.nsa.triton_span import tile_span
 from shoal.kernels.nsa.triton_tables import Span
@@ -84,7 +85,9 @@ def span_backward(
         return
     chunk = tokens if deterministic or not tuning.chunk else tuning.chunk
     args, shape = (q, k, v, d_out, base, dots), _shape(q, v, tuning)
-    _keys_kernel[(triton.cdiv(keys, shape["BN"]), triton.cdiv(tokens, chunk), kv)](
+    launch(
+        _keys_kernel,
+        (tiles(keys, shape["BN"]), tiles(tokens, chunk), kv),
         *args,
         grads.d_q,
         grads.d_k,
@@ -103,8 +106,16 @@ def span_backward(
         **shape,
     )
     if deterministic:
-        _queries_kernel[(triton.cdiv(tokens, shape["TILE"]), kv)](
-            *args, grads.d_q, span.low, span.high, scale * LOG2E, tokens, **shape
+        launch(
+            _queries_kernel,
+            (tiles(tokens, shape["TILE"]), kv),
+            *args,
+            grads.d_q,
+            span.low,
+            span.high,
+            scale * LOG2E,
+            tokens,
+            **shape,
         )
 
 

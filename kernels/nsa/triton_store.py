@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shoal.kernels.hopper import begins_ahead
+from shoal.kernels.launches import launch
 from shoal.kernels.nsa.paged import PagedCache
 from shoal.kernels.nsa.paged_store import Compressed, Heads, Phi
 from shoal.kernels.nsa.triton_phi import triton_compress_few
@@ -35,7 +36,9 @@ def triton_store_tokens(
     out = torch.empty_like(q)
     if not tokens:
         return out
-    _tokens_kernel[(tokens, triton.cdiv(count, TILE) + 2 * branches)](
+    launch(
+        _tokens_kernel,
+        (tokens, triton.cdiv(count, TILE) + 2 * branches),
         *(q, k, v, *rotation, far, near, out),
         *(cache.k_raw, cache.k_slc, cache.k_win, cache.v_raw, cache.v_slc, cache.v_win),
         H=count,
@@ -63,7 +66,9 @@ def triton_store_compressed(new: Compressed, cache: PagedCache, phi: tuple[Phi, 
         torch.empty(kv, rows, block * x.shape[3], dtype=torch.promote_types(x.dtype, p.position.dtype), device=x.device)
         for x, p in zip((cache.k_raw, cache.v_raw), phi, strict=True)
     )
-    _blocks_kernel[(rows, kv, 2)](
+    launch(
+        _blocks_kernel,
+        (rows, kv, 2),
         *(cache.k_raw, cache.v_raw, *(p.position.contiguous() for p in phi), new.raw_page, new.raw_row),
         *(k_blocks, v_blocks, rows),
         PAGE=page,
@@ -72,7 +77,9 @@ def triton_store_compressed(new: Compressed, cache: PagedCache, phi: tuple[Phi, 
         **shape,
     )
     k, v = (p.of(blocks).contiguous() for p, blocks in zip(phi, (k_blocks, v_blocks), strict=True))
-    _compressed_kernel[(rows, 2)](
+    launch(
+        _compressed_kernel,
+        (rows, 2),
         *(k, v, *new.rotation, new.index, cache.k_cmp, cache.v_cmp, rows),
         KVP=padded(kv, least=1),
         enable_fp_fusion=False,

@@ -19,6 +19,7 @@ import triton.language as tl  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from shoal.kernels import launches  # noqa: E402
+from shoal.kernels.hopper import descriptor  # noqa: E402
 
 
 def _scale(x, y, count, factor, N: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -87,12 +88,33 @@ def test_triton_is_asked_once_for_each_thing_it_compiles_for(asked: tuple[list[A
         assert arguments == (x[4:].data_ptr(), y[4:].data_ptr(), count + 16, 8, named["N"], named["TILE"])
 
 
-@pytest.mark.parametrize("plain", [["count"], ["factor"], []])
-def test_numbers_that_triton_specializes_are_refused(plain: list[str], asked: tuple[list[Any], list[Any]]) -> None:
-    kernel: Any = JITFunction(_scale, do_not_specialize=plain)
-    with pytest.raises(TypeError, match="is a constant or specialized"):
-        launches.launch(kernel, (1,), torch.zeros(8), torch.zeros(8), 5, 7, N=2, TILE=8)
-    assert not asked[0]
+def test_numbers_that_triton_may_specialize_on_are_told_apart(asked: tuple[list[Any], list[Any]]) -> None:
+    """1, multiples of 16, and those that want 64 bits; numbers with a point are never specialized."""
+    compiled, launched = asked
+    kernel: Any = JITFunction(_scale)
+    x = torch.zeros(8)
+    for count, again in ((5, -7), (16, 48), (1, 1), (2**31, 2**33), (2**31 + 1, 2**40 + 3)):
+        launches.launch(kernel, (1,), x, x, count, 0.5, N=2, TILE=8)
+        before = len(compiled)
+        launches.launch(kernel, (1,), x, x, again, 3.0, N=2, TILE=8)
+        assert len(compiled) == before
+        assert launched[-1] == ((1, 1, 1), (x.data_ptr(), x.data_ptr(), again, 3.0, 2, 8))
+    assert len(compiled) == 5
+
+
+def test_descriptors_of_another_kind_are_compiled_for(asked: tuple[list[Any], list[Any]]) -> None:
+    """dtype, block and layout are what a kernel is compiled for; where a tensor lies, and its sizes, are not."""
+    compiled, launched = asked
+    kernel: Any = JITFunction(_scale)
+    x, y = (torch.zeros(64, 64, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    kinds = [descriptor(x, 64, 64), descriptor(x, 32, 64), descriptor(y, 32, 64), descriptor(y, 32, 64, rows=True)]
+    for made in kinds:
+        launches.launch(kernel, (1,), made, x, 5, 7, N=2, TILE=8)
+    assert len(compiled) == 4
+    other = descriptor(x[8:], 32, 64)
+    launches.launch(kernel, (1,), other, x, 5, 7, N=2, TILE=8)
+    assert len(compiled) == 4
+    assert launched[-1][1][0] is other
 
 
 def test_constants_are_named_and_others_are_not(asked: tuple[list[Any], list[Any]]) -> None:
