@@ -36,9 +36,10 @@ from typing import TYPE_CHECKING
 
 from shoal.jobs.bench.cases import ENDLESS, Patience, run_cases
 from shoal.jobs.bench.registry import Settings, check_parts
-from shoal.jobs.bench.result import Document, Row, document, time_row, value_row, write
+from shoal.jobs.bench.result import Document, Row, document, value_row, write
 from shoal.jobs.bench.scale_facts import ABOUT, calls_of, found_in, read, told
 from shoal.jobs.bench.scale_model import NVLINK, Curve, Link, fit
+from shoal.jobs.bench.scale_rows import lone_row, scale_row, utilised_row
 from shoal.workers.errors import InvalidInput, ShoalError, UsageError
 
 if TYPE_CHECKING:
@@ -47,13 +48,6 @@ if TYPE_CHECKING:
 RANKS = (1, 2, 4, 8)
 PARTS = ("moe", "sequence", "train", "serve")
 USUAL = PARTS[:3]
-SHARE = "a rank's share, as one rank alone does it"
-PEAK = "the same FLOPs at the device's peak"
-KEPT = (
-    "bytes", "bytes_of_rows", "activation_bytes", "steps", "data_ms", "forward_ms", "backward_ms", "reduce_ms",
-    "update_ms", "device_load", "rows_put", "losses", "ttft_ms", "tpot_ms", "failed", "date",
-)  # fmt: skip
-"""Facts of a case that stand in its row as they are."""
 NEEDS = ("pydantic", "pyarrow", "tokenizers")  # of training: recipes and corpora
 CHARACTERS = 400_000  # of the small corpus
 USUAL_PATIENCE = Patience(600.0)  # with a case, or a server
@@ -125,7 +119,7 @@ class Scale:
         ones = [*(line.case(1) for line in series.lines()), *series.extra()]
         alone = {case: self.found[case] for case in ones if case in self.found}
         if not alone:
-            return []
+            return self._alone(series)
         one = next(iter(alone.values()))
         curve = Curve.through({c.tokens: series.on_curve(f) for c, f in alone.items()}, series.powers)
         fitted, link, source = self._link(series, curve, one)
@@ -136,9 +130,9 @@ class Scale:
                     continue
                 about = {"part": series.part, "mode": line.mode, "ranks": ranks, "fitted": case in fitted}
                 facts = self.found.get(case)
-                rows.append(_row(series, line, case, facts, curve, one, link, about))
+                rows.append(scale_row(series, line, case, facts, curve, one, link, about))
                 if line.utilisation and facts and facts["peak_flops"]:
-                    rows.append(_utilised(series, line, case, facts))
+                    rows.append(utilised_row(series, line, case, facts))
         if fitted and rows:
             constants = (
                 ("bytes a second between ranks", link.bandwidth, "bytes/s", source),
@@ -148,6 +142,11 @@ class Scale:
             of = series.lines()[0].what
             rows += [value_row(w, v, unit, source=by, part=series.part, of=of) for w, v, unit, by in constants]
         return rows
+
+    def _alone(self, series: Series) -> list[Row]:
+        """Of a series without one rank's time, with which others could be compared: what was measured."""
+        lines = [(line, line.case(n)) for line in series.lines() for n in line.ranks or self.ranks]
+        return [lone_row(series, line, case, self.found[case]) for line, case in lines if case in self.found]
 
     def _link(self, series: Series, curve: Curve, one: Facts) -> tuple[set[Case], Link, str]:
         """The cases that constants were fitted to, those on the fewest ranks above one; the link; whose bandwidth."""
@@ -179,49 +178,6 @@ def _possible(series: Series, line: Line, ranks: int) -> Case | None:
     except InvalidInput:
         return None
     return case
-
-
-def _row(
-    series: Series, line: Line, case: Case, facts: Facts | None, curve: Curve, one: Facts, link: Link, about: Row
-) -> Row:
-    """A row of one case, measured or not."""
-    plan, ideal = series.plan(case, curve, one), series.ideal(case, line.mode, curve, one)
-    seconds = plan.seconds(link)
-    target = line.targets.get(case.ranks)
-    alone = case.tokens in curve.measured or (line.mode == "weak" and series.flat)
-    more: Row = {
-        **about,
-        "measured": facts is not None,
-        "tokens": case.tokens,
-        "flops_per_token": series.flops(case) / case.tokens,
-        "one_rank": "measured" if alone else "by its curve",
-        "predicted_ms": 1e3 * seconds,
-        "predicted_tokens_per_second": case.tokens / seconds,
-        "predicted_efficiency": ideal / seconds,
-        "predicted_bytes": plan.bytes,
-        "predicted_exposed_share": 1 - plan.compute / seconds,
-    }
-    if facts is None:
-        return {"what": line.what, **({"target": target} if target else {}), **more}
-    ms = float(facts["ms"])
-    more |= {
-        "tokens_per_second": case.tokens / ms * 1e3,
-        "efficiency": 1e3 * ideal / ms,
-        "mfu": series.flops(case) / (ms / 1e3 * case.ranks * facts["peak_flops"]) if facts["peak_flops"] else None,
-        "dispatch_share": facts.get("dispatch_share"),
-        "exposed_share": max(0.0, 1 - 1e3 * plan.compute / ms),
-        "peak_bytes": int(facts["peak_bytes"]) or None,  # none is measured on a CPU
-    }
-    more |= {key: facts[key] for key in KEPT if key in facts}
-    return time_row(line.what, ms, SHARE, 1e3 * ideal, target, **more)
-
-
-def _utilised(series: Series, line: Line, case: Case, facts: Facts) -> Row:
-    """A row whose ratio is the share of the peak's FLOPs."""
-    least = 1e3 * series.flops(case) / (case.ranks * facts["peak_flops"])
-    about: Row = {"part": series.part, "ranks": case.ranks, "measured": True, "tokens": case.tokens}
-    about |= {"date": facts["date"]} if "date" in facts else {}
-    return time_row(f"{line.what}, utilisation", float(facts["ms"]), PEAK, least, line.utilisation, **about)
 
 
 def run(settings: Settings) -> list[Row]:

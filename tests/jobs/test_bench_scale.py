@@ -273,3 +273,17 @@ def test_full_sizes_are_possible_on_8_ranks_and_fit_80_gb() -> None:
             assert recipe.parallel.ranks == ranks
             assert estimate(recipe).memory["colocated"].total < 78e9  # 40 sequences of 2k, which were seen to fit
     assert max(case.tokens for case in scale.cases(8) if case.name.startswith("4 layers")) == 1 << 20
+
+
+def test_what_has_no_single_rank_beside_it_has_figures_alone(tmp_path: Path) -> None:
+    """As where 1M tokens were trained over four ranks, and no other case of theirs was reached."""
+    scale = Scale(series_of(("train",), False), (4,), wanted=["4 layers"])
+    long = max(scale.cases(4), key=lambda case: case.tokens)
+    scale.found[long] = {"ms": 8000.0, "peak_bytes": 7, "peak_flops": 1e15, "itemsize": 2, "dispatch_share": 0.1}
+    (row,) = scale.rows()
+    assert (row["tokens"], row["ranks"], row["measured"]) == (1 << 20, 4, True)
+    assert row["tokens_per_second"] == pytest.approx((1 << 20) / 8)
+    assert row["mfu"] == pytest.approx(row["flops_per_token"] * (1 << 20) / (8 * 4 * 1e15))
+    assert not {"efficiency", "predicted_ms", "ratio"} & row.keys()
+    result: Any = {"benchmark": "scale", "device": "cuda", "rows": [row]}
+    assert draw("scale", result, tmp_path) == tmp_path / "scale.png"
