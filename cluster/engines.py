@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from shoal.cluster.expert_copies import place_copies
 from shoal.cluster.group import RankGroup, RankLost
 from shoal.cluster.local import RaySession
+from shoal.cluster.served_experts import ServedExperts
 from shoal.workers.checkpoint_files import checkpoint_path, read_state
 from shoal.workers.config import Recipe
 from shoal.workers.engine.actor import THREADS, EngineActor
@@ -22,6 +23,7 @@ from shoal.workers.placement import Placement
 from shoal.workers.run_store import checkpoints_here
 
 NEWS_SECONDS = 10.0  # how long a call for news waits for some
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -72,6 +74,7 @@ class Engines:
         place = Placement.of(recipe)
         # of each dispatch group, the rank that knows which experts its tokens chose
         self._leaders = [next((r for r in g if r in place.experts), g[0]) for g in place.dispatch_groups()]
+        self.experts = ServedExperts(recipe) if recipe.serve.expert_copies and place.set_size > 1 else None
 
     async def start(self) -> None:
         """Places the ranks and loads their weights. Raises ShoalError when that cannot be done."""
@@ -128,7 +131,7 @@ class Engines:
                 asked = [*self._attention, *self._leaders]
                 loads = await asyncio.gather(*(self._group.actors[rank].load.remote() for rank in asked))
                 count = len(self._attention)
-                self._last = _sum(loads[:count], loads[count:])
+                self._last = _sum(loads[:count], loads[count:], self.experts)
             except _ray_errors():
                 pass  # the watchers see it too, and do something about it
         return self._last
@@ -162,12 +165,14 @@ class Engines:
             self._begin(self._deliver(group, rank))
         for actor in group.actors:
             self._begin(self._watch(group, actor))
+        if self.experts and self.recipe.serve.rebalance_seconds:
+            self._begin(self._rebalance(group, self.experts))
 
     def _start_ranks(self) -> RankGroup:
         group = RankGroup(self.recipe, self.session, EngineActor, THREADS)
         try:
             group.connect()
-            plan = self._plan(group.nodes) if self.recipe.serve.expert_copies else None
+            plan = self._plan(group.nodes)
             options = (self.recipe.model_dump(), self.checkpoints, self.step, group.device, plan)
             group.get(group.call("open", *options))
         except BaseException:
@@ -175,21 +180,12 @@ class Engines:
             raise
         return group
 
-    def _plan(self, nodes: list[str]) -> Plan:
-        """Copies of the experts that were busiest in training. nodes: of each rank.
-
-        Raises InvalidInput for a checkpoint that does not know which these were.
-        """
-        extra, placement = self.recipe.serve.expert_copies, Placement.of(self.recipe)
+    def _plan(self, nodes: list[str]) -> Plan | None:
+        """Where experts and their copies lie to begin with; None: in equal runs. nodes: of each rank."""
+        if self.experts is None:
+            return None
         state = read_state(checkpoint_path(checkpoints_here(self.checkpoints, self.step), self.step))
-        if "expert_load" not in state:
-            raise InvalidInput(
-                f"serve.expert_copies={extra}, and checkpoint step-{self.step} does not say which experts are busy "
-                f"(it was imported, or is an older one): set serve.expert_copies to 0"
-            )
-        ids = [nodes[rank] for rank in placement.experts[: placement.set_size]]
-        at, groups = [ids.index(n) for n in ids], self.recipe.bound_groups
-        return tuple(place_copies(row, at, extra, groups) for row in state["expert_load"])
+        return self.experts.first(nodes, state.get("expert_load"))  # imported checkpoints have none, and older ones
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -212,6 +208,19 @@ class Engines:
     async def _watch(self, group: RankGroup, actor: Any) -> None:
         try:
             await actor.watch.remote()
+        except _ray_errors() as error:
+            self._lost(group, error)
+
+    async def _rebalance(self, group: RankGroup, experts: ServedExperts) -> None:
+        """Moves copies of experts to where the load of late wants them."""
+        try:
+            while True:
+                await asyncio.sleep(self.recipe.serve.rebalance_seconds)
+                loads = await asyncio.gather(*(group.actors[rank].load.remote() for rank in self._leaders))
+                experts.count(_expert_tokens(loads))
+                if plan := await asyncio.to_thread(experts.better):
+                    await asyncio.gather(*(actor.place_experts.remote(plan) for actor in group.actors))
+                    logger.warning(experts.took(plan))  # what is less is not shown unless somebody asks for it
         except _ray_errors() as error:
             self._lost(group, error)
 
@@ -353,8 +362,14 @@ def _failures() -> tuple[type[Exception], ...]:
     return (RankLost, *_ray_errors())
 
 
-def _sum(loads: list[Load], leaders: list[Load]) -> Load:
+def _sum(loads: list[Load], leaders: list[Load], experts: ServedExperts | None) -> Load:
     """All ranks with attention together. leaders: of ranks that speak for the experts of their dispatch group."""
     totals = {f.name: sum(getattr(load, f.name) for load in loads) for f in fields(Load) if f.name != "expert_tokens"}
+    if experts:
+        totals |= {"rebalances_total": experts.rebalances, "rank_load": experts.rank_load}
+    return Load(**totals, expert_tokens=_expert_tokens(leaders))
+
+
+def _expert_tokens(leaders: list[Load]) -> tuple[tuple[int, ...], ...]:
     layers = zip(*(load.expert_tokens for load in leaders), strict=False)
-    return Load(**totals, expert_tokens=tuple(tuple(map(sum, zip(*ranks, strict=True))) for ranks in layers))
+    return tuple(tuple(map(sum, zip(*ranks, strict=True))) for ranks in layers)

@@ -8,7 +8,8 @@ item more than any other one (two places of as many items differ in some pair, w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 from shoal.workers.expert_plan import Homes, Plan, place_loads
 
@@ -72,9 +73,10 @@ def place(load: Sequence[float], nodes: Sequence[int], together: int = 1) -> Hom
 def renamed(homes: Homes, now: Homes, nodes: Sequence[int]) -> Homes:
     """The same plan with places of a node exchanged, so that few experts have to move."""
     pairs: dict[tuple[int, int], int] = {}
-    for new, old in zip(homes, now, strict=True):
-        if nodes[new[0]] == nodes[old[0]]:
-            pairs[new[0], old[0]] = pairs.get((new[0], old[0]), 0) + 1
+    for own, before in zip(homes, now, strict=True):
+        for new, old in itertools.product(own, before):
+            if nodes[new] == nodes[old]:
+                pairs[new, old] = pairs.get((new, old), 0) + 1
     names: dict[int, int] = {}
     for new_place, old_place in sorted(pairs, key=lambda pair: (-pairs[pair], pair)):
         if new_place not in names and old_place not in names.values():
@@ -83,7 +85,7 @@ def renamed(homes: Homes, now: Homes, nodes: Sequence[int]) -> Homes:
         if place_ not in names:
             left = (p for p in range(len(nodes)) if nodes[p] == nodes[place_] and p not in names.values())
             names[place_] = next(left)
-    return tuple((names[own[0]],) for own in homes)
+    return tuple(tuple(sorted(names[place_] for place_ in own)) for own in homes)
 
 
 def busiest(load: Sequence[Sequence[float]], plan: Plan, places: int) -> float:
@@ -91,11 +93,20 @@ def busiest(load: Sequence[Sequence[float]], plan: Plan, places: int) -> float:
     return sum(max(place_loads(row, homes, places)) for row, homes in zip(load, plan, strict=True)) / len(plan)
 
 
-def better_plan(load: Sequence[Sequence[float]], now: Plan, nodes: Sequence[int], together: int = 1) -> Plan:
-    """A plan in which the experts of those layers move where it pays."""
+def moved(load: Sequence[Sequence[float]], now: Plan, plan: Plan, places: int) -> str:
+    """What a plan changes, in a sentence; "" where that is nothing."""
+    count = sum(a != b for layers in zip(now, plan, strict=True) for a, b in zip(*layers, strict=True))
+    before, after = (busiest(load, each, places) for each in (now, plan))
+    return f"{count} experts moved: the busiest rank has {after:.2f} of a fair share, not {before:.2f}" if count else ""
+
+
+def better_plan(
+    load: Sequence[Sequence[float]], now: Plan, nodes: Sequence[int], planned: Callable[[Sequence[float]], Homes]
+) -> Plan:
+    """A plan in which the experts of those layers move where it pays. planned: places of a layer's experts by load."""
     plan = []
     for row, homes in zip(load, now, strict=True):
-        new = renamed(place(row, nodes, together), homes, nodes)
+        new = renamed(planned(row), homes, nodes)
         gain = max(place_loads(row, homes, len(nodes))) - max(place_loads(row, new, len(nodes)))
         plan.append(new if gain > GAIN else homes)
     return tuple(plan)

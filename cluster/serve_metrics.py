@@ -24,6 +24,7 @@ GAUGES = {
     "pages": "Pages of the cache",
     "pages_used": "Pages of the cache that requests hold",
     "pages_cached": "Pages of the cache that no request holds, kept for prompts that begin alike",
+    "rank_load": "Tokens of the busiest rank's experts over a fair share, mean of layers; 0 where nobody measures it",
 }
 COUNTERS = {
     "steps_total": "Steps, added up over the attention ranks",
@@ -34,6 +35,7 @@ COUNTERS = {
     "preemptions_total": "Requests that had to give their pages to others, and were computed again",
     "proposed_tokens_total": "Tokens guessed",
     "accepted_tokens_total": "Tokens guessed right",
+    "rebalances_total": "Times that copies of experts moved to even out the load of ranks",
 }
 
 # Upper bounds of the buckets, in seconds: from a step on a fast GPU to a long answer on a slow CPU.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from shoal.cluster.expert_placement import better_plan, busiest
+from shoal.cluster.expert_placement import better_plan, moved, place
 from shoal.cluster.group import PLACE_TIMEOUT, RankGroup, RankLost
 from shoal.cluster.local import RaySession, heard
 from shoal.cluster.metrics import TrainMetrics
@@ -223,12 +223,10 @@ class Supervisor:
         places = placement.experts[: placement.set_size]
         together = moe.experts // self.recipe.balance.device_groups if route.max_devices else 1
         ids = [group.nodes[rank] for rank in places]
-        plan = better_plan(load, now, [ids.index(node) for node in ids], together)
-        moved = sum(a != b for layers in zip(now, plan, strict=True) for a, b in zip(*layers, strict=True))
-        if moved:
+        at = [ids.index(node) for node in ids]
+        plan = better_plan(load, now, at, lambda row: place(row, at, together))
+        if text := moved(load, now, plan, len(places)):
             group.get(group.call("place_experts", plan))
-            before, after = (busiest(load, each, len(places)) for each in (now, plan))
-            text = f"{moved} experts moved: the busiest rank has {after:.2f} of a fair share, not {before:.2f}"
             self._tell("rebalanced", text, self.step)
 
     def _take(self, group: RankGroup, records: list[Record]) -> float:

@@ -175,8 +175,9 @@ SERVING = (
         {
             "{{model}} layer {{layer}} busiest": "max by (model, layer) (S:expert_load)",
             "{{model}} layer {{layer}} idlest": "min by (model, layer) (S:expert_load)",
+            "{{model}} busiest rank": "max by (model) (S:rank_load)",
         },
-        "As a multiple of a fair share of tokens.",
+        "As a multiple of a fair share of tokens; of ranks where copies follow the load (serve.expert_copies), else 0.",
     ),
     Panel("Preemptions per second", "none", {"{{model}}": per_second("preemptions")}),
     Panel(

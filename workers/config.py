@@ -249,8 +249,15 @@ class ServeTable(Table):
     expert_copies: int = Field(
         default=0,
         ge=0,
-        description="experts that a rank hosts beyond its share, at most: copies of those busiest in training, which "
-        "stay with their group where route.max_devices bounds the ranks that a token goes to",
+        description="experts that a rank hosts beyond its share, at most: copies of the busiest, first those of "
+        "training, which stay with their group where route.max_devices bounds the ranks that a token goes to",
+    )
+    rebalance_seconds: float = Field(
+        default=300.0,
+        ge=0,
+        le=1e6,
+        description="with expert_copies, seconds between two looks at what experts had to do, after which they move "
+        "where that evens out the load of ranks; 0: they stay",
     )
     prefix_cache: bool = True
     cuda_graphs: bool = Field(default=True, description="decode steps in CUDA graphs, on Hopper GPUs")

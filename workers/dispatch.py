@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.moe.plan import Ways
+from shoal.workers.expert_plan import EMPTY, slots_of
 from shoal.workers.flight import Flight, PackedFlight
 from shoal.workers.gathered import ApartFlight, GatheredFlight, Live
 from shoal.workers.mesh import Group
@@ -32,7 +33,8 @@ class Dispatcher:
 
     A *slot* is an expert on a rank that hosts it, numbered by rank, then by expert. triton: who plans, copies rows and
     adds them up. inbox: where other ranks of this node put rows; without one, they are exchanged by ``all_to_all``.
-    sources: places of the ranks that have tokens, where these host no experts; None: all.
+    sources: places of the ranks that have tokens, where these host no experts; None: all. rooms: slots of each place,
+    some of which may be empty, and which all stay when experts are given to others; none: as many as it has experts.
     """
 
     def __init__(
@@ -43,43 +45,62 @@ class Dispatcher:
         triton: bool = False,
         inbox: Inbox | None = None,
         sources: Sequence[int] | None = None,
+        rooms: Sequence[int] = (),
     ) -> None:
         self.group, self.device, self.triton, self.inbox = group, device, triton, inbox
         self.sources = tuple(range(group.size) if sources is None else sources)
         self.apart = len(self.sources) < group.size  # those that have tokens host no experts then
         self.reads = HostReads()
         self.clock: Clock | None = None
+        self.rooms, self.hosts = tuple(rooms), list[int]()
+        self.slots: tuple[tuple[int, ...], ...] = ()
+        self._tables: dict[str, Tensor] = {}
         self.assign(owners)
 
     def assign(self, owners: Sequence[int | tuple[int, ...]]) -> None:
-        """Gives the experts to these ranks, from the next flight on. All ranks call it alike, between two flights."""
+        """Gives the experts to these ranks, from the next flight on. All ranks call it alike, between two flights.
+
+        With ``rooms``, nothing that a CUDA graph has of this changes but what is in tables, which stay where they are.
+        """
         places = [(each,) if isinstance(each, int) else each for each in owners]
-        hosted = sorted((place, expert) for expert, own in enumerate(places) for place in own)
-        self.local = tuple(expert for place, expert in hosted if place == self.group.index)
-        self.first = sum(place < self.group.index for place, _ in hosted)
-        self.most_local = max(sum(place == rank for place, _ in hosted) for rank in range(self.group.size))
-        self.hosts = sorted({place for place, _ in hosted})
+        self.slots = slots_of(places, self.group.size, self.rooms, self.slots)
+        hosted = [(place, expert) for place, own in enumerate(self.slots) for expert in own]
+        self.local = self.slots[self.group.index]
+        self.first = sum(map(len, self.slots[: self.group.index]))
+        self.most_local = max(map(len, self.slots))
+        before, self.hosts = self.hosts, [place for place, own in enumerate(self.slots) if own]
         self.others = [place for place in self.hosts if place != self.group.index]
         slots: list[list[int]] = [[] for _ in places]
         for slot, (_, expert) in enumerate(hosted):
-            slots[expert].append(slot)
-        most = max(map(len, slots))
+            if expert != EMPTY:
+                slots[expert].append(slot)
+        most = len(self.hosts) if self.rooms else max(map(len, slots))
         columns = [self.others.index(rank) if rank in self.others else 0 for rank in range(self.group.size)]
-        self.experts, self.counts_in_order = len(places), all(own == [e] for e, own in enumerate(slots))
+        self.experts = len(places)
+        self.counts_in_order = not self.rooms and all(own == [e] for e, own in enumerate(slots))
         table = [slot for own in slots for slot in own + own[:1] * (most - len(own))]
         self.ways = Ways(
-            table=self._ints(table),
-            copies=self._ints([len(own) for own in slots]) if most > 1 else None,
-            hosts=self._ints([place for place, _ in hosted]),
-            numbers=self._ints(list(range(len(hosted)))),
-            ranks=self._ints(self.others),
-            columns=self._ints(columns),
+            table=self._table("table", table),
+            copies=self._table("copies", [len(own) for own in slots]) if most > 1 else None,
+            hosts=self._table("hosts", [place for place, _ in hosted]),
+            numbers=self._table("numbers", list(range(len(hosted)))),
+            ranks=self._table("ranks", self.others),
+            columns=self._table("columns", columns),
             own=self.group.index,
             in_order=self.counts_in_order,
         )
-        self.of_slot = self._ints([expert for _, expert in hosted])
-        self._of_any_slot = self._ints([*(expert for _, expert in hosted), -1])  # -1 has its last element
-        self._everywhere: dict[int, Tensor] = {}
+        # nothing goes to an empty slot: it may count as any expert's
+        of_slot = [max(0, expert) for _, expert in hosted]
+        self.of_slot = self._table("of_slot", of_slot)
+        self._of_any_slot = self._table("of_any_slot", [*of_slot, -1])  # -1 has its last element
+        if self.hosts != before:
+            self._everywhere: dict[int, Tensor] = {}
+
+    def _table(self, name: str, values: list[int]) -> Tensor:
+        """int32 on the device; with ``rooms`` in the memory of the last one of this name, which is as long."""
+        new, kept = self._ints(values), self._tables.get(name)
+        self._tables[name] = kept.copy_(new) if self.rooms and kept is not None else new
+        return self._tables[name]
 
     def _ints(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device)

@@ -65,6 +65,14 @@ class Placement:
         routed = tuple(tuple(hosts[place] for place in places) for places in homes)
         return routed + tuple((hosts[s % self.set_size],) for s in range(shared))
 
+    def rooms(self, each: int, shared: int) -> tuple[int, ...]:
+        """How many experts each place in the dispatch group has slots for: ``each`` routed ones where experts are, and
+        the dispatched shared ones that go there."""
+        group = self.dispatch_groups()[0]
+        hosts = [group.index(r) for r in self.experts[: self.set_size]]
+        sent = [hosts[s % self.set_size] for s in range(shared)]
+        return tuple(each * (place in hosts) + sent.count(place) for place in range(len(group)))
+
     def role(self, rank: int) -> str:
         """What a rank hosts, in words."""
         names = [w for w, ranks in (("attention", self.attention), ("experts", self.experts)) if rank in ranks]

@@ -22,7 +22,7 @@ from shoal.workers.config import Recipe
 from shoal.workers.engine.actor import EngineActor
 from shoal.workers.engine.request import Request, Sampling
 from shoal.workers.errors import ClusterRefused, InvalidInput
-from shoal.workers.expert_plan import Plan
+from shoal.workers.expert_plan import Homes, Plan
 from shoal.workers.model import Transformer
 from shoal.workers.run_store import cached_folder
 from shoal.workers.sample import sample
@@ -131,13 +131,13 @@ def test_copies_of_busy_experts_give_the_same_tokens(
     write_weights(model, measured, expert_load=load)
     recipe = small_recipe(train__dtype="float32", parallel__ranks=2, serve__expert_copies=1)
 
-    async def work(engines: Engines) -> None:
-        assert engines._plan(["a", "a"])[0][:2] == ((0, 1), (0, 1))
-        assert await asyncio.gather(*(_ask(engines, r) for r in requests)) == wanted
+    for folder, first in ((measured, ((0, 1), (0, 1))), (checkpoints, ((0,), (1,)))):  # where it is known who is busy
 
-    _with_engines(recipe, measured, session, work)
-    with pytest.raises(InvalidInput, match=r"serve\.expert_copies=1, and .* does not say which experts are busy"):
-        _with_engines(recipe, checkpoints, session, work)
+        async def work(engines: Engines, first: Homes = first) -> None:
+            assert engines.experts is not None and engines.experts.plan[0][:2] == first
+            assert await asyncio.gather(*(_ask(engines, r) for r in requests)) == wanted
+
+        _with_engines(recipe, folder, session, work)
 
 
 LIMITED = {"moe__top_k": 2, "route__max_devices": 1, "train__dtype": "float32"}
@@ -175,7 +175,9 @@ def test_copies_stand_with_the_groups_that_limit_a_token(model: Transformer, tmp
     def plan(groups: int, extra: int) -> Plan:
         limited = {**LIMITED, "balance__device_groups": groups, "parallel__ranks": 4, "serve__expert_copies": extra}
         recipe = Recipe.model_validate(small_recipe(**limited))
-        return Engines(recipe, str(tmp_path / "checkpoints"), STEP, None)._plan(["a", "b", "a", "b"])  # type: ignore[arg-type]
+        found = Engines(recipe, str(tmp_path / "checkpoints"), STEP, None)._plan(["a", "b", "a", "b"])  # type: ignore[arg-type]
+        assert found is not None
+        return found
 
     for homes in plan(2, 1):
         teams = [{place for own in homes[i : i + 4] for place in own} for i in (0, 4)]

@@ -75,7 +75,7 @@ def test_nodes_are_even_before_their_places(data: st.DataObject, nodes: list[int
 def test_experts_move_only_where_it_pays() -> None:
     now = (even_homes(4, 2),) * 3
     load = [[2.0, 1.5, 0.3, 0.2], [1.0, 1.0 + GAIN / 2, 1.0 - GAIN / 2, 1.0], [1.5, 0.5, 1.5, 0.5]]
-    plan = better_plan(load, now, [0, 0])
+    plan = better_plan(load, now, [0, 0], lambda row: place(row, [0, 0]))
     assert plan[1:] == now[1:]
     assert plan[0] != now[0]
     assert max(place_loads(load[0], plan[0], 2)) == pytest.approx(2.2 / 2)

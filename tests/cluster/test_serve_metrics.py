@@ -314,8 +314,11 @@ async def test_batches_and_guesses(endpoint: str, model: str) -> None:
         generated_tokens_total=100,
         proposed_tokens_total=90,
         accepted_tokens_total=40,
+        rebalances_total=2,
+        rank_load=1.25,
     )
     metrics.count(load, 0)
+    metrics.show(load)
     await wait_for_values(
         endpoint,
         model,
@@ -324,6 +327,8 @@ async def test_batches_and_guesses(endpoint: str, model: str) -> None:
             "step_sequences": (100 - 40) / 20,
             "proposed_tokens_total": 90,
             "accepted_tokens_total": 40,
+            "rebalances_total": 2,
+            "rank_load": 1.25,
         },
     )
     metrics.count(load, 0)  # no step since

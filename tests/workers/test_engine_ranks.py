@@ -14,17 +14,19 @@ import torch
 from ranks import run_ranks, start_ranks
 from small import small_recipe
 from test_engine_decode import ATTENTIONS
+from torch import Tensor
 
 from shoal.workers.config import Recipe
 from shoal.workers.dispatch import Dispatcher
 from shoal.workers.engine.engine import Engine
 from shoal.workers.engine.request import UNSHAPED, Limits, Load, Request, Sampling, Shape, Turn
-from shoal.workers.expert_plan import Plan
+from shoal.workers.expert_plan import Plan, even_homes
 from shoal.workers.flight import Flight
 from shoal.workers.gathered import GatheredFlight, Live
 from shoal.workers.mesh import make_mesh
 from shoal.workers.model import Transformer
 from shoal.workers.placement import Placement
+from shoal.workers.weights import weights_of
 
 News = dict[str, list[tuple[int, float]]]
 """Of each request its tokens, with their logarithms of probability."""
@@ -45,14 +47,21 @@ def requests_of(shares: list[int], seed: int) -> list[list[tuple[int, Request]]]
     return found
 
 
-def tokens_of(engine: Engine, mine: list[tuple[int, Request]], cancel: str = "") -> News:
-    """Steps until no rank has anything to do. cancel: a request that is ended when it has had four tokens."""
+def tokens_of(
+    engine: Engine, mine: list[tuple[int, Request]], cancel: str = "", plans: dict[int, Plan] | None = None
+) -> News:
+    """Steps until no rank has anything to do. cancel: a request that is ended when it has had four tokens. plans: of
+    experts, by the step before which this rank is told."""
     found: News = {}
     step, late = 0, sorted(mine, key=lambda each: each[0])
     while True:
         while late and late[0][0] <= step:
             engine.add(late.pop(0)[1])
+        if plans and step in plans:
+            engine.place(plans[step])
         turn = engine.turn()
+        if turn.moves:
+            engine.move()
         if not turn.requests and all(ended for (ended,) in engine.model.mesh.tell([not late])):
             return found
         for output in engine.step(turn) if turn.requests else ():
@@ -96,6 +105,7 @@ COPIES = (
     ((1,), (0,), (0, 1), (1,), (0,), (1,), (0,), (0, 1)),
 )
 """Slots of two busy experts on both ranks, and others not in order; of two layers."""
+EVEN = even_homes(8, 2)
 NINE = {"moe__experts": 9, "balance__device_groups": 3, "train__batch": 9}
 # fmt: off
 CASES: dict[str, tuple[dict[str, Any], list[int], dict[str, Any], str, Plan | None]] = {
@@ -174,6 +184,78 @@ def _experts_are_counted(found: list[Any], recipe: Recipe) -> None:
         assert len({sum(layer) for layer in counts.pop()}) == 1
 
 
+MOVING: dict[str, tuple[dict[str, Any], list[int], list[Plan]]] = {
+    "both have all": ({"serve__expert_copies": 1}, [4, 3], [COPIES, COPIES[::-1]]),
+    "two and two, dispatched shared experts": (
+        {"parallel__placement": "2A:2F", "moe__shared": "dispatched", "serve__expert_copies": 2},
+        [4, 4, 0, 0],
+        [(EVEN, COPIES[0]), COPIES],
+    ),
+    "sets of experts": ({"parallel__expert": 2, "serve__expert_copies": 1}, [3, 0, 1, 2], [(EVEN,) * 2, COPIES]),
+    "groups": (
+        NINE | {"route__max_devices": 1, "serve__expert_copies": 3},
+        [4, 4, 3],
+        [CASES["copies of groups"][4], (((0,),) * 3 + ((1,),) * 3 + ((1, 2),) * 3,) * 2],  # type: ignore[list-item]
+    ),
+}
+"""Tables, requests of each rank, plans that take turns."""
+
+
+def _held(engine: Engine) -> list[Any]:
+    """What a CUDA graph of a decode step holds: addresses of weights and tables, and numbers that hosts read."""
+    found: list[Any] = []
+    for layer in engine.model.moe_layers:
+        d, weights = layer.dispatcher, list(layer.parameters())
+        tables = [value for value in vars(d.ways).values() if isinstance(value, Tensor)]
+        kept = [*weights, *tables, d.of_slot, d._of_any_slot, *(d.everywhere(rows) for rows in (1, 2, 4))]
+        found += [[(tensor.data_ptr(), tensor.shape) for tensor in kept], d.ways.own, d.ways.in_order]
+        found += [d.first, len(d.local), d.hosts, d.others, d.experts, d.counts_in_order]
+    return found
+
+
+def _move(
+    rank: int, world: int, tables: dict[str, Any], shares: list[int], plans: list[Plan], fixed: bool
+) -> tuple[News, Load, bool, bool, list[bool]]:
+    engine = engine_of(rank, tables, Limits(sequences=4, step=24, prefix_cache=False), fixed, plans[0])
+    busy: list[bool] = []
+    move = engine.move
+    engine.move = lambda: (busy.append(engine.busy), move())[1]  # type: ignore[method-assign]
+    held = _held(engine)
+    # not all ranks are told at the same time, and what is told last is the first plan again
+    told = {first + rank % 3: plan for first, plan in ((1, plans[1]), (6, plans[0]), (11, plans[1]), (16, plans[0]))}
+    news = tokens_of(engine, requests_of(shares, 5)[rank], plans=told)
+    assert not engine.moves and tuple(layer.homes for layer in engine.model.moe_layers) == plans[0]
+    fresh = weights_of(engine_of(rank, tables, Limits(), fixed, plans[0]).model)
+    own = weights_of(engine.model)
+    right = own.keys() == fresh.keys() and all(torch.equal(own[name], fresh[name]) for name in own)
+    return news, engine.load(), _held(engine) == held, right, busy
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+@pytest.mark.parametrize("name", MOVING)
+def test_experts_move_while_requests_are_answered(name: str, fixed: bool) -> None:
+    """A layer a step: the tokens of one rank alone, in float64, before, meanwhile and after; what CUDA graphs hold
+    stays where it is."""
+    changes, shares, plans = MOVING[name]
+    tables = {**small_recipe(**({"parallel__ranks": len(shares)} | changes)), "attention": ATTENTIONS[0]}
+    found = run_ranks(len(shares), _move, tables, shares, plans, fixed)
+    changes = {key: value for key, value in changes.items() if not key.startswith(("parallel", "serve"))}
+    alone = {**small_recipe(**changes), "attention": ATTENTIONS[0]}
+    want = tokens_of(
+        engine_of(0, alone, Limits(sequences=99, step=99, prefix_cache=False), False),
+        [*itertools.chain(*requests_of(shares, 5))],
+    )
+    assert all(map(any, zip(*(busy for *_, busy in found), strict=True))), "answers are under way whenever they move"
+    for news, _, stays, right, _ in found:
+        for request, tokens in news.items():
+            expected = want.pop(request)
+            assert [i for i, _ in tokens] == [i for i, _ in expected], request
+            assert [p for _, p in tokens] == pytest.approx([p for _, p in expected], rel=1e-9)
+        assert stays and right
+    assert not want
+    _experts_are_counted(found, Recipe.model_validate(tables))
+
+
 def _counts(rank: int, world: int, tables: dict[str, Any], shares: list[int]) -> list[tuple[tuple[int, ...], ...]]:
     counted = []
     for fixed in (True, False):
@@ -238,7 +320,8 @@ def test_a_rank_that_dies_ends_the_steps_of_others(placement: str, victim: int, 
 
 
 def test_what_ranks_need_together() -> None:
-    turns = [Turn(3, False, Shape(5, 2, False)), Turn(0, False, Shape()), Turn(1, True, Shape(1, 9, True))]
+    turns = [Turn(3, False, Shape(5, 2, False), True), Turn(0, False, Shape()), Turn(1, True, Shape(1, 9, True), True)]
     assert Turn.together([turn.numbers() for turn in turns]) == Turn(4, True, Shape(5, 9, True))
+    assert Turn.together([turn.numbers() for turn in turns[::2]]) == Turn(4, True, Shape(5, 9, True), True)
     long = Turn.together([Turn(1, False, UNSHAPED).numbers(), turns[0].numbers()])
     assert long.shape.rows == UNSHAPED.rows

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from small import small_recipe
-from test_engine_ranks import requests_of, tokens_of
+from test_engine_ranks import COPIES, requests_of, tokens_of
 from test_gpu_graphs import KINDS, SIZES, _filled, _one_by_one, _parts
 from torch import Tensor
 
@@ -31,6 +31,7 @@ from shoal.workers.engine.decode import capturable
 from shoal.workers.engine.engine import Engine
 from shoal.workers.engine.request import Limits, Turn
 from shoal.workers.engine.tables import Part, StepTables
+from shoal.workers.expert_plan import Plan
 from shoal.workers.mesh import make_mesh
 from shoal.workers.model import Transformer
 from shoal.workers.model.feedforward import MoELoad
@@ -44,12 +45,18 @@ PLACES = {"colocated": 2, "1A:1F": 2, "2A:2F": 4}
 """On so many GPUs."""
 
 
-def _model(kind: str, placement: str, ranks: int, rank: int, device: torch.device) -> Transformer:
+def _model(
+    kind: str, placement: str, ranks: int, rank: int, device: torch.device, plan: Plan | None = None
+) -> Transformer:
     attention = {"kind": kind, "cmp_block": 32, "cmp_stride": 16, "slc_block": 64, "slc_count": 4, "window": 100}
     sizes = SIZES | {"train__dtype": "bfloat16", "parallel__device": device.type}
-    sizes |= {"parallel__ranks": ranks, "parallel__placement": placement}
+    sizes |= {
+        "parallel__ranks": ranks,
+        "parallel__placement": placement,
+        "serve__expert_copies": 2 * (plan is not None),
+    }
     recipe = Recipe.model_validate({**small_recipe(**sizes), "attention": attention})
-    return Transformer(recipe, make_mesh(Placement.of(recipe), rank % ranks, device), device).eval()
+    return Transformer(recipe, make_mesh(Placement.of(recipe), rank % ranks, device), device, plan=plan).eval()
 
 
 def _of_any_shape(engine: Engine, parts: list[Part]) -> Tensor:
@@ -107,6 +114,29 @@ def _mixes(kind: str, placement: str, rank: int, device: torch.device) -> dict[s
     return found
 
 
+def _moves(kind: str, placement: str, rank: int, device: torch.device) -> dict[str, Any]:
+    """Tokens of requests under way while experts move, with graphs and without; graphs that were made before."""
+    found: dict[str, Any] = {"same": [], "moved": [], "made": []}
+    news, engines = [], []
+    for graphs in (False, True):
+        engine = Engine(_model(kind, placement, PLACES[placement], rank, device, COPIES), Limits(sequences=9, step=64))
+        if graphs:
+            engine.warm_up()
+        else:
+            engine.decode = _one_by_one(engine)
+        made = dict(getattr(engine.decode, "graphs", {}))
+        attention = engine.model.mesh.placement.attention
+        requests = requests_of([8, 5], 7)[rank] if rank in attention else []
+        plans = {step + rank: plan for step, plan in ((2, COPIES[::-1]), (8, COPIES), (14, COPIES[::-1]))}
+        news.append(tokens_of(engine, requests, plans=plans))
+        engines.append(engine)
+        found["moved"].append(tuple(layer.homes for layer in engine.model.moe_layers) == COPIES[::-1])
+        found["made"].append(not graphs or (len(made) > 1 and getattr(engine.decode, "graphs", {}) == made))
+    ids = [{name: [i for i, _ in tokens] for name, tokens in each.items()} for each in news]
+    found["same"] = [ids[0] == ids[1], engines[0].load().expert_tokens == engines[1].load().expert_tokens]
+    return found
+
+
 def on_rank(rank: int, port: int, folder: str, kind: str, placement: str) -> None:
     """Leaves what was found; nothing where no graph can be had."""
     os.environ["NCCL_NVLS_ENABLE"] = "0"  # NVLink multicast wants rights that containers lack
@@ -119,6 +149,8 @@ def on_rank(rank: int, port: int, folder: str, kind: str, placement: str) -> Non
     found: dict[str, Any] = {}
     if capturable(_model(kind, placement, PLACES[placement], rank, device)):
         found = {"steps": _steps(kind, placement, rank, device), "mixes": _mixes(kind, placement, rank, device)}
+        if placement != "1A:1F":  # a rank with all experts has no copies
+            found["moves"] = _moves(kind, placement, rank, device)
     (Path(folder) / str(rank)).write_bytes(pickle.dumps(found))
     gc.collect()  # graphs go before what they exchange with
     torch.cuda.synchronize()
@@ -147,6 +179,7 @@ def test_gpus_in_graphs(placement: str, kind: str) -> None:
         assert steps["graphs"] > 1  # fewer than steps: some need the same shapes
         assert all(mixes["same"]) and all(mixes["counted"])
         assert mixes["made"] == [True, True]
+        assert all(map(all, result.get("moves", {}).values()))
     for way in range(2):  # of all ranks, one row beside the other
         rows = sorted(e for result in results for errors in result["steps"]["errors"][way::2] for e in errors)
         assert rows[len(rows) // 2] < 0.03, (way, rows)

@@ -13,7 +13,8 @@ from shoal.workers.placement import Placement
 if TYPE_CHECKING:
     from shoal.workers.engine.loop import EngineLoop
 
-THREADS = 32  # calls that an actor answers at once: two wait for news and for the end, the others take an instant
+THREADS = 32
+"""Calls that an actor answers at once: those for news, the end and experts that move wait, others take an instant."""
 
 
 class EngineActor(RankActor):
@@ -65,6 +66,11 @@ class EngineActor(RankActor):
     def load(self) -> Load:
         """How busy this rank is."""
         return self._running().load()
+
+    def place_experts(self, plan: Plan) -> None:
+        """Moves experts to the ranks that a plan says, between steps; returns when that is done. All ranks must be
+        told."""
+        self._running().place(plan)
 
     def watch(self) -> None:
         """Returns when the engine has ended; raises when that was an error."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +20,10 @@ from shoal.workers.engine.scheduler import Chunk, Scheduler
 from shoal.workers.engine.sequence import Pools, Sequence
 from shoal.workers.engine.tables import SINGLE, Part, StepTables, warm_parts
 from shoal.workers.errors import ClusterRefused, InvalidInput
+from shoal.workers.expert_plan import Homes, Plan
 from shoal.workers.model import Transformer
-from shoal.workers.model.feedforward import MoELoad, Stages, interleave
+from shoal.workers.model.feedforward import MoELoad, Stages, interleave, named_views
+from shoal.workers.rehome import rehome
 
 CACHED_SEQUENCES = 2  # near pages kept for prefixes, in sequences for each one that runs
 
@@ -47,6 +50,7 @@ class Engine:
         self.pools = self._make_pools(None if memory is None else memory - joined)
         self.scheduler = Scheduler(limits, self.pools, self.context)
         self.sequences: dict[str, Sequence] = {}
+        self.moves: deque[tuple[int, Homes]] = deque()  # MoE layers whose experts are to move, and where to
         self._load = Load(capacity=limits.sequences, pages=self.pools.far.size)
         layers = sum(block.moe is not None for block in model.layers)
         counts = torch.zeros(layers, recipe.moe.experts, dtype=torch.int64, device=self.device)
@@ -132,7 +136,8 @@ class Engine:
         chunks.sort(key=lambda c: c.size > SINGLE)  # short ones first, as StepTables wants them
         parts = [_part(c) for c in chunks]
         self._planned = chunks, parts
-        own = Turn(len(self.sequences), stop, self.decode.need(parts) if self.decode else UNSHAPED)
+        shape = self.decode.need(parts) if self.decode else UNSHAPED
+        own = Turn(len(self.sequences), stop, shape, bool(self.moves))
         return Turn.together(self.model.mesh.tell(own.numbers()))
 
     @torch.inference_mode()
@@ -157,14 +162,44 @@ class Engine:
         self._count(chunks, outputs, prompt, time.perf_counter() - began)
         return [o for o in outputs if o.tokens or o.finish]
 
+    def place(self, plan: Plan) -> None:
+        """Has experts move to where a plan says: a layer before each step, so that no answer waits long. All ranks get
+        the same plan, and none before the last one's moves are done."""
+        now = [layer.homes for layer in self.model.moe_layers]
+        self.moves.extend((i, homes) for i, homes in enumerate(plan) if homes != now[i])
+
+    @torch.no_grad()
+    def move(self) -> None:
+        """Moves the experts of the next layer, in a turn with moves, before its step; collective. Weights and tables
+        change where they are, in the slots that a rank has for experts: CUDA graphs read what is there."""
+        layer, homes = self.moves[0]
+        moe = self.model.moe_layers[layer]
+
+        def stacked() -> dict[str, Tensor]:
+            return {name: weights.data[i] for name, weights, i in named_views(moe) if i is not None}
+
+        before = stacked()
+        moe.assign(homes)
+        rehome(self.model.mesh.world, before, stacked())
+        self.moves.popleft()
+
     def warm_up(self) -> None:
         """On GPUs prepares what steps need and what is slow the first time, and without it is slow then. Before the
         first request; collective over the ranks of the model."""
         if self.device.type != "cuda":
             return
         self._warm_prompts()
+        if any(layer.dispatcher.rooms for layer in self.model.moe_layers):
+            self._warm_moves()
         if self.decode and not self.decode.warm_up():
             self.decode = None
+
+    def _warm_moves(self) -> None:
+        """Makes the connections over which experts move, from every rank to every other one."""
+        world = self.model.mesh.world
+        each = dict(zip(map(str, range(world.size)), torch.zeros(world.size, 1, device=self.device), strict=True))
+        own = str(world.index)
+        rehome(world, {own: each[own]}, each)
 
     @torch.inference_mode()
     def _warm_prompts(self) -> None:

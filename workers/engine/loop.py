@@ -9,6 +9,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from shoal.workers.engine.request import EngineEnded, Load, Output, Request
+from shoal.workers.expert_plan import Plan
 
 if TYPE_CHECKING:
     from shoal.workers.engine.engine import Engine
@@ -45,6 +46,14 @@ class EngineLoop:
         """How busy the engine is."""
         load: Load = self._call(self.engine.load)
         return load
+
+    def place(self, plan: Plan) -> None:
+        """Moves experts as :meth:`Engine.place` has it; returns when that is done. Raises EngineEnded."""
+        self._call(lambda: self.engine.place(plan))
+        with self._changed:
+            self._changed.wait_for(lambda: not self.engine.moves or self._ended)
+        if self.engine.moves:
+            raise self._why()
 
     def take(self, seconds: float) -> list[Output]:
         """All news since the last call; waits for some, but no longer than ``seconds``.
@@ -90,10 +99,12 @@ class EngineLoop:
                 turn = self.engine.turn(self._stopping)
                 if turn.stop:
                     return
+                if turn.moves:
+                    self._move()
                 if turn.requests:
                     self._tell(self.engine.step(turn))
                     idle = IDLE_SECONDS[0]
-                else:
+                elif not turn.moves:
                     self._wake.wait(idle)
                     idle = min(2 * idle, IDLE_SECONDS[1])
         except BaseException as error:
@@ -118,6 +129,11 @@ class EngineLoop:
                 result.set_result(function())
             except Exception as error:
                 result.set_exception(error)
+
+    def _move(self) -> None:
+        self.engine.move()
+        with self._changed:
+            self._changed.notify_all()
 
     def _tell(self, news: list[Output]) -> None:
         if news:

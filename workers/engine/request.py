@@ -104,7 +104,11 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Load:
-    """How busy an engine is, now and since it started (totals)."""
+    """How busy an engine is, now and since it started (totals).
+
+    Of several ranks together: rebalances: how often copies of experts moved. rank_load: what the busiest rank with
+    experts had to do of late, as a multiple of a fair share, the mean of all layers; 0 where that is not known.
+    """
 
     waiting: int = 0
     running: int = 0
@@ -120,6 +124,8 @@ class Load:
     preemptions_total: int = 0
     proposed_tokens_total: int = 0
     accepted_tokens_total: int = 0
+    rebalances_total: int = 0
+    rank_load: float = 0.0
     expert_tokens: tuple[tuple[int, ...], ...] = field(default=())
 
 
@@ -140,22 +146,24 @@ UNSHAPED = Shape(1 << 30)
 class Turn:
     """What a rank brings to the next step; or what all ranks do together.
 
-    requests: under way. stop: whether to end instead. shape: what a step of fixed shape needs.
+    requests: under way. stop: whether to end instead. shape: what a step of fixed shape needs. moves: whether experts
+    of a layer move before the step, which all ranks must have been told.
     """
 
     requests: int = 0
     stop: bool = False
     shape: Shape = Shape()  # noqa: RUF009
+    moves: bool = False
 
     @classmethod
     def together(cls, turns: Sequence[Sequence[int]]) -> Turn:
         """Of all ranks, each as :meth:`numbers` has it: all requests, and what the largest shape needs."""
-        requests, stops, rows, pages, compress = zip(*turns, strict=True)
-        return cls(sum(requests), any(stops), Shape(max(rows), max(pages), any(compress)))
+        requests, stops, moves, rows, pages, compress = zip(*turns, strict=True)
+        return cls(sum(requests), any(stops), Shape(max(rows), max(pages), any(compress)), all(moves))
 
     def numbers(self) -> tuple[int, ...]:
         """To be told to other ranks."""
-        return (self.requests, self.stop, *self.shape)
+        return (self.requests, self.stop, self.moves, *self.shape)
 
 
 @dataclass(frozen=True)

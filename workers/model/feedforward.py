@@ -22,7 +22,7 @@ from shoal.kernels.moe.router import Router, Routing
 from shoal.workers.config import Recipe
 from shoal.workers.dispatch import Dispatcher
 from shoal.workers.errors import InvalidInput
-from shoal.workers.expert_plan import Homes, even_homes
+from shoal.workers.expert_plan import EMPTY, Homes, even_homes
 from shoal.workers.gathered import GatheredFlight, Live
 from shoal.workers.mesh import Mesh
 from shoal.workers.routed import Found, Pass, RoutedFFN, Weights
@@ -63,7 +63,8 @@ class DenseFFN(nn.Module):
 
 
 class ExpertStack(nn.Module):
-    """The experts that one rank hosts, as stacked weights. ``names`` says which, whatever the placement."""
+    """The experts that one rank hosts, as stacked weights. ``names`` says which, whatever the placement; "" is the name
+    of a slot without one."""
 
     def __init__(self, names: list[str], hidden: int, inner: int) -> None:
         super().__init__()
@@ -133,7 +134,8 @@ class MoE(nn.Module):
         dtype: torch.dtype = torch.float32,
         homes: Homes | None = None,
     ) -> None:
-        """homes: where the routed experts lie; None: in equal runs."""
+        """homes: where the routed experts lie, for a service, whose ranks have slots for ``serve.expert_copies`` more
+        than their share; None: in equal runs."""
         super().__init__()
         moe, hidden = recipe.moe, recipe.model.hidden
         self.table, self.balance, self.most, self.mesh = moe, recipe.balance, recipe.route.max_devices, mesh
@@ -150,7 +152,11 @@ class MoE(nn.Module):
         self.homes = homes or even_homes(moe.experts, mesh.placement.set_size)
         owners = mesh.placement.owners(self.homes, self.sent_shared)
         sources = [place for place, rank in enumerate(mesh.dispatch.ranks) if rank in mesh.placement.attention]
-        self.dispatcher = Dispatcher(mesh.dispatch, owners, device, self.products.triton, sources=sources)
+        rooms: tuple[int, ...] = ()
+        if homes and (extra := recipe.serve.expert_copies):
+            room = min(moe.experts, moe.experts // mesh.placement.set_size + extra)
+            rooms = mesh.placement.rooms(room, self.sent_shared)
+        self.dispatcher = Dispatcher(mesh.dispatch, owners, device, self.products.triton, sources=sources, rooms=rooms)
         if mesh.hosts_attention:
             if moe.router != "hash":
                 self.centroids = nn.Parameter(torch.empty(moe.experts, hidden))
@@ -161,8 +167,8 @@ class MoE(nn.Module):
             self.experts = ExpertStack([self._name(e) for e in self.dispatcher.local], hidden, moe.expert_hidden)
 
     def assign(self, homes: Homes) -> None:
-        """Gives the routed experts to other ranks, as many to each as before, by name: the weights are for the caller
-        to move. All ranks call it alike, between two passes."""
+        """Gives the routed experts to other ranks, by name: the weights are for the caller to move, into the same
+        memory. As many to each as before, or as it has slots. All ranks call it alike, between two passes."""
         self.homes = homes
         self.dispatcher.assign(self.mesh.placement.owners(homes, self.sent_shared))
         if self.mesh.hosts_experts:
@@ -177,6 +183,8 @@ class MoE(nn.Module):
 
     def _name(self, expert: int) -> str:
         routed = self.table.experts
+        if expert == EMPTY:
+            return ""
         return f"experts.{expert}" if expert < routed else f"shared.{expert - routed}"
 
     def forward(self, x_TH: Tensor, tokens_T: Tensor, load: MoELoad) -> Tensor:
@@ -364,7 +372,8 @@ def named_views(
             continue
         layer = prefix.rpartition(".")[0]
         for i, name in enumerate(stacks[prefix].names):
-            yield f"{layer}.{name}.{leaf}", parameter, i
+            if name:
+                yield f"{layer}.{name}.{leaf}", parameter, i
 
 
 def _version(weight: Tensor) -> int | None:

@@ -1,0 +1,213 @@
+"""A service's experts follow the load that its users make: when that is worth it, and not by chance; over real ranks,
+whose answers are those of one rank before, meanwhile and after."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import VOCAB, small_recipe
+from test_engines import _ask, _with_engines
+from trained import write_weights
+
+from shoal.cluster.engines import Engines
+from shoal.cluster.expert_copies import place_copies
+from shoal.cluster.expert_placement import busiest
+from shoal.cluster.local import RaySession, ray_session
+from shoal.cluster.served_experts import ENOUGH, WORTH, ServedExperts
+from shoal.workers.config import Recipe
+from shoal.workers.engine.request import Request, Sampling
+from shoal.workers.expert_plan import EMPTY, slots_of
+from shoal.workers.model import Transformer
+from shoal.workers.sample import sample
+
+BUSY = [[9.0, 2.0, 1.0, 1.0, 0.0, 0.0, 3.0, 2.0], [0.0, 0.0, 1.0, 9.0, 1.0, 1.0, 0.0, 0.0]]
+"""Two layers of eight experts, as training measured them."""
+
+
+def _served(**changes: Any) -> ServedExperts:
+    tables = small_recipe(**({"parallel__ranks": 2, "serve__expert_copies": 1} | changes))
+    return ServedExperts(Recipe.model_validate(tables))
+
+
+def _totals(row: list[int]) -> list[list[int]]:
+    """Choices so far, in thousands: of a layer, and of one that is its mirror."""
+    return [[count * ENOUGH for count in each] for each in (row, row[::-1])]
+
+
+EARLY = [20, 2, 2, 2, 2, 2, 2, 2]
+
+
+def test_copies_follow_the_load() -> None:
+    served = _served()
+    assert all(len(own) == 1 for homes in served.first(["a", "a"], None) for own in homes), "nobody is known to be busy"
+    assert served.rank_load == 0.0 and served.better() is None
+    served.count(_totals(EARLY))
+    before = served.rank_load
+    assert before == busiest(_totals(EARLY), served.plan, 2) > 1.5
+    plan = served.better()
+    assert plan is not None and plan[0][0] == plan[1][7] == (0, 1)
+    text = served.took(plan)
+    assert f"the busiest rank has {served.rank_load:.2f} of a fair share, not {before:.2f}" in text
+    assert served.rank_load < before - WORTH
+    assert served.better() is None, "nothing has changed since"
+
+    # now all of one place's own experts are busy
+    late = [[20 * ENOUGH if own == (0,) else ENOUGH for own in homes] for homes in plan]
+    totals = _totals(EARLY)
+    for _ in range(2):
+        totals = [[a + b for a, b in zip(*rows, strict=True)] for rows in zip(totals, late, strict=True)]
+        served.count(totals)
+        before = served.rank_load
+        if later := served.better():
+            assert later != plan
+            served.took(later)
+            assert served.rank_load < before - WORTH
+    assert served.rebalances >= 2
+    assert busiest(late, served.plan, 2) < busiest(late, plan, 2) - 5 * WORTH
+
+
+def test_new_ranks_begin_with_the_load_that_was_measured() -> None:
+    served = _served()
+    trained = served.first(["a", "a"], BUSY)
+    served.count(_totals(EARLY))
+    plan = served.better()
+    assert plan is not None
+    served.took(plan)
+    again = served.first(["a", "a"], BUSY)
+    assert again != trained
+    assert busiest(_totals(EARLY), again, 2) == busiest(_totals(EARLY), plan, 2)
+    assert served.rebalances == 0, "of these ranks"
+    load = [list(row) for row in served.load]
+    served.count([[1] + [0] * 7] * 2)  # their totals begin at 0
+    assert served.load == [[row[0] / 2 + 1, *(x / 2 for x in row[1:])] for row in load]
+
+
+def test_few_tokens_say_nothing() -> None:
+    served = _served()
+    trained = served.first(["a", "a"], BUSY)
+    served.count([[8 * ENOUGH - 1] + [0] * 7] * 2)
+    assert served.better() is None and served.rank_load == 0.0
+    assert served.first(["a", "a"], BUSY) == trained
+    served.count([[0, 5, 0, 0, 0, 0, 0, 0]] * 2)
+    served.count([[0, 5, 0, 0, 0, 0, 0, 0]] * 2)
+    assert served.load[0][0] == (8 * ENOUGH - 1) / 2, "nobody asked anything: nothing is forgotten"
+
+
+def test_chance_moves_nothing() -> None:
+    """Tokens that choose evenly, or as those did which a plan is for: each time some experts have more by chance."""
+    rng = random.Random(7)
+    for weights in ([1.0] * 64, [rng.lognormvariate(0, 1) for _ in range(64)]):
+        served = _served(moe__experts=64, balance__device_groups=1, parallel__ranks=4, train__batch=4)
+        totals = [[0] * 64, [0] * 64]
+        served.first(["a"] * 4, [weights] * 2)
+        for _ in range(20):
+            for row in totals:
+                for expert in rng.choices(range(64), weights, k=64 * ENOUGH):
+                    row[expert] += 1
+            served.count([list(row) for row in totals])
+            assert served.better() is None
+            assert served.rank_load < 1.05
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), places=st.integers(1, 4), experts=st.integers(1, 8), extra=st.integers(0, 3))
+def test_experts_that_stay_keep_their_slots(data: st.DataObject, places: int, experts: int, extra: int) -> None:
+    own = st.sets(st.integers(0, places - 1), min_size=1).map(lambda homes: tuple(sorted(homes)))
+    first, second = (data.draw(st.lists(own, min_size=experts, max_size=experts)) for _ in range(2))
+    hosted = [[[e for e, homes in enumerate(plan) if p in homes] for p in range(places)] for plan in (first, second)]
+    rooms = [max(len(a), len(b)) + extra for a, b in zip(*hosted, strict=True)]
+    before = slots_of(first, places, rooms)
+    after = slots_of(second, places, rooms, before)
+    assert slots_of(first, places) == tuple(map(tuple, hosted[0]))
+    for slots, experts_of in ((before, hosted[0]), (after, hosted[1])):
+        assert [len(row) for row in slots] == rooms
+        assert [sorted(e for e in row if e != EMPTY) for row in slots] == experts_of
+    for old, new, staying in zip(before, after, hosted[1], strict=True):
+        assert all(new[i] == e for i, e in enumerate(old) if e in staying)
+    rooms[0] = len(hosted[1][0]) - 1
+    if rooms[0] >= 0:
+        with pytest.raises(ValueError, match=f"place 0 has {rooms[0]} slots, too few"):
+            slots_of(second, places, rooms)
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RaySession]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHOAL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        with ray_session(4, dashboard=False) as started:
+            yield started
+
+
+def _alike(token: int, seed: int) -> list[Request]:
+    """Requests full of one token, so that others' experts are busy."""
+    rng = random.Random(seed)
+    return [
+        Request(f"{token}.{i}", (rng.randrange(VOCAB), *(token,) * rng.randint(20, 40)), Sampling(8, temperature=0.0))
+        for i in range(6)
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"parallel__ranks": 2}, id="2"),
+        pytest.param({"parallel__placement": "1A:2F", "moe__shared": "dispatched"}, id="1A:2F", marks=pytest.mark.slow),
+        pytest.param({"parallel__ranks": 4, "parallel__expert": 2}, id="4 in twos", marks=pytest.mark.slow),
+    ],
+)
+def test_answers_stay_the_same_while_experts_move(
+    changes: dict[str, Any],
+    session: RaySession,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Users ask one thing, then another: a plan is applied for each. A rank that dies takes none of it along."""
+    monkeypatch.setattr("shoal.cluster.served_experts.ENOUGH", 10)
+    tables = {"train__dtype": "float32", **{k: v for k, v in changes.items() if k.startswith("moe")}}
+    model = Transformer(Recipe.model_validate(small_recipe(**tables))).eval()
+    write_weights(model, tmp_path / "checkpoints", expert_load=BUSY)
+    kinds = [_alike(11, 1), _alike(200, 2)]
+    wanted = [[sample(model, list(r.prompt), 8, temperature=0.0) for r in requests] for requests in kinds]
+
+    async def work(engines: Engines) -> None:
+        assert engines.experts is not None
+        plans = [engines.experts.plan]
+
+        async def ask_until_they_move(kind: int) -> None:
+            seen = (await engines.load()).rebalances_total
+            for i in range(100):
+                again = [Request(f"{i}.{r.id}", r.prompt, r.sampling) for r in kinds[kind]]
+                assert await asyncio.gather(*(_ask(engines, r) for r in again)) == wanted[kind]
+                if (await engines.load()).rebalances_total > seen:
+                    plans.append(engines.experts.plan)
+                    break
+
+        for kind in (0, 1):
+            await asyncio.wait_for(ask_until_they_move(kind), 60)
+        assert len(plans) == 3 and plans[0] != plans[1] != plans[2], caplog.messages
+        load = await engines.load()
+        assert 1.0 <= load.rank_load < 2.0
+        said = [record.getMessage() for record in caplog.records if "experts moved" in record.getMessage()]
+        assert len(said) == load.rebalances_total >= 2
+
+        await asyncio.sleep(1)  # nobody asks, and all is counted
+        measured = engines.experts.load
+        os.kill(engines.pids()[-1], signal.SIGKILL)
+        while not engines.restarts:
+            await asyncio.sleep(0.05)
+        began, trained = ([place_copies(row, [0, 0], 1) for row in rows] for rows in (measured, BUSY))
+        assert engines.experts.plan == tuple(began) != tuple(trained), "they begin with what users asked"
+        assert await asyncio.gather(*(_ask(engines, r) for r in kinds[1])) == wanted[1]
+
+    recipe = small_recipe(train__dtype="float32", **changes, serve__expert_copies=1, serve__rebalance_seconds=0.3)
+    _with_engines(recipe, tmp_path / "checkpoints", session, work)
