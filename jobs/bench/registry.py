@@ -71,15 +71,17 @@ def check_parts(asked: Collection[str], known: Sequence[str]) -> None:
 def measure(name: str, settings: Settings) -> Document:
     """Runs a benchmark and returns its result. Raises ShoalError for what it cannot do.
 
-    One that needs GPUs is named after them as well: ``nsa-h100``, ``dispatch-2xh100``; or by its own ``result_name()``.
+    One that needs GPUs is named after them as well: ``nsa-h100``, ``dispatch-2xh100``. One with a ``whole(settings)``
+    makes the result by itself.
     Where there are parts, ``parts`` of the result lists what was measured, and some alone are named after them,
     ``nsa-h100-decode``: they do not replace the whole, and what was not measured has no rows.
     """
     before = os.getloadavg()[0]
     module = import_module(BENCHMARKS[name][0])
+    whole: Callable[[Settings], Document] | None = getattr(module, "whole", None)
+    if whole:
+        return whole(settings)
     rows: list[Row] = module.run(settings)
-    if named := getattr(module, "result_name", None):
-        return document(named(), rows, (before, os.getloadavg()[0]))
     kind = gpu_kind() if name in ON_GPUS else ""
     title = "-".join((f"{name}-{ON_GPUS[name]}{kind}" if kind else name, *settings.parts))
     result = document(title, rows, (before, os.getloadavg()[0]))

@@ -180,21 +180,20 @@ def _possible(series: Series, line: Line, ranks: int) -> Case | None:
     return case
 
 
-def run(settings: Settings) -> list[Row]:
-    """Rows of the usual parts, on the GPUs at hand; without one in small, over gloo on two ranks."""
+def whole(settings: Settings) -> Document:
+    """The usual parts on the GPUs at hand, as a result that can be gathered; without a GPU in small, over gloo on two
+    ranks, which does not replace what GPUs did."""
     import torch
 
-    gpus = torch.cuda.device_count()
+    gpus, before = torch.cuda.device_count(), os.getloadavg()[0]
     scale = prepared(USUAL, [n for n in RANKS if n <= (gpus or 2)], not gpus, settings)
     scale.measure()
-    return scale.rows()
+    return _document(scale, _title(not gpus, USUAL), not gpus, before)
 
 
-def result_name() -> str:
-    """What the result is called: what a CPU measures in small does not replace what GPUs did."""
-    import torch
-
-    return "scale" if torch.cuda.is_available() else "scale-cpu"
+def _document(scale: Scale, name: str, small: bool, before: float) -> Document:
+    result = document(name, scale.rows(), (before, os.getloadavg()[0]))
+    return result | {"notes": scale.notes, "small": small, "facts": told(scale.found)}
 
 
 def prepared(
@@ -302,8 +301,7 @@ def measure(chosen: argparse.Namespace) -> None:
     name = _title(small, chosen.parts.split(","), chosen.only)
 
     def after() -> Path:
-        result = document(name, scale.rows(), (before, os.getloadavg()[0]))
-        return write(result | {"notes": scale.notes, "small": small, "facts": told(scale.found)}, chosen.out)
+        return write(_document(scale, name, small, before), chosen.out)
 
     scale.measure(after)
     _written(after(), chosen)

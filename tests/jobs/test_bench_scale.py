@@ -40,9 +40,12 @@ print(len(scale.rows()))
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Of ``shoal bench scale``; without a GPU, also where there is one."""
     folder = tmp_path_factory.mktemp("bench")
-    command = [sys.executable, "-m", "shoal.jobs.bench.scale", "--device", "cpu", "--steps", "2", "--out", str(folder)]
-    subprocess.run([*command, "--data-dir", str(folder)], check=True, env=environment(), timeout=280)
+    command = [sys.executable, "-m", "shoal.jobs.cli.main", "bench", "scale", "--steps", "2"]
+    for option in ("--out", "--plots", "--data-dir"):
+        command += [option, str(folder)]
+    subprocess.run(command, check=True, env=environment() | {"CUDA_VISIBLE_DEVICES": ""}, timeout=280)
     assert (folder / "scale-cpu.png").read_bytes().startswith(b"\x89PNG")
     return json.loads((folder / "scale-cpu.json").read_text())
 
