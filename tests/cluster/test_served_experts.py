@@ -181,7 +181,8 @@ def test_answers_stay_the_same_while_experts_move(
 
     async def work(engines: Engines) -> None:
         assert engines.experts is not None
-        plans = [engines.experts.plan]
+        served = engines.experts
+        plans = [served.plan]
 
         async def ask_until_they_move(kind: int) -> None:
             seen = (await engines.load()).rebalances_total
@@ -189,7 +190,7 @@ def test_answers_stay_the_same_while_experts_move(
                 again = [Request(f"{i}.{r.id}", r.prompt, r.sampling) for r in kinds[kind]]
                 assert await asyncio.gather(*(_ask(engines, r) for r in again)) == wanted[kind]
                 if (await engines.load()).rebalances_total > seen:
-                    plans.append(engines.experts.plan)
+                    plans.append(served.plan)
                     break
 
         for kind in (0, 1):

@@ -219,7 +219,12 @@ def _move(
     engine = engine_of(rank, tables, Limits(sequences=4, step=24, prefix_cache=False), fixed, plans[0])
     busy: list[bool] = []
     move = engine.move
-    engine.move = lambda: (busy.append(engine.busy), move())[1]  # type: ignore[method-assign]
+
+    def seen() -> Any:
+        busy.append(engine.busy)
+        return move()
+
+    engine.move = seen  # type: ignore[method-assign]
     held = _held(engine)
     # not all ranks are told at the same time, and what is told last is the first plan again
     told = {first + rank % 3: plan for first, plan in ((1, plans[1]), (6, plans[0]), (11, plans[1]), (16, plans[0]))}

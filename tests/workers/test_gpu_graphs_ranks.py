@@ -127,7 +127,9 @@ def _moves(kind: str, placement: str, rank: int, device: torch.device) -> dict[s
         made = dict(getattr(engine.decode, "graphs", {}))
         attention = engine.model.mesh.placement.attention
         requests = requests_of([8, 5], 7)[rank] if rank in attention else []
-        plans = {step + rank: plan for step, plan in ((2, COPIES[::-1]), (8, COPIES), (14, COPIES[::-1]))}
+        plans: dict[int, Any] = {
+            step + rank: plan for step, plan in ((2, COPIES[::-1]), (8, COPIES), (14, COPIES[::-1]))
+        }
         news.append(tokens_of(engine, requests, plans=plans))
         engines.append(engine)
         found["moved"].append(tuple(layer.homes for layer in engine.model.moe_layers) == COPIES[::-1])
