@@ -1,4 +1,5 @@
-"""Tensors of more than 2³¹ elements, and a document of 1,048,576 tokens; the same in small without a GPU."""
+"""Tensors of more than 2³¹ elements, and a document of 1,048,576 tokens, which want a GPU of 80 GB to themselves; the
+same in small without a GPU."""
 
 from __future__ import annotations
 
