@@ -47,12 +47,28 @@ def test_rows_name_attention_context_ranks_and_phase(result: Any, tmp_path: Path
     }
     for row in rows:
         assert row["ms"] > 0
-        assert row["context"] == 2048
+        assert (row["context"], "peak_bytes" in row) == (2048, True)
         assert row["bytes"] == row["bytes_by_formula"]
         if row["ranks"] == 2:
             assert row["ratio"] == pytest.approx(row["baseline_ms"] / row["ms"], rel=1e-4)
     draw(result, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_formula_goes_on_to_a_million_tokens_over_64_ranks(result: Any) -> None:
+    """4 KV heads of 128 in bf16, forward and backward. Around the ring each rank's keys and values reach all others,
+    twice, and their gradients, in float32, come all the way round. Of NSA the first rank receives the far keys of all
+    segments but its own two, twice, and the gradients of its early segment from all other ranks; of compressed keys,
+    one for 16 tokens, twice as many segments' once, and those gradients; beside them it gets windows and halos."""
+    rows = [row for row in result["rows"] if row["what"] == "bytes by formula"]
+    assert {row["context"] for row in rows} == {1 << 20}
+    found = {(row["attention"], row["ranks"]): row["value"] for row in rows}
+    for ranks in (2, 4, 8, 16, 32, 64):
+        segment = (1 << 20) // (2 * ranks) * 4 * (128 + 128) * 2
+        assert found.pop(("full", ranks)) == segment * (4 * (ranks - 1) + 2 * 2 * ranks)
+        more = found.pop(("nsa", ranks)) - segment * (5 + 3 / 16) * (ranks - 1)
+        assert 0 < more < 2200 * 4 * (128 + 128) * 2
+    assert not found
 
 
 def test_two_ranks_agree_with_one(result: Any) -> None:

@@ -1,5 +1,5 @@
 """Two GPUs: a trainer whose ranks share each sequence, over NCCL, trains as one GPU does, with experts on each GPU or
-spread over both.
+spread over both, and with dense weights in shards and layers that are computed again.
 
 Needs no Ray: ``pytest -m gpu tests/workers/test_gpu_shared.py`` on a machine with two GPUs. On two ranks of the CPU the
 same runs, over gloo.
@@ -24,7 +24,11 @@ from shoal.workers.placement import Placement
 from shoal.workers.trainer import Trainer
 
 STEPS = 4
-EXPERTS = {"all experts on each": 1, "experts over both": 2}
+LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
+    "all experts on each": {"parallel": {"expert": 1}},
+    "experts over both": {"parallel": {"expert": 2}},
+    "dense weights in shards, layers computed again": {"parallel": {"shard_dense": True}, "train": {"recompute": 2}},
+}
 WAYS = {"nsa": {"sequence_attention"}, "full": {"ring_attention", "gather_attention"}}
 """How shared sequences are attended to, in the steps of a run."""
 BOUNDS = {"float32": (1e-4, 1e-3), "bfloat16": (0.01, 0.05)}
@@ -71,21 +75,22 @@ def _trained(tables: dict[str, Any], mesh: Mesh, corpus: Path, device: torch.dev
 
 def on_rank(rank: int, world: int, corpus: Path, device: str) -> Runs:
     """Of each kind of attention and dtype, one rank's run and those of both."""
-    everyone = tuple(range(world))
     # with its number: processes here see all GPUs, and a thread's current one is the first
     place = torch.device(device, rank) if device == "cuda" else torch.device(device)
-    meshes = {"alone": make_mesh(Placement(1, (0,), (0,), 1))}
-    for name, experts in EXPERTS.items():
-        meshes[name] = make_mesh(Placement(world, everyone, everyone, experts, world), rank, place)
+    meshes: dict[Placement, Mesh] = {}
     found: Runs = {}
     for kind in WAYS:
         for dtype in BOUNDS:
-            for name, mesh in meshes.items():
+            for name in ("alone", *LAYOUTS):
                 tables = tables_of(kind, dtype, device)
-                if name in EXPERTS:
-                    tables["parallel"] |= {"ranks": world, "context": world, "expert": EXPERTS[name]}
-                assert Placement.of(Recipe.model_validate(tables)) == mesh.placement
-                found[kind, dtype, name] = _trained(tables, mesh, corpus, place)
+                if name in LAYOUTS:
+                    tables["parallel"] |= {"ranks": world, "context": world}
+                for table, keys in LAYOUTS.get(name, {}).items():
+                    tables[table] |= keys
+                placement = Placement.of(Recipe.model_validate(tables))
+                if placement not in meshes:
+                    meshes[placement] = make_mesh(placement, rank if name in LAYOUTS else 0, place)
+                found[kind, dtype, name] = _trained(tables, meshes[placement], corpus, place)
     return found
 
 
@@ -103,13 +108,13 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return results
 
 
-@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("kind", WAYS)
-def test_ranks_that_share_sequences_train_as_one(found: list[Runs], kind: str, dtype: str, experts: str) -> None:
+def test_ranks_that_share_sequences_train_as_one(found: list[Runs], kind: str, dtype: str, layout: str) -> None:
     of_loss, of_norm = BOUNDS[dtype]
     for runs in found:
-        alone, shared = runs[kind, dtype, "alone"], runs[kind, dtype, experts]
+        alone, shared = runs[kind, dtype, "alone"], runs[kind, dtype, layout]
         assert not alone["taken"] and set(shared["taken"]) == WAYS[kind]
         assert shared["losses"] == pytest.approx(alone["losses"], rel=of_loss)
         assert shared["norms"] == pytest.approx(alone["norms"], rel=of_norm)

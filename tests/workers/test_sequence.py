@@ -17,6 +17,7 @@ from sequences import NSA_NAMES, SIZES, TOKENS, Problem, drawn, nsa_alone, nsa_o
 from torch.profiler import ProfilerActivity, profile
 
 from shoal.kernels.nsa import BlockSizes
+from shoal.kernels.nsa.rows import needs
 from shoal.workers.exchange import Fetch, Give, Plan
 from shoal.workers.mesh import Group, make_mesh
 from shoal.workers.placement import Placement
@@ -75,6 +76,29 @@ def test_ranks_compute_what_one_rank_computes(world: int) -> None:
     packs = [pack(256), pack(37, 140, 3, 76), pack(*[9] * 20), pack(5), pack(0), pack(1, 1, 301)]
     check(world, packs, torch.float64)
     check(world, packs[:2], torch.float32, tile=8, dense=0)
+
+
+@given(lengths=st.lists(st.integers(1, 400), max_size=6), world=st.integers(1, 8))
+def test_each_token_and_each_compressed_block_has_one_owner(lengths: list[int], world: int) -> None:
+    """Segments are whole pages, but for the last, and about equally long; of others' tokens a block needs a few."""
+    cu, page = pack(*lengths), SIZES.slc_block
+    owned = zigzag(cu[-1], world, page)
+    assert sorted(t for rows in owned for t in rows.indices().tolist()) == list(range(cu[-1]))
+    for rows in owned:
+        assert all(edge % page == 0 or edge == cu[-1] for segment in rows.ranges for edge in segment)
+        assert abs(rows.count - cu[-1] / world) <= 2 * page
+    need = [needs(cu, SIZES, rows) for rows in owned]
+    blocks = sum(SIZES.cmp_blocks(length) for length in lengths)
+    assert sorted(i for n in need for i in n.own.indices().tolist()) == list(range(blocks))
+    for rows, n in zip(owned, need, strict=True):
+        halo = n.raw.indices()[~rows.holds(n.raw.indices())]
+        assert len(halo) <= len(rows.ranges) * (SIZES.cmp_block - 1)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_ranks_have_equally_many_pairs_of_queries_and_keys(world: int) -> None:
+    pairs = [sum(t + 1 for t in rows.indices().tolist()) for rows in zigzag(512, world, SIZES.slc_block)]
+    assert pairs == [512 * 513 // 2 // world] * world
 
 
 @settings(max_examples=3)
