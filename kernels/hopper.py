@@ -49,6 +49,7 @@ _kinds = count()
 @lru_cache(maxsize=256)
 def _blocks(block: tuple[int, ...], dtype: torch.dtype, rows: bool) -> tuple[list[int], gl.NVMMASharedLayout, int]:
     shape = list(block)
+    assert dtype == torch.float32 or not rows, "rows that lie side by side are of float32"
     layout = (
         gl.NVMMASharedLayout(0, 32, rank=2) if rows else gl.NVMMASharedLayout.get_default_for(shape, _DTYPES[dtype])
     )

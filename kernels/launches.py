@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITFunction, KernelParam
 
 
 class Descriptor(TensorDescriptor):  # type: ignore[misc]  # Triton is not typed
@@ -21,8 +21,9 @@ class Descriptor(TensorDescriptor):  # type: ignore[misc]  # Triton is not typed
     kind: int
 
 
-_compiled: dict[tuple[Any, ...], tuple[Callable[..., None], tuple[Any, ...]]] = {}
-"""Of a kernel and all that it is compiled for: what launches it, and its constants in their order."""
+_compiled: dict[tuple[Any, ...], tuple[Callable[..., None], tuple[Any, ...], Any]] = {}
+"""Of a kernel and all that it is compiled for: what launches it, its constants in their order, and the kernel, whose id
+no other one must get."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int | float | Descriptor, **named: Any) -> None:
@@ -30,8 +31,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int | float 
 
     Triton asks of every argument what it would be compiled for, and takes three times as long for that as for the
     launch, with tensor descriptors 20 times: of what was compiled once it is enough to know tensors' dtypes and whether
-    they begin on 16 bytes, of numbers what Triton may specialize on, of descriptors their kind. Given tensors, it would
-    ask CUDA where each of them lies. Raises TypeError where a constant is no keyword, or a keyword no constant.
+    they begin on 16 bytes, of numbers (64 bits with a sign) what Triton may specialize on, of descriptors their kind.
+    Given tensors, it would ask CUDA where each of them lies; those of the CPU are still given to it, which refuses
+    them. Raises TypeError where a constant is no keyword, or a keyword no constant.
     """
     if not isinstance(kernel, JITFunction):  # of Triton's interpreter
         kernel[grid](*arguments, **named)
@@ -39,29 +41,29 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int | float 
     values: list[Any] = []
     kinds: list[Any] = []
     for argument in arguments:
-        if isinstance(argument, int):
-            values.append(argument)
-            kinds.append((argument == 1, argument & 15 == 0, -(2**31) <= argument < 2**31))
-        elif isinstance(argument, float):
-            values.append(argument)
-            kinds.append(float)
+        if isinstance(argument, Tensor):
+            address = argument.data_ptr()
+            values.append(address)
+            kinds += argument.dtype, address & 15 == 0, argument.is_cuda
         elif isinstance(argument, Descriptor):
             values.append(argument)
             kinds.append(argument.kind)
-        else:
-            address = argument.data_ptr()
-            values.append(address)
-            kinds += argument.dtype, address & 15 == 0
+        elif isinstance(argument, float):
+            values.append(argument)
+            kinds.append(float)
+        else:  # False is no 0, and no multiple of 16
+            values.append(argument)
+            kinds.append((type(argument), argument == 1, argument & 15 == 0, -(2**31) <= argument < 2**31))
     device = current_device()
     key = (id(kernel), device, *kinds, *named.items())
     found = _compiled.get(key)
     if found is None:
-        names = _constants(kernel, arguments)
+        params = _constants(kernel, arguments)
         compiled = kernel[grid](*arguments, **named)
         if compiled is not None:
-            _compiled[key] = starter(compiled), tuple(named[name] for name in names)
+            _compiled[key] = starter(compiled), tuple(named.get(each.name, each.default) for each in params), kernel
         return
-    start, constants = found
+    start, constants, _ = found
     start(device, (*grid, 1, 1)[:3], *values, *constants)
 
 
@@ -138,15 +140,15 @@ def current_place() -> tuple[int, int]:
     return device, driver.active.get_current_stream(device)
 
 
-def _constants(kernel: JITFunction[Any], arguments: tuple[Any, ...]) -> list[str]:
-    """Names of the constants, which stand behind the arguments."""
+def _constants(kernel: JITFunction[Any], arguments: tuple[Any, ...]) -> list[KernelParam]:
+    """The constants, which stand behind the arguments."""
     params, constants = kernel.params[: len(arguments)], kernel.params[len(arguments) :]
     for param, argument in zip(params, arguments, strict=True):
         if param.is_constexpr:
             raise TypeError(f"{kernel.__name__}: {param.name}={argument} is a constant: name it where it is launched")
     if plain := [param.name for param in constants if not param.is_constexpr]:
         raise TypeError(f"{kernel.__name__}: {plain} are no constants: pass them by their place, before all constants")
-    return [param.name for param in constants]
+    return constants
 
 
 def tiles(count: int, size: int) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import dataclass, replace
+from itertools import permutations
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,11 +14,13 @@ import torch
 import triton_on_cpu
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 triton_on_cpu.prepare()
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
+from triton.backends.compiler import BaseBackend  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from shoal.kernels import launches  # noqa: E402
@@ -100,6 +105,78 @@ def test_numbers_that_triton_may_specialize_on_are_told_apart(asked: tuple[list[
         assert len(compiled) == before
         assert launched[-1] == ((1, 1, 1), (x.data_ptr(), x.data_ptr(), again, 3.0, 2, 8))
     assert len(compiled) == 5
+
+
+NUMBERS = [(False, True), (0, 1, 2, 15, 16, 48, -1, -16), (2**31 - 1, 2**31, 2**31 + 1, -(2**31), -(2**31) - 1, 2**62)]
+MEMORY = torch.zeros(64, dtype=torch.uint8)
+ARGUMENTS: list[Any] = [
+    *(number for some in NUMBERS for number in some),
+    *(0.0, 1.0, 16.0, float("inf")),
+    *(MEMORY[at:][:32].view(dtype) for at in (0, 8, 16) for dtype in (torch.bfloat16, torch.float16, torch.int64)),
+    torch.nn.Parameter(torch.zeros(4)),
+    torch.zeros(0),
+    *(descriptor(torch.zeros(64, 64, dtype=dtype), 32, 64) for dtype in (torch.bfloat16, torch.float16, torch.float32)),
+]
+
+
+@pytest.mark.parametrize("unspecialized", [{}, {"do_not_specialize": ["x"]}, {"do_not_specialize_on_alignment": ["x"]}])
+def test_no_two_arguments_that_triton_tells_apart_are_taken_for_each_other(
+    unspecialized: dict[str, Any], asked: tuple[list[Any], list[Any]]
+) -> None:
+    """All pairs, against what Triton makes of an argument when it looks for what it has compiled."""
+    specialize = pytest.importorskip("triton._C.libtriton").native_specialize_impl
+    _, launched = asked
+    kernel: Any = JITFunction(_scale, **unspecialized)
+    x = kernel.params[0]
+    told_apart = not x.do_not_specialize, not x.do_not_specialize_on_alignment
+    kinds = [specialize(BaseBackend, argument, False, *told_apart) for argument in ARGUMENTS]
+    alike = 0
+    for (first, kind), (second, other) in permutations(zip(ARGUMENTS, kinds, strict=True), 2):
+        launches._compiled.clear()
+        launched.clear()
+        for argument in (first, second):
+            launches.launch(kernel, (1,), argument, MEMORY, 5, 7, N=2, TILE=8)
+        assert not launched or kind == other, f"{second} was taken for {first}"
+        alike += len(launched)
+    assert alike > len(ARGUMENTS)
+
+
+def test_tensors_of_the_cpu_are_given_to_triton_which_refuses_them(
+    asked: tuple[list[Any], list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their addresses among those of a GPU's would end the process."""
+    compiled, launched = asked
+    monkeypatch.setattr(FakeTensor, "data_ptr", lambda _: 0, raising=False)
+    kernel: Any = JITFunction(_scale)
+    with FakeTensorMode():
+        there = torch.empty(8, device="cuda")
+    for _ in range(2):
+        launches.launch(kernel, (1,), there, there, 5, 7, N=2, TILE=8)
+    assert (len(compiled), len(launched)) == (1, 1)
+    launches.launch(kernel, (1,), there, torch.zeros(8), 5, 7, N=2, TILE=8)
+    assert (len(compiled), len(launched)) == (2, 1)
+
+
+def test_constants_that_are_not_named_are_what_the_kernel_says(asked: tuple[list[Any], list[Any]]) -> None:
+    def scale(x, count, N: tl.constexpr, TILE: tl.constexpr = 32):  # type: ignore[no-untyped-def]
+        tl.store(x, count * N * TILE)
+
+    _, launched = asked
+    kernel: Any = JITFunction(scale)
+    x = torch.zeros(8)
+    for _ in range(2):
+        launches.launch(kernel, (1,), x, 5, N=2)
+    assert launched == [((1, 1, 1), (x.data_ptr(), 5, 2, 32))]
+
+
+def test_a_kernel_that_was_launched_stays(asked: tuple[list[Any], list[Any]]) -> None:
+    """Another one could get its id, and be taken for it."""
+    kernel: Any = JITFunction(_scale)
+    there = weakref.ref(kernel)
+    launches.launch(kernel, (1,), torch.zeros(8), torch.zeros(8), 5, 7, N=2, TILE=8)
+    del kernel
+    gc.collect()
+    assert there() is not None
 
 
 def test_descriptors_of_another_kind_are_compiled_for(asked: tuple[list[Any], list[Any]]) -> None:

@@ -24,6 +24,7 @@ triton_on_cpu.prepare()
 from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+from shoal.kernels import launches  # noqa: E402
 from shoal.kernels.nsa import BlockSizes, make_layout, nsa_attention  # noqa: E402
 from shoal.kernels.nsa.attention import Tensors  # noqa: E402
 from shoal.kernels.nsa.triton_gather_grad import GatherGradTuning, selected_backward  # noqa: E402
@@ -70,6 +71,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeTensor, "data_ptr", lambda x: 0, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(launches, "current_device", lambda: 0)
     for kind in (JITFunction, InterpretedFunction):
         monkeypatch.setattr(kind, "run", lambda *args, **kwargs: None)
 
