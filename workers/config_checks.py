@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from shoal.workers.placement import segments_of
+
 if TYPE_CHECKING:
     from shoal.workers.config import AttentionTable, ModelTable, Recipe
 
@@ -270,16 +272,27 @@ def _check_segments(recipe: Recipe, rows: int, groups: int) -> None:
     """Each of ``groups`` context groups has so many rows of a micro-batch; a rank of it holds two segments of them."""
     p, a, t = recipe.parallel, recipe.attention, recipe.train
     name = "window" if a.window > a.slc_block else "slc_block"
-    least = getattr(a, name) if a.kind == "nsa" else 1
-    needed, tokens = 2 * p.context * least, rows * t.sequence
-    if p.context == 1 or tokens >= needed:
+    least, multiple = (getattr(a, name), a.slc_block) if a.kind == "nsa" else (1, 1)
+
+    def shortest(tokens: int) -> int:
+        return min(stop - start for start, stop in segments_of(tokens, p.context, multiple))
+
+    def first(rows: int) -> int:
+        """How many times ``rows`` tokens are enough."""
+        count = -(-2 * p.context * least // rows)
+        while shortest(count * rows) < least:
+            count += 1
+        return count
+
+    tokens = rows * t.sequence
+    if p.context == 1 or shortest(tokens) >= least:
         return
     shorter = f"shorter than attention.{name}={least}" if a.kind == "nsa" else "which hold nothing"
     # Fewer ranks in a group would not do: there would be more groups, with fewer rows each.
-    longer = -(-needed // rows)
-    or_longer = f", or train.sequence to {longer} or more" if longer <= recipe.model.context else ""
+    longer = first(rows)
+    or_longer = f", or train.sequence to {longer}" if longer <= recipe.model.context else ""
     raise ValueError(
         f"parallel.context={p.context} cuts packed batches of {tokens} tokens into segments of "
-        f"{tokens // (2 * p.context)}, {shorter}: set train.batch to "
-        f"{-(-needed // t.sequence) * groups * t.accumulate}{or_longer}"
+        f"{shortest(tokens)}, {shorter}: set train.batch to "
+        f"{first(t.sequence) * groups * t.accumulate}{or_longer}"
     )

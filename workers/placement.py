@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from shoal.workers.expert_plan import Homes
 
 if TYPE_CHECKING:
     from shoal.workers.config import Recipe
+
+
+def segments_of(tokens: int, ranks: int, multiple: int) -> list[tuple[int, int]]:
+    """Where the 2 · ranks segments of ranks that share tokens begin and end: at multiples of ``multiple``, and as long
+    as each other; where tokens do not divide they differ by one such."""
+    count = 2 * ranks
+    edges = [min(tokens, round(i * tokens / count / multiple) * multiple) for i in range(count)] + [tokens]
+    return list(pairwise(edges))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ from shoal.kernels.nsa.layout import BlockSizes, Layout, make_layout
 from shoal.kernels.nsa.rows import Rows, needs
 from shoal.workers.exchange import Fetch, Give, Plan, fetch_rows
 from shoal.workers.mesh import Group
+from shoal.workers.placement import segments_of
 from shoal.workers.pull import Fetching, Pages, Pull, PullFetch, PullGive
 
 Pair = tuple[Tensor, Tensor]
@@ -44,12 +44,9 @@ Compress = Callable[[Tensor], Tensor]
 def zigzag(tokens: int, ranks: int, multiple: int) -> tuple[Rows, ...]:
     """The tokens of each of ``ranks`` ranks: of 2 · ranks equal segments the i-th and the i-th last.
 
-    Early queries have few keys and late ones many: together every rank has as much to do. Segments begin at multiples
-    of ``multiple``, and where tokens do not divide they differ by one such.
+    Early queries have few keys and late ones many: together every rank has as much to do.
     """
-    count = 2 * ranks
-    edges = [min(tokens, round(i * tokens / count / multiple) * multiple) for i in range(count)] + [tokens]
-    segments = list(pairwise(edges))
+    segments = segments_of(tokens, ranks, multiple)
     return tuple(Rows.of([segments[i], segments[-1 - i]]) for i in range(ranks))
 
 

@@ -244,9 +244,15 @@ def test_segments_shorter_than_the_window_are_refused() -> None:
     with pytest.raises(InvalidInput, match=refusal):
         load_recipe("tiny", wide)
     assert load_recipe("tiny", [*wide, "train.batch=6"]).train.batch == 6
-    with pytest.raises(InvalidInput, match=r"set train\.batch to 6, or train\.sequence to 768 or more$"):
+    with pytest.raises(InvalidInput, match=r"set train\.batch to 6, or train\.sequence to 768$"):
         load_recipe("tiny", [*wide, "model.context=1024"])
     assert load_recipe("tiny", [*wide, "model.context=1024", "train.sequence=768"]).train.sequence == 768
+    # 525 tokens on average, of which the last segment has 500, since all begin at blocks of 64
+    blocks = ["attention.slc_block=64", "attention.cmp_block=32", "attention.cmp_stride=16", "attention.window=512"]
+    uneven = [*blocks, "parallel.ranks=2", "parallel.context=2", "model.context=4096", "train.batch=1"]
+    with pytest.raises(InvalidInput, match=r"2100 tokens into segments of 500, .* train\.sequence to 2048$"):
+        load_recipe("tiny", [*uneven, "train.sequence=2100"])
+    assert load_recipe("tiny", [*uneven, "train.sequence=2048"]).train.sequence == 2048
     halves = ["parallel.ranks=4", "parallel.context=2", "attention.window=600", "train.accumulate=2"]
     with pytest.raises(InvalidInput, match=r"set train\.batch to 20$"):
         load_recipe("tiny", halves)
