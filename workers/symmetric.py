@@ -363,6 +363,7 @@ class SymmetricFlight(Flight):
     def returned(self, base: Tensor) -> Tensor:
         """As the base class has it."""
         self._hear_back()
+        del self.counts  # others have read them, and the letter that they are part of would stay for the backward pass
         return self._at_home(self._inbox.rows(BACK), base)
 
     def send_grads(self, grad: Tensor) -> None:
