@@ -82,7 +82,11 @@ class RouteTable(Table):
     """Limits on where a token goes."""
 
     max_devices: int = Field(
-        default=0, ge=0, description="M: groups (balance.device_groups) that a token's experts may lie in; 0: all"
+        default=0,
+        ge=0,
+        description="M: groups (balance.device_groups) that a token's experts may lie in; 0: all. Groups, not ranks, "
+        "so that a model does not depend on how many train it: where each rank hosts whole groups, a token goes to M "
+        "ranks at most",
     )
 
 

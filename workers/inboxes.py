@@ -17,7 +17,7 @@ def open_inbox(model: Transformer) -> str:
     Layers share one inbox, since they take turns. Returns which way rows travel, in a sentence for the run's records;
     "" where none do. Raises InvalidInput for ``put`` where rows cannot be put.
     """
-    recipe, layers = model.recipe, model.moe_layers
+    recipe, layers, untold = model.recipe, model.moe_layers, ""
     if not travels(recipe):
         return ""
     why = why_exchanged(recipe, model.dtype.itemsize)
@@ -29,11 +29,13 @@ def open_inbox(model: Transformer) -> str:
         except symmetric.OutOfReach as error:
             why = str(error)
         else:
+            untold = box.untold
             for layer in layers:
                 layer.dispatcher.inbox = box
     if why and recipe.parallel.dispatch == "put":
         raise InvalidInput(f"parallel.dispatch='put', and rows cannot be put: {why}; set parallel.dispatch='auto'")
-    return f"rows for other ranks' experts are {f'exchanged: {why}' if why else 'put into their memory'}"
+    slower = f", and so are counts that hosts read, which takes longer: {untold}" if untold else ""
+    return f"rows for other ranks' experts are {f'exchanged: {why}' if why else f'put into their memory{slower}'}"
 
 
 def rows_awaited(model: Transformer) -> AbstractContextManager[None]:

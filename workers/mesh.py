@@ -74,6 +74,10 @@ class Group:
         dist.all_gather_object(found, own, group=self.handle)
         return found
 
+    def reason(self, own: str) -> str:
+        """The first reason that a rank has, told to all of them; "" where none has one."""
+        return next(filter(None, self.all_gather_object(own)), "")
+
 
 @dataclass(frozen=True)
 class Mesh:

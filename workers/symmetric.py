@@ -31,7 +31,7 @@ from shoal.workers.errors import last_line
 from shoal.workers.flight import Arrived, Flight
 from shoal.workers.mesh import COLLECTIVE_TIMEOUT, Group
 from shoal.workers.slots import BACK, COUNTS, LETTER, OUT, WORDS_BACK, shapes, words_in
-from shoal.workers.tallies import Tallies, Unheard, open_tallies
+from shoal.workers.tallies import Tallies, Unheard, Unshared, open_tallies
 from shoal.workers.transfer import HostReads, Moment, beside, on_host, used_here
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class Inbox:
         """choices: of a token, with float32 gates. Collective; raises RuntimeError where the memory cannot be had."""
         self.group, self.capacity = group, capacity
         self.tallies: Tallies | None = None  # where hosts read counts, if not what came into a slot
+        self.untold = ""  # why there are none
         self.others = [rank for rank in range(group.size) if rank != group.index]
         parts = shapes(len(self.others), capacity, hidden * dtype.itemsize // 4, choices, experts)
         starts, total = {}, 0
@@ -110,13 +111,20 @@ class Inbox:
             own = symmetric.empty(words, dtype=torch.int32, device=device)
         except RuntimeError as error:
             why = _first_line(error)
-        why = _reason(self.group, why)  # asked first: a rendezvous waits for ranks that never come
+        why = self.group.reason(why)  # asked first: a rendezvous waits for ranks that never come
         if own is None or why:
             raise RuntimeError(why)
         self._memory = symmetric.rendezvous(own, self.group.handle)
         self._tell, self._await = self._memory.put_signal, self._memory.wait_signal
         self._patience = PATIENCE // timedelta(milliseconds=1)
         return [self._memory.get_buffer(rank, (words,), torch.int32) for rank in range(self.group.size)]
+
+    def share_counts(self, experts: int, device: torch.device) -> None:
+        """Lets hosts tell each other counts, or keeps why they cannot: then these come into slots. Collective."""
+        try:
+            self.tallies = open_tallies(self.group, experts, device)
+        except Unshared as error:
+            self.untold = str(error)
 
     def arrives(self) -> bool:
         """Whether what ranks put comes to this one; every rank calls it before any other puts: of a GPU that a process
@@ -125,7 +133,7 @@ class Inbox:
         for rank in self.others:
             self.put(COUNTS, rank, mark)
         Moment(mark.device).wait()
-        _reason(self.group, "")  # all have put
+        self.group.reason("")  # all have put
         return [line.unique().tolist() for line in self.counts()] == [[-1 - rank] for rank in self.others]
 
     def counts(self) -> tuple[Tensor, ...]:
@@ -211,19 +219,19 @@ def inbox(
     if len(gpus) < group.size:
         raise OutOfReach("ranks share a GPU")
     reached = all(_reaches(own, seen[gpu]) for gpu in gpus & seen.keys() - {_gpu(own)})
-    if why := _reason(group, "" if reached else "GPUs do not reach each other"):
+    if why := group.reason("" if reached else "GPUs do not reach each other"):
         raise OutOfReach(why)
     box: Inbox | None = None
     try:  # memory, or what a container does not let its processes share
         box = Inbox(group, capacity, hidden, dtype, choices, experts, torch.device("cuda", own))
     except RuntimeError as error:
         why = f"a rank has no memory that others can write ({_first_line(error)})"
-    why = _reason(group, why)
+    why = group.reason(why)
     if box is None or why:
         raise OutOfReach(why)
-    if why := _reason(group, "" if box.arrives() else "what a rank puts does not arrive"):
+    if why := group.reason("" if box.arrives() else "what a rank puts does not arrive"):
         raise OutOfReach(why)
-    box.tallies = open_tallies(group, experts, torch.device("cuda", own))
+    box.share_counts(experts, torch.device("cuda", own))
     return box
 
 
@@ -240,11 +248,6 @@ def _gpu(index: int) -> str:
 
 def _reaches(own: int, other: int) -> bool:
     return torch.cuda.can_device_access_peer(torch.device("cuda", own), torch.device("cuda", other))
-
-
-def _reason(group: Group, why: str) -> str:
-    """The first reason that a rank has, told to all of them; "" where none has one."""
-    return next(filter(None, group.all_gather_object(why)), "")
 
 
 def _first_line(error: RuntimeError) -> str:
@@ -360,6 +363,7 @@ class SymmetricFlight(Flight):
     def returned(self, base: Tensor) -> Tensor:
         """As the base class has it."""
         self._hear_back()
+        del self.counts  # others have read them, and the letter that they are part of would stay for the backward pass
         return self._at_home(self._inbox.rows(BACK), base)
 
     def send_grads(self, grad: Tensor) -> None:

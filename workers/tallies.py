@@ -43,6 +43,10 @@ class Unheard(Exception):
         self.ranks = ranks
 
 
+class Unshared(Exception):
+    """Hosts or GPUs of a group cannot share memory; the message says why. Raised on all of them alike."""
+
+
 class Tallies:
     """``[experts]`` int32 of every rank of the group. memory: zeros at first, of :func:`words_for`, shared by all."""
 
@@ -91,62 +95,64 @@ def words_for(ranks: int, experts: int) -> int:
     return ranks * (-(-experts // LINE) + 1) * LINE
 
 
-def open_tallies(group: Group, experts: int, device: torch.device) -> Tallies | None:
-    """Collective over ranks in one container; None on all of them where their hosts or GPUs cannot share memory."""
+def open_tallies(group: Group, experts: int, device: torch.device) -> Tallies:
+    """Collective over ranks in one container. Raises Unshared."""
     size = 4 * words_for(group.size, experts)
+    own, why = _made(size) if group.index == 0 else (-1, "")
     memory: Tensor | None = None
-    own, place = -1, ""
-    if group.index == 0:
-        own, place = _made(size)
     try:
-        place = group.all_gather_object(place)[0]
-        if place:
-            memory = _opened(place, size)
-        registered = memory is not None and _registered(memory, device)
-        there = all(group.all_gather_object(registered))
+        place, why = group.all_gather_object((f"/proc/{os.getpid()}/fd/{own}", why))[0]
+        if not why:
+            memory, why = _opened(place, size)
+        if memory is not None:
+            why = _registered(memory, device)
+        first = group.reason(why)
     finally:
         if own >= 0:
             os.close(own)  # who has mapped it keeps it, and nobody else can find it
-    if memory is None or not registered:
-        return None
+    if memory is None or why:
+        raise Unshared(first)
     tallies = Tallies(memory, group, experts, device)
     if device.type == "cuda":
         finalizer = weakref.finalize(tallies, _unregister, memory)  # which lives as long
         finalizer.atexit = False  # the driver forgets it with the process, and would wait for what is under way
-    if not there:
-        return None
-    return tallies if all(group.all_gather_object(_arrives(tallies, group, experts, device))) else None
+    if not first:
+        first = group.reason("" if _arrives(tallies, group, experts, device) else "what a GPU writes does not arrive")
+    if first:
+        raise Unshared(first)
+    return tallies
 
 
 def _made(size: int) -> tuple[int, str]:
-    """Memory without a name in any file system, so that none is left behind by a process that is killed."""
+    """Memory without a name in any file system, so that none is left behind by a process that is killed; or why not,
+    with what was made of it."""
     made = -1
     try:
         made = os.memfd_create("shoal-counts")
         os.ftruncate(made, size)
-    except (OSError, AttributeError):
-        return made, ""
-    return made, f"/proc/{os.getpid()}/fd/{made}"
+    except (OSError, AttributeError) as error:
+        return made, f"memory to share cannot be made ({error})"
+    return made, ""
 
 
-def _opened(place: str, size: int) -> Tensor | None:
+def _opened(place: str, size: int) -> tuple[Tensor | None, str]:
     try:
         with Path(place).open("r+b", buffering=0) as file:
-            return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.int32)
-    except (OSError, ValueError):
-        return None
+            return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.int32), ""
+    except (OSError, ValueError) as error:
+        return None, f"a rank cannot open another one's memory ({error})"
 
 
-def _registered(memory: Tensor, device: torch.device) -> bool:
-    """Whether copies to it need not wait for the host."""
+def _registered(memory: Tensor, device: torch.device) -> str:
+    """Why copies to it would wait for the host; "" where they need not."""
     if device.type != "cuda":
-        return True
+        return ""
     runtime: Any = torch.cuda.cudart()
-    if not int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)):
-        return True
+    if not (code := int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))):
+        return ""
     with suppress(RuntimeError):  # what went wrong would else be said of the next launch
         torch.zeros(1, device=device)
-    return False
+    return f"CUDA does not register shared memory (error {code})"
 
 
 def _unregister(memory: Tensor) -> None:

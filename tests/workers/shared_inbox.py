@@ -11,7 +11,6 @@ from torch import Tensor
 
 from shoal.workers import symmetric
 from shoal.workers.symmetric import Inbox
-from shoal.workers.tallies import open_tallies
 
 
 class SharedInbox(Inbox):
@@ -25,8 +24,8 @@ class SharedInbox(Inbox):
         self.said: list[Any] = []
         super().__init__(*sizes)
         if self.tallied:
-            self.tallies = open_tallies(self.group, sizes[-2], sizes[-1])
-            assert self.tallies is not None
+            self.share_counts(sizes[-2], sizes[-1])
+            assert self.tallies is not None, self.untold
 
     def _share(self, words: int, device: torch.device) -> list[Tensor]:
         path = str(Path(self._folder) / str(self.group.index))

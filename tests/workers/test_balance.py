@@ -12,11 +12,13 @@ import torch.distributed as dist
 from ranks import run_ranks
 from small import small_corpus, small_recipe
 
+from shoal.cluster.expert_placement import place
 from shoal.workers.checkpoint_files import checkpoint_path, read_state
 from shoal.workers.config import Recipe
 from shoal.workers.expert_plan import Plan
+from shoal.workers.flight import Flight, PackedFlight
 from shoal.workers.mesh import make_mesh
-from shoal.workers.model.feedforward import named_biases
+from shoal.workers.model.feedforward import MoE, MoELoad, named_biases
 from shoal.workers.placement import Placement
 from shoal.workers.trainer import Trainer
 from shoal.workers.weights import load_model
@@ -156,3 +158,52 @@ def test_experts_that_move_change_nothing_else(corpus: Path, tmp_path: Path, pla
     for step in (2, 5):
         _, rest = _train(0, 1, alone, str(corpus), str(folder), step, step + 1)
         assert rest[0]["loss"] == pytest.approx(stayed[0][1][step]["loss"], rel=1e-9)
+
+
+def _reached(rank: int, world: int, tables: dict[str, Any]) -> list[list[int]]:
+    """Of each of a rank's tokens the ranks that it goes to: as experts lie at first, and once groups have moved."""
+    recipe = Recipe.model_validate(tables)
+    layer = MoE(recipe, make_mesh(Placement.of(recipe), rank), torch.device("cpu"), torch.float64).double()
+    generator, found, flights = torch.Generator().manual_seed(rank), [], []
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    dispatcher, groups = layer.dispatcher, recipe.balance.device_groups
+    start = dispatcher.start
+
+    def watched(*arguments: Any) -> Flight:
+        flights.append(start(*arguments))
+        return flights[-1]
+
+    dispatcher.start = watched  # type: ignore[method-assign, assignment]
+    load = torch.rand(8, generator=torch.Generator().manual_seed(2)).tolist()
+    moved = place(load, [0] * world, 8 // groups) if groups % world == 0 else layer.homes
+    assert (moved != layer.homes) == (groups % world == 0)
+    for homes in (layer.homes, moved):
+        layer.assign(homes)
+        x = torch.randn(300, recipe.model.hidden, generator=generator, dtype=torch.float64)
+        with torch.no_grad():
+            layer(x, torch.zeros(300, dtype=torch.int64), MoELoad(300, balance=False))
+        flight = flights[-1]
+        assert isinstance(flight, PackedFlight)
+        away = flight.home >= 0
+        assert int(away.sum()) == sum(flight.out), "these are the rows that left"
+        here = (dispatcher.ways.hosts[flight.slots.long()] == rank).any(1)
+        found.append((away.sum(1) + here).tolist())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "groups", "limit", "most"),
+    [(4, 4, 2, 2), (4, 4, 0, 3), (2, 4, 1, 1), (4, 8, 3, 3), (4, 2, 1, 2)],
+    ids=["a group a rank", "no limit", "two groups a rank", "an expert a group", "a group on two ranks"],
+)
+def test_a_token_goes_to_as_many_ranks_as_its_groups_lie_on(ranks: int, groups: int, limit: int, most: int) -> None:
+    """``route.max_devices`` bounds groups: where ranks host whole groups, rows of a token go to M ranks at most, also
+    when groups have moved."""
+    top_k = 2 if limit == 1 and groups == 4 else 3  # no more than the experts of so many groups
+    tables = small_recipe(
+        parallel__ranks=ranks, balance__device_groups=groups, route__max_devices=limit, moe__top_k=top_k
+    )
+    for found in run_ranks(ranks, _reached, tables):
+        assert [max(each) for each in found] == [most, most]

@@ -117,6 +117,9 @@ def on_ranks(
         passing = Pass(dispatcher, kind, (own[0], own[1]), (leaves[2], leaves[3]))
         out, *_ = RoutedFFN.apply(passing, leaves[0], None, leaves[1], experts[mine], *own, *leaves[2:])
         counts = passing.flight.expert_counts()
+        if folder:
+            kept = [t for t in vars(passing.flight).values() if isinstance(t, Tensor)]
+            assert all(t.nbytes == t.untyped_storage().nbytes() for t in kept), "a part of a letter keeps all of it"
         (out * upstream[mine]).sum().backward()
     for other in turns(dispatcher, kind, [leaves[0], leaves[1], *own, *leaves[2:]], experts[mine], 1 if folder else 2):
         assert torch.equal(other, out)

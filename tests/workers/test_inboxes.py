@@ -139,6 +139,27 @@ def test_rows_that_cannot_be_put_are_refused() -> None:
         assert said == [told.format(why) for why in wanted]
 
 
+def _untold(rank: int, world: int, folder: str) -> str:
+    def fails(*_: Any) -> int:
+        raise OSError("none is left")
+
+    def opened(*sizes: Any) -> SharedInbox:
+        box = SharedInbox(folder, *sizes)
+        box.share_counts(sizes[-2], sizes[-1])
+        return box
+
+    os.memfd_create = fails  # type: ignore[assignment]
+    symmetric.inbox = opened  # type: ignore[assignment]
+    recipe = Recipe.model_validate(small_recipe(parallel__ranks=2, parallel__device="auto", train__dtype="float32"))
+    return open_inbox(Transformer(recipe, make_mesh(Placement.of(recipe), rank)))
+
+
+def test_a_run_says_why_counts_go_the_slower_way(tmp_path: Path) -> None:
+    why = "memory to share cannot be made (none is left)"
+    wanted = "put into their memory, and so are counts that hosts read, which takes longer: "
+    assert run_ranks(2, _untold, str(tmp_path)) == [f"rows for other ranks' experts are {wanted}{why}"] * 2
+
+
 class _Astray(SharedInbox):
     """Whose ranks take their own memory for that of the others."""
 
