@@ -40,6 +40,9 @@ class ModelTable(Table):
     norm_eps: float = Field(default=1e-6, gt=0)
     tied_embeddings: bool = False
     init_std: float = Field(default=0.006, gt=0)
+    embedding_std: float = Field(
+        default=0.0, ge=0, description="init_std of embeddings; 0: that of the other weights, which attention outweighs"
+    )
 
     @property
     def v_dim(self) -> int:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from shoal.jobs.recipe import load_recipe
+from shoal.kernels.moe import load_fractions
 from shoal.workers.config import Recipe
 from shoal.workers.exchange import watched
 from shoal.workers.machine import spare_collector
@@ -68,13 +69,15 @@ def train(
 
     Yields the record of each step, with its time on the wall (the GPU is done with it: its facts were read), the
     context, recomputed layers, ``device_load``, of the rank with most rows for its experts, as a multiple of a fair
-    share, the mean over layers, ``rows_put``, whether rows are put into the memory of other ranks, and ``peak_bytes``,
-    the most that a rank has allocated since the start, slots for rows of other ranks among it.
+    share, the mean over layers, ``settling``, the same in each pass before the first step, ``rows_put``, whether rows
+    are put into the memory of other ranks, and ``peak_bytes``, the most that a rank has allocated since the start,
+    slots for rows of other ranks among it.
     """
     mesh = make_mesh(Placement.of(recipe), rank, device)
     trainer = Trainer(_within_a_long_run(recipe), corpus, None, mesh, device)
-    settle(trainer, PASSES if device.type == "cuda" else 1)  # on a CPU nothing is measured that it would change
-    settings = {"context": recipe.train.sequence, "recompute": recipe.train.recompute}
+    passes = PASSES if device.type == "cuda" else 1  # on a CPU nothing is measured that more would change
+    settling = [device_load(trainer, load_fractions(counts).tolist()) for counts in settle(trainer, passes)]
+    settings = {"settling": settling, "context": recipe.train.sequence, "recompute": recipe.train.recompute}
     began = time.monotonic()
     try:
         for step in range(1, recipe.train.steps + 1):
@@ -82,12 +85,12 @@ def train(
             with watched(trainer.watch.clock):
                 record = trainer.train_step()
             del record["gates"], record["coverage"]
-            rows = [max(layer) for layer in trainer.by_place(record.pop("load"))]
+            busiest = device_load(trainer, record.pop("load"))
             # the host's clocks differ: whether there is time for another step is decided together
             facts = torch.tensor([time.monotonic() - began, _peak(trainer)], dtype=torch.float64, device=device)
             passed, peak = mesh.world.all_gather(facts).amax(0).tolist()
             wall = time.perf_counter() - start
-            load = {"device_load": sum(rows) / len(rows) if rows else 1.0, "rows_put": bool(_inboxes(trainer))}
+            load = {"device_load": busiest, "rows_put": bool(_inboxes(trainer))}
             yield {**record, "wall_seconds": wall, **settings, **load, "peak_bytes": int(peak)}
             if step == 1:
                 spare_collector()
@@ -98,6 +101,13 @@ def train(
         gc.unfreeze()  # this model goes
 
 
+def device_load(trainer: Trainer, load: list[list[float]]) -> float:
+    """Rows of the rank that has most for its experts, as a multiple of a fair share, the mean over layers. load: of
+    each layer's experts, likewise."""
+    rows = [max(layer) for layer in trainer.by_place(load)]
+    return sum(rows) / len(rows) if rows else 1.0
+
+
 def _within_a_long_run(recipe: Recipe) -> Recipe:
     """A run looks at what was chosen some 200 times in all, which a short one would in each step."""
     table = recipe.train.model_copy(update={"steps": recipe.train.steps + 1_000_000, "log_every": 1})
@@ -105,16 +115,19 @@ def _within_a_long_run(recipe: Recipe) -> Recipe:
 
 
 @torch.no_grad()
-def settle(trainer: Trainer, passes: int = PASSES) -> None:
-    """Evens out the load of experts by their biases, where there are any, before the first step; collective.
+def settle(trainer: Trainer, passes: int = PASSES) -> list[torch.Tensor]:
+    """Evens out the load of experts by their biases, where there are any, before the first step; collective. Returns
+    ``[layers, experts]`` of each pass, the tokens that chose each expert before it moved the biases.
 
     Routers that are new send tokens to few experts, and a benchmark has fewer steps than biases take. So each expert's
     rate grows as long as its load stays on one side of the mean, and is halved when it changes sides (Rprop). Of passes
-    that take long there are fewer.
+    that take long there are fewer. No bias evens out tokens that are alike within a sequence and others in the next:
+    see ``SETTLED`` of scale_series.
     """
     layers = trainer.model.moe_layers
-    if not trainer.recipe.balance.bias_rate:
-        return
+    found: list[torch.Tensor] = []
+    if not trainer.recipe.balance.bias_rate or not layers:
+        return found
     rates = torch.full((len(layers), trainer.recipe.moe.experts), FIRST, device=trainer.device)
     before = torch.zeros_like(rates)
     began = time.monotonic()
@@ -125,11 +138,13 @@ def settle(trainer: Trainer, passes: int = PASSES) -> None:
         if done >= FEWEST and trainer.mesh.world.all_gather(passed).max() > SETTLING:
             break
         counts = counts_of(trainer)
+        found.append(counts)
         side = (counts.sum(1, keepdim=True) - counts * counts.shape[1]).sign().float()
         rates *= torch.where(before * side < 0, 0.5, torch.where(before * side > 0, 1.2, 1.0))
         before = side
         for layer, own, rate in zip(layers, counts, rates, strict=True):
             layer.nudge(own, rate)
+    return found
 
 
 def counts_of(trainer: Trainer) -> torch.Tensor:

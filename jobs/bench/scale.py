@@ -16,10 +16,14 @@ after each case; of other parts than the usual ones it is named after these, ``s
 ``scale-some.json``. Beside the rows it has what was measured as it was, as ``facts``: ``--gather FILE…`` measures
 nothing, and makes one ``scale.json`` of what several calls did on machines of one kind, where ranks of one call are
 compared with the single rank of another: its rows have the ``date`` of their call, and ``gathered`` says what calls
-there were, and of which commit. Training is measured with weights that hardly move and experts whose load biases evened
-out before the first step, as in a long run; ``device_load`` says how even the ranks' rows were in the steps that count,
-``rows_put`` whether they were put into the memory of other ranks. Where a share of the peak's FLOPs is asked for, a row
-of its own has it as its ratio; ``flops_per_token`` are those of the formula, forward and backward, none of them twice.
+there were, and of which commit.
+
+Training is measured with new weights that hardly move, embeddings wide enough for routers to tell tokens apart, and
+experts whose load biases evened out before the first step: as even as in a run that is past its first steps, not what
+such a run was seen to have. ``device_load`` says how even ranks' rows were in the steps that count, ``device_loads`` in
+each step, ``settling`` in each pass before, the first without biases; ``rows_put`` whether rows were put into the
+memory of other ranks. Where a share of the peak's FLOPs is asked for, a row of its own has it as its ratio;
+``flops_per_token`` are those of the formula, forward and backward, none of them twice.
 """
 
 from __future__ import annotations

@@ -119,7 +119,8 @@ def _waits(dispatcher: Dispatcher, call: Any, group: Group, device: torch.device
 
 def _train(training: Training, group: Group, device: torch.device) -> dict[str, Any]:
     """Medians over the later half of the steps; ``losses`` of all of them. ``device_load``: of the rank with most rows
-    for its experts, as a multiple of a fair share. ``rows_put``: into other ranks' memory."""
+    for its experts, as a multiple of a fair share; ``device_loads`` of each step, ``settling`` of each pass before that
+    evened out experts. ``rows_put``: into other ranks' memory."""
     from shoal.jobs.bench.context_rank import train
 
     if device.type == "cuda":
@@ -139,6 +140,8 @@ def _train(training: Training, group: Group, device: torch.device) -> dict[str, 
         "peak_bytes": max(r["peak_bytes"] for r in records),
         "steps": len(records),
         "device_load": statistics.median(r["device_load"] for r in later),
+        "device_loads": [r["device_load"] for r in records],
+        "settling": records[0]["settling"],
         "rows_put": records[0]["rows_put"],
         "losses": [r["loss"] for r in records],
     }

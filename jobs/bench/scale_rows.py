@@ -14,7 +14,8 @@ SHARE = "a rank's share, as one rank alone does it"
 PEAK = "the same FLOPs at the device's peak"
 KEPT = (
     "bytes", "bytes_of_rows", "activation_bytes", "steps", "data_ms", "forward_ms", "backward_ms", "reduce_ms",
-    "update_ms", "device_load", "rows_put", "losses", "ttft_ms", "tpot_ms", "failed", "date",
+    "update_ms", "device_load", "device_loads", "settling", "rows_put", "losses", "ttft_ms", "tpot_ms", "failed",
+    "date",
 )  # fmt: skip
 """Facts of a case that stand in its row as they are."""
 

@@ -13,8 +13,12 @@ from small import small_corpus, small_recipe
 
 from shoal.jobs.bench import context_rank
 from shoal.jobs.bench.command import environment
+from shoal.jobs.bench.context import long_document
+from shoal.jobs.bench.scale_series import SETTLED
+from shoal.jobs.recipe import load_recipe
 from shoal.workers.config import Recipe
 from shoal.workers.mesh import make_mesh
+from shoal.workers.model.feedforward import MoELoad
 from shoal.workers.placement import Placement
 from shoal.workers.trainer import Trainer
 
@@ -33,6 +37,42 @@ def test_experts_are_even_before_the_first_step(tmp_path: Path) -> None:
         assert all(torch.equal(a, b) for a, b in zip(weights, trainer.parameters.values(), strict=True))
         assert before > 1.5
         assert after < 1.2 if rate else after > 1.5
+
+
+def test_sequences_that_come_later_are_even_too_where_routers_see_tokens(tmp_path: Path) -> None:
+    """Each by itself, of one long document. With small embeddings a new router sees what attention adds, which is one
+    for all tokens of a sequence and another for the next one's: then biases that suit both do not exist."""
+    corpus = long_document(tmp_path, 200_000)
+    sizes = (
+        "model.layers=3", "model.hidden=64", "model.heads=4", "model.kv_heads=1", "model.head_dim=64",
+        "model.dense_hidden=64", "model.init_std=0.08", "model.vocab=512", "moe.experts=32", "moe.top_k=6",
+        "moe.expert_hidden=16", "attention.window=64", "attention.slc_count=4", "model.context=1024",
+        "model.rope_original=128", "train.sequence=1024", "train.batch=4", "train.accumulate=4", "train.dtype=float32",
+        "data.shuffle_tokens=65536", "parallel.device=cpu", "parallel.ranks=1", "parallel.context=1",
+    )  # fmt: skip
+    busiest = {}
+    for wide in (True, False):
+        sets = [each for each in SETTLED if wide or "embedding_std" not in each]
+        recipe = load_recipe("nsa-64k-small", [*sizes, *sets])
+        trainer = Trainer(recipe, corpus, None, make_mesh(Placement.of(recipe)), torch.device("cpu"))
+        with torch.no_grad():
+            assert len(context_rank.settle(trainer, 8)) == 8
+            later = [_of_four_ranks(_next_sequence(trainer)) for _ in range(4)]
+        busiest[wide] = sum(later) / len(later)
+    assert busiest[True] < 1.15
+    assert busiest[False] > 1.2
+
+
+def _next_sequence(trainer: Trainer) -> torch.Tensor:
+    load = MoELoad(1)
+    trainer.model(trainer.loader.next()[0], load)
+    return torch.stack(load.counts)
+
+
+def _of_four_ranks(counts: torch.Tensor) -> float:
+    """Rows of the busiest, as a multiple of a fair share, the mean over layers."""
+    ranks = counts.double().unflatten(1, (4, -1)).sum(-1)
+    return float((ranks.amax(1) / ranks.mean(1)).mean())
 
 
 def _fullest(counts: torch.Tensor) -> float:

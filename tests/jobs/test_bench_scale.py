@@ -70,6 +70,9 @@ def test_every_row_has_a_prediction_and_measured_ones_have_figures(result: Any) 
             assert row["efficiency"] == row["ratio"] == pytest.approx(row["baseline_ms"] / row["ms"], rel=1e-4)
             assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["ms"] * 1e3, rel=1e-4)
             assert row["mfu"] > 0
+        if row["measured"] and row["part"] == "train":
+            assert len(row["device_loads"]) == row["steps"] and len(row["settling"]) == 1  # on a CPU
+            assert all(1 <= load <= row["ranks"] + 1e-4 for load in (*row["device_loads"], *row["settling"]))
         if row["ranks"] == 1:
             assert row["predicted_ms"] == pytest.approx(row["ms"]) and row["predicted_bytes"] == 0
         if row["ranks"] == 1 or (row["measured"] and (row["part"], row["mode"]) in SAME):

@@ -191,6 +191,12 @@ def test_dtypes_and_placements_start_from_the_same_numbers() -> None:
         torch.testing.assert_close(a.float(), b, rtol=1e-6, atol=0)
 
 
+def test_embeddings_may_begin_wider_than_all_other_weights() -> None:
+    plain, wide = small_model(), small_model(model__embedding_std=1.0)
+    for (name, p), q in zip(plain.named_parameters(), wide.parameters(), strict=True):
+        torch.testing.assert_close(q, p / 0.05 if name == "embedding.weight" else p, rtol=1e-12, atol=0)
+
+
 def test_names_are_one_for_each_expert() -> None:
     names = [name for name, _, _ in named_views(small_model())]
     assert len(names) == len(set(names))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from shoal.workers.config import Recipe
+from shoal.workers.config import ModelTable, Recipe
 from shoal.workers.data.batch import PackedBatch
 from shoal.workers.errors import InvalidInput
 from shoal.workers.expert_plan import Homes, Plan
@@ -223,7 +223,7 @@ def draw(recipe: Recipe, name: str, view: Tensor) -> None:
     seed = hashlib.sha256(f"{recipe.train.seed}/{name}".encode()).digest()[:7]
     generator = torch.Generator(view.device).manual_seed(int.from_bytes(seed))
     wide = torch.promote_types(view.dtype, torch.float32)
-    std = _std(name, view, recipe.model.init_std)
+    std = _std(name, view, recipe.model)
     # drawn in float32 whatever the dtype, so that runs in other precisions start from the same numbers
     noise = torch.randn(view.shape, generator=generator, device=view.device, dtype=torch.float32)
     view.copy_(noise.to(wide) * std)
@@ -237,9 +237,11 @@ def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[name]
 
 
-def _std(name: str, view: Tensor, default: float) -> float:
-    """The papers' init for all but φ, which keeps the scale of what it compresses."""
+def _std(name: str, view: Tensor, model: ModelTable) -> float:
+    """The papers' init for all but φ, which keeps the scale of what it compresses, and embeddings of another one."""
     leaf = name.rpartition(".")[2]
     if ".compress_" in name and leaf in ("w1", "w2"):
         return float(view.shape[-2] ** -0.5)
-    return default
+    if name == "embedding.weight" and model.embedding_std:
+        return model.embedding_std
+    return model.init_std
