@@ -38,7 +38,7 @@ from shoal.workers.trainer import Trainer
 
 
 @given(
-    length=st.integers(100, 400),
+    length=st.integers(128, 400),  # segments of four ranks hold a window
     micro=st.integers(1, 3),
     context=st.sampled_from([1, 2, 4]),
     kind=st.sampled_from(["nsa", "full"]),

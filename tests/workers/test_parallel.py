@@ -31,7 +31,7 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
     "1A:2F": {"parallel__placement": "1A:2F"},
 }
 # Rows of 96 tokens, six of them: segments end within rows, and documents reach over two or three ranks.
-SHARED: dict[str, Any] = {"model__context": 96, "train__sequence": 96, "train__batch": 6}
+SHARED: dict[str, Any] = {"model__context": 128, "train__sequence": 128, "train__batch": 6}
 CONTEXTS: dict[str, dict[str, Any]] = {
     "2 ranks share all": {"parallel__ranks": 2, "parallel__context": 2},
     "4 ranks share all": {"parallel__ranks": 4, "parallel__context": 4},

@@ -124,7 +124,7 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetLoadResponse(_message.Message):
-    __slots__ = ("waiting", "running", "capacity", "pages", "pages_used", "pages_cached", "steps_total", "step_seconds_total", "prompt_tokens_total", "cached_tokens_total", "generated_tokens_total", "preemptions_total", "proposed_tokens_total", "accepted_tokens_total")
+    __slots__ = ("waiting", "running", "capacity", "pages", "pages_used", "pages_cached", "steps_total", "step_seconds_total", "prompt_tokens_total", "cached_tokens_total", "generated_tokens_total", "preemptions_total", "proposed_tokens_total", "accepted_tokens_total", "rebalances_total", "rank_load")
     WAITING_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_FIELD_NUMBER: _ClassVar[int]
@@ -139,6 +139,8 @@ class GetLoadResponse(_message.Message):
     PREEMPTIONS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     PROPOSED_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    REBALANCES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    RANK_LOAD_FIELD_NUMBER: _ClassVar[int]
     waiting: int
     running: int
     capacity: int
@@ -153,4 +155,6 @@ class GetLoadResponse(_message.Message):
     preemptions_total: int
     proposed_tokens_total: int
     accepted_tokens_total: int
-    def __init__(self, waiting: _Optional[int] = ..., running: _Optional[int] = ..., capacity: _Optional[int] = ..., pages: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_cached: _Optional[int] = ..., steps_total: _Optional[int] = ..., step_seconds_total: _Optional[float] = ..., prompt_tokens_total: _Optional[int] = ..., cached_tokens_total: _Optional[int] = ..., generated_tokens_total: _Optional[int] = ..., preemptions_total: _Optional[int] = ..., proposed_tokens_total: _Optional[int] = ..., accepted_tokens_total: _Optional[int] = ...) -> None: ...
+    rebalances_total: int
+    rank_load: float
+    def __init__(self, waiting: _Optional[int] = ..., running: _Optional[int] = ..., capacity: _Optional[int] = ..., pages: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_cached: _Optional[int] = ..., steps_total: _Optional[int] = ..., step_seconds_total: _Optional[float] = ..., prompt_tokens_total: _Optional[int] = ..., cached_tokens_total: _Optional[int] = ..., generated_tokens_total: _Optional[int] = ..., preemptions_total: _Optional[int] = ..., proposed_tokens_total: _Optional[int] = ..., accepted_tokens_total: _Optional[int] = ..., rebalances_total: _Optional[int] = ..., rank_load: _Optional[float] = ...) -> None: ...
