@@ -74,7 +74,8 @@ class Engines:
         place = Placement.of(recipe)
         # of each dispatch group, the rank that knows which experts its tokens chose
         self._leaders = [next((r for r in g if r in place.experts), g[0]) for g in place.dispatch_groups()]
-        self.experts = ServedExperts(recipe) if recipe.serve.expert_copies and place.set_size > 1 else None
+        several = bool(place.experts) and place.set_size > 1  # over which experts lie
+        self.experts = ServedExperts(recipe) if recipe.serve.expert_copies and several else None
 
     async def start(self) -> None:
         """Places the ranks and loads their weights. Raises ShoalError when that cannot be done."""

@@ -13,9 +13,10 @@ from shoal.workers.placement import Placement
 WORTH = 0.05
 """Experts move if the busiest rank is expected to lose so much, in fair shares, the mean of all layers."""
 ENOUGH = 1000
-"""Choices that an expert had on average, before anything is concluded: chance alone then moves its load by 3%."""
+"""Choices that an expert must have had on average since the last time that they were counted, before they are: chance
+alone then moves its load by 3%."""
 KEPT = 0.5
-"""What earlier choices count for beside those since the last look."""
+"""What choices that were counted earlier count for beside those that come in."""
 
 
 class ServedExperts:
@@ -44,23 +45,25 @@ class ServedExperts:
         self._nodes, self._told, self.rebalances = [ids.index(node) for node in ids], (), 0
         model, experts = self.recipe.model, self.recipe.moe.experts
         nothing = [[0.0] * experts] * (model.layers - model.dense_layers)
-        self.plan = tuple(self._homes(row) for row in (self.load if self._known else trained or nothing))
+        self.plan = tuple(self._homes(row) for row in (self.load or trained or nothing))
         self._measure()
         return self.plan
 
     def count(self, totals: Sequence[Sequence[int]]) -> None:
-        """Takes note of the choices of each layer's experts, ``[MoE layers][experts]`` since the ranks began."""
+        """Takes note of the choices of each layer's experts, ``[MoE layers][experts]`` since the ranks began. Few of
+        them wait for others to come, and what is known stays meanwhile."""
         told = self._told or [[0] * len(row) for row in totals]
         new = [[now - was for now, was in zip(*rows, strict=True)] for rows in zip(totals, told, strict=True)]
-        if any(map(sum, new)):
-            old = self.load or [[0.0] * len(row) for row in totals]
-            self.load = [[KEPT * a + b for a, b in zip(*rows, strict=True)] for rows in zip(old, new, strict=True)]
+        if not new or sum(new[0]) < ENOUGH * len(new[0]):
+            return
+        old = self.load or [[0.0] * len(row) for row in totals]
+        self.load = [[KEPT * a + b for a, b in zip(*rows, strict=True)] for rows in zip(old, new, strict=True)]
         self._told = totals
         self._measure()
 
     def better(self) -> Plan | None:
         """A plan that is worth its moves by now, if there is one."""
-        if not self._known:
+        if not self.load:
             return None
         plan = better_plan(self.load, self.plan, self._nodes, self._homes)
         return plan if self.rank_load - busiest(self.load, plan, len(self._ranks)) > WORTH else None
@@ -72,12 +75,8 @@ class ServedExperts:
         self._measure()
         return text
 
-    @property
-    def _known(self) -> bool:
-        return bool(self.load) and sum(self.load[0]) >= ENOUGH * len(self.load[0])
-
     def _homes(self, row: Sequence[float]) -> Homes:
         return place_copies(row, self._nodes, self.recipe.serve.expert_copies, self.recipe.bound_groups)
 
     def _measure(self) -> None:
-        self.rank_load = busiest(self.load, self.plan, len(self._ranks)) if self._known else 0.0
+        self.rank_load = busiest(self.load, self.plan, len(self._ranks)) if self.load else 0.0

@@ -16,7 +16,8 @@ after each case; of other parts than the usual ones it is named after these, ``s
 ``scale-some.json``. Beside the rows it has what was measured as it was, as ``facts``: ``--gather FILE…`` measures
 nothing, and makes one ``scale.json`` of what several calls did on machines of one kind, where ranks of one call are
 compared with the single rank of another: its rows have the ``date`` of their call, and ``gathered`` says what calls
-there were, and of which commit.
+there were, and of which commit. Trainings that began with small embeddings stand beside none that did not: ``notes``
+say which were left out.
 
 Training is measured with new weights that hardly move, embeddings wide enough for routers to tell tokens apart, and
 experts whose load biases evened out before the first step: as even as in a run that is past its first steps, not what
@@ -41,7 +42,7 @@ from typing import TYPE_CHECKING
 from shoal.jobs.bench.cases import ENDLESS, Patience, run_cases
 from shoal.jobs.bench.registry import Settings, check_parts
 from shoal.jobs.bench.result import Document, Row, document, value_row, write
-from shoal.jobs.bench.scale_facts import ABOUT, calls_of, found_in, read, told
+from shoal.jobs.bench.scale_facts import ABOUT, calls_of, found_in, read, told, unsettled
 from shoal.jobs.bench.scale_model import NVLINK, Curve, Link, fit
 from shoal.jobs.bench.scale_rows import lone_row, scale_row, utilised_row
 from shoal.workers.errors import InvalidInput, ShoalError, UsageError
@@ -84,6 +85,8 @@ class Scale:
     def measure(self, after: Callable[[], object] = lambda: None) -> None:
         """All cases: of one rank, which all others are compared with, then of the most ranks, then of those between."""
         from shoal.jobs.bench.scale_rank import rank_main
+
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as ranks of training have it
 
         def told(case: Case, rows: list[Row]) -> None:
             if not rows:
@@ -297,7 +300,6 @@ def measure(chosen: argparse.Namespace) -> None:
         )
     if small:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of the ranks
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as ranks of training have it
     before = os.getloadavg()[0]
     settings = Settings(chosen.data_dir, steps=chosen.steps)
     patience = Patience(chosen.limit, time.monotonic() + chosen.seconds)
@@ -319,6 +321,9 @@ def gather(chosen: argparse.Namespace) -> None:
     scale.found = found_in(documents, {case: 0 for ranks in RANKS for case in scale.cases(ranks)})
     shared = {key: documents[-1][key] for key in ABOUT}
     notes = list(dict.fromkeys(note for each in documents for note in each["notes"]))
+    for case in unsettled(scale.found):
+        date = scale.found.pop(case)["date"]
+        notes.append(f"left out, {case} on {case.ranks} of {date}: others of it were measured with wider embeddings")
     load = [max(each["load_average"][i] for each in documents) for i in (0, 1)]
     result = document("scale-cpu" if small else "scale", scale.rows(), load) | shared
     more = {"notes": notes, "small": small, "gathered": calls_of(documents), "facts": told(scale.found)}

@@ -57,6 +57,13 @@ def _gpus(device: str) -> str:
     return device.partition(",")[0]
 
 
+def unsettled(found: Mapping[Case, Facts]) -> list[Case]:
+    """Trainings that began with small embeddings, so that experts were uneven, of whose name there are others: these
+    say how experts settled, and are no measure for those, nor those for these."""
+    newer = {case.name for case, facts in found.items() if "settling" in facts}
+    return [case for case, facts in found.items() if case.name in newer and "settling" not in facts]
+
+
 def found_in(documents: Sequence[Document], cases: Iterable[Case]) -> dict[Case, Facts]:
     """What was measured of each case, the newest of several, and as ``date`` that of its call. Raises InvalidInput for
     what is no case."""

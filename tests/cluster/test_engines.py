@@ -140,6 +140,12 @@ def test_copies_of_busy_experts_give_the_same_tokens(
         _with_engines(recipe, folder, session, work)
 
 
+def test_models_without_experts_have_no_copies_of_them() -> None:
+    tables = small_recipe(parallel__ranks=2, serve__expert_copies=1, model__dense_hidden=32)
+    recipe = Recipe.model_validate({key: table for key, table in tables.items() if key not in ("moe", "balance")})
+    assert Engines(recipe, "", STEP, None)._plan(["a", "a"]) is None  # type: ignore[arg-type]
+
+
 LIMITED = {"moe__top_k": 2, "route__max_devices": 1, "train__dtype": "float32"}
 BUSY = [[9.0, 2.0, 1.0, 1.0, 0.0, 0.0, 3.0, 2.0], [0.0, 0.0, 1.0, 9.0, 1.0, 1.0, 0.0, 0.0]]
 

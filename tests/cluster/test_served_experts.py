@@ -87,8 +87,8 @@ def test_new_ranks_begin_with_the_load_that_was_measured() -> None:
     assert busiest(_totals(EARLY), again, 2) == busiest(_totals(EARLY), plan, 2)
     assert served.rebalances == 0, "of these ranks"
     load = [list(row) for row in served.load]
-    served.count([[1] + [0] * 7] * 2)  # their totals begin at 0
-    assert served.load == [[row[0] / 2 + 1, *(x / 2 for x in row[1:])] for row in load]
+    served.count([[8 * ENOUGH] + [0] * 7] * 2)  # their totals begin at 0
+    assert served.load == [[row[0] / 2 + 8 * ENOUGH, *(x / 2 for x in row[1:])] for row in load]
 
 
 def test_few_tokens_say_nothing() -> None:
@@ -97,9 +97,24 @@ def test_few_tokens_say_nothing() -> None:
     served.count([[8 * ENOUGH - 1] + [0] * 7] * 2)
     assert served.better() is None and served.rank_load == 0.0
     assert served.first(["a", "a"], BUSY) == trained
-    served.count([[0, 5, 0, 0, 0, 0, 0, 0]] * 2)
-    served.count([[0, 5, 0, 0, 0, 0, 0, 0]] * 2)
-    assert served.load[0][0] == (8 * ENOUGH - 1) / 2, "nobody asked anything: nothing is forgotten"
+
+
+def test_few_tokens_wait_for_others_and_nothing_is_forgotten_meanwhile() -> None:
+    """As at night, or where somebody looks every second."""
+    served = _served()
+    served.first(["a", "a"], None)
+    totals = [[0] * 8, [0] * 8]
+    for _ in range(8 * ENOUGH // 100):
+        assert not served.load
+        totals = [[row[0] + 93, *(x + 1 for x in row[1:])] for row in totals]
+        served.count(totals)
+    assert served.load == totals and served.rank_load > 1.5 and served.better() is not None
+    before = served.rank_load
+    for more in (0, 5):
+        for _ in range(10):
+            totals = [[row[0], row[1] + more, *row[2:]] for row in totals]
+            served.count(totals)
+        assert served.load[0][0] == 93 * 8 * ENOUGH // 100 and served.rank_load == before
 
 
 def test_chance_moves_nothing() -> None:

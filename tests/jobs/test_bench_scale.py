@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from shoal.jobs.bench.scale import PARTS, Scale, prepared, series_of
 from shoal.jobs.bench.scale_cases import Case
 from shoal.jobs.bench.scale_series import SequenceSeries, all_series
 from shoal.jobs.bench.sequence_rank import Case as Layer
+from shoal.workers.actor import RankActor
 from shoal.workers.errors import UsageError
 
 ALONE = """
@@ -186,6 +188,37 @@ def test_results_that_do_not_belong_together_are_not_gathered(result: Any, tmp_p
     assert done.returncode == 3 and "4 x NVIDIA H100, in small" in done.stderr
     done = _gathered(tmp_path, {**result, "facts": [{**result["facts"][0], "case": "MoE layer, 3 tokens"}]})
     assert done.returncode == 3 and "MoE layer, 3 tokens on 1 was measured by another version" in done.stderr
+
+
+def test_trainings_from_before_experts_settled_stand_beside_no_newer_ones(result: Any, tmp_path: Path) -> None:
+    """A newer pair of ranks has no single rank beside it then; with older ones alone all is as it was."""
+    older = [{key: value for key, value in facts.items() if key != "settling"} for facts in result["facts"]]
+    alone = {**result, "date": "2026-02-01", "facts": [facts for facts in older if facts["ranks"] == 1]}
+    two = {**result, "date": "2026-02-02", "facts": [facts for facts in result["facts"] if facts["ranks"] == 2]}
+    assert _gathered(tmp_path, alone, two).returncode == 0
+    gathered = json.loads((tmp_path / "scale-cpu.json").read_text())
+    rows = {part: [row for row in gathered["rows"] if row["part"] == part and "ms" in row] for part in PARTS}
+    several = [row for row in rows["train"] if "alone" not in row["what"]]  # what one rank alone trains has no others
+    assert several and all(row["ranks"] == 2 and "efficiency" not in row for row in several)
+    assert {row["ranks"] for row in rows["train"] if row not in several} == {1}
+    assert {row["ranks"] for part in ("moe", "sequence") for row in rows[part]} == {1, 2}
+    count = sum("losses" in facts and "alone" not in facts["case"] for facts in alone["facts"])
+    assert len(gathered["notes"]) == count > 0
+    assert all(" on 1 of 2026-02-01: " in note for note in gathered["notes"])
+
+    assert _gathered(tmp_path, {**result, "facts": older}).returncode == 0
+    gathered = json.loads((tmp_path / "scale-cpu.json").read_text())
+    rows = {(row["what"], row.get("mode"), row.get("ranks")): row.get("ms") for row in result["rows"]}
+    assert {(row["what"], row.get("mode"), row.get("ranks")): row.get("ms") for row in gathered["rows"]} == rows
+    assert gathered["notes"] == []
+
+
+def test_ranks_allocate_as_those_of_training_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of ``shoal bench scale``: what fits one must fit the other."""
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")  # is put back afterwards
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    Scale([], [1]).measure()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == RankActor.allocator
 
 
 def test_no_two_cases_have_one_name() -> None:
