@@ -158,12 +158,8 @@ def measured() -> Iterator[tuple[str, Recipe, int, float]]:
     for key, row in rows.items():
         training = trainings[key]
         assert isinstance(training, Training)
-        yield (
-            f"{key[0]}, {key[1]} ranks, {key[2]} tokens",
-            training.load(),
-            row["peak_bytes"],
-            row.get("device_load", UNEVEN),
-        )
+        what = f"{key[0]}, {key[1]} ranks, {key[2]} tokens"
+        yield what, training.load(), row["peak_bytes"], row.get("device_load", UNEVEN)
     cases = [case for wave in waves(2, None, False) for case in wave]
     for row in results("context-2xh200"):
         about = row["what"].removeprefix("a step at ")

@@ -208,8 +208,11 @@ def test_trainings_from_before_experts_settled_stand_beside_no_newer_ones(result
 
     assert _gathered(tmp_path, {**result, "facts": older}).returncode == 0
     gathered = json.loads((tmp_path / "scale-cpu.json").read_text())
-    rows = {(row["what"], row.get("mode"), row.get("ranks")): row.get("ms") for row in result["rows"]}
-    assert {(row["what"], row.get("mode"), row.get("ranks")): row.get("ms") for row in gathered["rows"]} == rows
+    told, again = (
+        {(row["what"], row.get("mode"), row.get("ranks")): row.get("ms") for row in each["rows"]}
+        for each in (result, gathered)
+    )
+    assert again == told
     assert gathered["notes"] == []
 
 
