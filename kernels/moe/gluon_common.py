@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,37 +20,12 @@ def supported(x: Tensor, *widths: int) -> bool:
     return on_hopper(x) and x.dtype == torch.bfloat16 and all(width % 8 == 0 for width in widths)
 
 
-_compiled: dict[tuple[Any, ...], tuple[Callable[..., None], Any]] = {}
-"""What launches a kernel, and the kernel, whose id no other one must get."""
-
-
 def launch(kernel: Any, arguments: tuple[Any, ...], **constants: Any) -> None:
-    """Run a kernel of 4 warps, besides its specialized ones, on every multiprocessor.
-
-    Triton's own way takes 0.2 ms of the host's time with five descriptors, which is longer than a small product: a
-    kernel that was compiled for these constants is launched directly. Nothing else of the arguments may be specialized.
-    """
+    """Run a kernel of 4 warps, besides its specialized ones, on every multiprocessor of the first argument's GPU."""
     device = arguments[0].base.device
-    if device.index == launches.current_device():
-        _launch_here(kernel, arguments, device, constants)
-    else:
-        with torch.cuda.device(device):
-            _launch_here(kernel, arguments, device, constants)
-
-
-def _launch_here(kernel: Any, arguments: tuple[Any, ...], device: torch.device, constants: dict[str, Any]) -> None:
-    key = (id(kernel), device.index, *constants.values())  # Triton computes a kernel's hash in Python
-    found = _compiled.get(key)
-    grid = (multiprocessors(device), 1, 1)
-    if found is None:
-        compiled = kernel[grid](*arguments, **constants, num_warps=4)
-        if compiled is not None:
-            _compiled[key] = launches.starter(compiled), kernel
-    else:
-        # of a tensor CUDA would be asked where it lies
-        values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-        start, _ = found
-        start(device.index, grid, *values, *constants.values())
+    here = device.index == launches.current_device()
+    with nullcontext() if here else torch.cuda.device(device):
+        launches.launch(kernel, (multiprocessors(device),), *arguments, **constants, num_warps=4)
 
 
 @gluon.jit
