@@ -70,6 +70,11 @@ def place(load: Sequence[float], nodes: Sequence[int], together: int = 1) -> Hom
     return tuple((home[expert // together],) for expert in range(len(load)))
 
 
+def numbered(nodes: Sequence[str]) -> list[int]:
+    """Of each place the number of its node, which is that of the node's first place."""
+    return [nodes.index(node) for node in nodes]
+
+
 def renamed(homes: Homes, now: Homes, nodes: Sequence[int]) -> Homes:
     """The same plan with places of a node exchanged, so that few experts have to move."""
     pairs: dict[tuple[int, int], int] = {}

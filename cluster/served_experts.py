@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shoal.cluster.expert_copies import place_copies
-from shoal.cluster.expert_placement import better_plan, busiest, moved
+from shoal.cluster.expert_placement import better_plan, busiest, moved, numbered
 from shoal.workers.config import Recipe
 from shoal.workers.expert_plan import Homes, Plan
 from shoal.workers.placement import Placement
@@ -41,8 +41,7 @@ class ServedExperts:
     def first(self, nodes: Sequence[str], trained: Sequence[Sequence[float]] | None) -> Plan:
         """The plan that ranks begin with. nodes: of each rank. trained: load as training measured it, which is taken
         until users' own is known; None: not known, so that experts have no copies yet."""
-        ids = [nodes[rank] for rank in self._ranks]
-        self._nodes, self._told, self.rebalances = [ids.index(node) for node in ids], (), 0
+        self._nodes, self._told, self.rebalances = numbered([nodes[rank] for rank in self._ranks]), (), 0
         model, experts = self.recipe.model, self.recipe.moe.experts
         nothing = [[0.0] * experts] * (model.layers - model.dense_layers)
         self.plan = tuple(self._homes(row) for row in (self.load or trained or nothing))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from shoal.cluster.expert_placement import better_plan, moved, place
+from shoal.cluster.expert_placement import better_plan, moved, numbered, place
 from shoal.cluster.group import PLACE_TIMEOUT, RankGroup, RankLost
 from shoal.cluster.local import RaySession, heard
 from shoal.cluster.metrics import TrainMetrics
@@ -222,8 +222,7 @@ class Supervisor:
         placement, route, moe = Placement.of(self.recipe), self.recipe.route, self.recipe.moe
         places = placement.experts[: placement.set_size]
         together = moe.experts // self.recipe.balance.device_groups if route.max_devices else 1
-        ids = [group.nodes[rank] for rank in places]
-        at = [ids.index(node) for node in ids]
+        at = numbered([group.nodes[rank] for rank in places])
         plan = better_plan(load, now, at, lambda row: place(row, at, together))
         if text := moved(load, now, plan, len(places)):
             group.get(group.call("place_experts", plan))

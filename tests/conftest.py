@@ -85,6 +85,17 @@ def chart_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     yield from _served(tmp_path_factory.mktemp("kube"))
 
 
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Ray for up to four ranks of a service, and a cache of its own; files that want another Ray have their own."""
+    from shoal.cluster.local import ray_session
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHOAL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        with ray_session(4, dashboard=False) as started:
+            yield started
+
+
 @pytest.fixture(autouse=True)
 def deterministic() -> None:
     """Fixed seeds, and one thread for torch; neither torch nor numpy is imported for tests that do not use it."""

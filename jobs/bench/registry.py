@@ -76,11 +76,11 @@ def measure(name: str, settings: Settings) -> Document:
     Where there are parts, ``parts`` of the result lists what was measured, and some alone are named after them,
     ``nsa-h100-decode``: they do not replace the whole, and what was not measured has no rows.
     """
-    before = os.getloadavg()[0]
     module = import_module(BENCHMARKS[name][0])
     whole: Callable[[Settings], Document] | None = getattr(module, "whole", None)
     if whole:
         return whole(settings)
+    before = os.getloadavg()[0]
     rows: list[Row] = module.run(settings)
     kind = gpu_kind() if name in ON_GPUS else ""
     title = "-".join((f"{name}-{ON_GPUS[name]}{kind}" if kind else name, *settings.parts))

@@ -135,9 +135,8 @@ class Scale:
             for ranks in line.ranks or sorted({*RANKS, *self.ranks}):
                 if (case := _possible(series, line, ranks)) is None:
                     continue
-                about = {"part": series.part, "mode": line.mode, "ranks": ranks, "fitted": case in fitted}
                 facts = self.found.get(case)
-                rows.append(scale_row(series, line, case, facts, curve, one, link, about))
+                rows.append(scale_row(series, line, case, facts, curve, one, link, fitted=case in fitted))
                 if line.utilisation and facts and facts["peak_flops"]:
                     rows.append(utilised_row(series, line, case, facts))
         if fitted and rows:

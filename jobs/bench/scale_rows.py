@@ -21,7 +21,7 @@ KEPT = (
 
 
 def scale_row(
-    series: Series, line: Line, case: Case, facts: Facts | None, curve: Curve, one: Facts, link: Link, about: Row
+    series: Series, line: Line, case: Case, facts: Facts | None, curve: Curve, one: Facts, link: Link, *, fitted: bool
 ) -> Row:
     """A row of one case, measured or not."""
     plan, ideal = series.plan(case, curve, one), series.ideal(case, line.mode, curve, one)
@@ -29,8 +29,7 @@ def scale_row(
     target = line.targets.get(case.ranks)
     alone = case.tokens in curve.measured or (line.mode == "weak" and series.flat)
     more: Row = {
-        **about,
-        "measured": facts is not None,
+        **about(series, line, case, fitted=fitted, measured=facts is not None),
         "one_rank": "measured" if alone else "by its curve",
         "predicted_ms": 1e3 * seconds,
         "predicted_tokens_per_second": case.tokens / seconds,
@@ -39,7 +38,6 @@ def scale_row(
         "predicted_exposed_share": 1 - plan.compute / seconds,
     }
     if facts is None:
-        more |= {"tokens": case.tokens, "flops_per_token": series.flops(case) / case.tokens}
         return {"what": line.what, **({"target": target} if target else {}), **more}
     ms = float(facts["ms"])
     more |= {"efficiency": 1e3 * ideal / ms, "exposed_share": max(0.0, 1 - 1e3 * plan.compute / ms)}
@@ -48,16 +46,27 @@ def scale_row(
 
 def lone_row(series: Series, line: Line, case: Case, facts: Facts) -> Row:
     """A row of a case whose series has no time of one rank to compare it with."""
-    about = {"part": series.part, "mode": line.mode, "ranks": case.ranks, "fitted": False, "measured": True}
-    return {"what": line.what, "ms": float(facts["ms"]), **about, **figures(series, case, facts)}
+    mine = about(series, line, case, fitted=False, measured=True)
+    return {"what": line.what, "ms": float(facts["ms"]), **mine, **figures(series, case, facts)}
+
+
+def about(series: Series, line: Line, case: Case, *, fitted: bool, measured: bool) -> Row:
+    """What a case is."""
+    return {
+        "part": series.part,
+        "mode": line.mode,
+        "ranks": case.ranks,
+        "fitted": fitted,
+        "measured": measured,
+        "tokens": case.tokens,
+        "flops_per_token": series.flops(case) / case.tokens,
+    }
 
 
 def figures(series: Series, case: Case, facts: Facts) -> Row:
-    """What does not depend on other cases."""
+    """What was measured and does not depend on other cases."""
     ms, flops = float(facts["ms"]), series.flops(case)
     return {
-        "tokens": case.tokens,
-        "flops_per_token": flops / case.tokens,
         "tokens_per_second": case.tokens / ms * 1e3,
         "mfu": flops / (ms / 1e3 * case.ranks * facts["peak_flops"]) if facts["peak_flops"] else None,
         "dispatch_share": facts.get("dispatch_share"),
@@ -69,6 +78,6 @@ def figures(series: Series, case: Case, facts: Facts) -> Row:
 def utilised_row(series: Series, line: Line, case: Case, facts: Facts) -> Row:
     """A row whose ratio is the share of the peak's FLOPs."""
     least = 1e3 * series.flops(case) / (case.ranks * facts["peak_flops"])
-    about: Row = {"part": series.part, "ranks": case.ranks, "measured": True, "tokens": case.tokens}
-    about |= {"date": facts["date"]} if "date" in facts else {}
-    return time_row(f"{line.what}, utilisation", float(facts["ms"]), PEAK, least, line.utilisation, **about)
+    mine: Row = {"part": series.part, "ranks": case.ranks, "measured": True, "tokens": case.tokens}
+    mine |= {"date": facts["date"]} if "date" in facts else {}
+    return time_row(f"{line.what}, utilisation", float(facts["ms"]), PEAK, least, line.utilisation, **mine)

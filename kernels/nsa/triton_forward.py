@@ -134,12 +134,7 @@ def mix(cmp: Tensor, slc: Tensor, win: Tensor, gates: Tensor) -> Tensor:
         launch(
             _mix_kernel,
             (tiles(rows, tile),),
-            cmp,
-            slc,
-            win,
-            gates,
-            out,
-            rows,
+            *(cmp, slc, win, gates, out, rows),
             E=dim,
             EP=padded(dim),
             TILE=tile,

@@ -109,12 +109,7 @@ def span_backward(
         launch(
             _queries_kernel,
             (tiles(tokens, shape["TILE"]), kv),
-            *args,
-            grads.d_q,
-            span.low,
-            span.high,
-            scale * LOG2E,
-            tokens,
+            *(*args, grads.d_q, span.low, span.high, scale * LOG2E, tokens),
             **shape,
         )
 

@@ -6,7 +6,7 @@ import asyncio
 import os
 import random
 import signal
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from small import VOCAB, small_recipe
 from trained import STEP, write_weights
 
 from shoal.cluster.engines import Engines
-from shoal.cluster.local import RaySession, ray_session
+from shoal.cluster.local import RaySession
 from shoal.workers.config import Recipe
 from shoal.workers.engine.actor import EngineActor
 from shoal.workers.engine.request import Request, Sampling
@@ -38,14 +38,6 @@ def checkpoints(model: Transformer, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("run") / "checkpoints"
     write_weights(model, folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RaySession]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SHOAL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        with ray_session(4, dashboard=False) as started:
-            yield started
 
 
 @pytest.fixture(scope="module")

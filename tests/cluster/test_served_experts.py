@@ -7,7 +7,6 @@ import asyncio
 import os
 import random
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from trained import write_weights
 from shoal.cluster.engines import Engines
 from shoal.cluster.expert_copies import place_copies
 from shoal.cluster.expert_placement import busiest
-from shoal.cluster.local import RaySession, ray_session
+from shoal.cluster.local import RaySession
 from shoal.cluster.served_experts import ENOUGH, WORTH, ServedExperts
 from shoal.workers.config import Recipe
 from shoal.workers.engine.request import Request, Sampling
@@ -152,14 +151,6 @@ def test_experts_that_stay_keep_their_slots(data: st.DataObject, places: int, ex
     if rooms[0] >= 0:
         with pytest.raises(ValueError, match=f"place 0 has {rooms[0]} slots, too few"):
             slots_of(second, places, rooms)
-
-
-@pytest.fixture(scope="module")
-def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RaySession]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SHOAL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        with ray_session(4, dashboard=False) as started:
-            yield started
 
 
 def _alike(token: int, seed: int) -> list[Request]:
