@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ SKEW, SKEW_SLOWER = 0.3, 1.15
 CHAIN, PHASES = "cublas_chain", ("forward+backward", "forward")
 
 
-def run(settings: Settings) -> list[Row]:
+def run(settings: Settings) -> Iterator[Row]:
     """Medians over rounds in which all take turns, so that a GPU that gets hot slows all of them down.
 
     Raises InvalidInput without a GPU.
@@ -40,11 +40,10 @@ def run(settings: Settings) -> list[Row]:
 
     if not torch.cuda.is_available():
         raise InvalidInput("shoal bench moe needs a CUDA GPU, and torch sees none here: run it on a machine with one")
-    rows = [_first_call(settings)]
+    yield _first_call(settings)
     for tokens in TARGETS:
-        rows += _rows_of(tokens, settings)
+        yield from _rows_of(tokens, settings)
         torch.cuda.empty_cache()
-    return rows
 
 
 def _rows_of(tokens: int, settings: Settings) -> list[Row]:

@@ -103,26 +103,26 @@ class Problem:
         return {"context": self.context, **heads, "d_qk": d_qk, "d_v": d_v, "batch": 1}
 
 
-def run(settings: Settings) -> list[Row]:
-    """Rows of the parts that are asked for. Raises UsageError without a GPU."""
+def run(settings: Settings) -> Iterator[Row]:
+    """Rows of the parts that are asked for, as they are measured. Raises UsageError without a GPU."""
     from shoal.jobs.bench import nsa_decode, nsa_groups
 
     wants_gpu("nsa")
     torch.manual_seed(0)
     measured = {"passes": _passes, "wide": _wide, "decode": nsa_decode.run, "groups": nsa_groups.run}
-    return [row for part in settings.parts or measured for row in measured[part](settings)]
+    for part in settings.parts or measured:
+        yield from measured[part](settings)
 
 
-def _passes(settings: Settings) -> list[Row]:
+def _passes(settings: Settings) -> Iterator[Row]:
     """Every context, phase and baseline, and the parts of both phases."""
-    rows: list[Row] = []
     for context in CONTEXTS:
         settings.say(f"context {context}")
         problem = Problem.draw(context, (128, 128))
-        rows += _whole(problem, TARGETS) + forward_parts(problem) + backward_parts(problem) + _compressions(problem)
+        yield from _whole(problem, TARGETS)
+        yield from forward_parts(problem) + backward_parts(problem) + _compressions(problem)
         del problem
         torch.cuda.empty_cache()
-    return rows
 
 
 def _wide(settings: Settings) -> list[Row]:

@@ -14,7 +14,7 @@ in which the GPU's memory hands over what is read, ``baseline_bound_ms`` the sam
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -186,13 +186,11 @@ class Layer:
         return self.attend(q)
 
 
-def run(settings: Settings, chosen: Sequence[Case] | None = None) -> list[Row]:
+def run(settings: Settings, chosen: Sequence[Case] | None = None) -> Iterator[Row]:
     """Rows of every case."""
-    rows: list[Row] = []
     for case in chosen or cases():
         settings.say(f"decode, context {case.context}, batch {len(case.lengths)}" + ", ragged" * case.ragged)
-        rows += rows_of(case, settings.say)
-    return rows
+        yield from rows_of(case, settings.say)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,9 +21,8 @@ LIMIT_MS = 4.0  # of it, forward, at a group of 1
 OF_SELECTED = ("selected, forced", "selected, others, and gates")
 
 
-def run(settings: Settings) -> list[Row]:
+def run(settings: Settings) -> Iterator[Row]:
     """Rows of both phases for every group, beside dense attention of as many heads; of the selected branch at 1."""
-    rows: list[Row] = []
     for group in GROUPS:
         settings.say(f"context {CONTEXTS[-1]}, groups of {group}")
         problem = Problem.draw(CONTEXTS[-1], (128, 128), group * KV_HEADS)
@@ -31,12 +31,11 @@ def run(settings: Settings) -> list[Row]:
         ms = medians({**passes.calls(), **dense_calls(problem, (DENSE,))})
         for phase in ("forward", "backward"):
             facts = {"phase": phase, **problem.facts, "peak_bytes": most}
-            rows.append(time_row(f"{WHOLE}, by groups", ms[WHOLE, phase], DENSE, ms.get((DENSE, phase)), **facts))
+            yield time_row(f"{WHOLE}, by groups", ms[WHOLE, phase], DENSE, ms.get((DENSE, phase)), **facts)
         if group == 1:
-            rows += selected_rows(forward_parts(problem))
+            yield from selected_rows(forward_parts(problem))
         del problem, passes
         torch.cuda.empty_cache()
-    return rows
 
 
 def selected_rows(parts: list[Row]) -> list[Row]:

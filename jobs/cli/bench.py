@@ -9,9 +9,10 @@ from typing import Annotated
 
 import typer
 
-from shoal.jobs.bench.registry import BENCHMARKS, PARTS, Settings, draw, measure, parts_of
+from shoal.jobs.bench.registry import BENCHMARKS, CUT, PARTS, Settings, draw, measure, parts_of
 from shoal.jobs.bench.result import table, write
 from shoal.jobs.cli.common import (
+    INTERRUPTED,
     RUNS_DIR,
     DataDirOption,
     Output,
@@ -83,6 +84,9 @@ def _command(name: str) -> Callable[..., None]:
         picture = draw(name, result, plots)
         emit(result, output, lambda: console().print(table(result)))
         _say(f"written to {path}" + (f" and {picture}" if picture else ""))
+        if CUT in result.get("notes", ()):
+            _say(CUT)
+            raise typer.Exit(INTERRUPTED)
 
     some = f"\n- `shoal bench {name} --parts {','.join(PARTS[name][-2:])}`\n" if name in PARTS else ""
     bench.__doc__ = f"{BENCHMARKS[name][1]}\n{EXAMPLES.format(name=name)}{some}"

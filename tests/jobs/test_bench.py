@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,10 @@ from shell import shoal
 
 from shoal.jobs.bench import cli, probe, startup, train
 from shoal.jobs.bench.command import output_of
-from shoal.jobs.bench.registry import BENCHMARKS, Settings
-from shoal.jobs.bench.result import time_row
+from shoal.jobs.bench.registry import BENCHMARKS, CUT, Settings
+from shoal.jobs.bench.result import Row, time_row
+from shoal.jobs.cli.common import INTERRUPTED
+from shoal.jobs.cli.main import main
 from shoal.jobs.recipe import load_recipe
 from shoal.workers.errors import TrainingFailed
 
@@ -200,3 +203,28 @@ def test_what_is_measured_on_a_gpu_fits_into_one() -> None:
         windows = scale.most * (recipe.attention.window // page + 2) + scale.step // page
         assert tokens // page * far + windows * near < engine.MEMORY * ((78 << 30) - weights)
         assert weights < scale.memory or not scale.memory
+
+
+# Cut off
+
+
+@pytest.mark.parametrize("rows", [0, 2])
+def test_what_a_benchmark_has_when_it_is_cut_off_is_a_result(
+    rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(settings: Settings) -> Iterator[Row]:
+        yield from (time_row(f"row {i}", 1.0 + i) for i in range(rows))
+        signal.raise_signal(signal.SIGINT)
+        yield time_row("after it", 9.0)
+
+    monkeypatch.setattr(cli, "run", run)
+    monkeypatch.setattr(sys, "argv", ["shoal", "bench", "cli", "--out", str(tmp_path), "--plots", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == INTERRUPTED
+    assert [path.name for path in tmp_path.iterdir()] == (["cli-cut.json"] if rows else [])
+    if rows:
+        result = json.loads((tmp_path / "cli-cut.json").read_text())
+        assert [row["what"] for row in result["rows"]] == ["row 0", "row 1"]
+        assert result["notes"] == [CUT]
+        assert CUT in capsys.readouterr().err

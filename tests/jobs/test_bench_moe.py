@@ -22,7 +22,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
     with pytest.raises(InvalidInput, match="needs a CUDA GPU"):
-        moe.run(Settings())
+        next(moe.run(Settings()))
 
 
 def test_all_layers_compute_the_same() -> None:

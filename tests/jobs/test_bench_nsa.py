@@ -98,7 +98,7 @@ def test_rows_compare_each_dense_way_and_the_best_has_the_target(monkeypatch: py
     monkeypatch.setattr(nsa_decode, "TARGETS", {(32, 2): 3.5})
     monkeypatch.setattr(nsa_dense, "CONTEXTS", (32,))
     said: list[str] = []
-    rows = nsa_decode.run(Settings(say=said.append), [small(32, 32), small(32, 9)])
+    rows = list(nsa_decode.run(Settings(say=said.append), [small(32, 32), small(32, 9)]))
     assert said[0] == "decode, context 32, batch 2"
     decode = [row for row in rows if row["what"] == nsa_decode.DECODE and "lengths" not in row]
     (best,) = [row for row in decode if row["best"]]
@@ -231,7 +231,7 @@ def test_every_part_has_its_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
     with pytest.raises(UsageError, match="finds no GPU here"):
-        nsa.run(Settings())
+        next(nsa.run(Settings()))
 
 
 def test_the_picture_has_a_panel_for_each_phase_that_was_measured(tmp_path: Path) -> None:
