@@ -180,9 +180,10 @@ def write_identity(folder: RunFolder, recipe: Recipe, corpus: Path, corpus_hash:
 
 def check_same_recipe(folder: RunFolder, wanted: Recipe) -> None:
     """Refuses to go on with a run under another recipe; ranks, placement and checkpoints may differ."""
-    # what changes no result; and where a run began, which stands in its own recipe
+    # what changes no result; and what a run began with, which stands in its own recipe
     free: dict[str, Any] = {
         **dict.fromkeys(MAY_CHANGE, True),
+        "model": {"embedding_std"},
         "train": {"recompute", "initial", "profile_at", "profile_steps"},
     }
     before = folder.recipe()
@@ -195,6 +196,14 @@ def check_same_recipe(folder: RunFolder, wanted: Recipe) -> None:
             f"{folder.path} was trained with {key}={was!r}, and --resume was given {key}={now!r}: "
             f"leave {key} as it was, or start a new run with another --name{begun}"
         )
+
+
+def as_begun(folder: RunFolder, wanted: Recipe) -> Recipe:
+    """The recipe, but what it says of a run's beginning as this run's own recipe has it."""
+    own = folder.recipe()
+    model = wanted.model.model_copy(update={"embedding_std": own.model.embedding_std})
+    train = wanted.train.model_copy(update={"initial": own.train.initial})
+    return wanted.model_copy(update={"model": model, "train": train})
 
 
 def _check_profile(folder: RunFolder, before: TrainTable, wanted: TrainTable) -> None:

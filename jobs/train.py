@@ -21,7 +21,15 @@ from shoal.jobs.memory import refuse_what_does_not_fit
 from shoal.jobs.report import RunReport
 from shoal.jobs.report.journal import read_records
 from shoal.jobs.report.run import draw_missing
-from shoal.jobs.run_folder import TOKENIZER, RunFolder, check_same_corpus, discard_unused, new_run, write_identity
+from shoal.jobs.run_folder import (
+    TOKENIZER,
+    RunFolder,
+    as_begun,
+    check_same_corpus,
+    discard_unused,
+    new_run,
+    write_identity,
+)
 from shoal.workers.checkpoint_files import checkpoint_path, last_good, read_state
 from shoal.workers.config import Recipe
 from shoal.workers.data.manifest import SPLITS, checked_files, read_manifest
@@ -122,9 +130,11 @@ def _beginning(recipe: Recipe, runs: Path, resume: RunFolder | None, corpus: Pat
 
     Raises NotFound, and InvalidInput when the weights were trained on other tokens than the corpus has.
     """
-    initial = resume.recipe().train.initial if resume else recipe.train.initial
-    if resume or not initial:
-        return _with(recipe, initial=initial)
+    if resume:
+        return as_begun(resume, recipe)
+    initial = recipe.train.initial
+    if not initial:
+        return recipe
     path = Path(initial)
     if path.parent.name == "checkpoints" and (path / "state.json").is_file():
         source = RunFolder(path.parent.parent)

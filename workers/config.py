@@ -41,7 +41,10 @@ class ModelTable(Table):
     tied_embeddings: bool = False
     init_std: float = Field(default=0.006, gt=0)
     embedding_std: float = Field(
-        default=0.0, ge=0, description="init_std of embeddings; 0: that of the other weights, which attention outweighs"
+        default=1.0,
+        ge=0,
+        description="init_std of embeddings: at 1 they outweigh what attention adds, so that new routers tell tokens "
+        "apart; 0, and where they are the head too: that of the other weights",
     )
 
     @property

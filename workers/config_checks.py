@@ -36,11 +36,6 @@ def _check_model(recipe: Recipe) -> None:
     if m.head_dim % 2:
         raise ValueError(f"model.head_dim={m.head_dim} is odd, and RoPE rotates pairs: set an even model.head_dim")
     _check_rope(m)
-    if m.embedding_std and m.tied_embeddings:
-        raise ValueError(
-            f"model.embedding_std={m.embedding_std} would be that of the head too, since model.tied_embeddings=true: "
-            f"set model.tied_embeddings to false, or leave model.embedding_std out"
-        )
     if m.dense_layers > m.layers:
         raise ValueError(
             f"model.dense_layers={m.dense_layers} is more than model.layers={m.layers}: set it to {m.layers} or less"

@@ -127,14 +127,14 @@ class SequenceSeries(Series):
         return Plan(compute, tuple(sequence_travels(layer, case.tokens, case.ranks, per_flop)))
 
 
-SETTLED = ("train.warmup=2000", "balance.bias_rate=0.0001", "model.embedding_std=1.0")
+SETTLED = ("train.warmup=2000", "balance.bias_rate=0.0001")
 """Of weights that are new. At the full rate from the first step on, routers send all tokens to a few experts, as they
 do in no training that goes well; as they are at first, biases balance them before the first step, and keep them so at a
 rate that is small beside how far the scores of 64 experts are apart, some 0.003.
 
-Embeddings as small as the other weights are lost beside what the first layers of attention add, which is a mean over a
-passage. To a router all tokens of a sequence are then one, and those of the next sequence another: no bias that suits
-both evens out either. With embeddings of 1 a router sees tokens, as that of a trained model does."""
+That takes ``model.embedding_std`` of 1, which recipes have. Embeddings as small as the other weights are lost beside
+what the first layers of attention add, which is a mean over a passage. To a router all tokens of a sequence are then
+one, and those of the next sequence another: no bias that suits both evens out either."""
 
 
 class TrainSeries(Series):

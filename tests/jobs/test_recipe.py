@@ -143,12 +143,6 @@ def test_steps_that_are_traced_lie_within_the_run() -> None:
         load_recipe("tiny", ["train.steps=10", "train.profile_at=10"])
 
 
-def test_embeddings_that_are_the_head_have_no_scale_of_their_own() -> None:
-    assert load_recipe("tiny", ["model.tied_embeddings=false", "model.embedding_std=1"]).model.embedding_std == 1
-    with pytest.raises(InvalidInput, match=r"model\.embedding_std=1\.0 .*: set model\.tied_embeddings to false"):
-        load_recipe("tiny", ["model.tied_embeddings=true", "model.embedding_std=1"])
-
-
 def test_a_missing_recipe_names_those_there_are() -> None:
     with pytest.raises(NotFound, match=r"'tinny'.*did you mean tiny; built in are .*nsa-27b"):
         load_recipe("tinny")

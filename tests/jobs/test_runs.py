@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from shoal.jobs.cli.runs import plot
 from shoal.jobs.load import choose_step, find_run
 from shoal.jobs.recipe import load_recipe, recipe_to_toml
-from shoal.jobs.run_folder import RunFolder, check_same_recipe, discard_unused
+from shoal.jobs.run_folder import RunFolder, as_begun, check_same_recipe, discard_unused
 from shoal.jobs.runs import list_runs, show_run
 from shoal.workers.errors import InvalidInput, NotFound
 
@@ -107,6 +107,19 @@ def test_a_run_goes_on_with_other_steps_to_trace_but_not_with_those_that_are_don
         check_same_recipe(folder, done)
     folder.recipe_file.write_text(recipe_to_toml(done))
     check_same_recipe(folder, done)  # asked for in time
+
+
+@pytest.mark.parametrize("said", ["", "embedding_std = 0.0\n"])
+def test_a_run_from_before_embeddings_began_wider_goes_on_as_it_began(said: str, tmp_path: Path) -> None:
+    """Its recipe says nothing of it, or that they were as the other weights."""
+    folder = RunFolder(write_run(tmp_path, "mine", [6.25], checkpoints=(20,)))
+    lines = recipe_to_toml(load_recipe("tiny", ["train.initial=first"]))
+    folder.recipe_file.write_text(lines.replace("embedding_std = 1.0\n", said))
+    wanted = load_recipe("tiny", ["checkpoint.every=7", "train.initial=other"])
+    check_same_recipe(folder, wanted)
+    own, again = folder.recipe(), as_begun(folder, wanted)
+    assert own.model.embedding_std == (0 if said else 1)
+    assert (again.model, again.train, again.checkpoint) == (own.model, own.train, wanted.checkpoint)
 
 
 def test_a_run_that_is_being_written_can_be_read(tmp_path: Path) -> None:

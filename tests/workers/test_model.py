@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from typing import Any
 
@@ -191,10 +192,31 @@ def test_dtypes_and_placements_start_from_the_same_numbers() -> None:
         torch.testing.assert_close(a.float(), b, rtol=1e-6, atol=0)
 
 
-def test_embeddings_may_begin_wider_than_all_other_weights() -> None:
-    plain, wide = small_model(), small_model(model__embedding_std=1.0)
+def test_embeddings_begin_wider_than_all_other_weights_but_not_as_a_head() -> None:
+    plain, wide, tied = (
+        small_model(**{f"model__{key}": value})
+        for key, value in (("embedding_std", 0.0), ("embedding_std", 1.0), ("tied_embeddings", True))
+    )
     for (name, p), q in zip(plain.named_parameters(), wide.parameters(), strict=True):
         torch.testing.assert_close(q, p / 0.05 if name == "embedding.weight" else p, rtol=1e-12, atol=0)
+    assert torch.equal(tied.embedding.weight, plain.embedding.weight)
+
+
+@pytest.mark.parametrize("recipe", builtin_recipes())
+def test_a_loss_begins_at_that_of_a_uniform_guess(recipe: str) -> None:
+    """ln vocab, and half the variance of logits: hidden states are normed, and the head is as wide as other weights.
+    With fewer layers and experts, which this does not depend on."""
+    few = {"layers": 1, "dense_layers": 0, "heads": 1, "kv_heads": 1, "head_dim": 8, "value_dim": 0, "dense_hidden": 8}
+    sizes = {**{f"model.{key}": value for key, value in few.items()}, **ALONE, "train.dtype": "float32"}
+    sizes |= {"model.vocab": 2048, "moe.expert_hidden": 8, "balance.device_groups": 1}
+    checked = load_recipe(recipe, overrides=sizes)
+    model = Transformer(checked)
+    batch = packed([64] * 8)
+    with torch.no_grad():
+        loss = model.loss_sum(model(batch), batch.targets) / (batch.targets != IGNORE).sum()
+    spread = checked.model.init_std**2 * checked.model.hidden
+    assert checked.model.embedding_std == 1
+    assert float(loss) == pytest.approx(math.log(2048) + spread / 2, abs=4 * (spread / 504) ** 0.5)
 
 
 def test_names_are_one_for_each_expert() -> None:

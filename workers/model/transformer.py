@@ -242,6 +242,6 @@ def _std(name: str, view: Tensor, model: ModelTable) -> float:
     leaf = name.rpartition(".")[2]
     if ".compress_" in name and leaf in ("w1", "w2"):
         return float(view.shape[-2] ** -0.5)
-    if name == "embedding.weight" and model.embedding_std:
-        return model.embedding_std
+    if name == "embedding.weight" and not model.tied_embeddings:  # of a head, logits would be as large
+        return model.embedding_std or model.init_std
     return model.init_std
