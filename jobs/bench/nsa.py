@@ -48,6 +48,7 @@ WIDE_TARGETS = {"forward": 4.5, "backward": 6.0}
 DENSE = {"sdpa_flash": "FLASH_ATTENTION", "sdpa_cudnn": "CUDNN_ATTENTION"}  # baselines, and their names in SDPBackend
 WHOLE = "NSA, whole"
 COMPRESSIONS = ("block means", "φ")
+WITH_PHI = f"{WHOLE}, with {COMPRESSIONS[1]}"
 
 
 @dataclass(frozen=True)

@@ -52,12 +52,12 @@ def draw(result: Document, path: Path) -> bool:
 
 
 def panels_of(rows: list[Row]) -> Iterator[tuple[str, list[Line]]]:
-    """Title and lines of each panel that has any."""
-    from shoal.jobs.bench.nsa import WHOLE
+    """Title and lines of each panel that has any; passes begin before φ, as those with targets do."""
+    from shoal.jobs.bench.nsa import WITH_PHI
     from shoal.jobs.bench.nsa_decode import DECODE
 
     for phase in ("forward", "backward"):
-        mine = [row for row in rows if (row["what"], row["phase"], row["d_qk"]) == (WHOLE, phase, 128)]
+        mine = [row for row in rows if (row["what"], row["phase"], row["d_qk"]) == (WITH_PHI, phase, 128)]
         lines = [
             Line(f"over {label}", colour, found)
             for name, (colour, label) in DENSE.items()

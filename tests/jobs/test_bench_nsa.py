@@ -248,16 +248,15 @@ def test_the_picture_has_a_panel_for_each_phase_that_was_measured(tmp_path: Path
     assert title.startswith("decode")
     assert [(line.label, len(line.rows)) for line in lines] == [("batch 1", 2), ("batch 16", 2)]
     whole = [
-        time_row(nsa.WHOLE, 9.0, name, 30.0, 2.0, phase=phase, context=8192, **facts)
+        time_row(what, ms, name, 30.0, 2.0, phase=phase, context=8192, **facts)
+        for what, ms in ((nsa.WHOLE, 9.0), (nsa.WITH_PHI, 10.0))
         for phase in ("forward", "backward") for name in ("sdpa_flash", "sdpa_cudnn")
     ]  # fmt: skip
     document: Document = {"benchmark": "nsa-h100", "rows": [*whole, *decode]}
     path = registry.draw("nsa", document, tmp_path)
     assert path == tmp_path / "nsa-h100.png" and path.read_bytes().startswith(b"\x89PNG")
-    assert [title.split(",")[0] for title, _ in nsa_plot.panels_of(document["rows"])] == [
-        "forward",
-        "backward",
-        "decode",
-    ]
+    panels = dict(nsa_plot.panels_of(document["rows"]))
+    assert [title.split(",")[0] for title in panels] == ["forward", "backward", "decode"]
+    assert [row["ms"] for line in next(iter(panels.values())) for row in line.rows] == [10.0, 10.0]  # φ included
     assert registry.draw("nsa", {"benchmark": "nsa-h100-groups", "rows": [grouped]}, tmp_path) is None
     assert not (tmp_path / "nsa-h100-groups.png").exists()
