@@ -70,10 +70,10 @@ TRAINING = (
     Panel(
         "Load of experts, by layer", "none",
         {
-            "{{run}} layer {{layer}} busiest": "max by (run, layer) (M:expert_load)",
+            "{{run}} layer {{layer}} busiest": "max by (run, layer) (M:expert_max_load)",
             "{{run}} layer {{layer}} idlest": "min by (run, layer) (M:expert_load)",
         },
-        "As a multiple of a fair share of tokens.",
+        "As a multiple of a fair share of tokens. Where there are many experts the idlest are of some layers.",
     ),
     Panel(
         "Entropy of the load, by layer", "percentunit",

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import triton_on_cpu
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from triton_on_cpu import DEVICE, ON_GPU, close, draw
@@ -172,10 +172,12 @@ def test_shared_experts_side_by_side_are_one() -> None:
     one=st.booleans(),
     seed=st.integers(0, 1000),
 )
+@example(tokens=40, sizes=(16, 8, 5, 1), shared=1, score="softmax", normalize=False, one=True, seed=0)
 def test_layer_is_the_papers(
     tokens: int, sizes: tuple[int, int, int, int], shared: int, score: str, normalize: bool, one: bool, seed: int
 ) -> None:
-    """Output, counts, sums and all gradients; ``one``: every token's first choice is the last expert."""
+    """Output, counts, sums and all gradients; ``one``: every token's first choice is the last expert, which with one
+    choice has them all."""
     hidden, inner, count, k = sizes
     draws = [(tokens, hidden), (count, hidden), (count, hidden, 2 * inner), (count, inner, hidden)]
     draws += [(shared, hidden, 2 * inner), (shared, inner, hidden)] if shared else []

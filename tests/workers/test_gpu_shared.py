@@ -1,5 +1,6 @@
 """Two GPUs: a trainer whose ranks share each sequence, over NCCL, trains as one GPU does, with experts on each GPU or
-spread over both, and with dense weights in shards and layers that are computed again.
+spread over both, between which they move as it goes on, and with dense weights in shards and layers that are computed
+again.
 
 Needs no Ray: ``pytest -m gpu tests/workers/test_gpu_shared.py`` on a machine with two GPUs. On two ranks of the CPU the
 same runs, over gloo.
@@ -27,6 +28,7 @@ STEPS = 4
 LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "all experts on each": {"parallel": {"expert": 1}},
     "experts over both": {"parallel": {"expert": 2}},
+    "experts move between both": {"parallel": {"expert": 2}},
     "dense weights in shards, layers computed again": {"parallel": {"shard_dense": True}, "train": {"recompute": 2}},
 }
 WAYS = {"nsa": {"sequence_attention"}, "full": {"ring_attention", "gather_attention"}}
@@ -61,14 +63,23 @@ def _counted(way: Callable[..., Any], taken: Counter[str]) -> Callable[..., Any]
     return counted
 
 
-def _trained(tables: dict[str, Any], mesh: Mesh, corpus: Path, device: torch.device) -> dict[str, Any]:
-    """Losses and gradient norms of some steps, the loss of a validation, and how often which way was taken."""
+def _trained(
+    tables: dict[str, Any], mesh: Mesh, corpus: Path, device: torch.device, moves: bool = False
+) -> dict[str, Any]:
+    """Losses and gradient norms of some steps, the loss of a validation, and how often which way was taken. moves:
+    whether experts change their rank between steps, half of them first, then all."""
     taken: Counter[str] = Counter()
     with pytest.MonkeyPatch.context() as patch:
         for name in sorted(WAYS["nsa"] | WAYS["full"]):
             patch.setattr(contexts, name, _counted(getattr(contexts, name), taken))
         trainer = Trainer(Recipe.model_validate(tables), corpus, None, mesh, device)
-        steps = [trainer.train_step() for _ in range(STEPS)]
+        steps = []
+        for step in range(STEPS):
+            if moves and step:
+                homes = tuple(((expert // 2 + step) % 2,) for expert in range(trainer.recipe.moe.experts))
+                trainer.place_experts((homes,) * len(trainer.plan))
+                assert trainer.plan == (homes,) * len(trainer.plan)
+            steps.append(trainer.train_step())
         losses = [step["loss"] for step in steps] + [trainer.evaluate()["loss"]]
     return {"losses": losses, "norms": [step["grad_norm"] for step in steps], "taken": taken}
 
@@ -90,7 +101,8 @@ def on_rank(rank: int, world: int, corpus: Path, device: str) -> Runs:
                 placement = Placement.of(Recipe.model_validate(tables))
                 if placement not in meshes:
                     meshes[placement] = make_mesh(placement, rank if name in LAYOUTS else 0, place)
-                found[kind, dtype, name] = _trained(tables, meshes[placement], corpus, place)
+                moves = name == "experts move between both"
+                found[kind, dtype, name] = _trained(tables, meshes[placement], corpus, place, moves)
     return found
 
 
