@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from shoal.jobs.bench.cases import Patience
 from shoal.jobs.bench.command import environment
 from shoal.jobs.bench.registry import Settings, draw
 from shoal.jobs.bench.result import table
-from shoal.jobs.bench.scale import PARTS, Scale, prepared, series_of
+from shoal.jobs.bench.scale import PARTS, Scale, main, prepared, series_of
 from shoal.jobs.bench.scale_cases import Case
 from shoal.jobs.bench.scale_series import SequenceSeries, all_series
 from shoal.jobs.bench.sequence_rank import Case as Layer
@@ -145,11 +147,20 @@ def test_constants_say_whether_they_are_fitted(result: Any) -> None:
 
 
 def _gathered(folder: Path, *documents: Any) -> subprocess.CompletedProcess[str]:
+    """Of ``python -m shoal.jobs.bench.scale --gather``, in this process, which has imported what that takes."""
     files = [folder / f"{i}.json" for i in range(len(documents))]
     for file, document in zip(files, documents, strict=True):
         file.write_text(json.dumps(document))
-    command = [sys.executable, "-m", "shoal.jobs.bench.scale", "--out", str(folder), "--gather", *map(str, files)]
-    return subprocess.run(command, env=environment(), timeout=120, capture_output=True, text=True)
+    command = ["scale", "--out", str(folder), "--gather", *map(str, files)]
+    out, err, code = StringIO(), StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", command)
+        try:
+            main()
+        except SystemExit as end:
+            assert isinstance(end.code, int)
+            code = end.code
+    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
 
 def test_what_several_calls_measured_gives_the_rows_of_one(result: Any, tmp_path: Path) -> None:
