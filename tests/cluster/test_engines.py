@@ -82,7 +82,7 @@ def _with_engines(
 
 PLACEMENTS = [
     pytest.param({"parallel__ranks": 1}, id="1"),
-    pytest.param({"parallel__ranks": 2}, id="2"),
+    pytest.param({"parallel__ranks": 2}, id="2", marks=pytest.mark.slow),  # others answer from an object store so
     pytest.param({"parallel__placement": "1A:1F"}, id="1A:1F"),
     pytest.param({"parallel__placement": "2A:2F"}, id="2A:2F", marks=pytest.mark.slow),
     pytest.param({"parallel__placement": "1A:2F", "moe__shared": "dispatched"}, id="1A:2F", marks=pytest.mark.slow),
@@ -204,7 +204,7 @@ def test_ranks_fetch_a_run_that_is_in_an_object_store(
     ("placement", "victim", "fixed"),
     [
         ("1A:1F", 1, True),
-        ("1A:1F", 0, False),
+        pytest.param("1A:1F", 0, False, marks=pytest.mark.slow),  # others kill rank 0 in the midst of an answer
         pytest.param("1A:1F", 1, False, marks=pytest.mark.slow),
         pytest.param("2A:2F", 3, True, marks=pytest.mark.slow),
         pytest.param("colocated", 1, True, marks=pytest.mark.slow),

@@ -2,6 +2,7 @@
 machine without a GPU, with the ptxas that Triton brings along.
 
 ``python hopper_compiler.py`` calls what the package calls, with tensors of the CPU; launches compile and go no further.
+It compiles every kernel; ``python hopper_compiler.py more`` the same ones for other shapes and types.
 Prints a line for each kernel: its name, bytes of shared memory, whether ptxas had to serialize matrix products, whether
 a product and a sum became one operation, whether its launch may begin before the one before has ended, and whether it
 waits for that one and lets the next begin.
@@ -10,6 +11,7 @@ A program of its own, since Triton must not have been told to interpret.
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from io import StringIO
@@ -26,12 +28,14 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.runtime.jit import JITFunction
 
 from shoal.kernels import hopper, launches
+from shoal.kernels.nsa import BlockSizes
 
 HOPPER = GPUTarget("cuda", 90, 32)
 COMPILED = ("triton_address", "triton_fan", "triton_sort", "triton_rows", "triton_store", "triton_rope", "triton_few",
             "triton_places", "triton_paged", "triton_paged_choose", "triton_paged_parts", "triton_paged_sum",
             "triton_mean", "triton_phi", "triton_phi_grad", "triton_route", "triton_tiles")  # fmt: skip
 """Modules of Triton kernels that are compiled as well."""
+PAPER = BlockSizes(32, 16, 64, 16, 1, 2, 512)
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")
 
 
@@ -69,7 +73,7 @@ def compile_for_hopper(kernel: JITFunction[Any], *arguments: Any, grid: Any, war
 
 def attention(kv: int, group: int, dims: tuple[int, int], dtype: torch.dtype) -> None:
     """Forward and backward, all branches, of two documents."""
-    from shoal.kernels.nsa import BlockSizes, make_layout
+    from shoal.kernels.nsa import make_layout
     from shoal.kernels.nsa.gluon_gather_grad import block_parts
     from shoal.kernels.nsa.gluon_importance import block_scores
     from shoal.kernels.nsa.gluon_span import gluon_span_attention
@@ -131,19 +135,15 @@ def routing(tokens: int) -> None:
             choose_backward(choice, torch.zeros(tokens * 6), sums, x.dtype, score="softmax", normalize=False)
 
 
-def pages(kv: int, group: int, dims: tuple[int, int], dtype: torch.dtype) -> None:
-    """Where a step's rows lie, what tokens and compressed rows write to the paged cache, what reads it; RoPE."""
-    from shoal.kernels.nsa import BlockSizes
-    from shoal.kernels.nsa.paged import DecodeTables, make_cache
+def writing_pages(kv: int, group: int, dims: tuple[int, int], dtype: torch.dtype) -> None:
+    """What tokens and compressed rows write to the paged cache; RoPE."""
+    from shoal.kernels.nsa.paged import make_cache
     from shoal.kernels.nsa.paged_store import Compressed, Heads, Phi
-    from shoal.kernels.nsa.triton_paged import triton_paged_decode
     from shoal.kernels.nsa.triton_phi import triton_compress_few
-    from shoal.kernels.nsa.triton_places import triton_row_places
     from shoal.kernels.nsa.triton_store import triton_store_compressed, triton_store_tokens
     from shoal.kernels.triton_rope import triton_rotate
 
-    sizes = BlockSizes(32, 16, 64, 16, 1, 2, 512)
-    cache = make_cache(1, 1, kv, dims, sizes, dtype, torch.device("cpu"))
+    cache = make_cache(1, 1, kv, dims, PAPER, dtype, torch.device("cpu"))
     x, angles = torch.zeros(3, dtype=dtype), torch.zeros(3, dims[0] // 2)
     numbers = torch.zeros(3, 32, dtype=torch.int64)
     heads = Heads(x.new_zeros(3, kv * group, dims[0]), *(x.new_zeros(3, 3, kv, dim) for dim in dims))
@@ -154,15 +154,25 @@ def pages(kv: int, group: int, dims: tuple[int, int], dtype: torch.dtype) -> Non
     phi = [Phi(*(x.new_zeros(kv, *shape) for shape in ((32, d), (32 * d, 2 * d), (2 * d, d)))) for d in dims]
     for most in (16, 32) if dtype.itemsize == 2 else ():
         triton_compress_few(new, cache, (phi[0], phi[1]), most)
-    queries = torch.zeros(3, dtype=torch.int64)
+    triton_rotate(heads.q.requires_grad_(), angles, angles).sum().backward()
+
+
+def reading_pages(kv: int, group: int, dims: tuple[int, int], dtype: torch.dtype) -> None:
+    """Where a step's rows lie, and what reads the paged cache."""
+    from shoal.kernels.nsa.paged import DecodeTables, make_cache
+    from shoal.kernels.nsa.triton_paged import triton_paged_decode
+    from shoal.kernels.nsa.triton_places import triton_row_places
+
+    cache = make_cache(1, 1, kv, dims, PAPER, dtype, torch.device("cpu"))
+    queries, numbers = torch.zeros(3, dtype=torch.int64), torch.zeros(3, 32, dtype=torch.int64)
+    q, gates = (torch.zeros(3, kv * group, size, dtype=dtype) for size in (dims[0], 3))
     for room in (1, 1024):
         far = queries.new_zeros(3, kv, room)
-        tables = DecodeTables(queries, far, far[:, :, :1].expand(-1, -1, 9).contiguous(), queries, sizes)
-        triton_paged_decode(heads.q, x.new_zeros(3, kv * group, 3), cache, tables, sizes, 0.1)
+        tables = DecodeTables(queries, far, far[:, :, :1].expand(-1, -1, 9).contiguous(), queries, PAPER)
+        triton_paged_decode(q, gates, cache, tables, PAPER, 0.1)
     for scratch in (None, 0):
         arrays = numbers[:, 0].clone(), numbers[:, 1].clone(), numbers, numbers
-        triton_row_places(*arrays, torch.zeros(dims[0] // 2 + 1).double(), kv, sizes, torch.float32, scratch)
-    triton_rotate(heads.q.requires_grad_(), angles, angles).sum().backward()
+        triton_row_places(*arrays, torch.zeros(dims[0] // 2 + 1).double(), kv, PAPER, torch.float32, scratch)
 
 
 def dispatch(world: int, experts: int, copies: int, tokens: int) -> None:
@@ -217,17 +227,21 @@ def main() -> None:
     hopper.multiprocessors = lambda device: 132  # type: ignore[assignment]
     launches.current_device = lambda: 0
     torch.cuda.device = lambda device: nullcontext()  # type: ignore
+    if sys.argv[1:] == ["more"]:
+        attention(2, 16, (192, 128), torch.bfloat16)
+        reading_pages(3, 5, (24, 40), torch.float32)
+        dispatch(32, 256, 2, 512)
+        few(7, 200, 72, torch.float16, normalize=True, bias=torch.zeros(64), groups=8, most=3, score="sigmoid")
+        return
     attention(2, 16, (128, 128), torch.bfloat16)
     attention(1, 4, (128, 64), torch.float16)
-    attention(2, 16, (192, 128), torch.bfloat16)
     experts()
     routing(64)
-    pages(4, 16, (192, 128), torch.bfloat16)
-    pages(3, 5, (24, 40), torch.float32)
+    writing_pages(4, 16, (192, 128), torch.bfloat16)
+    writing_pages(3, 5, (24, 40), torch.float32)  # takes kernels of its own
+    reading_pages(4, 16, (192, 128), torch.bfloat16)
     dispatch(2, 64, 1, 16384)
-    dispatch(32, 256, 2, 512)
     few(1, 2048, 1408, torch.bfloat16)
-    few(7, 200, 72, torch.float16, normalize=True, bias=torch.zeros(64), groups=8, most=3, score="sigmoid")
 
 
 if __name__ == "__main__":

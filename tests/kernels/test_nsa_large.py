@@ -105,7 +105,7 @@ def test_the_last_queries_of_a_long_document(size: Size) -> None:
 
 
 @on_both(65)
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("deterministic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_gradients_of_a_document_that_lies_behind_a_long_one(size: Size, deterministic: bool) -> None:
     """They are those of the document alone. Values are narrower than keys, so that a GPU of 80 GB has room."""
     dims = (128, 64) if size is LARGE else (8, 4)

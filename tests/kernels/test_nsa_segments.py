@@ -8,13 +8,14 @@ from typing import cast
 import pytest
 import torch
 import triton_on_cpu
+from torch import Tensor
 from triton_on_cpu import DEVICE, close
 
 triton_on_cpu.prepare()
 
-from test_nsa_triton_backward import NAMES, SCALE, SPAN, Inputs, gradients, inputs  # noqa: E402
+from test_nsa_triton_backward import NAMES, SCALE, SPAN, Inputs, inputs  # noqa: E402
 
-from shoal.kernels.nsa import BlockSizes, make_layout, oracle  # noqa: E402
+from shoal.kernels.nsa import BlockSizes, Layout, make_layout, oracle  # noqa: E402
 from shoal.kernels.nsa import triton_inverse as inverse  # noqa: E402
 from shoal.kernels.nsa.triton_attention import Tunings, nsa_triton  # noqa: E402
 from shoal.kernels.nsa.triton_backward import BackwardTuning  # noqa: E402
@@ -25,14 +26,15 @@ from shoal.kernels.nsa.triton_gather_grad import GatherGradTuning  # noqa: E402
 from shoal.kernels.nsa.triton_span_grad import SpanGradTuning  # noqa: E402
 from shoal.kernels.nsa.triton_tables import make_tables  # noqa: E402
 
-SIZES = BlockSizes(4, 2, 8, 6, 1, 2, 11)  # three blocks are chosen
-LENGTHS, KV = [2, 49], 2
+SIZES = BlockSizes(4, 2, 4, 6, 1, 2, 7)  # three blocks are chosen
+LENGTHS, KV = [2, 27], 2
+FORWARD, BACKWARD = 12, 8  # queries of a chunk
 TUNINGS: Tunings = (
-    ForwardTuning(SPAN, SPAN, ChooseTuning(chunk=64, rows=16, blocks=16), Tuning(chunk=20, rows=16, steps=2, direct=1)),
+    ForwardTuning(SPAN, SPAN, ChooseTuning(chunk=64, rows=16, blocks=16), Tuning(FORWARD, rows=16, steps=2, direct=1)),
     BackwardTuning(
         SpanGradTuning(rows=16, keys=16, chunk=24),
         SpanGradTuning(rows=16, keys=16, lap=13),
-        GatherGradTuning(chunk=15, item=4, rows=16),
+        GatherGradTuning(BACKWARD, item=4, rows=16),
     ),
 )
 
@@ -40,10 +42,18 @@ TUNINGS: Tunings = (
 def cut(group: int) -> tuple[int, int, int]:
     """Heads at a time and segments of the forward pass, and segments of the deterministic backward pass."""
     tokens, blocks, size = sum(LENGTHS), sum(map(SIZES.slc_blocks, LENGTHS)), 16 // group * 2
-    heads = inverse.heads_within(KV, inverse.item_bytes(20, 1, 2, blocks, size))
-    items = inverse.segments(tokens, 20, inverse.item_bytes(20, heads, 2, blocks, size))
-    lists = inverse.segments(tokens, 15, inverse.list_bytes(15, KV, 6, blocks))
+    heads = inverse.heads_within(KV, inverse.item_bytes(FORWARD, 1, 2, blocks, size))
+    items = inverse.segments(tokens, FORWARD, inverse.item_bytes(FORWARD, heads, 2, blocks, size))
+    lists = inverse.segments(tokens, BACKWARD, inverse.list_bytes(BACKWARD, KV, 6, blocks))
     return heads, len(items), len(lists)
+
+
+def passes(args: list[Tensor], layout: Layout, deterministic: bool) -> tuple[Tensor, list[Tensor | None]]:
+    """The output, and the gradients of all NAMES."""
+    leaves = [x.detach().clone().requires_grad_() for x in args[:-1]]
+    out = nsa_triton(*cast(Inputs, leaves), layout, SCALE, deterministic=deterministic, tunings=TUNINGS)
+    out.backward(args[-1])
+    return out.detach(), [x.grad for x in leaves]
 
 
 @pytest.mark.parametrize(
@@ -58,12 +68,10 @@ def test_as_in_one_segment_and_as_the_oracle(
     layout = make_layout(tuple(accumulate(LENGTHS, initial=0)), SIZES, DEVICE)
     args = inputs(layout, KV, group, (8, 4), torch.float32)
     assert cut(group) == (KV, 1, 1)
-    whole = nsa_triton(*cast(Inputs, args[:-1]), layout, SCALE, tunings=TUNINGS)
-    gradients_whole = gradients(args, layout, SCALE, True, TUNINGS)
+    whole, gradients_whole = passes(args, layout, True)
     monkeypatch.setattr(inverse, "TABLE", table)
     assert cut(group) == parts
     assert cut(group) > (KV, 1, 1) or cut(group)[0] < KV or cut(group)[2] > 1
-    assert torch.equal(nsa_triton(*cast(Inputs, args[:-1]), layout, SCALE, tunings=TUNINGS), whole)
     hyper = oracle.Hyper(
         *(SIZES.cmp_block, SIZES.cmp_stride, SIZES.slc_block, SIZES.slc_count),
         *(SIZES.slc_initial, SIZES.slc_local, SIZES.window),
@@ -73,9 +81,9 @@ def test_as_in_one_segment_and_as_the_oracle(
     want.backward(args[-1].cpu().double())
     close(whole, want.detach(), torch.float32)
     for deterministic in (True, False):
-        for name, mine, one, leaf in zip(
-            NAMES, gradients(args, layout, SCALE, deterministic, TUNINGS), gradients_whole, exact, strict=True
-        ):
+        out, gradients = passes(args, layout, deterministic)
+        assert torch.equal(out, whole)
+        for name, mine, one, leaf in zip(NAMES, gradients, gradients_whole, exact, strict=True):
             assert mine is not None and one is not None and leaf.grad is not None, name
             assert not deterministic or torch.equal(mine, one), name
             close(mine, leaf.grad, torch.float32)
@@ -86,7 +94,7 @@ def test_segments_have_the_pairs_of_the_whole(per_segment: int) -> None:
     """In lists the same order, of items those of the same blocks; queries are numbered through."""
     tables = make_tables(make_layout((0, 37, 39, 89), SIZES, DEVICE))
     generator = torch.Generator().manual_seed(1)
-    own = (torch.arange(89) - tables.starts.cpu()) // 8
+    own = (torch.arange(89) - tables.starts.cpu()) // SIZES.slc_block
     blocks = torch.rand(89, 2, 3, generator=generator).mul((own + 1)[:, None, None]).floor().to(torch.int32)
     blocks[::5, :, 1] = -1
     blocks = blocks.to(DEVICE)

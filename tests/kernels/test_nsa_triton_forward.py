@@ -100,8 +100,8 @@ def test_spans_of_any_kind() -> None:
 @pytest.mark.parametrize(("equal", "top_group"), [(False, 128), (True, 128), (False, 4), (True, 1)])
 def test_chosen_blocks(equal: bool, top_group: int) -> None:
     """Those of the oracle; of equally important ones (all compressed keys alike) the first."""
-    sizes, kv, group = BlockSizes(4, 2, 8, 5, 1, 2, 21), 1, 4
-    layout = layout_of([5, 150, 30], sizes)  # up to 19 blocks: lists of 32, of which 16 groups take two each
+    sizes, kv, group = BlockSizes(4, 2, 4, 5, 1, 2, 21), 1, 4
+    layout = layout_of([3, 69, 26], sizes)  # up to 18 blocks: lists of 32, of which 16 groups take two each
     tables = make_tables(layout)
     q, k_cmp = inputs(layout, kv, group, (8, 8), torch.float32)[:2]
     if equal:

@@ -136,7 +136,10 @@ def _move(rank: int, world: int, tables: dict[str, Any], corpus: str, folder: st
     return {"records": records, "figures": figures, "plan": trainer.plan}
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize(
+    "placement",
+    [pytest.param(name, marks=pytest.mark.slow if name == "2 colocated" else ()) for name in PLACEMENTS],
+)
 def test_experts_that_move_change_nothing_else(corpus: Path, tmp_path: Path, placement: str) -> None:
     tables = small_recipe(**PLACEMENTS[placement])
     ranks = Recipe.model_validate(tables).parallel.ranks

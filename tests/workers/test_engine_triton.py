@@ -57,15 +57,20 @@ def step(
         return steps.logits(parts), caches, counted
 
 
+UNEVEN: dict[str, Any] = {"moe__shared_experts": 0, "moe__normalize_gates": True, "balance__bias_rate": 0.1}
+
+
 @pytest.mark.parametrize(
-    "changes",
+    ("few", "changes"),
     [
-        {"whole": False},
-        {"whole": True},
-        {"whole": True, "moe__shared_experts": 0, "moe__normalize_gates": True, "balance__bias_rate": 0.1},
+        (MOST, {"whole": False}),
+        (0, {"whole": True}),
+        (MOST, {"whole": True, **UNEVEN}),
+        pytest.param(0, {"whole": False}, marks=pytest.mark.slow),
+        pytest.param(MOST, {"whole": True}, marks=pytest.mark.slow),
+        pytest.param(0, {"whole": True, **UNEVEN}, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("few", [0, MOST])
 def test_pages_and_logits(few: int, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """With experts that are computed where choices stand, or by the layer that other steps have."""
     monkeypatch.setattr(decode, "FEW", few)

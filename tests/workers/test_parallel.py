@@ -135,9 +135,14 @@ def _check(one: dict[str, Any], many: list[dict[str, Any]], rtol: float) -> None
 
 LONG = ("4 colocated, 2 sets of experts", "2A:2F")
 """Placements that train to the end of the schedule; the others warm up and take two steps more."""
+ELSEWHERE = ("2 colocated", "4 colocated", "1A:1F", "1A:2F")
+"""Those that other tests compare with one rank, or parts of larger ones."""
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize(
+    "placement",
+    [pytest.param(name, marks=pytest.mark.slow if name in ELSEWHERE else ()) for name in PLACEMENTS],
+)
 def test_a_step_and_a_run_equal_one_rank(corpus: Path, small_on_one: OneRank, placement: str) -> None:
     steps = 20 if placement in LONG else 5
     one = small_on_one(steps)
@@ -239,7 +244,7 @@ def balanced_on_one(corpus: Path) -> dict[str, Any]:
     [
         ("2 groups of 2, 2 sets of experts", 1),
         ("2A:2F, 2 share all", 3),
-        ("4 ranks share all", 6),
+        pytest.param("4 ranks share all", 6, marks=pytest.mark.slow),
     ],
 )
 def test_all_that_balances_equals_one_rank(

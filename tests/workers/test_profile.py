@@ -121,7 +121,7 @@ def _check_steps(trace: dict[str, Any], steps: list[int], attention: bool) -> No
     assert Counter(map(len, (ranges[name] for name in PARTS))) == {len(steps): len(PARTS)}
 
 
-@pytest.mark.parametrize("placement", ["colocated", "1A:1F"])
+@pytest.mark.parametrize("placement", [pytest.param("colocated", marks=pytest.mark.slow), "1A:1F"])
 def test_each_rank_traces_the_steps_it_is_told_to_and_computes_the_same_bits(
     corpus: Path, placement: str, tmp_path: Path
 ) -> None:
