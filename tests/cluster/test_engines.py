@@ -204,7 +204,7 @@ def test_ranks_fetch_a_run_that_is_in_an_object_store(
     ("placement", "victim", "fixed"),
     [
         ("1A:1F", 1, True),
-        pytest.param("1A:1F", 0, False, marks=pytest.mark.slow),  # others kill rank 0 in the midst of an answer
+        pytest.param("1A:1F", 0, False, marks=pytest.mark.slow),  # the same with the other rank, not fixed
         pytest.param("1A:1F", 1, False, marks=pytest.mark.slow),
         pytest.param("2A:2F", 3, True, marks=pytest.mark.slow),
         pytest.param("colocated", 1, True, marks=pytest.mark.slow),
