@@ -199,9 +199,13 @@ def check_same_recipe(folder: RunFolder, wanted: Recipe) -> None:
 
 
 def as_begun(folder: RunFolder, wanted: Recipe) -> Recipe:
-    """The recipe, but what it says of a run's beginning as this run's own recipe has it."""
+    """The recipe, but what it says of a run's beginning as this run's own recipe has it.
+
+    One that says nothing of embeddings is from before they could be wider than other weights.
+    """
     own = folder.recipe()
-    model = wanted.model.model_copy(update={"embedding_std": own.model.embedding_std})
+    std = own.model.embedding_std if "embedding_std" in own.model.model_fields_set else 0.0
+    model = wanted.model.model_copy(update={"embedding_std": std})
     train = wanted.train.model_copy(update={"initial": own.train.initial})
     return wanted.model_copy(update={"model": model, "train": train})
 

@@ -6,6 +6,7 @@ Needs torch and Triton only, so that it runs on a bare GPU machine too: ``python
 from __future__ import annotations
 
 import argparse
+import signal
 import statistics
 import subprocess
 import sys
@@ -144,7 +145,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for moe.json")
     parser.add_argument("--repeats", type=int, default=REPEATS)
     chosen = parser.parse_args()
-    from shoal.jobs.bench.registry import measure
+    from shoal.jobs.bench.registry import CUT, measure
     from shoal.jobs.bench.result import write
 
     result = measure("moe", Settings(repeats=chosen.repeats))
@@ -152,6 +153,9 @@ def main() -> None:
     for row in result["rows"]:
         print(line(row))
     print(f"written to {path}")
+    if CUT in result.get("notes", ()):
+        print(CUT, file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def line(row: Row) -> str:

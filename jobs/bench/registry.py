@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 from shoal.jobs.bench.result import Document, Row, document, gpu_kind
+from shoal.jobs.interrupt import interruptible
 from shoal.workers.errors import UsageError
 
 BENCHMARKS = {
@@ -77,10 +78,10 @@ def measure(name: str, settings: Settings) -> Document:
 
     One that needs GPUs is named after them as well: ``nsa-h100``, ``dispatch-2xh100``. One with a ``whole(settings)``
     makes the result by itself.
-    Where there are parts, ``parts`` of the result lists what was measured, and some alone are named after them,
+    Where there are parts, ``parts`` of the result lists what was asked for, and some alone are named after them,
     ``nsa-h100-decode``: they do not replace the whole, and what was not measured has no rows.
-    One that is cut off by Ctrl-C once it has yielded rows is told with these, named ``nsa-h100-cut``, and ``CUT`` among
-    its ``notes``. Raises KeyboardInterrupt where it has none.
+    One that is cut off once it has yielded rows, by Ctrl-C or as ``timeout`` and schedulers do it, is told with these,
+    named ``nsa-h100-cut``, and ``CUT`` among its ``notes``. Raises KeyboardInterrupt where it has none.
     """
     module = import_module(BENCHMARKS[name][0])
     whole: Callable[[Settings], Document] | None = getattr(module, "whole", None)
@@ -98,8 +99,9 @@ def _rows(run: Callable[[Settings], Iterable[Row]], settings: Settings) -> tuple
     """The rows of a benchmark, and whether it was cut off after some of them."""
     rows: list[Row] = []
     try:
-        for row in run(settings):
-            rows.append(row)
+        with interruptible():
+            for row in run(settings):
+                rows.append(row)
     except KeyboardInterrupt:
         if not rows:
             raise

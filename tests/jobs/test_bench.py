@@ -208,13 +208,17 @@ def test_what_is_measured_on_a_gpu_fits_into_one() -> None:
 # Cut off
 
 
-@pytest.mark.parametrize("rows", [0, 2])
+@pytest.mark.parametrize(("rows", "number"), [(0, signal.SIGINT), (2, signal.SIGINT), (2, signal.SIGTERM)])
 def test_what_a_benchmark_has_when_it_is_cut_off_is_a_result(
-    rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    rows: int,
+    number: signal.Signals,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def run(settings: Settings) -> Iterator[Row]:
         yield from (time_row(f"row {i}", 1.0 + i) for i in range(rows))
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
         yield time_row("after it", 9.0)
 
     monkeypatch.setattr(cli, "run", run)

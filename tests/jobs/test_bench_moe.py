@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from shoal.jobs.bench import moe, moe_layers, moe_plot
-from shoal.jobs.bench.registry import Settings, draw
+from shoal.jobs.bench.registry import CUT, Settings, draw
+from shoal.jobs.bench.result import Row, value_row
+from shoal.jobs.cli.common import INTERRUPTED
 from shoal.kernels.moe import route
 from shoal.workers.errors import InvalidInput
 
@@ -23,6 +29,24 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_gpu_it_says_so() -> None:
     with pytest.raises(InvalidInput, match="needs a CUDA GPU"):
         next(moe.run(Settings()))
+
+
+def test_without_the_command_line_it_says_that_it_was_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(settings: Settings) -> Iterator[Row]:
+        yield value_row("kept for the backward pass", 1.0, "MiB", tokens=4096, backend="triton")
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(moe, "run", run)
+    monkeypatch.setattr(sys, "argv", ["moe", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        moe.main()
+    assert ended.value.code == INTERRUPTED
+    (written,) = tmp_path.iterdir()
+    assert written.stem.endswith("-cut") and json.loads(written.read_text())["notes"] == [CUT]
+    told = capsys.readouterr()
+    assert "1.0 MiB" in told.out and CUT in told.err
 
 
 def test_all_layers_compute_the_same() -> None:
