@@ -8,7 +8,8 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,21 @@ class RunFolder:
             yield
         finally:
             os.close(lock)
+
+    def wait_until_free(self, seconds: float, say: Callable[[str], None]) -> None:
+        """Waits for another trainer of this folder to end, and says so. Raises InvalidInput when it lasts longer."""
+        end, said = time.monotonic() + seconds, False
+        while True:
+            try:
+                with self.locked():
+                    return
+            except InvalidInput:
+                if time.monotonic() > end:
+                    raise
+            if not said:
+                say(f"{self.path} is being trained by another process: waiting up to {seconds:.0f} s for it to end")
+                said = True
+            time.sleep(0.2)
 
     def last_step(self) -> int:
         """Step of the newest checkpoint, 0 when there is none."""

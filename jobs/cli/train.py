@@ -57,9 +57,16 @@ InitialOption = Annotated[
 NameOption = Annotated[
     str | None, typer.Option(help="Name of the run; default: the recipe's, numbered.", autocompletion=complete_run)
 ]
+ENDING = 120.0
+"""Seconds that an attempt which is asked to end may take to save, while the next one waits."""
+
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the run's last good checkpoint.")]
 OrResumeOption = Annotated[
-    bool, typer.Option("--or-resume", help="The same where the run exists already; else begin it.")
+    bool,
+    typer.Option(
+        "--or-resume",
+        help="The same where the run exists already, once no other process trains it; else begin it.",
+    ),
 ]
 
 
@@ -117,6 +124,8 @@ def _begun(runs_dir: Path, name: str | None, resume: bool, or_resume: bool) -> R
     if not resume and not folder.recipe_file.exists():
         return None
     folder.recipe()  # refused here if it cannot be gone on with
+    if not resume:
+        folder.wait_until_free(ENDING, lambda text: typer.echo(text, err=True))
     return folder
 
 

@@ -7,14 +7,16 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from shell import processes_in, shoal, shoal_here, started, steps_done, wait_until
+from shell import PATIENCE, processes_in, shoal, shoal_here, started, steps_done, wait_until
 from small import small_corpus, small_recipe
 from trained import assert_same_bits, events, flip_a_byte, records
 
 from shoal.jobs.recipe import load_recipe, recipe_to_toml
+from shoal.jobs.run_folder import RunFolder
 from shoal.workers.checkpoint_files import list_checkpoints
 from shoal.workers.config import Recipe
 
@@ -167,6 +169,23 @@ def test_a_finished_run_is_left_as_it_is(here: Path, whole: Path, temporary: Pat
     assert result.returncode == 0, result.stderr
     assert f"runs/whole is done: step {STEPS} of {STEPS}" in result.stdout
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()} == before
+
+
+def test_a_next_attempt_waits_for_the_one_before_to_end(here: Path, whole: Path) -> None:
+    """As jobs are begun again: the process before may still be writing its last checkpoint."""
+    run = ("--name", "whole")
+    with ExitStack() as held:
+        held.enter_context(RunFolder(whole).locked())
+        refused = shoal("train", "--resume", *run, cwd=here)
+        assert refused.returncode == 3 and "is being trained by another process" in refused.stderr
+        with started("train", "--or-resume", *run, cwd=here) as waiting:
+            assert waiting.stderr is not None
+            assert "waiting up to 120 s for it to end" in waiting.stderr.readline()
+            assert waiting.poll() is None
+            held.close()
+            out, err = waiting.communicate(timeout=PATIENCE)
+    assert waiting.returncode == 0, err
+    assert f"runs/whole is done: step {STEPS} of {STEPS}" in out
 
 
 def test_evaluate_measures_what_training_measured(here: Path, whole: Path) -> None:

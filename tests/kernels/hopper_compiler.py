@@ -228,13 +228,13 @@ def main() -> None:
     launches.current_device = lambda: 0
     torch.cuda.device = lambda device: nullcontext()  # type: ignore
     if sys.argv[1:] == ["more"]:
-        attention(2, 16, (192, 128), torch.bfloat16)
+        attention(1, 4, (128, 64), torch.float16)
         reading_pages(3, 5, (24, 40), torch.float32)
         dispatch(32, 256, 2, 512)
         few(7, 200, 72, torch.float16, normalize=True, bias=torch.zeros(64), groups=8, most=3, score="sigmoid")
         return
     attention(2, 16, (128, 128), torch.bfloat16)
-    attention(1, 4, (128, 64), torch.float16)
+    attention(2, 16, (192, 128), torch.bfloat16)
     experts()
     routing(64)
     writing_pages(4, 16, (192, 128), torch.bfloat16)

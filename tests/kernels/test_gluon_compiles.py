@@ -14,7 +14,7 @@ import torch
 from shoal.kernels.nsa import BlockSizes
 
 SHARED_MEMORY = 227 * 1024
-KERNELS = {"_span_kernel": (2, 1), "_grad_kernel": (2, 2), "_gather_grad_kernel": (1, 1), "_importance_kernel": (1, 1)}
+KERNELS = {"_span_kernel": (2, 1), "_grad_kernel": (3, 1), "_gather_grad_kernel": (2, 0), "_importance_kernel": (2, 0)}
 KERNELS |= {"_gemm_kernel": (5, 0), "_outer_kernel": (1, 0), "_mean_kernel": (2, 1), "_mean_grad_kernel": (2, 1)}
 KERNELS |= {"_chunks_kernel": (2, 1), "_swap_kernel": (4, 2), "_hidden_kernel": (2, 1), "_hidden_grad_kernel": (2, 1)}
 KERNELS |= {"_position_grad_kernel": (2, 1), "_key_grad_kernel": (2, 1)}
