@@ -208,6 +208,15 @@ def test_what_is_measured_on_a_gpu_fits_into_one() -> None:
 # Cut off
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """SIGINT as in a terminal: tests that run in a shell's background have it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize(("rows", "number"), [(0, signal.SIGINT), (2, signal.SIGINT), (2, signal.SIGTERM)])
 def test_what_a_benchmark_has_when_it_is_cut_off_is_a_result(
     rows: int,

@@ -36,7 +36,7 @@ def test_without_the_command_line_it_says_that_it_was_cut_off(
 ) -> None:
     def run(settings: Settings) -> Iterator[Row]:
         yield value_row("kept for the backward pass", 1.0, "MiB", tokens=4096, backend="triton")
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(moe, "run", run)
     monkeypatch.setattr(sys, "argv", ["moe", "--out", str(tmp_path)])
