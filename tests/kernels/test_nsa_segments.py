@@ -8,16 +8,15 @@ from typing import cast
 import pytest
 import torch
 import triton_on_cpu
-from torch import Tensor
 from triton_on_cpu import DEVICE, close
 
 triton_on_cpu.prepare()
 
-from test_nsa_triton_backward import NAMES, SCALE, SPAN, Inputs, inputs  # noqa: E402
+from test_nsa_triton_backward import NAMES, SCALE, SPAN, Inputs, inputs, passes  # noqa: E402
 
-from shoal.kernels.nsa import BlockSizes, Layout, make_layout, oracle  # noqa: E402
+from shoal.kernels.nsa import BlockSizes, make_layout, oracle  # noqa: E402
 from shoal.kernels.nsa import triton_inverse as inverse  # noqa: E402
-from shoal.kernels.nsa.triton_attention import Tunings, nsa_triton  # noqa: E402
+from shoal.kernels.nsa.triton_attention import Tunings  # noqa: E402
 from shoal.kernels.nsa.triton_backward import BackwardTuning  # noqa: E402
 from shoal.kernels.nsa.triton_choose import ChooseTuning  # noqa: E402
 from shoal.kernels.nsa.triton_forward import ForwardTuning  # noqa: E402
@@ -48,14 +47,6 @@ def cut(group: int) -> tuple[int, int, int]:
     return heads, len(items), len(lists)
 
 
-def passes(args: list[Tensor], layout: Layout, deterministic: bool) -> tuple[Tensor, list[Tensor | None]]:
-    """The output, and the gradients of all NAMES."""
-    leaves = [x.detach().clone().requires_grad_() for x in args[:-1]]
-    out = nsa_triton(*cast(Inputs, leaves), layout, SCALE, deterministic=deterministic, tunings=TUNINGS)
-    out.backward(args[-1])
-    return out.detach(), [x.grad for x in leaves]
-
-
 @pytest.mark.parametrize(
     ("group", "table", "parts"),
     [(1, 1, (1, 3, 4)), pytest.param(2, 3000, (2, 2, 4), marks=pytest.mark.slow)],
@@ -68,7 +59,7 @@ def test_as_in_one_segment_and_as_the_oracle(
     layout = make_layout(tuple(accumulate(LENGTHS, initial=0)), SIZES, DEVICE)
     args = inputs(layout, KV, group, (8, 4), torch.float32)
     assert cut(group) == (KV, 1, 1)
-    whole, gradients_whole = passes(args, layout, True)
+    whole, gradients_whole = passes(args, layout, SCALE, True, TUNINGS)
     monkeypatch.setattr(inverse, "TABLE", table)
     assert cut(group) == parts
     assert cut(group) > (KV, 1, 1) or cut(group)[0] < KV or cut(group)[2] > 1
@@ -81,7 +72,7 @@ def test_as_in_one_segment_and_as_the_oracle(
     want.backward(args[-1].cpu().double())
     close(whole, want.detach(), torch.float32)
     for deterministic in (True, False):
-        out, gradients = passes(args, layout, deterministic)
+        out, gradients = passes(args, layout, SCALE, deterministic, TUNINGS)
         assert torch.equal(out, whole)
         for name, mine, one, leaf in zip(NAMES, gradients, gradients_whole, exact, strict=True):
             assert mine is not None and one is not None and leaf.grad is not None, name

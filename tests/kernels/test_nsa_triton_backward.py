@@ -51,11 +51,16 @@ def inputs(layout: Layout, kv: int, group: int, dims: tuple[int, int], dtype: to
     return [q, *keys, gates, draw(layout.tokens, kv * group, dims[1], dtype=dtype, seed=10)]
 
 
-def gradients(args: list[Tensor], layout: Layout, scale: float, deterministic: bool, tunings: Tunings | None = None):
+def passes(args: list[Tensor], layout: Layout, scale: float, deterministic: bool, tunings: Tunings | None = None):
+    """The output, and the gradients of all NAMES."""
     leaves = [x.detach().clone().requires_grad_() for x in args[:-1]]
     out = nsa_triton(*cast(Inputs, leaves), layout, scale, deterministic=deterministic, tunings=tunings)
     out.backward(args[-1])
-    return [x.grad for x in leaves]
+    return out.detach(), [x.grad for x in leaves]
+
+
+def gradients(args: list[Tensor], layout: Layout, scale: float, deterministic: bool, tunings: Tunings | None = None):
+    return passes(args, layout, scale, deterministic, tunings)[1]
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
