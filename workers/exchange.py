@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shoal.kernels.nsa.rows import Rows
+from shoal.kernels.pieces import Pieces, columns, letters, put_together
 from shoal.workers.mesh import Group
 
 if TYPE_CHECKING:
@@ -43,7 +46,10 @@ class Plan:
     """Which rows one rank sends to which and receives from which; every rank of the group makes the same plan.
 
     owned, needed: how many rows this rank has, and reads. local: places among its own and where they are read. sends,
-    receives: ``(rank of the group, places)``, ascending. received: bytes that arrived here, by name of the plan.
+    receives: ``(rank of the group, places)``, ascending. received: bytes that arrived here, by name of the plan. large:
+    whether rows go straight from where they lie to where they are read, one message a piece; else all that is for a
+    rank is one message, packed before and unpacked after, which takes less of the host's time and more memory. quiet:
+    whether no rank sends any other anything.
     """
 
     name: str
@@ -54,6 +60,8 @@ class Plan:
     sends: tuple[tuple[int, slice], ...]
     receives: tuple[tuple[int, slice], ...]
     received: Counter[str] = field(default_factory=Counter, compare=False)
+    large: bool = False
+    quiet: bool = False
 
     @classmethod
     def of(
@@ -63,9 +71,11 @@ class Plan:
         owned: Sequence[Rows],
         needed: Sequence[Rows],
         received: Counter[str] | None = None,
+        large: bool = False,
     ) -> Plan:
         """Of the rows that each rank of the group owns, none twice, those that each needs."""
         me, others = group.index, [i for i in range(group.size) if i != group.index]
+        everyone = range(group.size)
         return cls(
             name,
             group,
@@ -75,6 +85,8 @@ class Plan:
             tuple((i, mine) for i in others for mine, _ in owned[me].shared(needed[i])),
             tuple((i, here) for i in others for _, here in owned[i].shared(needed[me])),
             Counter() if received is None else received,
+            large,
+            not any(i != j and any(owned[i].shared(needed[j])) for i in everyone for j in everyone),
         )
 
     def fetch(self, *xs: Tensor) -> Fetch:
@@ -84,6 +96,28 @@ class Plan:
     def give(self, *grads: Tensor) -> Give:
         """Starts to give gradients ``[needed, …]`` back to the rows' owners; see :class:`Give`."""
         return Give(self, grads)
+
+    @cached_property
+    def leaving(self) -> Side:
+        """Rows that are sent."""
+        return Side.of(self.sends, self.group.size)
+
+    @cached_property
+    def arriving(self) -> Side:
+        """Rows that are received."""
+        return Side.of(self.receives, self.group.size)
+
+    @cached_property
+    def wanted(self) -> Pieces:
+        """What is needed, of this rank's own rows and of those that came."""
+        own = [(here, mine, False) for mine, here in self.local]
+        return Pieces(self.needed, [*own, *((at, row, True) for at, row in self.arriving.rows)])
+
+    @cached_property
+    def summed(self) -> Pieces:
+        """What is owned, of gradients of what is needed here, and of those that came, in the order of ranks."""
+        own = [(mine, here, False) for mine, here in self.local]
+        return Pieces(self.owned, [*own, *((at, row, True) for at, row in self.leaving.rows)])
 
     def launch(self, out: Sequence[tuple[int, Tensor]], into: Sequence[tuple[int, Tensor]]) -> list[Any]:
         """Sends and receives contiguous tensors; between two ranks they are matched by their order."""
@@ -95,11 +129,47 @@ class Plan:
         self.received[self.name] += sum(tensor.nbytes for _, tensor in into)
         return dist.batch_isend_irecv(ops) if ops else []
 
+    def trade(self, out: Tensor, into: Tensor, leaving: Side, arriving: Side) -> list[Any]:
+        """Sends and receives letters ``[rows, W]``, of all ranks at once."""
+        if self.quiet:
+            return []
+        self.received[self.name] += into.nbytes
+        sizes = list(arriving.counts), list(leaving.counts)
+        return [dist.all_to_all_single(into, out, *sizes, group=self.group.handle, async_op=True)]
+
+
+@dataclass(frozen=True)
+class Side:
+    """What travels one way between a rank and all others, one row behind another. rows: places in a buffer, and among
+    what travels. counts: how many rows each rank has a part in. packed: what travels, of the buffer."""
+
+    rows: tuple[tuple[slice, slice], ...]
+    counts: tuple[int, ...]
+    packed: Pieces
+
+    @classmethod
+    def of(cls, places: Sequence[tuple[int, slice]], ranks: int) -> Side:
+        """places: ``(rank, places)`` of a buffer, ascending."""
+        ends = list(accumulate((at.stop - at.start for _, at in places), initial=0))
+        rows = tuple((at, slice(*ends)) for (_, at), ends in zip(places, pairwise(ends), strict=True))
+        counts = tuple(sum(at.stop - at.start for i, at in places if i == rank) for rank in range(ranks))
+        return cls(rows, counts, Pieces(ends[-1], [(row, at, False) for at, row in rows]))
+
 
 class Fetch:
-    """Rows on their way. ``buffers [needed, …]`` may be read once :meth:`wait` has returned."""
+    """Rows on their way. ``buffers [needed, …]`` may be read once :meth:`wait` has returned; of a large plan they are
+    there at once."""
+
+    buffers: tuple[Tensor, ...]
+    letters: list[Tensor]
 
     def __init__(self, plan: Plan, xs: Sequence[Tensor]) -> None:
+        self.plan = plan
+        if not plan.large:
+            self.sent = list(xs)
+            out, came, self.works = _posted(plan, xs, plan.leaving, plan.arriving)
+            self.letters = [out, came]
+            return
         self.sent = [x.contiguous() for x in xs]  # kept alive until they have left
         self.buffers = tuple(x.new_empty(plan.needed, *x.shape[1:]) for x in xs)
         self.works = plan.launch(
@@ -113,7 +183,10 @@ class Fetch:
     def wait(self) -> tuple[Tensor, ...]:
         """The buffers, complete."""
         finish(self.works)
-        self.works, self.sent = [], []
+        if not self.plan.large:
+            self.buffers = tuple(x.new_empty(self.plan.needed, *x.shape[1:]) for x in self.sent)
+            put_together(self.plan.wanted, self.sent, columns(self.letters.pop(), self.sent), self.buffers)
+        self.works, self.sent, self.letters = [], [], []
         return self.buffers
 
 
@@ -121,27 +194,37 @@ class Give:
     """Gradients on their way to the owners of the rows."""
 
     def __init__(self, plan: Plan, grads: Sequence[Tensor]) -> None:
-        self.plan, self.sent = plan, [g.contiguous() for g in grads]
-        self.parts = [[(at, g.new_empty(at.stop - at.start, *g.shape[1:])) for _, at in plan.sends] for g in self.sent]
+        self.plan = plan
+        if not plan.large:
+            out, came, self.works = _posted(plan, grads, plan.arriving, plan.leaving)
+            self.sent, self.came = [*grads, out], columns(came, grads)
+            return
+        self.sent = [g.contiguous() for g in grads]
+        self.came = [letters([g], plan.leaving.packed.count) for g in grads]
         self.works = plan.launch(
             [(i, g[at]) for g in self.sent for i, at in plan.receives],
-            [(i, part) for parts in self.parts for (i, _), (_, part) in zip(plan.sends, parts, strict=True)],
+            [
+                (i, came[row])
+                for came in self.came
+                for (i, _), (_, row) in zip(plan.sends, plan.leaving.rows, strict=True)
+            ],
         )
 
     def wait(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Sums ``[owned, …]`` in ``dtype``: this rank's part, then the others' in their order, added up in float32."""
-        sums = []
         finish(self.works)
-        for g, parts in zip(self.sent, self.parts, strict=True):
-            wide = torch.promote_types(g.dtype, torch.float32)
-            total = torch.zeros(self.plan.owned, *g.shape[1:], dtype=wide, device=g.device)
-            for mine, here in self.plan.local:
-                total[mine] = g[here].to(wide)
-            for at, part in parts:
-                total[at] += part
-            sums.append(total.to(dtype))
-        self.works, self.sent, self.parts = [], [], []
-        return tuple(sums)
+        grads = self.sent[: len(self.came)]
+        sums = tuple(g.new_empty(self.plan.owned, *g.shape[1:], dtype=dtype) for g in grads)
+        put_together(self.plan.summed, grads, self.came, sums)
+        self.works, self.sent, self.came = [], [], []
+        return sums
+
+
+def _posted(plan: Plan, xs: Sequence[Tensor], leaving: Side, arriving: Side) -> tuple[Tensor, Tensor, list[Any]]:
+    """Letters with rows of all tensors that leave, those that come, and the exchange that is under way."""
+    out, came = (letters(xs, side.packed.count) for side in (leaving, arriving))
+    put_together(leaving.packed, xs, xs, columns(out, xs))
+    return out, came, plan.trade(out, came, leaving, arriving)
 
 
 def fetch_rows(plan: Plan, *xs: Tensor) -> tuple[Tensor, ...]:

@@ -94,7 +94,7 @@ def _make_sequence(
     layout = make_layout(cu_seqlens, sizes, device, tile, dense_keys, owned[group.index])
     received: Counter[str] = Counter()
     reads = tuple(n.far for n in need)
-    far = Plan.of("far", group.beside, owned, reads, received)
+    far = Plan.of("far", group.beside, owned, reads, received, large=True)
     return Sequence(
         layout=layout,
         own=own_blocks(layout),

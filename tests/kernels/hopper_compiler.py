@@ -33,7 +33,7 @@ from shoal.kernels.nsa import BlockSizes
 HOPPER = GPUTarget("cuda", 90, 32)
 COMPILED = ("triton_address", "triton_fan", "triton_sort", "triton_rows", "triton_store", "triton_rope", "triton_few",
             "triton_places", "triton_paged", "triton_paged_choose", "triton_paged_parts", "triton_paged_sum",
-            "triton_mean", "triton_phi", "triton_phi_grad", "triton_route", "triton_tiles")  # fmt: skip
+            "triton_mean", "triton_phi", "triton_phi_grad", "triton_route", "triton_tiles", "triton_pieces")  # fmt: skip
 """Modules of Triton kernels that are compiled as well."""
 PAPER = BlockSizes(32, 16, 64, 16, 1, 2, 512)
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")
@@ -203,6 +203,17 @@ def dispatch(world: int, experts: int, copies: int, tokens: int) -> None:
     gates_at_home(gates, words[:, choices:], fan.rows, chosen, ways, True)
 
 
+def exchange(kv: int, dims: tuple[int, int], dtype: torch.dtype) -> None:
+    """Rows of keys and values into letters, and sums of what came."""
+    from shoal.kernels.pieces import Pieces, columns, letters
+    from shoal.kernels.triton_pieces import put_together
+
+    own = [torch.zeros(64, kv, dim, dtype=dtype) for dim in dims]
+    came = letters(own, 64)
+    for out in (columns(came, own), own):
+        put_together(Pieces(64, [(slice(0, 64), slice(0, 64), False)] * 2), own, columns(came, own), out)
+
+
 def few(tokens: int, hidden: int, inner: int, dtype: torch.dtype, **how: Any) -> None:
     """A decode step of few rows: projections, sums that are normed, routing, experts."""
     from shoal.kernels.few import add_norm, few_parts, few_products
@@ -231,6 +242,7 @@ def main() -> None:
         attention(1, 4, (128, 64), torch.float16)
         reading_pages(3, 5, (24, 40), torch.float32)
         dispatch(32, 256, 2, 512)
+        exchange(3, (24, 40), torch.float32)
         few(7, 200, 72, torch.float16, normalize=True, bias=torch.zeros(64), groups=8, most=3, score="sigmoid")
         return
     attention(2, 16, (128, 128), torch.bfloat16)
@@ -241,6 +253,7 @@ def main() -> None:
     writing_pages(3, 5, (24, 40), torch.float32)  # takes kernels of its own
     reading_pages(4, 16, (192, 128), torch.bfloat16)
     dispatch(2, 64, 1, 16384)
+    exchange(4, (192, 128), torch.bfloat16)
     few(1, 2048, 1408, torch.bfloat16)
 
 
