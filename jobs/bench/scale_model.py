@@ -210,8 +210,11 @@ class Attention:
     phi: float
 
 
-def sequence_travels(layer: Attention, tokens: int, ranks: int, per_flop: float, again: int = 0) -> list[Travel]:
-    """Of a layer's forward and backward pass over one sequence of ``tokens``, for the rank that receives most.
+def sequence_travels(
+    layer: Attention, tokens: int, ranks: int, per_flop: float, again: int = 0, sequences: int = 1
+) -> list[Travel]:
+    """Of a layer's forward and backward pass over ``tokens`` in some sequences of one length, one behind another, for
+    the rank that receives most.
 
     The selected branch's keys travel behind compression and window, forward and backward; their gradients behind those
     of φ. Nothing hides halos and compressed keys.
@@ -219,7 +222,8 @@ def sequence_travels(layer: Attention, tokens: int, ranks: int, per_flop: float,
     if ranks == 1:
         return []
     owned = zigzag(tokens, ranks, layer.sizes.slc_block)
-    volumes = [nsa_volume((0, tokens), owned, rank, layer.shape, layer.sizes) for rank in range(ranks)]
+    ends = range(0, tokens + 1, tokens // sequences)
+    volumes = [nsa_volume(ends, owned, rank, layer.shape, layer.sizes) for rank in range(ranks)]
     most = max(volumes, key=lambda volume: sum(sum(phase.values()) for phase in volume.values()))
     forward, backward = most["forward"], most["backward"]
     share = tokens / ranks * per_flop

@@ -243,8 +243,8 @@ def step_travels(recipe: Recipe, per_flop: float, itemsize: int) -> list[Travel]
         found: list[Travel] = []
         if i >= m.dense_layers and moe.experts:
             found += dispatch_travels(layer, micro / p.ranks, p.expert_ranks, per_flop, put, again)
-        if attention:  # a micro-batch is one sequence
-            found += sequence_travels(attention, micro, p.context, per_flop, again)
+        if attention:
+            found += sequence_travels(attention, micro, p.context, per_flop, again, t.batch // t.accumulate)
         travels += [replace(each, count=each.count * t.accumulate) for each in found]
     return travels
 
@@ -292,6 +292,15 @@ def _large(steps: int) -> list[Series]:
             utilisation=0.40,
         ),
         TrainSeries("nsa-64k-small at 64k", "nsa-64k-small", ("train.recompute=8", *cuda), of_64k, steps, shared=True),
+        TrainSeries(
+            "nsa-64k-small at 64k, a sequence a rank at a time",  # as many tokens a rank in each micro-batch
+            "nsa-64k-small",
+            ("train.recompute=8", *cuda),
+            lambda _, n: (n, n, 65536),
+            steps,
+            shared=True,
+            modes=("weak",),
+        ),
         TrainSeries(
             "deepseekmoe-2b with 64 experts at 4k",
             "deepseekmoe-2b",

@@ -177,12 +177,14 @@ def test_bytes_of_a_step_are_those_that_ranks_put(tmp_path: Path) -> None:
     assert predicted("parallel.dispatch=exchanged") < predicted() == predicted("parallel.dispatch=put")
 
 
-def test_keys_of_a_sequence_are_those_of_the_rank_that_receives_most() -> None:
+@pytest.mark.parametrize("ends", [(0, 8192), (0, 2048, 4096, 6144, 8192)])
+def test_keys_of_sequences_are_those_of_the_rank_that_receives_most(ends: tuple[int, ...]) -> None:
     layer = Attention(Shape(2, (16, 16), 2, 4), SIZES, 100.0, 60.0, 10.0)
     owned = zigzag(8192, 4, SIZES.slc_block)
-    volumes = [nsa_volume((0, 8192), owned, rank, layer.shape, SIZES) for rank in range(4)]
+    volumes = [nsa_volume(ends, owned, rank, layer.shape, SIZES) for rank in range(4)]
     most = max(sum(sum(phase.values()) for phase in volume.values()) for volume in volumes)
-    assert Plan(0.0, tuple(sequence_travels(layer, 8192, 4, 0.0))).bytes == most
+    travels = sequence_travels(layer, 8192, 4, 0.0, sequences=len(ends) - 1)
+    assert Plan(0.0, tuple(travels)).bytes == most
 
 
 def test_without_others_nothing_travels() -> None:
