@@ -33,7 +33,8 @@ from shoal.kernels.nsa import BlockSizes
 HOPPER = GPUTarget("cuda", 90, 32)
 COMPILED = ("triton_address", "triton_fan", "triton_sort", "triton_rows", "triton_store", "triton_rope", "triton_few",
             "triton_places", "triton_paged", "triton_paged_choose", "triton_paged_parts", "triton_paged_sum",
-            "triton_mean", "triton_phi", "triton_phi_grad", "triton_route", "triton_tiles", "triton_pieces")  # fmt: skip
+            "triton_mean", "triton_phi", "triton_phi_grad", "triton_route", "triton_tiles",
+            "triton_pieces")  # fmt: skip
 """Modules of Triton kernels that are compiled as well."""
 PAPER = BlockSizes(32, 16, 64, 16, 1, 2, 512)
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")
