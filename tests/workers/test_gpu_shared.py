@@ -1,9 +1,9 @@
 """Two GPUs: a trainer whose ranks share each sequence, over NCCL, trains as one GPU does, with experts on each GPU or
-spread over both, between which they move as it goes on, and with dense weights in shards and layers that are computed
-again.
+spread over both, between which they move as it goes on, with dense weights in shards and layers that are computed
+again, and with experts on a third GPU.
 
-Needs no Ray: ``pytest -m gpu tests/workers/test_gpu_shared.py`` on a machine with two GPUs. On two ranks of the CPU the
-same runs, over gloo.
+Needs no Ray: ``pytest -m gpu tests/workers/test_gpu_shared.py`` on a machine with two GPUs, or three for the last. On
+ranks of the CPU the same runs, over gloo.
 """
 
 from __future__ import annotations
@@ -26,11 +26,15 @@ from shoal.workers.trainer import Trainer
 
 STEPS = 4
 LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
-    "all experts on each": {"parallel": {"expert": 1}},
-    "experts over both": {"parallel": {"expert": 2}},
-    "experts move between both": {"parallel": {"expert": 2}},
-    "dense weights in shards, layers computed again": {"parallel": {"shard_dense": True}, "train": {"recompute": 2}},
+    "all experts on each": {"parallel": {"ranks": 2, "expert": 1}},
+    "experts over both": {"parallel": {"ranks": 2, "expert": 2}},
+    "experts move between both": {"parallel": {"ranks": 2, "expert": 2}},
+    "dense weights in shards, layers computed again": {
+        "parallel": {"ranks": 2, "shard_dense": True},
+        "train": {"recompute": 2},
+    },
 }
+APART: dict[str, dict[str, dict[str, Any]]] = {"experts on a third": {"parallel": {"placement": "2A:1F"}}}
 WAYS = {"nsa": {"sequence_attention"}, "full": {"ring_attention", "gather_attention"}}
 """How shared sequences are attended to, in the steps of a run."""
 BOUNDS = {"float32": (1e-4, 1e-3), "bfloat16": (0.01, 0.05)}
@@ -84,23 +88,23 @@ def _trained(
     return {"losses": losses, "norms": [step["grad_norm"] for step in steps], "taken": taken}
 
 
-def on_rank(rank: int, world: int, corpus: Path, device: str) -> Runs:
-    """Of each kind of attention and dtype, one rank's run and those of both."""
+def on_rank(rank: int, world: int, corpus: Path, device: str, layouts: dict[str, dict[str, dict[str, Any]]]) -> Runs:
+    """Of each kind of attention and dtype, one rank's run and those of all."""
     # with its number: processes here see all GPUs, and a thread's current one is the first
     place = torch.device(device, rank) if device == "cuda" else torch.device(device)
     meshes: dict[Placement, Mesh] = {}
     found: Runs = {}
     for kind in WAYS:
         for dtype in BOUNDS:
-            for name in ("alone", *LAYOUTS):
+            for name in ("alone", *layouts):
                 tables = tables_of(kind, dtype, device)
-                if name in LAYOUTS:
-                    tables["parallel"] |= {"ranks": world, "context": world}
-                for table, keys in LAYOUTS.get(name, {}).items():
+                if name in layouts:
+                    tables["parallel"]["context"] = 2
+                for table, keys in layouts.get(name, {}).items():
                     tables[table] |= keys
                 placement = Placement.of(Recipe.model_validate(tables))
                 if placement not in meshes:
-                    meshes[placement] = make_mesh(placement, rank if name in LAYOUTS else 0, place)
+                    meshes[placement] = make_mesh(placement, rank if name in layouts else 0, place)
                 moves = name == "experts move between both"
                 found[kind, dtype, name] = _trained(tables, meshes[placement], corpus, place, moves)
     return found
@@ -109,24 +113,47 @@ def on_rank(rank: int, world: int, corpus: Path, device: str) -> Runs:
 DEVICES = [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
+def _run(device: str, world: int, folder: Path, layouts: dict[str, dict[str, dict[str, Any]]]) -> list[Runs]:
+    """What all ranks found, of all runs in one go, since starting processes and NCCL takes long."""
+    if device == "cuda" and torch.cuda.device_count() < world:
+        pytest.skip(f"needs {world} CUDA GPUs")
+    corpus = small_corpus(folder, longest=2000)
+    results: list[Runs] = run_ranks(world, on_rank, corpus, device, layouts, device=device)
+    return results
+
+
 @pytest.fixture(scope="module", params=DEVICES)
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Runs]:
-    """What both ranks found, of all runs in one go, since starting processes and NCCL takes long."""
-    device = str(request.param)
-    if device == "cuda" and torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA GPUs")
-    corpus = small_corpus(tmp_path_factory.mktemp("small"), longest=2000)
-    results: list[Runs] = run_ranks(2, on_rank, corpus, device, device=device)
-    return results
+    """Of two ranks."""
+    return _run(str(request.param), 2, tmp_path_factory.mktemp("small"), LAYOUTS)
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def found_apart(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Runs]:
+    """Of three, the last of which hosts experts alone."""
+    return _run(str(request.param), 3, tmp_path_factory.mktemp("apart"), APART)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("kind", WAYS)
 def test_ranks_that_share_sequences_train_as_one(found: list[Runs], kind: str, dtype: str, layout: str) -> None:
-    of_loss, of_norm = BOUNDS[dtype]
     for runs in found:
-        alone, shared = runs[kind, dtype, "alone"], runs[kind, dtype, layout]
-        assert not alone["taken"] and set(shared["taken"]) == WAYS[kind]
-        assert shared["losses"] == pytest.approx(alone["losses"], rel=of_loss)
-        assert shared["norms"] == pytest.approx(alone["norms"], rel=of_norm)
+        check(runs, kind, dtype, layout, WAYS[kind])
+
+
+@pytest.mark.parametrize("layout", APART)
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("kind", WAYS)
+def test_so_they_do_with_experts_elsewhere(found_apart: list[Runs], kind: str, dtype: str, layout: str) -> None:
+    for rank, runs in enumerate(found_apart):
+        check(runs, kind, dtype, layout, set() if rank == 2 else WAYS[kind])
+
+
+def check(runs: Runs, kind: str, dtype: str, layout: str, ways: set[str]) -> None:
+    """A rank's run beside one rank's."""
+    of_loss, of_norm = BOUNDS[dtype]
+    alone, shared = runs[kind, dtype, "alone"], runs[kind, dtype, layout]
+    assert not alone["taken"] and set(shared["taken"]) == ways
+    assert shared["losses"] == pytest.approx(alone["losses"], rel=of_loss)
+    assert shared["norms"] == pytest.approx(alone["norms"], rel=of_norm)
