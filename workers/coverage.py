@@ -54,13 +54,9 @@ class Coverage:
         layers = list(self._fetching.values())  # of all of them, or of none at a rank without attention
         if any(fetching.read for fetching in layers):
             sums[:, self._place] = counted(layers).double()
-        self.forget()
-        return sums.flatten()
-
-    def forget(self) -> None:
-        """Leaves out the forward passes so far."""
-        for fetching in self._fetching.values():
+        for fetching in layers:
             fetching.read, fetching.pages = [], None
+        return sums.flatten()
 
     def decide(self, totals: Sequence[float]) -> dict[str, Any]:
         """What a step's record says; layers of the following steps fetch by it. totals: :meth:`sums` over all ranks.
