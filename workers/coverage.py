@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shoal.workers.model import Transformer
 from shoal.workers.model.attention import NativeSparseAttention
-from shoal.workers.pull import Fetching
+from shoal.workers.pull import Fetching, counted
 from shoal.workers.volume import Shape, far_volume
 
 COUNTS = 5  # of ``Pages.count``
@@ -49,18 +49,14 @@ class Coverage:
 
     def sums(self) -> Tensor:
         """``[layers · ranks of a group · 5]`` float64, counts of the last forward pass at this rank's place, zeros at
-        the others'; ``[0]`` where no sequences are shared. Forgets them."""
+        the others'; ``[0]`` where no sequences are shared, zeros where nothing was counted. Forgets them."""
         sums = torch.zeros(self._layers, self._size, COUNTS, dtype=torch.float64, device=self._device)
-        for layer, fetching in self._fetching.items():
-            if fetching.counts is not None:
-                sums[layer, self._place] = fetching.counts.double()
-        self.forget()
+        layers = list(self._fetching.values())  # of all of them, or of none at a rank without attention
+        if any(fetching.read for fetching in layers):
+            sums[:, self._place] = counted(layers).double()
+        for fetching in layers:
+            fetching.read, fetching.pages = [], None
         return sums.flatten()
-
-    def forget(self) -> None:
-        """Leaves out the forward passes so far."""
-        for fetching in self._fetching.values():
-            fetching.counts = None
 
     def decide(self, totals: Sequence[float]) -> dict[str, Any]:
         """What a step's record says; layers of the following steps fetch by it. totals: :meth:`sums` over all ranks.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,13 +19,27 @@ from shoal.workers.exchange import Plan, finish
 class Fetching:
     """How a layer fetches the selected branch's keys from other ranks, alike on all of them.
 
-    pull: only pages that were chosen, once they are; else all that may be, on their way meanwhile. count: whether what
-    is chosen is counted; counts: :meth:`Pages.count` of the last forward pass.
+    pull: only pages that were chosen, once they are; else all that may be, on their way meanwhile. count: whether it is
+    kept what was chosen. Of the last forward pass for which it was, read: ``[heads, pages]`` bool for each turn of
+    heads, of ``pages``.
     """
 
     pull: bool = False
     count: bool = False
-    counts: Tensor | None = None
+    read: list[Tensor] = field(default_factory=list)
+    pages: Pages | None = None
+
+    def keep(self, pages: Pages, read: Tensor, first: bool) -> None:
+        """Keeps what was chosen of a turn's heads, the first of a forward pass or one more."""
+        self.pages, self.read = pages, [read] if first else [*self.read, read]
+
+
+def counted(layers: Sequence[Fetching]) -> Tensor:
+    """``[layers, 5]`` int64, :meth:`Pages.count` of each layer's last forward pass, of one packed batch: of all layers
+    at once, since what is launched for a single one takes the host's time between its kernels."""
+    pages = layers[0].pages
+    assert pages is not None
+    return pages.count(torch.cat([read for layer in layers for read in layer.read]).unflatten(0, (len(layers), -1)))
 
 
 @dataclass(frozen=True)
@@ -38,18 +53,16 @@ class Pages:
     size: int
 
     def wanted(self, read: Tensor) -> Tensor:
-        """``[KV, pages]`` bool: pages of other ranks in which this rank reads. read: ``[KV, far]`` bool."""
-        none = self._count
-        pages = torch.zeros(read.shape[0], none + 1, dtype=torch.bool, device=read.device)
-        return pages.scatter_(1, torch.where(read, self._foreign(read.device), none), True)[:, :none]
+        """``[KV, pages]`` bool: pages of other ranks in which this rank reads. read: ``[KV, pages]`` bool, of all."""
+        return read & self._others(read.device)[0].bool()
 
     def count(self, read: Tensor) -> Tensor:
-        """``[5]`` int64 on read's device, which nothing waits for, counted for each head of keys: pages of other ranks
-        in which this rank reads, and their rows; the same of all that it might read; pages that ``ask`` tells of."""
-        wanted, foreign = self.wanted(read), self._foreign(read.device)
-        rows = foreign.new_zeros(self._count + 1).index_add_(0, foreign, torch.ones_like(foreign))[:-1]
-        heads, told = len(read), foreign.new_full((), wanted.numel())
-        return torch.stack([wanted.sum(), (wanted * rows).sum(), heads * (rows > 0).sum(), heads * rows.sum(), told])
+        """``[…, 5]`` int64 on read's device, which nothing waits for, of read ``[…, KV, pages]`` bool, counted for each
+        head of keys: pages of other ranks in which this rank reads, and their rows; the same of all that it might read;
+        pages that ``ask`` tells of."""
+        others, heads = self._others(read.device), read.shape[-2]
+        found = (read.sum(-2)[..., None, :] * others[:2]).sum(-1)
+        return torch.cat([found, heads * others.sum(-1).expand(*found.shape[:-1], -1)], -1)
 
     def ask(self, read: Tensor) -> Pull:
         """Tells all ranks what this one reads, and learns what they do. Waits for the choice, on the host."""
@@ -63,22 +76,29 @@ class Pages:
             [(i, sent_to(read.device, self._rows(everyone[me], i, me, self.far[me]))) for i in others],
         )
 
-    @property
-    def _count(self) -> int:
-        return -(-self.tokens // self.size)
-
-    def _foreign(self, device: torch.device) -> Tensor:
-        """``[far]`` int64: the page of each row that this rank may read; of its own ones one beyond the last."""
-        pages = self.far[self.plan.group.index].indices(device) // self.size
-        for _, here in self.plan.local:
-            pages[here] = self._count
-        return pages
+    def _others(self, device: torch.device) -> Tensor:
+        me = self.plan.group.index
+        return _of_others(self.far[me], self.owned[me], self.tokens, self.size, device)
 
     def _rows(self, pages: Tensor, owner: int, reader: int, among: Rows) -> Tensor:
         """Rows, ``place · KV + head``, among some tokens, of an owner's ``pages [KV, pages]`` that a reader may see."""
         tokens = self.owned[owner].indices()
         heads, chosen = (pages[:, tokens // self.size] & self.far[reader].holds(tokens)).nonzero(as_tuple=True)
         return among.places(tokens[chosen]) * pages.shape[0] + heads
+
+
+@lru_cache(maxsize=8)
+def _of_others(far: Rows, owned: Rows, tokens: int, size: int, device: torch.device) -> Tensor:
+    """``[3, pages]`` int64: of each page of some tokens whether a rank may read it, which reads ``far`` and has
+    ``owned``, at another one; how many rows of it; and 1. The last few are remembered: all layers ask for them."""
+    first = torch.arange(0, tokens, size)
+
+    def inside(rows: Rows) -> Tensor:
+        parts = [(first + size).clamp(max=stop) - first.clamp(min=start) for start, stop in rows.ranges]
+        return torch.stack([part.clamp(min=0) for part in parts]).sum(0) if parts else torch.zeros_like(first)
+
+    rows = torch.where(inside(owned) > 0, 0, inside(far))
+    return sent_to(device, torch.stack([(rows > 0).long(), rows, torch.ones_like(rows)]))
 
 
 @dataclass(frozen=True)

@@ -209,14 +209,13 @@ class _Arrival:
 
     def __call__(self, read: Callable[[], Tensor]) -> None:
         fetching, pages = self.flight.fetching, self.flight.sequence.pages
-        rows = read() if fetching.pull or fetching.count else None
-        if fetching.count and rows is not None:
-            counts = pages.count(rows)
-            fetching.counts = counts if self.first or fetching.counts is None else fetching.counts + counts
+        found = read() if fetching.pull or fetching.count else None
+        if fetching.count and found is not None:
+            fetching.keep(pages, found, self.first)
         if self.fetch is not None:
             self.fetch.wait()
-        elif rows is not None:
-            self.source = pull = pages.ask(rows)
+        elif found is not None:
+            self.source = pull = pages.ask(found)
             pull.fetch(*self.kept, into=self.buffers).wait()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 from weakref import ref
@@ -198,7 +198,6 @@ class Trainer:
         """Turns to the next step: its random numbers, and what is measured of it."""
         self.step += 1
         self.watch.clock.on = self._logged()
-        self.watch.look(self._spread())
         # every step has its own seed: random numbers do not depend on what ran before, so a resumed run draws the same
         torch.manual_seed((self.recipe.train.seed * 1_000_003 + self.step) % 2**63)
 
@@ -224,20 +223,21 @@ class Trainer:
         fractions = self._fractions(micro) if self.recipe.counts_first else None
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         counts: list[Tensor] = []
-        self.watch.forget()
-        looks, clock = self.watch.sums(), self.watch.clock
+        looks: list[Tensor] = []
+        clock = self.watch.clock
         for batch in micro:
             load = MoELoad(t.batch * t.sequence, fractions, sequences=self._sequences(batch))
+            self.watch.look(self._spread())  # at nothing that is computed before, or for the backward pass again
             with clock.part("forward"):
                 cross_entropy = self.model.loss_sum(self.model(batch, load), batch.targets) / targets
                 balance = torch.stack(load.losses).sum() if load.losses else cross_entropy.new_zeros(())
-            looks = looks + self.watch.sums()
+            looks.append(self.watch.sums())
             with clock.part("backward"):
                 self.last_backward = batch is micro[-1]
                 (cross_entropy + balance).backward()
             sums += torch.stack([cross_entropy.detach().double(), balance.detach().double()])
             counts = [a + b for a, b in zip(counts, load.counts, strict=True)] if counts else load.counts
-        return sums, counts, looks
+        return sums, counts, reduce(torch.add, looks)
 
     def take(self, index: int) -> None:
         """A backward pass has made the gradient of the parameter of that number."""

@@ -36,7 +36,6 @@ class StepWatch:
                 moe.dispatcher.clock = self.clock
 
     def _listen(self, layer: int) -> Any:
-        # what is computed again for the backward pass is the same once more: set, not added up
         def hook(_module: Any, _inputs: Any, out: Tensor) -> None:
             if self._on:
                 gates = torch.sigmoid(out.detach().float()).view(-1, self._heads, BRANCHES)
@@ -53,26 +52,20 @@ class StepWatch:
         """``[layers · 3 + …]`` float64 of the last forward pass: gates added up over this rank's tokens and heads, then
         :meth:`Coverage.sums`.
 
-        Zeros where this rank has no attention; ``[0]`` without NSA, or while nothing is looked at.
+        Zeros where this rank has no attention; ``[0]`` without NSA, or while nothing is looked at. The look ends.
         """
         if not self._on:
             return torch.zeros(0, dtype=torch.float64, device=self._device)
+        self.look(False)
         sums = torch.zeros(self._layers, BRANCHES, dtype=torch.float64, device=self._device)
         for layer, gates in self._sums.items():
             sums[layer] = gates
         self._sums.clear()
         return torch.cat([sums.flatten(), self.coverage.sums()])
 
-    def forget(self) -> None:
-        """Leaves out the forward passes so far, of a validation, say."""
-        self._sums.clear()
-        self.coverage.forget()
-
     def totals(self, sums: Tensor, tokens: int) -> tuple[list[list[float]], dict[str, Any]]:
         """Mean gates ``[layers][3]`` of ``tokens``, the global batch, and what :meth:`Coverage.decide` says of it;
-        nothing where it was not looked at. sums: :meth:`sums` over this rank's part. A collective of all ranks. The
-        look ends."""
-        self.look(False)
+        nothing where it was not looked at. sums: :meth:`sums` over this rank's part. A collective of all ranks."""
         if not len(sums):
             return [], {}
         found, gates = self._mesh.world.all_reduce(sums).tolist(), self._layers * BRANCHES

@@ -21,7 +21,7 @@ from shoal.kernels.nsa.compress import OwnBlocks
 from shoal.workers.clock import Clock
 from shoal.workers.exchange import watched
 from shoal.workers.mesh import Group
-from shoal.workers.pull import Fetching
+from shoal.workers.pull import Fetching, counted
 from shoal.workers.ring import make_ring, ring_attention
 from shoal.workers.sequence import make_sequence, sequence_attention, zigzag
 from shoal.workers.volume import Shape, nsa_volume, ring_volume
@@ -253,8 +253,7 @@ def _coverage(case: Case, group: Group, device: torch.device, leaves: list[Tenso
     """The mean over ranks of the share of other ranks' pages that was chosen."""
     fetching = Fetching(count=True)
     _layer(case, group, device, fetching)[0](leaves)
-    assert fetching.counts is not None
-    chosen, _, might, *_ = fetching.counts.double()
+    chosen, _, might, *_ = counted([fetching])[0].double()
     return float(group.all_reduce(chosen / might.clamp(min=1))) / group.size
 
 

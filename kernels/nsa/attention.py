@@ -148,7 +148,8 @@ def nsa_forward(
     tensors: Tensors, layout: Layout, scale: float, backend: Literal["torch", "triton"], arrive: Arrive | None = None
 ) -> tuple[Tensor, Kept]:
     """:func:`nsa_attention` without autograd. arrive: called before k_slc and v_slc are read for the first time, with a
-    function that tells which of their rows are read, ``[KV, rows]`` bool: who calls may fill them then."""
+    function that tells which pages of the pack, ``slc_block`` tokens each, have a row that is read, ``[KV, pages]``
+    bool: who calls may fill them then."""
     if backend == "triton":
         # Imported here: Triton is not there on every system, and this is of no use without a GPU.
         from shoal.kernels.nsa.triton_attention import forward
@@ -159,7 +160,7 @@ def nsa_forward(
     outs = t.q.new_zeros(3, *t.q.shape[:-1], t.v_win.shape[-1])
     choices = tuple(_compressed_tile(t, tile, layout, outs[:, :, tile.start : tile.stop]) for tile in layout.tiles)
     if arrive is not None:
-        arrive(partial(_rows_read, choices, layout, t.k_win.shape[0]))
+        arrive(partial(_pages_read, choices, layout, t.k_win.shape[0]))
         t.k_slc, t.v_slc = (_by_head(x, layout.sizes.slc_block) for x in tensors[3:5])
     mixed = torch.empty_like(outs[0])
     for tile, choice in zip(layout.tiles, choices, strict=True):
@@ -208,10 +209,10 @@ def nsa_backward(
     )
 
 
-def _rows_read(choices: tuple[Tensor | None, ...], layout: Layout, kv: int) -> Tensor:
-    """Which rows of k_slc the choices read, ``[KV, rows]`` bool."""
-    block = layout.sizes.slc_block
-    read = torch.zeros(kv, layout.needs.far.count + block, dtype=torch.bool, device=layout.device)
+def _pages_read(choices: tuple[Tensor | None, ...], layout: Layout, kv: int) -> Tensor:
+    """Which pages of the pack the choices read, ``[KV, pages]`` bool."""
+    block, far = layout.sizes.slc_block, layout.needs.far
+    read = torch.zeros(kv, far.count + block, dtype=torch.bool, device=layout.device)
     for tile, choice in zip(layout.tiles, choices, strict=True):
         here = read[:, tile.first : tile.last]
         if choice is None:
@@ -222,7 +223,10 @@ def _rows_read(choices: tuple[Tensor | None, ...], layout: Layout, kv: int) -> T
             blocks = torch.zeros(kv, tile.blocks + 1, dtype=torch.bool, device=layout.device)
             blocks = blocks.scatter_(1, choice.flatten(1), True)[:, :-1]
         here |= blocks.repeat_interleave(block, 1)[:, : here.shape[1]]
-    return read[:, :-block]
+    none = layout.sizes.slc_blocks(layout.tokens)
+    pages = torch.zeros(kv, none + 1, dtype=torch.bool, device=layout.device)
+    of_rows = far.indices(layout.device) // block
+    return pages.scatter_(1, torch.where(read[:, :-block], of_rows, none), True)[:, :none]
 
 
 @dataclass

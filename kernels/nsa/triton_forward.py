@@ -16,6 +16,7 @@ from shoal.kernels.nsa.attention import Arrive
 from shoal.kernels.nsa.layout import Layout
 from shoal.kernels.nsa.triton_choose import ChooseTuning, choose_blocks
 from shoal.kernels.nsa.triton_gather import Tuning, selected_by_block
+from shoal.kernels.nsa.triton_read import pages_read
 from shoal.kernels.nsa.triton_select import padded
 from shoal.kernels.nsa.triton_span import SpanTuning, span_attention
 from shoal.kernels.nsa.triton_tables import PackTables, Span, Tables, make_tables
@@ -101,7 +102,7 @@ def attend(
     win, win_lse = attend_span(q, k_win, v_win, tables.window, scale, tuning.near)
     if arrive is not None:
         assert isinstance(tables, PackTables)
-        arrive(partial(tables.rows_read, blocks))
+        arrive(partial(pages_read, blocks, tables))
     # Forced blocks lie side by side for neighbouring queries: dense tiles read them. The others are gathered.
     forced = span_attention(q, k_slc, v_slc, tables.local, scale, also=tables.initial, tuning=tuning.near)
     others = blocks[..., sizes.slc_initial + sizes.slc_local :]

@@ -92,23 +92,17 @@ class Tables:
 class PackTables(Tables):
     """Those of a packed batch; turned around for the backward pass, the queries that see each row of k_win and k_cmp.
 
-    own_rows: ``[T]``, the row of k_slc that stands where each query does. block_last: ``[B]``, the row behind the last
-    one of each block. row_blocks: ``[far]``, the block that each row of k_slc is in.
+    firsts: ``[T]``, the token of the pack that each query's document begins with. pages: how many of ``slc_block``
+    tokens the pack has. own_rows: ``[T]``, the row of k_slc that stands where each query does. block_last: ``[B]``, the
+    row behind the last one of each block.
     """
 
+    firsts: Tensor
+    pages: int
     own_rows: Tensor
     block_last: Tensor
-    row_blocks: Tensor
     window_seen: Span
     cmp_seen: Span
-
-    def rows_read(self, blocks: Tensor) -> Tensor:
-        """``[KV, far]`` bool: rows of k_slc that are in one of ``blocks [T, KV, n]``, of ``choose_blocks``."""
-        read = torch.zeros(blocks.shape[1], self.blocks + 1, dtype=torch.bool, device=blocks.device)
-        for choice in blocks.unbind(-1):  # one at a time: indices are four times as long as what they are made of
-            index = torch.where(choice >= 0, choice + self.block_base[:, None], self.blocks)
-            read.scatter_(1, index.t().long(), True)
-        return read[:, self.row_blocks.long()]
 
 
 @lru_cache(maxsize=128)
@@ -157,7 +151,7 @@ def _make_tables(
     far = needs.far
     own_rows, key_starts, near_rows = far.places(token), far.places(starts), needs.near.places(token)
     cmp_low = needs.cmp.places(cmp_before[documents])
-    block_first, block_last, row_blocks = _blocks(firsts, slc_before, slc[-1], far, sizes)
+    block_first, block_last = _blocks(firsts, slc_before, slc[-1], far, sizes)
     near_documents, _ = _documents(near, firsts)
     window_end = torch.minimum(near + sizes.window, firsts[near_documents + 1])
     cmp_documents = torch.searchsorted(cmp_before[1:], seen, right=True)
@@ -181,9 +175,10 @@ def _make_tables(
         local=Span(put(own_rows - (token - local)), put(own_rows + 1)),
         initial=Span(put(key_starts), put(key_starts + initial - starts)),
         cmp=Span(put(cmp_low), put(cmp_low + ended)),
+        firsts=put(starts),
+        pages=sizes.slc_blocks(cu_seqlens[-1]),
         own_rows=put(own_rows),
         block_last=put(block_last),
-        row_blocks=put(row_blocks),
         window_seen=queries_from(near, window_end),
         cmp_seen=queries_from(cmp_last, firsts[cmp_documents + 1]),
     )
@@ -195,8 +190,8 @@ def _documents(tokens: Tensor, firsts: Tensor) -> tuple[Tensor, Tensor]:
     return documents, firsts[documents]
 
 
-def _blocks(firsts: Tensor, before: Tensor, count: int, far: Rows, sizes: BlockSizes) -> tuple[Tensor, Tensor, Tensor]:
-    """``block_first``, ``block_last`` and ``row_blocks`` of :class:`PackTables`, int64, for rows ``far`` of k_slc.
+def _blocks(firsts: Tensor, before: Tensor, count: int, far: Rows, sizes: BlockSizes) -> tuple[Tensor, Tensor]:
+    """``block_first`` and ``block_last`` of :class:`PackTables`, int64, for rows ``far`` of k_slc.
 
     before: ``[N + 1]``, the selection blocks before each document; count: all of them.
     """
@@ -209,7 +204,7 @@ def _blocks(firsts: Tensor, before: Tensor, count: int, far: Rows, sizes: BlockS
     # Of a block only what is at hand: it may go on behind the last query.
     every = torch.arange(count, device=firsts.device)
     low, high = (torch.searchsorted(row_blocks, every, right=x) for x in (False, True))
-    return row, row + high - low, row_blocks
+    return row, row + high - low
 
 
 def _stretches(cu_seqlens: tuple[int, ...], queries: Rows, blocks_before: list[int]) -> tuple[Stretch, ...]:

@@ -33,7 +33,7 @@ from shoal.kernels.nsa import BlockSizes
 HOPPER = GPUTarget("cuda", 90, 32)
 COMPILED = ("triton_address", "triton_fan", "triton_sort", "triton_rows", "triton_store", "triton_rope", "triton_few",
             "triton_places", "triton_paged", "triton_paged_choose", "triton_paged_parts", "triton_paged_sum",
-            "triton_mean", "triton_phi", "triton_phi_grad", "triton_route", "triton_tiles",
+            "triton_mean", "triton_phi", "triton_phi_grad", "triton_read", "triton_route", "triton_tiles",
             "triton_pieces")  # fmt: skip
 """Modules of Triton kernels that are compiled as well."""
 PAPER = BlockSizes(32, 16, 64, 16, 1, 2, 512)
@@ -82,6 +82,7 @@ def attention(kv: int, group: int, dims: tuple[int, int], dtype: torch.dtype) ->
     from shoal.kernels.nsa.triton_inverse import Inverse
     from shoal.kernels.nsa.triton_mean import triton_compress_mean
     from shoal.kernels.nsa.triton_phi_grad import triton_compress
+    from shoal.kernels.nsa.triton_read import pages_read
     from shoal.kernels.nsa.triton_span_grad import Grads
     from shoal.kernels.nsa.triton_tables import make_tables
 
@@ -96,6 +97,7 @@ def attention(kv: int, group: int, dims: tuple[int, int], dtype: torch.dtype) ->
     shapes = (32, dims[0]), (32 * dims[0], 2 * dims[0]), (2 * dims[0], dims[0])
     position, w1, w2 = (k.new_zeros(kv, *shape).requires_grad_() for shape in shapes)
     triton_compress(k.clone().requires_grad_(), position, w1, w2, layout).sum().backward()
+    pages_read(torch.zeros(tokens, kv, choices, dtype=torch.int32), tables)
     gluon_span_attention(q, k, v, tables.window, 0.1)
     gluon_span_backward(q, k, v, d_out, base, base, tables.window, tables.window_seen, 0.1, grads)
     if group >= 16:

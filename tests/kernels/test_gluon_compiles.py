@@ -24,7 +24,7 @@ KERNELS |= {"_address_kernel": (1, 1), "_choose_kernel": (2, 0), "_choose_backwa
 KERNELS |= {"_products_kernel": (2, 2), "_choices_kernel": (1, 1), "_add_norm_kernel": (1, 1)}
 KERNELS |= {"_up_kernel": (1, 1), "_down_kernel": (1, 1), "_places_kernel": (2, 2), "compressed_rows_kernel": (2, 2)}
 KERNELS |= {"choose_kernel": (2, 2), "pages_kernel": (2, 2), "_sum_kernel": (2, 2)}
-KERNELS |= {"_parts_kernel": (3, 0), "_sum_parts_kernel": (3, 0), "_pieces_kernel": (2, 2)}
+KERNELS |= {"_parts_kernel": (3, 0), "_sum_parts_kernel": (3, 0), "_pieces_kernel": (2, 2), "_read_kernel": (2, 1)}
 """Of each kernel, how often it is launched in what users run, and in more shapes and types."""
 AHEAD = {"compressed_rows_kernel", "choose_kernel", "pages_kernel", "_sum_kernel"}
 AHEAD |= {"_parts_kernel", "_sum_parts_kernel", "_tokens_kernel"}

@@ -30,7 +30,6 @@ from shoal.kernels.nsa.triton_gather import Tuning  # noqa: E402
 from shoal.kernels.nsa.triton_gather_grad import GatherGradTuning  # noqa: E402
 from shoal.kernels.nsa.triton_span import SpanTuning  # noqa: E402
 from shoal.kernels.nsa.triton_span_grad import SpanGradTuning  # noqa: E402
-from shoal.kernels.nsa.triton_tables import make_tables  # noqa: E402
 
 SIZES = BlockSizes(4, 2, 8, 4, 1, 2, 11)
 SPAN = SpanTuning(rows=16, keys=16)
@@ -129,26 +128,23 @@ def test_zigzag_in_triton(lengths: list[int], ranks: int, step: int) -> None:
     )
 
 
-def test_both_ways_tell_which_keys_are_read() -> None:
-    """Who fetches chosen blocks alone asks by that: Triton names whole blocks, PyTorch their rows up to a query."""
+def test_both_ways_tell_which_pages_are_read() -> None:
+    """Who fetches chosen blocks alone asks by that, of queries that end within blocks and pages, and documents that
+    begin within pages."""
     whole = make_layout((0, 70, 76, 500), SIZES, "cpu")
     for queries in (Rows.of([(40, 53), (440, 456)]), Rows.of([(74, 91), (300, 303)])):
         part = make_layout(whole.cu_seqlens, SIZES, "cpu", 16, 0, queries)
         tensors = [x.cpu()[i] for x, i in zip(inputs(whole, torch.float32)[:-1], pieces(whole, part), strict=False)]
-        rows: list[Tensor] = []
-        nsa_forward(cast(Tensors, tuple(tensors)), part, 0.5, "torch", partial(keep, rows))
+        pages: list[Tensor] = []
+        nsa_forward(cast(Tensors, tuple(tensors)), part, 0.5, "torch", partial(keep, pages))
         part = make_layout(whole.cu_seqlens, SIZES, DEVICE, queries=queries)
-        triton_forward(*cast(Tensors, [x.to(DEVICE) for x in tensors]), part, 0.5, TINY[0], partial(keep, rows))
-        block = make_tables(part).row_blocks.cpu().long()
-        head, row = rows[0].nonzero(as_tuple=True)
-        blocks = torch.zeros(rows[0].shape[0], int(block.max()) + 1, dtype=torch.bool)
-        blocks[head, block[row]] = True
-        assert 0 < rows[1].sum() < rows[1].numel()
-        assert torch.equal(rows[1], blocks[:, block])
+        triton_forward(*cast(Tensors, [x.to(DEVICE) for x in tensors]), part, 0.5, TINY[0], partial(keep, pages))
+        assert 0 < pages[1].sum() < pages[1].numel()
+        assert torch.equal(pages[1], pages[0])
 
 
-def keep(rows: list[Tensor], read: Callable[[], Tensor]) -> None:
-    rows.append(read().cpu())
+def keep(pages: list[Tensor], read: Callable[[], Tensor]) -> None:
+    pages.append(read().cpu())
 
 
 def test_what_queries_need() -> None:

@@ -16,7 +16,7 @@ from shoal.kernels.full import full_attention
 from shoal.kernels.nsa import BlockSizes, Layout, compress, make_layout, nsa_attention
 from shoal.kernels.nsa.compress import OwnBlocks
 from shoal.workers.mesh import Group
-from shoal.workers.pull import Fetching
+from shoal.workers.pull import Fetching, counted
 from shoal.workers.ring import Ring, gather_attention, key_plan, make_ring, ring_attention
 from shoal.workers.sequence import Sequence, make_sequence, sequence_attention, zigzag
 
@@ -117,8 +117,7 @@ def nsa_shared(
     out = nsa_of(p, leaves, sequence, fetching, wide, heads)
     forward = dict(sequence.received)
     results = [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
-    assert fetching.counts is not None
-    return Shared(results, forward, dict(sequence.received), _buffers(sequence), fetching.counts.tolist())
+    return Shared(results, forward, dict(sequence.received), _buffers(sequence), counted([fetching])[0].tolist())
 
 
 def nsa_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from shoal.workers.config import Recipe
 from shoal.workers.mesh import make_mesh
 from shoal.workers.model import contexts
 from shoal.workers.placement import Placement
+from shoal.workers.pull import Fetching
 from shoal.workers.sequence import Sequence, make_sequence
 from shoal.workers.trainer import Trainer
 
@@ -36,7 +38,8 @@ def _trainer(tables: dict[str, Any], corpus: Path | str, rank: int = 0, checkpoi
 
 
 def _ways(rank: int, world: int, ways: Ways, corpus: str, steps: int) -> dict[str, list[dict[str, Any]]]:
-    """Of each way to fetch the records of steps, with the bytes of far keys that arrived at this rank in each."""
+    """Of each way to fetch the records of steps, with the bytes of far keys that arrived at this rank in each, and how
+    often it was kept what heads of a layer had chosen."""
     torch.set_num_threads(1)
     return {fetch: _steps(_trainer(tables, corpus, rank), steps) for fetch, tables in ways.items()}
 
@@ -51,13 +54,20 @@ def _steps(trainer: Trainer, steps: int) -> list[dict[str, Any]]:
         made[id(sequence)] = sequence
         return sequence
 
-    found, before = [], 0
+    found, before, kept = [], 0, Counter[str]()
+    keep = Fetching.keep
+
+    def counting(*args: Any, **named: Any) -> None:
+        kept["times"] += 1
+        keep(*args, **named)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(contexts, "make_sequence", remembered)
+        patch.setattr(Fetching, "keep", counting)
         for _ in range(steps):
             record = trainer.train_step()
             arrived = sum(s.received["far"] + s.received["pages"] for s in made.values())
-            found.append(record | {"received": arrived - before})
+            found.append(record | {"received": arrived - before, "kept": kept.pop("times", 0)})
             before = arrived
     return found
 
@@ -142,7 +152,8 @@ CASES: dict[str, dict[str, Any]] = {
 def test_coverage_in_records_is_that_of_the_blocks_that_were_chosen(
     corpus: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counted anew from one rank's queries and compressed keys, by the paper's equations; bytes are those that came."""
+    """Counted anew from one rank's queries and compressed keys, by the paper's equations; bytes are those that came.
+    Not at passes for experts' load alone, nor at those of layers that are computed again."""
     shape = {"model__context": 192, "train__sequence": 192, "train__batch": 6, "attention__slc_count": 4}
     tables = small_recipe(**shape, **CASES[name])
     p = Recipe.model_validate(tables).parallel
@@ -168,6 +179,9 @@ def test_coverage_in_records_is_that_of_the_blocks_that_were_chosen(
             assert coverage["pulled"] == [fetch == "chosen"] * LAYERS
             assert record["loss"] == found["all"][0][0]["loss"]
             assert record["grad_norm"] == found["all"][0][0]["grad_norm"]
+        turns = 2 if "context_heads" in tables["parallel"] else 1
+        kept = [LAYERS * parts * turns] * p.attention_ranks
+        assert sorted(record["kept"] for record in records) == [0] * (p.ranks - p.attention_ranks) + kept
         assert sum(records[0]["coverage"][by]) * p.attention_ranks == sum(r["received"] for r in records)
     once = counts[..., 3].sum(1) * (8 + 6) * 8
     more = name == "2 groups of 2"  # a forward pass of its own counts experts' load
