@@ -153,7 +153,8 @@ def counts_of(trainer: Trainer) -> torch.Tensor:
     for i, batch in enumerate(trainer.loader.next(), 1):
         load = MoELoad(1)
         trainer.model(batch.to(trainer.device), load)
-        total = torch.stack(load.counts) + total.to(trainer.device)
+        assert load.counts is not None
+        total = load.counts + total.to(trainer.device)
         if i * (t.batch // t.accumulate) * t.sequence >= ENOUGH:
             break
     return total

@@ -52,7 +52,9 @@ def loop_step(recipe: Recipe, corpus: Path, mesh: Mesh) -> Step:
     def step() -> float:
         (batch,) = loader.next()
         load = MoELoad(t.batch * t.sequence)
-        loss = model.loss_sum(model(batch, load), batch.targets) / batch.targets_count + torch.stack(load.losses).sum()
+        loss = model.loss_sum(model(batch, load), batch.targets) / batch.targets_count
+        if (balance := load.loss(recipe.balance)) is not None:
+            loss = loss + balance
         loss.backward()
         clip_grad_norm_(model.parameters(), t.clip)
         optimizer.step()

@@ -223,7 +223,8 @@ def _count(recipe: Recipe, model: Transformer, device: torch.device) -> Pass:
         kept = counted.now - before
         loss = model.loss_sum(hidden, batch.targets)
         del hidden
-        (loss + torch.stack(load.losses).sum() if load.losses else loss).backward()
+        balance = load.loss(recipe.balance)
+        (loss if balance is None else loss + balance).backward()
     return Pass(kept, counted.most - before)
 
 
