@@ -26,7 +26,8 @@ from shoal.workers.guard import first_bad_layer
 from shoal.workers.inboxes import open_inbox
 from shoal.workers.mesh import Mesh
 from shoal.workers.model import Transformer
-from shoal.workers.model.feedforward import MoE, MoELoad, named_biases, named_views
+from shoal.workers.model.feedforward import MoE, named_biases, named_views
+from shoal.workers.model.load import MoELoad
 from shoal.workers.optimizer import MasterAdamW
 from shoal.workers.profile import StepProfile, span
 from shoal.workers.records import spread
@@ -263,7 +264,8 @@ class Trainer:
 
     @torch.no_grad()
     def _fractions(self, micro: list[PackedBatch]) -> Tensor | None:
-        """f ``[MoE layers, experts]`` over all micro-batches, from a forward pass of its own: the loss multiplies f of all by P of each."""
+        """f ``[MoE layers, experts]`` over all micro-batches, from a forward pass of its own: the loss multiplies f of
+        all by P of each."""
         total: Tensor | None = None
         for batch in micro:
             load = MoELoad(1)

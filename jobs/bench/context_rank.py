@@ -19,7 +19,7 @@ from shoal.workers.config import Recipe
 from shoal.workers.exchange import watched
 from shoal.workers.machine import spare_collector
 from shoal.workers.mesh import make_mesh
-from shoal.workers.model.feedforward import MoELoad
+from shoal.workers.model.load import MoELoad
 from shoal.workers.placement import Placement
 from shoal.workers.symmetric import Inbox
 from shoal.workers.trainer import Trainer

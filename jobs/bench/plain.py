@@ -38,7 +38,7 @@ def loop_step(recipe: Recipe, corpus: Path, mesh: Mesh) -> Step:
 
     from shoal.workers.data.loader import TrainLoader
     from shoal.workers.model import Transformer
-    from shoal.workers.model.feedforward import MoELoad
+    from shoal.workers.model.load import MoELoad
 
     t = recipe.train
     torch.manual_seed(t.seed)

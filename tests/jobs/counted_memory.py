@@ -29,7 +29,7 @@ from shoal.workers.config import Recipe
 from shoal.workers.data.batch import PackedBatch, empty_batch
 from shoal.workers.mesh import make_mesh
 from shoal.workers.model import Transformer
-from shoal.workers.model.feedforward import MoELoad
+from shoal.workers.model.load import MoELoad
 from shoal.workers.placement import Placement
 from shoal.workers.ring import Ring
 from shoal.workers.slots import needed

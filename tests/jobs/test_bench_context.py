@@ -18,7 +18,7 @@ from shoal.jobs.bench.scale_series import SETTLED
 from shoal.jobs.recipe import load_recipe
 from shoal.workers.config import Recipe
 from shoal.workers.mesh import make_mesh
-from shoal.workers.model.feedforward import MoELoad
+from shoal.workers.model.load import MoELoad
 from shoal.workers.placement import Placement
 from shoal.workers.trainer import Trainer
 

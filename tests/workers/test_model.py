@@ -22,7 +22,8 @@ from shoal.workers.data.batch import IGNORE, PackedBatch
 from shoal.workers.errors import InvalidInput
 from shoal.workers.mesh import make_mesh
 from shoal.workers.model import Transformer
-from shoal.workers.model.feedforward import MoE, MoELoad, named_views
+from shoal.workers.model.feedforward import MoE, named_views
+from shoal.workers.model.load import MoELoad
 from shoal.workers.placement import Placement
 from shoal.workers.sample import sample
 

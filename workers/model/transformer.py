@@ -19,7 +19,8 @@ from shoal.workers.expert_plan import Homes, Plan
 from shoal.workers.mesh import Mesh, make_mesh
 from shoal.workers.model.attention import Attending, FullAttention, NativeSparseAttention
 from shoal.workers.model.contexts import attention_context, own_part
-from shoal.workers.model.feedforward import Counted, DenseFFN, MoE, MoELoad, Stages, named_views, run
+from shoal.workers.model.feedforward import DenseFFN, MoE, Stages, named_views, run
+from shoal.workers.model.load import Counted, MoELoad
 from shoal.workers.model.loss import cross_entropy_sum
 from shoal.workers.placement import Placement
 from shoal.workers.profile import span
