@@ -38,24 +38,23 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int | float 
     if not isinstance(kernel, JITFunction):  # of Triton's interpreter
         kernel[grid](*arguments, **named)
         return
+    device = current_device()
     values: list[Any] = []
-    kinds: list[Any] = []
+    kinds: list[Any] = [id(kernel), device, len(named), *named, *named.values()]  # pairs would take longer to hash
     for argument in arguments:
         if isinstance(argument, Tensor):
             address = argument.data_ptr()
             values.append(address)
             kinds += argument.dtype, address & 15 == 0, argument.is_cuda
-        elif isinstance(argument, Descriptor):
-            values.append(argument)
+            continue
+        values.append(argument)
+        if isinstance(argument, Descriptor):
             kinds.append(argument.kind)
         elif isinstance(argument, float):
-            values.append(argument)
             kinds.append(float)
         else:  # False is no 0, and no multiple of 16
-            values.append(argument)
-            kinds.append((type(argument), argument == 1, argument & 15 == 0, -(2**31) <= argument < 2**31))
-    device = current_device()
-    key = (id(kernel), device, *kinds, *named.items())
+            kinds += type(argument), argument == 1, argument & 15 == 0, -(2**31) <= argument < 2**31
+    key = tuple(kinds)
     found = _compiled.get(key)
     if found is None:
         params = _constants(kernel, arguments)

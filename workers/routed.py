@@ -179,7 +179,8 @@ class Pass:
         base = combine(d_rows, arrived.fan.rows[: flight.tokens], self.triton, base=base, out=base)
         del d_rows
         gates_home = flight.returned_gates(d_gates[: flight.tokens])
-        gates_home = gates_home[:, : flight.choices - self.always]
+        if self.always:
+            gates_home = gates_home[:, : -self.always]
         logits = self._logits_backward(gates_home, d_found or Found(), x.dtype)
         d_x = flight.returned_grads(base, logits)
         d_centroids = None if logits is None else logits[0].T @ x

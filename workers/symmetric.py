@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 ROOM = 256 << 20
 """Bytes of experts' rows that may be asked for without knowing how many there are; of more, the host reads it."""
 
+MOST_BEGUN = 256
+"""Beginnings of slots that are kept as tensors."""
+
 PATIENCE = 0.9 * COLLECTIVE_TIMEOUT
 """How long a GPU waits for another rank until it gives up: sooner than collectives behind, which know not for what."""
 
@@ -74,6 +77,8 @@ class Inbox:
         self.tallies: Tallies | None = None  # where hosts read counts, if not what came into a slot
         self.untold = ""  # why there are none
         self.others = [rank for rank in range(group.size) if rank != group.index]
+        # all ranks put to another one each at the same time: what comes to a GPU shares its links
+        self.turns = [(group.index + i) % group.size for i in range(1, group.size)]
         parts = shapes(len(self.others), capacity, hidden * dtype.itemsize // 4, choices, experts)
         starts, total = {}, 0
         for part, shape in parts.items():
@@ -92,8 +97,9 @@ class Inbox:
             for part in parts
         }
         self._slots |= {(COUNTS, rank): self._slots[LETTER, rank][:experts] for rank in self.others}
+        self._begun: dict[tuple[int, int, int], Tensor] = {}
         words = own[LETTER][:, experts:].unflatten(1, (capacity, -1))
-        self._counts = own[LETTER][:, :experts].unbind()
+        self._counts = own[LETTER][:, :experts]
         self._words = {LETTER: words, WORDS_BACK: own[WORDS_BACK].flatten(0, 1)}
         self._rows = {part: own[part].view(dtype).view(-1, hidden) for part in (OUT, BACK)}
 
@@ -136,8 +142,8 @@ class Inbox:
         self.group.reason("")  # all have put
         return [line.unique().tolist() for line in self.counts()] == [[-1 - rank] for rank in self.others]
 
-    def counts(self) -> tuple[Tensor, ...]:
-        """``[experts]`` int32 that came from each other rank."""
+    def counts(self) -> Tensor:
+        """``[others, experts]`` int32 that came from other ranks."""
         return self._counts
 
     def words(self, part: int) -> Tensor:
@@ -150,9 +156,14 @@ class Inbox:
 
     def put(self, part: int, rank: int, values: Tensor) -> None:
         """Writes this rank's slot of another one, from its beginning; by a copy engine, on the current stream."""
-        slot, rows = self._slots[part, rank], values.shape[0]
+        key = part, rank, values.shape[0]
+        slot = self._begun.get(key)
+        if slot is None:
+            if len(self._begun) >= MOST_BEGUN:
+                self._begun.clear()
+            slot = self._begun[key] = self._slots[part, rank][: values.shape[0]]
         assert values.dtype == slot.dtype, "copies that convert are no work of a copy engine"
-        (slot if slot.shape[0] == rows else slot[:rows]).copy_(values)
+        slot.copy_(values)
 
     def say(self, part: int, rank: int) -> None:
         """Tells another rank that a part of this rank's slot is there, and what was put before it; on the current
@@ -271,7 +282,8 @@ class SymmetricFlight(Flight):
         assert x.shape[0] <= dispatcher.inbox.capacity, (
             f"{len(x)} rows, and slots have room for {dispatcher.inbox.capacity}"
         )
-        self._inbox = box = dispatcher.inbox
+        self._inbox, self._place = dispatcher.inbox, dispatcher.group.index
+        box = self._inbox
         super().__init__(dispatcher, x, gates, experts, keep, box.capacity, counts)
         letter = self._plan.letter
         assert letter is not None
@@ -296,14 +308,11 @@ class SymmetricFlight(Flight):
             self._put({LETTER: letter, OUT: x}, OUT)
 
     def _counts_of_all(self) -> Tensor:
-        """``[slots]``, the sum over all ranks."""
-        total = self.counts
-        for came in self._inbox.counts():
-            total = total + came
-        return total
+        """``[slots]`` int64, the sum over all ranks."""
+        return self._inbox.counts().sum(0).add_(self.counts)
 
     def _put(self, parts: dict[int, Tensor], told: int) -> None:
-        """The same to all others, on the current stream; of what goes home as many rows as slots have, to each.
+        """The same to all others, on the current stream; of what goes home ``[others · capacity, …]`` to each its part.
 
         What goes out is kept until others' results have come home, which they made of it; when they have what goes home
         this pass need not hear.
@@ -313,10 +322,10 @@ class SymmetricFlight(Flight):
             used_here(*parts.values())
         else:
             self._out = self._out | parts
-        for i, rank in enumerate(box.others):
+        each = {part: values.split(box.capacity) for part, values in parts.items() if part in (BACK, WORDS_BACK)}
+        for rank in box.turns:
             for part, values in parts.items():
-                home = part in (BACK, WORDS_BACK) and len(box.others) > 1
-                box.put(part, rank, values[i * box.capacity : (i + 1) * box.capacity] if home else values)
+                box.put(part, rank, each[part][rank - (rank > self._place)] if part in each else values)
             box.say(told, rank)
 
     def _hear(self, part: int) -> None:

@@ -26,7 +26,8 @@ from shoal.workers.guard import first_bad_layer
 from shoal.workers.inboxes import open_inbox
 from shoal.workers.mesh import Mesh
 from shoal.workers.model import Transformer
-from shoal.workers.model.feedforward import MoE, MoELoad, named_biases, named_views
+from shoal.workers.model.feedforward import MoE, named_biases, named_views
+from shoal.workers.model.load import MoELoad
 from shoal.workers.optimizer import MasterAdamW
 from shoal.workers.profile import StepProfile, span
 from shoal.workers.records import spread
@@ -160,7 +161,7 @@ class Trainer:
         gradients = self.optimizer.gradients()
         with clock.part("reduce"):
             self.sums.finish(gradients)
-        fractions = on_host(load_fractions(torch.stack(counts))) if counts else None
+        fractions = None if counts is None else on_host(load_fractions(counts))
         loss, balance, norm = self._totals(losses, gradients)
         # here, where the GPU was waited for anyway: the update of the weights goes on when the next step begins
         load = [] if fractions is None else fractions.tolist()
@@ -205,7 +206,7 @@ class Trainer:
         """How often this rank's host read sizes of the dispatch so far, and for how many seconds it waited for them."""
         return sum(r.count for r in self.reads), sum(r.seconds for r in self.reads)
 
-    def _update(self, gradients: list[Tensor], norm: float, counts: list[Tensor]) -> float:
+    def _update(self, gradients: list[Tensor], norm: float, counts: Tensor | None) -> float:
         """Clips the gradients, moves weights and biases; returns the learning rate."""
         t = self.recipe.train
         if t.clip and norm > t.clip:
@@ -213,16 +214,17 @@ class Trainer:
         rate = learning_rate(self.step, t)
         self.optimizer.step(rate)
         self.weights.begin()
-        self.model.nudge(counts)
+        if counts is not None:
+            self.model.nudge(counts.unbind())
         return rate
 
-    def _forward_backward(self, micro: list[PackedBatch], targets: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+    def _forward_backward(self, micro: list[PackedBatch], targets: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Gradients of the global batch's loss, over so many targets, from this rank's rows; ``[cross entropy,
-        balance]`` parts, counts, and what the watch adds up."""
+        balance]`` parts, counts as :class:`MoELoad` has them, and what the watch adds up."""
         t = self.recipe.train
         fractions = self._fractions(micro) if self.recipe.counts_first else None
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        counts: list[Tensor] = []
+        counts: Tensor | None = None
         looks: list[Tensor] = []
         clock = self.watch.clock
         for batch in micro:
@@ -230,13 +232,14 @@ class Trainer:
             self.watch.look(self._spread())  # at nothing that is computed before, or for the backward pass again
             with clock.part("forward"):
                 cross_entropy = self.model.loss_sum(self.model(batch, load), batch.targets) / targets
-                balance = torch.stack(load.losses).sum() if load.losses else cross_entropy.new_zeros(())
+                balance = load.loss(self.recipe.balance)
+                balance = cross_entropy.new_zeros(()) if balance is None else balance
             looks.append(self.watch.sums())
             with clock.part("backward"):
                 self.last_backward = batch is micro[-1]
                 (cross_entropy + balance).backward()
             sums += torch.stack([cross_entropy.detach().double(), balance.detach().double()])
-            counts = [a + b for a, b in zip(counts, load.counts, strict=True)] if counts else load.counts
+            counts = load.counts if counts is None or load.counts is None else counts + load.counts
         return sums, counts, reduce(torch.add, looks)
 
     def take(self, index: int) -> None:
@@ -260,14 +263,15 @@ class Trainer:
         return self.mesh.world.all_reduce(count).clamp_(min=1)  # weights are under way in the groups of replicas
 
     @torch.no_grad()
-    def _fractions(self, micro: list[PackedBatch]) -> list[Tensor]:
-        """f over all micro-batches, from a forward pass of its own: the loss multiplies f of all by P of each."""
-        total: list[Tensor] = []
+    def _fractions(self, micro: list[PackedBatch]) -> Tensor | None:
+        """f ``[MoE layers, experts]`` over all micro-batches, from a forward pass of its own: the loss multiplies f of
+        all by P of each."""
+        total: Tensor | None = None
         for batch in micro:
             load = MoELoad(1)
             self.model(batch, load)
-            total = [a + b for a, b in zip(total, load.counts, strict=True)] if total else load.counts
-        return [load_fractions(c) for c in total]
+            total = load.counts if total is None or load.counts is None else total + load.counts
+        return None if total is None else load_fractions(total)
 
     def _totals(self, losses: Tensor, gradients: list[Tensor]) -> tuple[float, float, float]:
         """Loss, balance loss and gradient norm over all ranks; each piece of a gradient counts where it was summed."""

@@ -31,15 +31,14 @@ class StepWatch:
         for i, layer in enumerate(model.layers):
             attention, moe = getattr(layer, "attention", None), layer.moe
             if isinstance(attention, NativeSparseAttention):
-                attention.gate_out.register_forward_hook(self._listen(i))
+                attention.gate.register_forward_hook(self._listen(i))
             if isinstance(moe, MoE):
                 moe.dispatcher.clock = self.clock
 
     def _listen(self, layer: int) -> Any:
         def hook(_module: Any, _inputs: Any, out: Tensor) -> None:
             if self._on:
-                gates = torch.sigmoid(out.detach().float()).view(-1, self._heads, BRANCHES)
-                self._sums[layer] = gates.sum((0, 1)).double()
+                self._sums[layer] = out.detach().sum(0, dtype=torch.promote_types(out.dtype, torch.float32))
 
         return hook
 
@@ -57,11 +56,12 @@ class StepWatch:
         if not self._on:
             return torch.zeros(0, dtype=torch.float64, device=self._device)
         self.look(False)
-        sums = torch.zeros(self._layers, BRANCHES, dtype=torch.float64, device=self._device)
-        for layer, gates in self._sums.items():
-            sums[layer] = gates
+        sums = torch.zeros(self._layers * BRANCHES, dtype=torch.float64, device=self._device)
+        if self._sums:
+            by_head = torch.stack([self._sums[layer] for layer in range(self._layers)]).double()
+            sums = by_head.view(self._layers, self._heads, BRANCHES).sum(1).flatten()
         self._sums.clear()
-        return torch.cat([sums.flatten(), self.coverage.sums()])
+        return torch.cat([sums, self.coverage.sums()])
 
     def totals(self, sums: Tensor, tokens: int) -> tuple[list[list[float]], dict[str, Any]]:
         """Mean gates ``[layers][3]`` of ``tokens``, the global batch, and what :meth:`Coverage.decide` says of it;

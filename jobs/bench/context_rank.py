@@ -19,7 +19,7 @@ from shoal.workers.config import Recipe
 from shoal.workers.exchange import watched
 from shoal.workers.machine import spare_collector
 from shoal.workers.mesh import make_mesh
-from shoal.workers.model.feedforward import MoELoad
+from shoal.workers.model.load import MoELoad
 from shoal.workers.placement import Placement
 from shoal.workers.symmetric import Inbox
 from shoal.workers.trainer import Trainer
@@ -153,7 +153,8 @@ def counts_of(trainer: Trainer) -> torch.Tensor:
     for i, batch in enumerate(trainer.loader.next(), 1):
         load = MoELoad(1)
         trainer.model(batch.to(trainer.device), load)
-        total = torch.stack(load.counts) + total.to(trainer.device)
+        assert load.counts is not None
+        total = load.counts + total.to(trainer.device)
         if i * (t.batch // t.accumulate) * t.sequence >= ENOUGH:
             break
     return total

@@ -38,7 +38,7 @@ def loop_step(recipe: Recipe, corpus: Path, mesh: Mesh) -> Step:
 
     from shoal.workers.data.loader import TrainLoader
     from shoal.workers.model import Transformer
-    from shoal.workers.model.feedforward import MoELoad
+    from shoal.workers.model.load import MoELoad
 
     t = recipe.train
     torch.manual_seed(t.seed)
@@ -52,7 +52,9 @@ def loop_step(recipe: Recipe, corpus: Path, mesh: Mesh) -> Step:
     def step() -> float:
         (batch,) = loader.next()
         load = MoELoad(t.batch * t.sequence)
-        loss = model.loss_sum(model(batch, load), batch.targets) / batch.targets_count + torch.stack(load.losses).sum()
+        loss = model.loss_sum(model(batch, load), batch.targets) / batch.targets_count
+        if (balance := load.loss(recipe.balance)) is not None:
+            loss = loss + balance
         loss.backward()
         clip_grad_norm_(model.parameters(), t.clip)
         optimizer.step()

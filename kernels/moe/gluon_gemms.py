@@ -8,7 +8,7 @@ from torch import Tensor
 from shoal.kernels.launches import tiles
 from shoal.kernels.moe.gluon_common import supported
 from shoal.kernels.moe.gluon_outer import outer_products
-from shoal.kernels.moe.gluon_product import ACT, COLUMNS, PLAIN, ROWS, UP, product
+from shoal.kernels.moe.gluon_product import ACT, COLUMNS, DEPTH, PLAIN, ROWS, UP, product
 from shoal.kernels.moe.triton_gemms import TritonGemms
 from shoal.kernels.moe.triton_tiles import Tiles, tiles_of
 
@@ -39,7 +39,7 @@ class GluonGemms(TritonGemms):
 
     def up(self, rows: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`Gemms.up`; weights of experts side by side are read where they are."""
-        side = self._side(gate_up)
+        side = self._side(gate_up, COLUMNS[UP])
         gate_up = gate_up if side > 1 else self.joined(gate_up)
         double = side * gate_up.shape[-1]
         count = rows.shape[0]
@@ -51,16 +51,17 @@ class GluonGemms(TritonGemms):
 
     def up_backward(self, grad: Tensor, gate_up: Tensor) -> Tensor:
         """As :meth:`Gemms.up_backward`."""
-        side = self._side(gate_up)
+        side = self._side(gate_up, DEPTH)  # gates and ups are what is summed over
         if side == 1 or not self.plain or not grad.shape[0] or not supported(grad, gate_up.shape[1]):
             return super().up_backward(grad, gate_up)
         out = grad.new_empty(grad.shape[0], gate_up.shape[1])
         product(PLAIN, grad, gate_up.transpose(-1, -2), self.tiles(grad), out, side=side)
         return out
 
-    def _side(self, gate_up: Tensor) -> int:
-        """How many experts stand side by side for the kernels: no tile may reach from one into another."""
-        fits = self.ends is None and gate_up.dim() == 3 and gate_up.shape[-1] // 2 % COLUMNS[UP] == 0
+    def _side(self, gate_up: Tensor, tile: int) -> int:
+        """How many experts stand side by side for the kernels: no tile of so many gates or ups may reach from one into
+        another."""
+        fits = self.ends is None and gate_up.dim() == 3 and gate_up.shape[-1] // 2 % tile == 0
         return gate_up.shape[0] if fits else 1
 
     def act_backward(

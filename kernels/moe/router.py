@@ -123,16 +123,18 @@ def shares_of(scores_TN: Tensor) -> Tensor:
 
 
 def balance_loss(sums_N: Tensor, fractions_N: Tensor, tokens: int, expert: float, device: float, groups: int) -> Tensor:
-    """Expert- and device-level balance losses (eq. 12-17): this rank's part of them, a scalar.
+    """Expert- and device-level balance losses (eq. 12-17): this rank's part of them, a scalar, or ``[…]`` of layers.
 
-    sums: ``[N']`` float32, of the scores over this rank's tokens. fractions: ``[N']``, f over everything the losses are
-    taken over (:func:`load_fractions`); tokens: its number of tokens T. expert, device: factors of the two. P is linear
-    in the scores, so the parts of all ranks and micro-batches add up to the loss. Device groups are equal runs of
-    experts.
+    sums: ``[…, N']`` float32, of the scores over this rank's tokens. fractions: ``[…, N']``, f over everything the
+    losses are taken over (:func:`load_fractions`); tokens: its number of tokens T. expert, device: factors of the two.
+    P is linear in the scores, so the parts of all ranks and micro-batches add up to the loss. Device groups are equal
+    runs of experts.
     """
-    mean_of_group = fractions_N.view(groups, -1).mean(-1, keepdim=True).expand(groups, len(fractions_N) // groups)
-    weight = expert * fractions_N + device * mean_of_group.reshape(-1)
-    return (sums_N * weight.to(sums_N.dtype)).sum() / tokens
+    weight = expert * fractions_N
+    if device:
+        by_group = fractions_N.unflatten(-1, (groups, -1))
+        weight = weight + device * by_group.mean(-1, keepdim=True).expand_as(by_group).flatten(-2)
+    return (sums_N * weight.to(sums_N.dtype)).sum(-1) / tokens
 
 
 def sequence_counts(experts_TK: Tensor, sequence_T: Tensor, sequences: int, count: int) -> Tensor:

@@ -29,7 +29,7 @@ from shoal.workers.config import Recipe
 from shoal.workers.data.batch import PackedBatch, empty_batch
 from shoal.workers.mesh import make_mesh
 from shoal.workers.model import Transformer
-from shoal.workers.model.feedforward import MoELoad
+from shoal.workers.model.load import MoELoad
 from shoal.workers.placement import Placement
 from shoal.workers.ring import Ring
 from shoal.workers.slots import needed
@@ -223,7 +223,8 @@ def _count(recipe: Recipe, model: Transformer, device: torch.device) -> Pass:
         kept = counted.now - before
         loss = model.loss_sum(hidden, batch.targets)
         del hidden
-        (loss + torch.stack(load.losses).sum() if load.losses else loss).backward()
+        balance = load.loss(recipe.balance)
+        (loss if balance is None else loss + balance).backward()
     return Pass(kept, counted.most - before)
 
 

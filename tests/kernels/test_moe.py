@@ -157,6 +157,20 @@ def test_balance_losses_add_up_over_parts(tokens: int, groups: int, top_k: int, 
     torch.testing.assert_close(*grads, rtol=1e-12, atol=0)
 
 
+def test_balance_losses_of_layers_together_are_those_of_each() -> None:
+    generator = torch.Generator().manual_seed(4)
+    sums = torch.rand(3, 8, generator=generator, dtype=torch.float64).requires_grad_()
+    counts = torch.randint(0, 9, (3, 8), generator=generator)
+    together = balance_loss(sums, load_fractions(counts), 20, 0.3, 0.7, 4)
+    for layer in range(3):
+        share = counts[layer].double() * 8 / counts[layer].sum()
+        mean = torch.stack([share[e // 2 * 2 : e // 2 * 2 + 2].mean() for e in range(8)])
+        weight = (0.3 * share + 0.7 * mean) / 20
+        torch.testing.assert_close(together[layer], (sums[layer] * weight).sum(), rtol=1e-12, atol=0)
+        grad = torch.autograd.grad(together[layer], sums, retain_graph=True)[0]
+        torch.testing.assert_close(grad[layer], weight, rtol=1e-12, atol=0)
+
+
 def test_even_load_has_fractions_of_one() -> None:
     assert load_fractions(torch.full((16,), 7)).tolist() == [1.0] * 16
 

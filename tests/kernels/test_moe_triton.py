@@ -22,7 +22,8 @@ from shoal.kernels.moe.triton_route import Choice, choose, choose_backward  # no
 from shoal.kernels.moe.triton_tiles import MOST_KEPT, tiles_of  # noqa: E402
 from shoal.workers.config import Recipe  # noqa: E402
 from shoal.workers.mesh import make_mesh  # noqa: E402
-from shoal.workers.model.feedforward import MoE, MoELoad  # noqa: E402
+from shoal.workers.model.feedforward import MoE  # noqa: E402
+from shoal.workers.model.load import MoELoad  # noqa: E402
 from shoal.workers.placement import Placement  # noqa: E402
 
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32

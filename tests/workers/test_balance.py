@@ -18,7 +18,8 @@ from shoal.workers.config import Recipe
 from shoal.workers.expert_plan import Plan
 from shoal.workers.flight import Flight, PackedFlight
 from shoal.workers.mesh import make_mesh
-from shoal.workers.model.feedforward import MoE, MoELoad, named_biases
+from shoal.workers.model.feedforward import MoE, named_biases
+from shoal.workers.model.load import MoELoad
 from shoal.workers.placement import Placement
 from shoal.workers.trainer import Trainer
 from shoal.workers.weights import load_model

@@ -23,8 +23,10 @@ from shoal.workers.flight import PackedFlight
 from shoal.workers.gathered import ApartFlight, GatheredFlight, Live
 from shoal.workers.mesh import Group
 from shoal.workers.routed import Pass, RoutedFFN
+from shoal.workers.symmetric import Inbox
 
 HIDDEN, INNER, SHARED = 16, 8, 2
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -242,6 +244,21 @@ def test_rows_put_into_shared_memory_by_triton_equal_the_equations(name: str, tm
     case = CASES[name]
     results = run_ranks(len(case.tokens), in_room, (1 << 40, False), case, torch.float32, True, str(tmp_path), 2)
     check(case, results, 1e-6)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_at_each_turn_a_rank_is_put_to_by_one_other(ranks: int) -> None:
+    boxes = [Unshared(Group(tuple(range(ranks)), rank), 4, HIDDEN, torch.float32, 2, 8, CPU) for rank in range(ranks)]
+    assert all(sorted(box.turns) == box.others for box in boxes)
+    for turn in zip(*(box.turns for box in boxes), strict=True):
+        assert sorted(turn) == list(range(ranks))
+
+
+class Unshared(Inbox):
+    """An inbox that no other rank reaches."""
+
+    def _share(self, words: int, device: torch.device) -> list[Tensor]:
+        return [torch.zeros(words, dtype=torch.int32, device=device) for _ in self.group.ranks]
 
 
 def in_room(rank: int, world: int, how: tuple[int, bool], *rest: Any) -> dict[str, Any]:

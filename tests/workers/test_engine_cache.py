@@ -20,7 +20,7 @@ from shoal.workers.engine.request import Request, Sampling
 from shoal.workers.engine.sequence import Pools, Sequence
 from shoal.workers.engine.tables import Part, StepTables
 from shoal.workers.model import Transformer
-from shoal.workers.model.feedforward import MoELoad
+from shoal.workers.model.load import MoELoad
 
 FAR, NEAR = 90, 90
 

@@ -21,7 +21,8 @@ from shoal.workers.engine.request import Limits, Request, Sampling
 from shoal.workers.engine.sequence import Sequence
 from shoal.workers.engine.tables import Part, StepTables
 from shoal.workers.model import Transformer
-from shoal.workers.model.feedforward import MoE, MoELoad
+from shoal.workers.model.feedforward import MoE
+from shoal.workers.model.load import MoELoad
 
 pytestmark = pytest.mark.gpu
 

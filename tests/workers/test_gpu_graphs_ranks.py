@@ -34,7 +34,7 @@ from shoal.workers.engine.tables import Part, StepTables
 from shoal.workers.expert_plan import Plan
 from shoal.workers.mesh import make_mesh
 from shoal.workers.model import Transformer
-from shoal.workers.model.feedforward import MoELoad
+from shoal.workers.model.load import MoELoad
 from shoal.workers.placement import Placement
 
 STARTS: list[tuple[list[int], list[int]]] = [

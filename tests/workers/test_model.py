@@ -22,7 +22,8 @@ from shoal.workers.data.batch import IGNORE, PackedBatch
 from shoal.workers.errors import InvalidInput
 from shoal.workers.mesh import make_mesh
 from shoal.workers.model import Transformer
-from shoal.workers.model.feedforward import MoE, MoELoad, named_views
+from shoal.workers.model.feedforward import MoE, named_views
+from shoal.workers.model.load import MoELoad
 from shoal.workers.placement import Placement
 from shoal.workers.sample import sample
 
@@ -177,9 +178,11 @@ def test_what_layers_that_are_computed_again_shared_goes_with_the_step() -> None
     """Their tables of a batch stay on the GPU otherwise, of every batch."""
     model, batch = small_model(train__recompute=3), packed([64])
     load = MoELoad(64)
-    (model.loss_sum(model(batch, load), batch.targets) + torch.stack(load.losses).sum()).backward()
+    loss, balance = model.loss_sum(model(batch, load), batch.targets), load.loss(model.recipe.balance)
+    assert balance is not None
+    (loss + balance).backward()
     tokens = weakref.ref(batch.tokens)
-    del load, batch
+    del load, batch, loss, balance
     gc.collect()
     assert tokens() is None
 

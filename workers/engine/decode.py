@@ -29,7 +29,8 @@ from shoal.workers.engine.tables import ALIGNED, SINGLE, Part, Tables, fill, siz
 from shoal.workers.gathered import Live
 from shoal.workers.model import Transformer
 from shoal.workers.model.attention import rotation_rates
-from shoal.workers.model.feedforward import MoELoad, run
+from shoal.workers.model.feedforward import run
+from shoal.workers.model.load import MoELoad
 
 FEW = MOST
 """Rows up to which a step takes its layers in few launches. 0: none, and tables of steps in many launches too."""

@@ -22,7 +22,8 @@ from shoal.workers.engine.tables import SINGLE, Part, StepTables, warm_parts
 from shoal.workers.errors import ClusterRefused, InvalidInput
 from shoal.workers.expert_plan import Homes, Plan
 from shoal.workers.model import Transformer
-from shoal.workers.model.feedforward import MoELoad, Stages, interleave, named_views
+from shoal.workers.model.feedforward import Stages, interleave, named_views
+from shoal.workers.model.load import MoELoad
 from shoal.workers.rehome import rehome
 
 CACHED_SEQUENCES = 2  # near pages kept for prefixes, in sequences for each one that runs

@@ -20,7 +20,8 @@ from shoal.workers.data.batch import PackedBatch
 from shoal.workers.engine.cache import PagedAttention
 from shoal.workers.model import Transformer
 from shoal.workers.model.attention import NativeSparseAttention
-from shoal.workers.model.feedforward import MoE, MoELoad, Stages
+from shoal.workers.model.feedforward import MoE, Stages
+from shoal.workers.model.load import MoELoad
 
 
 def by_triton(model: Transformer, caches: dict[nn.Module, PagedCache]) -> bool:

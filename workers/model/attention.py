@@ -140,6 +140,7 @@ class NativeSparseAttention(nn.Module):
         self.compress_v = Compression(model.kv_heads, table.cmp_block, model.v_dim)
         self.gate_in = nn.Linear(model.hidden, GATE_HIDDEN, bias=False)
         self.gate_out = nn.Linear(GATE_HIDDEN, BRANCHES * model.heads, bias=False)
+        self.gate = nn.Sigmoid()  # a module, so that who watches gates hears what attention uses
 
     @property
     def scale(self) -> float:
@@ -159,7 +160,7 @@ class NativeSparseAttention(nn.Module):
 
     def gates(self, x_TH: Tensor) -> Tensor:
         """``[T, hidden] -> [T, H, 3]``, after the sigmoid."""
-        return torch.sigmoid(self.gate_out(F.silu(self.gate_in(x_TH)))).view(len(x_TH), self.model.heads, BRANCHES)
+        return self.gate(self.gate_out(F.silu(self.gate_in(x_TH)))).view(len(x_TH), self.model.heads, BRANCHES)
 
     def project(self, x_TH: Tensor, rotation: tuple[Tensor, Tensor]) -> Projected:
         """What the branches read, of ``[T, hidden]``."""

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from shoal.kernels.moe import (
-    balance_loss,
     hash_route,
     load_fractions,
     sequence_counts,
@@ -23,8 +22,9 @@ from shoal.workers.config import Recipe
 from shoal.workers.dispatch import Dispatcher
 from shoal.workers.errors import InvalidInput
 from shoal.workers.expert_plan import EMPTY, Homes, even_homes
-from shoal.workers.gathered import GatheredFlight, Live
+from shoal.workers.gathered import GatheredFlight
 from shoal.workers.mesh import Mesh
+from shoal.workers.model.load import Counted, MoELoad
 from shoal.workers.routed import Found, Pass, RoutedFFN, Weights
 
 Stages = Generator[None, None, Tensor]
@@ -71,53 +71,6 @@ class ExpertStack(nn.Module):
         self.names = names
         self.gate_up = nn.Parameter(torch.empty(len(names), hidden, 2 * inner))
         self.down = nn.Parameter(torch.empty(len(names), inner, hidden))
-
-
-class MoELoad:
-    """What the MoE layers of a step count and need to know: filled during a forward pass, layer by layer.
-
-    tokens: T of the balance losses, over all ranks and micro-batches. fractions: f of each layer where it is known
-    beforehand (accumulation), else it is taken from this micro-batch of all ranks. balance: False for no losses, and
-    counts of this dispatch group only, which cost no exchange. live: which tokens count, in a step where all ranks that
-    have tokens have as many; None where all count. sequences: of each token ``[T]``
-    int64 the number of its sequence, and how many there are in the micro-batch, all ranks of the context group
-    together; None for no loss of theirs.
-    """
-
-    def __init__(
-        self,
-        tokens: int,
-        fractions: list[Tensor] | None = None,
-        balance: bool = True,
-        live: Live | None = None,
-        sequences: tuple[Tensor, int] | None = None,
-    ) -> None:
-        self.tokens, self.fractions, self.balance, self.live = tokens, fractions, balance, live
-        self.sequences = sequences
-        self.counts: list[Tensor] = []
-        # ``[T, K]`` a layer instead of counts, where not all tokens count; -1 for those of several ranks together, on
-        # ranks with experts alone, and of few rows
-        self.chosen: list[Tensor] = []
-        self.losses: list[Tensor] = []
-
-    def apart(self) -> MoELoad:
-        """The same for the next layer alone, which may be computed twice and is counted once."""
-        here = len(self.counts)
-        fractions = None if self.fractions is None else self.fractions[here : here + 1]
-        return MoELoad(self.tokens, fractions, self.balance, sequences=self.sequences)
-
-    def add_to(self, total: Tensor | None) -> None:
-        """Adds the tokens that chose each routed expert to ``[MoE layers, experts]`` int64; None without MoE layers."""
-        if total is None:
-            return
-        if self.live is None:
-            total += torch.stack(self.counts)
-            return
-        chosen = torch.stack(self.chosen).long()
-        count = chosen >= 0
-        if chosen.shape[1] == len(self.live.mask):  # those of other ranks are marked already
-            count = count & (self.live.mask != 0)[:, None]
-        total.scatter_add_(1, chosen.clamp(min=0).flatten(1), count.flatten(1).long())
 
 
 class MoE(nn.Module):
@@ -214,7 +167,8 @@ class MoE(nn.Module):
             out = passing.end()
             found = passing.found() if inside else found
         if load.live is None:
-            self._count(found, passing.flight.expert_counts()[: self.table.experts], passing.chosen, load)
+            counts = passing.flight.expert_counts()
+            self._count(found, counts[: self.table.experts] if self.sent_shared else counts, passing.chosen, load)
         elif isinstance(passing.flight, GatheredFlight):
             load.chosen.append(passing.flight.chosen()[:, : self.table.top_k])
         else:
@@ -262,7 +216,7 @@ class MoE(nn.Module):
         )
         if load.live is None:
             found = Found(result.sums, result.squares, result.scores)
-            self._count(found, result.counts.long(), result.experts, load)
+            self._count(found, result.counts, result.experts, load)
         else:
             load.chosen.append(result.experts)
         return result.out
@@ -304,27 +258,18 @@ class MoE(nn.Module):
         return router.route(x)
 
     def _count(self, found: Found, counts: Tensor, chosen: Tensor, load: MoELoad) -> None:
-        """Adds this layer's load and its part of the balance losses."""
+        """Adds this layer's load, and what its balance losses are made of."""
         if not load.balance:
-            load.counts.append(counts)
+            load.layers.append(Counted(counts))
             return
-        if self.mesh.dispatch.size < self.mesh.world.size:
-            counts = self.mesh.world.all_reduce(counts.clone())
-        layer = len(load.counts)
-        load.counts.append(counts)
-        b, parts = self.balance, []
         if self.table.router == "sigmoid" and found.scores is not None:
             shares = shares_of(found.scores)
             found = found._replace(sums=shares.sum(0), scores=shares)
-        if found.sums is not None and (b.expert or b.device):
-            fractions = load.fractions[layer] if load.fractions else load_fractions(counts)
-            parts.append(balance_loss(found.sums, fractions, load.tokens, b.expert, b.device, b.device_groups))
-        if found.squares is not None:
-            parts.append(found.squares * (b.z_loss / load.tokens))
+        sums = found.sums if self.balance.expert or self.balance.device else None
+        of_sequences = None
         if found.scores is not None and load.sequences is not None:
-            parts.append(self._sequence_loss(found.scores, chosen, load.sequences, load.tokens))
-        if parts:
-            load.losses.append(sum(parts[1:], parts[0]))
+            of_sequences = self._sequence_loss(found.scores, chosen, load.sequences, load.tokens)
+        load.layers.append(Counted(counts, sums, found.squares, of_sequences))
 
     def _sequence_loss(self, scores: Tensor, chosen: Tensor, sequences: tuple[Tensor, int], tokens: int) -> Tensor:
         """Of this rank's tokens; f of a sequence that several ranks share is that of all its tokens."""

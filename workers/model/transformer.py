@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from copy import copy
 from functools import cached_property
 
@@ -18,7 +19,8 @@ from shoal.workers.expert_plan import Homes, Plan
 from shoal.workers.mesh import Mesh, make_mesh
 from shoal.workers.model.attention import Attending, FullAttention, NativeSparseAttention
 from shoal.workers.model.contexts import attention_context, own_part
-from shoal.workers.model.feedforward import DenseFFN, MoE, MoELoad, Stages, named_views, run
+from shoal.workers.model.feedforward import DenseFFN, MoE, Stages, named_views, run
+from shoal.workers.model.load import Counted, MoELoad
 from shoal.workers.model.loss import cross_entropy_sum
 from shoal.workers.placement import Placement
 from shoal.workers.profile import span
@@ -97,14 +99,14 @@ def recomputed(layer: Block, x_TH: Tensor, context: StepContext) -> Tensor:
     # holds the losses of this call, whose node holds the call, and nobody would let go of either.
     apart = context.counting_into(context.load.apart())
 
-    def part(x: Tensor) -> tuple[Tensor, ...]:
+    def part(x: Tensor) -> tuple[Tensor | None, ...]:
         load = apart.load.apart()
         out = run(layer.stages(x, apart.counting_into(load)))
-        return (out, *load.counts, *load.losses)
+        return (out, *(load.layers[0] if load.layers else ()))
 
     out, *counted = checkpoint(part, x_TH, use_reentrant=True, preserve_rng_state=False)
-    context.load.counts += counted[:1]
-    context.load.losses += counted[1:]
+    if counted:
+        context.load.layers.append(Counted(*counted))
     return out
 
 
@@ -164,7 +166,7 @@ class Transformer(nn.Module):
         for i, layer in enumerate(self.layers):
             with span(f"layers.{i}"):
                 x = layer(x, context, again=i < again)
-        return self.norm(x) if self.hosts_attention else x
+        return self._ended(x, context)
 
     def stages(self, batch: PackedBatch, load: MoELoad, attention: Attending | None) -> Stages:
         """:meth:`forward`, with a pause while experts' results are on their way; hooks of layers do not see it."""
@@ -173,7 +175,7 @@ class Transformer(nn.Module):
         for layer in self.layers:
             assert isinstance(layer, Block)
             x = yield from layer.stages(x, context)
-        return self.norm(x) if self.hosts_attention else x
+        return self._ended(x, context)
 
     def own_part(self, batch: PackedBatch) -> PackedBatch:
         """The tokens of a packed batch that this rank computes; the rest is with others of its context group."""
@@ -185,13 +187,17 @@ class Transformer(nn.Module):
         device = batch.tokens.device
         return torch.zeros(0, self.recipe.model.hidden, dtype=self.dtype, device=device).requires_grad_()
 
+    def _ended(self, x: Tensor, context: StepContext) -> Tensor:
+        context.load.finish(self.mesh.world, self.mesh.dispatch)
+        return self.norm(x) if self.hosts_attention else x
+
     @cached_property
     def moe_layers(self) -> list[MoE]:
         """Those with experts, in order."""
         return [block.moe for block in self.layers if isinstance(block.moe, MoE)]
 
-    def nudge(self, counts: list[Tensor]) -> None:
-        """:meth:`MoE.nudge` of every layer. counts: as :class:`MoELoad` has them."""
+    def nudge(self, counts: Sequence[Tensor]) -> None:
+        """:meth:`MoE.nudge` of every layer. counts: as :class:`MoELoad` has them, of each layer."""
         for layer, own in zip(self.moe_layers, counts, strict=True):
             layer.nudge(own)
 
