@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,9 @@ from shoal.workers.mesh import Group
 
 if TYPE_CHECKING:
     from shoal.workers.clock import Clock
+
+PACKED = 64 << 20
+"""Bytes of all ranks' rows that may be packed where nearly all of them travel."""
 
 _clocks: list[Clock] = []  # of who watches; the backward pass has a thread of its own
 
@@ -47,9 +51,11 @@ class Plan:
 
     owned, needed: how many rows this rank has, and reads. local: places among its own and where they are read. sends,
     receives: ``(rank of the group, places)``, ascending. received: bytes that arrived here, by name of the plan. large:
-    whether rows go straight from where they lie to where they are read, one message a piece; else all that is for a
-    rank is one message, packed before and unpacked after, which takes less of the host's time and more memory. quiet:
-    whether no rank sends any other anything.
+    whether nearly all rows travel. total: how many all ranks own. quiet: whether no rank sends any other anything.
+
+    All that is for a rank is one message, packed before and unpacked after, which takes the host less than a message
+    for each piece. Only of large plans, whose rows take more than ``PACKED``, each piece goes straight from where it
+    lies to where it is read, and memory holds nothing twice.
     """
 
     name: str
@@ -61,6 +67,7 @@ class Plan:
     receives: tuple[tuple[int, slice], ...]
     received: Counter[str] = field(default_factory=Counter, compare=False)
     large: bool = False
+    total: int = 0
     quiet: bool = False
 
     @classmethod
@@ -86,6 +93,7 @@ class Plan:
             tuple((i, here) for i in others for _, here in owned[i].shared(needed[me])),
             Counter() if received is None else received,
             large,
+            sum(rows.count for rows in owned),
             not any(i != j and any(owned[i].shared(needed[j])) for i in everyone for j in everyone),
         )
 
@@ -96,6 +104,10 @@ class Plan:
     def give(self, *grads: Tensor) -> Give:
         """Starts to give gradients ``[needed, …]`` back to the rows' owners; see :class:`Give`."""
         return Give(self, grads)
+
+    def packs(self, xs: Sequence[Tensor]) -> bool:
+        """Whether rows of such tensors are packed: all ranks decide alike."""
+        return not self.large or self.total * sum(prod(x.shape[1:]) * x.element_size() for x in xs) <= PACKED
 
     @cached_property
     def leaving(self) -> Side:
@@ -131,9 +143,9 @@ class Plan:
 
     def trade(self, out: Tensor, into: Tensor, leaving: Side, arriving: Side) -> list[Any]:
         """Sends and receives letters ``[rows, W]``, of all ranks at once."""
+        self.received[self.name] += into.nbytes
         if self.quiet:
             return []
-        self.received[self.name] += into.nbytes
         sizes = list(arriving.counts), list(leaving.counts)
         return [dist.all_to_all_single(into, out, *sizes, group=self.group.handle, async_op=True)]
 
@@ -157,21 +169,18 @@ class Side:
 
 
 class Fetch:
-    """Rows on their way. ``buffers [needed, …]`` may be read once :meth:`wait` has returned; of a large plan they are
-    there at once."""
-
-    buffers: tuple[Tensor, ...]
-    letters: list[Tensor]
+    """Rows on their way. ``buffers [needed, …]`` may be read once :meth:`wait` has returned."""
 
     def __init__(self, plan: Plan, xs: Sequence[Tensor]) -> None:
         self.plan = plan
-        if not plan.large:
+        self.buffers = tuple(x.new_empty(plan.needed, *x.shape[1:]) for x in xs)
+        self.letters: list[Tensor] = []
+        if plan.packs(xs):
             self.sent = list(xs)
             out, came, self.works = _posted(plan, xs, plan.leaving, plan.arriving)
             self.letters = [out, came]
             return
         self.sent = [x.contiguous() for x in xs]  # kept alive until they have left
-        self.buffers = tuple(x.new_empty(plan.needed, *x.shape[1:]) for x in xs)
         self.works = plan.launch(
             [(i, x[at]) for x in self.sent for i, at in plan.sends],
             [(i, b[at]) for b in self.buffers for i, at in plan.receives],
@@ -183,9 +192,8 @@ class Fetch:
     def wait(self) -> tuple[Tensor, ...]:
         """The buffers, complete."""
         finish(self.works)
-        if not self.plan.large:
-            self.buffers = tuple(x.new_empty(self.plan.needed, *x.shape[1:]) for x in self.sent)
-            put_together(self.plan.wanted, self.sent, columns(self.letters.pop(), self.sent), self.buffers)
+        if self.letters:
+            put_together(self.plan.wanted, self.sent, columns(self.letters[1], self.sent), self.buffers)
         self.works, self.sent, self.letters = [], [], []
         return self.buffers
 
@@ -195,19 +203,16 @@ class Give:
 
     def __init__(self, plan: Plan, grads: Sequence[Tensor]) -> None:
         self.plan = plan
-        if not plan.large:
+        if plan.packs(grads):
             out, came, self.works = _posted(plan, grads, plan.arriving, plan.leaving)
             self.sent, self.came = [*grads, out], columns(came, grads)
             return
         self.sent = [g.contiguous() for g in grads]
         self.came = [letters([g], plan.leaving.packed.count) for g in grads]
+        rows = [(i, row) for (i, _), (_, row) in zip(plan.sends, plan.leaving.rows, strict=True)]
         self.works = plan.launch(
             [(i, g[at]) for g in self.sent for i, at in plan.receives],
-            [
-                (i, came[row])
-                for came in self.came
-                for (i, _), (_, row) in zip(plan.sends, plan.leaving.rows, strict=True)
-            ],
+            [(i, came[row]) for came in self.came for i, row in rows],
         )
 
     def wait(self, dtype: torch.dtype) -> tuple[Tensor, ...]:

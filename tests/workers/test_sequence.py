@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from shoal.kernels.nsa import BlockSizes
 from shoal.kernels.nsa.rows import needs
+from shoal.workers import exchange
 from shoal.workers.exchange import Fetch, Give, Plan
 from shoal.workers.mesh import Group, make_mesh
 from shoal.workers.placement import Placement
@@ -25,11 +26,27 @@ from shoal.workers.sequence import make_sequence, zigzag
 from shoal.workers.volume import Shape, far_volume, nsa_volume
 
 
+def straight() -> None:
+    """Far keys of this process go straight to where they are read, as those of long sequences do."""
+    exchange.PACKED = -1
+
+
 def _on_rank(
-    rank: int, world: int, problems: list[Problem], tile: int, dense: int, pull: bool, wide: bool, heads: int
+    rank: int,
+    world: int,
+    problems: list[Problem],
+    tile: int,
+    dense: int,
+    pull: bool,
+    wide: bool,
+    heads: int,
+    long: bool = False,
 ) -> Any:
-    """Of each problem what this rank computes."""
+    """Of each problem what this rank computes. long: as long sequences are exchanged."""
     import torch.distributed as dist
+
+    if long:
+        straight()
 
     group = Group(tuple(range(world)), rank, dist.group.WORLD if world > 1 else None)
     return [nsa_shared(p, drawn(p), group, tile, dense, pull, wide, heads) for p in problems]
@@ -45,10 +62,11 @@ def check(
     wide: bool = False,
     heads: int = 0,
     kv: int = 2,
+    long: bool = False,
 ) -> list[Any]:
     """All ranks' parts put together beside one rank's; returns what the ranks returned."""
     problems = [Problem(cu, kv=kv, dtype=dtype) for cu in packs]
-    results = run_ranks(world, _on_rank, problems, tile, dense, pull, wide, heads)
+    results = run_ranks(world, _on_rank, problems, tile, dense, pull, wide, heads, long)
     bound = 1e-10 if dtype == torch.float64 else 3e-5
     for i, p in enumerate(problems):
         want = nsa_alone(p, drawn(p))
@@ -76,6 +94,7 @@ def test_ranks_compute_what_one_rank_computes(world: int) -> None:
     packs = [pack(256), pack(37, 140, 3, 76), pack(*[9] * 20), pack(5), pack(0), pack(1, 1, 301)]
     check(world, packs, torch.float64)
     check(world, packs[:2], torch.float32, tile=8, dense=0)
+    check(world, packs, torch.float64, long=True)
 
 
 @given(lengths=st.lists(st.integers(1, 400), max_size=6), world=st.integers(1, 8))
@@ -111,7 +130,7 @@ def test_random_packs_over_three_ranks(lengths: list[int], dense: int) -> None:
 def test_bytes_and_buffers_are_those_of_the_formula(world: int) -> None:
     """Of one document, of one whose segments are shorter than a window, and of uneven ones that segments cut."""
     packs = [pack(512), pack(61), pack(37, 140, 3, 76)]
-    results = check(world, packs, torch.float32)
+    results = check(world, packs, torch.float32, long=world == 4)
     shape = Shape(Problem.kv, Problem.dims, 4, 4)
     for i, cu in enumerate(packs):
         owned = zigzag(cu[-1], world, SIZES.slc_block)
@@ -182,7 +201,7 @@ def test_chosen_pages_alone_give_the_same_bits_for_the_bytes_of_the_formula(worl
 def test_heads_in_turns_compute_the_same_and_send_the_same(world: int, heads: int, pull: bool) -> None:
     packs = [pack(37, 140, 3, 76), pack(5), pack(512)]
     settings = {"tile": 16, "dense": 64, "pull": pull, "wide": True, "kv": 3}
-    turns, once = (check(world, packs, torch.float64, heads=n, **settings) for n in (heads, 0))  # type: ignore[arg-type]
+    turns, once = (check(world, packs, torch.float64, heads=n, long=n > 0, **settings) for n in (heads, 0))  # type: ignore[arg-type]
     for mine, all_at_once in zip(turns, once, strict=True):
         for a, b in zip(mine, all_at_once, strict=True):
             assert (a.counts, a.forward, a.total) == (b.counts, b.forward, b.total)
@@ -266,6 +285,7 @@ class _Late:
 
 def _late(rank: int, world: int, p: Problem) -> list[torch.Tensor]:
     """Results of a rank, of which the last one sends far keys and gradients when it wants its own."""
+    straight()
     launch = Plan.launch
 
     def launching(plan: Plan, *sides: Any) -> list[Any]:
@@ -294,6 +314,7 @@ def _far_heads(rank: int, world: int, p: Problem, heads: int) -> tuple[int, int]
     """The most heads whose far keys were in memory at a time, and the most bytes at the peak beyond the inputs."""
     import torch.distributed as dist
 
+    straight()
     group = Group(tuple(range(world)), rank, dist.group.WORLD)
     *leaves, upstream = rank_part(p, drawn(p), group, TOKENS)
     sequence = make_sequence(p.cu, p.sizes, group, torch.device("cpu"), 32, 512)
@@ -328,6 +349,7 @@ def _memory(rank: int, world: int, p: Problem) -> tuple[int, int]:
     """Bytes that a layer keeps for its backward pass, and its peak, both beyond its inputs."""
     import torch.distributed as dist
 
+    straight()
     group = Group(tuple(range(world)), rank, dist.group.WORLD if world > 1 else None)
     *leaves, upstream = rank_part(p, drawn(p), group, TOKENS)
     sequence = make_sequence(p.cu, p.sizes, group, torch.device("cpu"), 16, 512)
