@@ -366,7 +366,7 @@ def test_answers_stay_the_same_while_experts_move(
     tables = {"train__dtype": "float32", **{k: v for k, v in changes.items() if k.startswith("moe")}}
     model = Transformer(Recipe.model_validate(small_recipe(**tables))).eval()
     write_weights(model, tmp_path / "checkpoints", expert_load=BUSY)
-    kinds = [_alike(11, 1), _alike(200, 2)]
+    kinds = [_alike(11, 1), _alike(5, 2)]  # with either's plan, the other's busiest rank has 1.5 of a fair share
     wanted = [[sample(model, list(r.prompt), 8, temperature=0.0) for r in requests] for requests in kinds]
 
     async def work(engines: Engines) -> None:
