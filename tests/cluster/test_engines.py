@@ -17,6 +17,7 @@ from small import VOCAB, small_recipe
 from trained import STEP, write_weights
 
 from shoal.cluster.engines import Engines
+from shoal.cluster.expert_copies import place_copies
 from shoal.cluster.local import RaySession
 from shoal.workers.config import Recipe
 from shoal.workers.engine.actor import EngineActor
@@ -81,7 +82,7 @@ def _with_engines(
 
 
 PLACEMENTS = [
-    pytest.param({"parallel__ranks": 1}, id="1"),
+    pytest.param({"parallel__ranks": 1}, id="1", marks=pytest.mark.slow),  # others close streams of one rank
     pytest.param({"parallel__ranks": 2}, id="2", marks=pytest.mark.slow),  # others answer from an object store so
     pytest.param({"parallel__placement": "1A:1F"}, id="1A:1F"),
     pytest.param({"parallel__placement": "2A:2F"}, id="2A:2F", marks=pytest.mark.slow),
@@ -267,10 +268,12 @@ def test_ranks_that_fail_too_often_end_the_streams(
     _with_engines(recipe, checkpoints, session, work)
 
 
-def test_a_closed_stream_frees_its_pages(
+def test_streams_that_are_closed_leave_nothing_on_the_ranks(
     checkpoints: Path, session: RaySession, requests: list[Request], wanted: list[list[int]]
 ) -> None:
-    async def work(engines: Engines) -> None:
+    """Neither pages nor requests, and the id is free for another one."""
+
+    async def closed(engines: Engines) -> None:
         async with aclosing(engines.generate(requests[0])) as news:
             async for _ in news:
                 break
@@ -283,15 +286,8 @@ def test_a_closed_stream_frees_its_pages(
             await _ask(engines, Request("empty", (), Sampling(1)))
         assert await _ask(engines, requests[0]) == wanted[0]
 
-    _with_engines(small_recipe(train__dtype="float32"), checkpoints, session, work)
-
-
-def test_streams_that_are_closed_at_once_leave_nothing_on_the_ranks(
-    checkpoints: Path, session: RaySession, requests: list[Request], wanted: list[list[int]]
-) -> None:
-    """A cancel may reach a rank before its request does; and the id is free for another one."""
-
-    async def work(engines: Engines) -> None:
+    async def closed_at_once(engines: Engines) -> None:
+        """A cancel may reach a rank before its request does."""
         for _ in range(5):
             tasks = [asyncio.create_task(_ask(engines, r)) for r in requests]
             await asyncio.sleep(0)
@@ -302,6 +298,10 @@ def test_streams_that_are_closed_at_once_leave_nothing_on_the_ranks(
         load = await engines.load()
         assert (load.running, load.waiting, load.pages_used) == (0, 0, 0)
         assert not engines.flights
+
+    async def work(engines: Engines) -> None:
+        await closed(engines)
+        await closed_at_once(engines)
 
     _with_engines(small_recipe(train__dtype="float32"), checkpoints, session, work)
 
@@ -335,3 +335,70 @@ def test_weights_of_another_model_are_refused(checkpoints: Path, session: RaySes
 
     with pytest.raises(InvalidInput, match="checkpoint"):
         _with_engines(small_recipe(train__dtype="float32", model__hidden=40), checkpoints, session, work)
+
+
+def _alike(token: int, seed: int) -> list[Request]:
+    """Requests full of one token, so that others' experts are busy."""
+    rng = random.Random(seed)
+    return [
+        Request(f"{token}.{i}", (rng.randrange(VOCAB), *(token,) * rng.randint(20, 40)), Sampling(8, temperature=0.0))
+        for i in range(6)
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"parallel__ranks": 2}, id="2"),
+        pytest.param({"parallel__placement": "1A:2F", "moe__shared": "dispatched"}, id="1A:2F", marks=pytest.mark.slow),
+        pytest.param({"parallel__ranks": 4, "parallel__expert": 2}, id="4 in twos", marks=pytest.mark.slow),
+    ],
+)
+def test_answers_stay_the_same_while_experts_move(
+    changes: dict[str, Any],
+    session: RaySession,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Users ask one thing, then another: a plan is applied for each. A rank that dies takes none of it along."""
+    monkeypatch.setattr("shoal.cluster.served_experts.ENOUGH", 10)
+    tables = {"train__dtype": "float32", **{k: v for k, v in changes.items() if k.startswith("moe")}}
+    model = Transformer(Recipe.model_validate(small_recipe(**tables))).eval()
+    write_weights(model, tmp_path / "checkpoints", expert_load=BUSY)
+    kinds = [_alike(11, 1), _alike(5, 2)]  # with either's plan, the other's busiest rank has 1.5 of a fair share
+    wanted = [[sample(model, list(r.prompt), 8, temperature=0.0) for r in requests] for requests in kinds]
+
+    async def work(engines: Engines) -> None:
+        assert engines.experts is not None
+        served = engines.experts
+        plans = [served.plan]
+
+        async def ask_until_they_move(kind: int) -> None:
+            seen = (await engines.load()).rebalances_total
+            for i in range(100):
+                again = [Request(f"{i}.{r.id}", r.prompt, r.sampling) for r in kinds[kind]]
+                assert await asyncio.gather(*(_ask(engines, r) for r in again)) == wanted[kind]
+                if (await engines.load()).rebalances_total > seen:
+                    plans.append(served.plan)
+                    break
+
+        for kind in (0, 1):
+            await asyncio.wait_for(ask_until_they_move(kind), 60)
+        assert len(plans) == 3 and plans[0] != plans[1] != plans[2], caplog.messages
+        load = await engines.load()
+        assert 1.0 <= load.rank_load < 2.0
+        said = [record.getMessage() for record in caplog.records if "experts moved" in record.getMessage()]
+        assert len(said) == load.rebalances_total >= 2
+
+        await asyncio.sleep(1)  # nobody asks, and all is counted
+        measured = engines.experts.load
+        os.kill(engines.pids()[-1], signal.SIGKILL)
+        while not engines.restarts:
+            await asyncio.sleep(0.05)
+        began, trained = ([place_copies(row, [0, 0], 1) for row in rows] for rows in (measured, BUSY))
+        assert engines.experts.plan == tuple(began) != tuple(trained), "they begin with what users asked"
+        assert await asyncio.gather(*(_ask(engines, r) for r in kinds[1])) == wanted[1]
+
+    recipe = small_recipe(train__dtype="float32", **changes, serve__expert_copies=1, serve__rebalance_seconds=0.3)
+    _with_engines(recipe, tmp_path / "checkpoints", session, work)

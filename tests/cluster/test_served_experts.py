@@ -1,32 +1,20 @@
-"""A service's experts follow the load that its users make: when that is worth it, and not by chance; over real ranks,
-whose answers are those of one rank before, meanwhile and after."""
+"""A service's experts follow the load that its users make: when that is worth it, and not by chance. That answers of
+real ranks stay the same is tested in test_engines.py."""
 
 from __future__ import annotations
 
-import asyncio
-import os
 import random
-import signal
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import VOCAB, small_recipe
-from test_engines import _ask, _with_engines
-from trained import write_weights
+from small import small_recipe
 
-from shoal.cluster.engines import Engines
-from shoal.cluster.expert_copies import place_copies
 from shoal.cluster.expert_placement import busiest
-from shoal.cluster.local import RaySession
 from shoal.cluster.served_experts import ENOUGH, WORTH, ServedExperts
 from shoal.workers.config import Recipe
-from shoal.workers.engine.request import Request, Sampling
 from shoal.workers.expert_plan import EMPTY, slots_of
-from shoal.workers.model import Transformer
-from shoal.workers.sample import sample
 
 BUSY = [[9.0, 2.0, 1.0, 1.0, 0.0, 0.0, 3.0, 2.0], [0.0, 0.0, 1.0, 9.0, 1.0, 1.0, 0.0, 0.0]]
 """Two layers of eight experts, as training measured them."""
@@ -151,70 +139,3 @@ def test_experts_that_stay_keep_their_slots(data: st.DataObject, places: int, ex
     if rooms[0] >= 0:
         with pytest.raises(ValueError, match=f"place 0 has {rooms[0]} slots, too few"):
             slots_of(second, places, rooms)
-
-
-def _alike(token: int, seed: int) -> list[Request]:
-    """Requests full of one token, so that others' experts are busy."""
-    rng = random.Random(seed)
-    return [
-        Request(f"{token}.{i}", (rng.randrange(VOCAB), *(token,) * rng.randint(20, 40)), Sampling(8, temperature=0.0))
-        for i in range(6)
-    ]
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        pytest.param({"parallel__ranks": 2}, id="2"),
-        pytest.param({"parallel__placement": "1A:2F", "moe__shared": "dispatched"}, id="1A:2F", marks=pytest.mark.slow),
-        pytest.param({"parallel__ranks": 4, "parallel__expert": 2}, id="4 in twos", marks=pytest.mark.slow),
-    ],
-)
-def test_answers_stay_the_same_while_experts_move(
-    changes: dict[str, Any],
-    session: RaySession,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """Users ask one thing, then another: a plan is applied for each. A rank that dies takes none of it along."""
-    monkeypatch.setattr("shoal.cluster.served_experts.ENOUGH", 10)
-    tables = {"train__dtype": "float32", **{k: v for k, v in changes.items() if k.startswith("moe")}}
-    model = Transformer(Recipe.model_validate(small_recipe(**tables))).eval()
-    write_weights(model, tmp_path / "checkpoints", expert_load=BUSY)
-    kinds = [_alike(11, 1), _alike(200, 2)]
-    wanted = [[sample(model, list(r.prompt), 8, temperature=0.0) for r in requests] for requests in kinds]
-
-    async def work(engines: Engines) -> None:
-        assert engines.experts is not None
-        served = engines.experts
-        plans = [served.plan]
-
-        async def ask_until_they_move(kind: int) -> None:
-            seen = (await engines.load()).rebalances_total
-            for i in range(100):
-                again = [Request(f"{i}.{r.id}", r.prompt, r.sampling) for r in kinds[kind]]
-                assert await asyncio.gather(*(_ask(engines, r) for r in again)) == wanted[kind]
-                if (await engines.load()).rebalances_total > seen:
-                    plans.append(served.plan)
-                    break
-
-        for kind in (0, 1):
-            await asyncio.wait_for(ask_until_they_move(kind), 60)
-        assert len(plans) == 3 and plans[0] != plans[1] != plans[2], caplog.messages
-        load = await engines.load()
-        assert 1.0 <= load.rank_load < 2.0
-        said = [record.getMessage() for record in caplog.records if "experts moved" in record.getMessage()]
-        assert len(said) == load.rebalances_total >= 2
-
-        await asyncio.sleep(1)  # nobody asks, and all is counted
-        measured = engines.experts.load
-        os.kill(engines.pids()[-1], signal.SIGKILL)
-        while not engines.restarts:
-            await asyncio.sleep(0.05)
-        began, trained = ([place_copies(row, [0, 0], 1) for row in rows] for rows in (measured, BUSY))
-        assert engines.experts.plan == tuple(began) != tuple(trained), "they begin with what users asked"
-        assert await asyncio.gather(*(_ask(engines, r) for r in kinds[1])) == wanted[1]
-
-    recipe = small_recipe(train__dtype="float32", **changes, serve__expert_copies=1, serve__rebalance_seconds=0.3)
-    _with_engines(recipe, tmp_path / "checkpoints", session, work)

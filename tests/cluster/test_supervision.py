@@ -64,12 +64,16 @@ def undisturbed(corpus: Path, session: RaySession, tmp_path_factory: pytest.Temp
     return of
 
 
+def _recipe(placement: str, **changes: Any) -> Recipe:
+    tables = {"train__dtype": "float32", "train__steps": STEPS, "train__eval_every": 4, **PLACEMENTS[placement]}
+    return Recipe.model_validate(small_recipe(**{**tables, **changes}))
+
+
 def _train(
     placement: str, corpus: Path, session: RaySession, run: Path, sample: bool = False, resumed: bool = False,
     **changes: Any,
 ) -> Outcome:  # fmt: skip
-    tables = {"train__dtype": "float32", "train__steps": STEPS, "train__eval_every": 4, **PLACEMENTS[placement]}
-    recipe = Recipe.model_validate(small_recipe(**{**tables, **changes}))
+    recipe = _recipe(placement, **changes)
     run.mkdir(exist_ok=True, parents=True)
     request = SampleRequest([1, 2], 4, {"temperature": 0.0}) if sample else None
     with RunReport(run, recipe.train.steps, Console(quiet=True)) as report:
@@ -149,17 +153,60 @@ def test_a_run_outlives_its_ranks(
 MOVING: dict[str, Any] = {"parallel__rebalance_every": 6}
 
 
+class Reader:
+    """A report that looks as well, once training is at its end, at what Ray exports of the run."""
+
+    def __init__(self, run: str, report: RunReport) -> None:
+        self.run, self.report, self.last = run, report, dict[str, dict[str, Any]]()
+        self.values = dict[str, float]()
+
+    def record(self, record: dict[str, Any]) -> None:
+        self.report.record(record)
+        self.last[record["kind"]] = record
+        if record.get("event") == "checkpoint":
+            train, load = self.last["train"], self.last["load"]["load"]
+            expected = {f"train_{key}": train[key] for key in ("loss", "learning_rate", "grad_norm", "step")}
+            expected |= {"expert_imbalance": train["expert_imbalance"], "train_tokens_total": train["tokens"]}
+            expected |= {"eval_bits_per_byte": self.last["eval"]["bits_per_byte"], "expert_load{1,7}": load[1][7]}
+            self.values = wait_for_run(address_of_metrics(), self.run, expected)
+
+    def rewind(self, step: int) -> None:
+        self.report.rewind(step)
+
+
+@pytest.fixture(scope="module")
+def moved(
+    corpus: Path, session: RaySession, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Outcome, dict[str, float]]:
+    """A run whose experts moved, what came of it, and what Ray exported of it at its end."""
+    run = tmp_path_factory.mktemp("moved") / "shown"
+    run.mkdir()
+    recipe = _recipe("colocated", **MOVING)
+    with pytest.MonkeyPatch.context() as patch, RunReport(run, STEPS, Console(quiet=True)) as report:
+        patch.setattr("shoal.cluster.metrics.REFRESH_SECONDS", 0.3)
+        reader = Reader("shown", report)
+        outcome = Supervisor(recipe, corpus, run, reader, session).run()
+    return run, outcome, reader.values
+
+
 def test_experts_move_while_a_run_goes_on(
-    corpus: Path, session: RaySession, undisturbed: Callable[[str], Path], tmp_path: Path
+    moved: tuple[Path, Outcome, dict[str, float]], undisturbed: Callable[[str], Path]
 ) -> None:
     """By what the ranks measured, without a restart."""
-    assert _train("colocated", corpus, session, tmp_path / "run", **MOVING).step == STEPS
-    assert events(tmp_path / "run") == ["dispatch", "rebalanced", "checkpoint"]
-    plan = state(tmp_path / "run", STEPS)["expert_plan"]
+    run, outcome, _ = moved
+    assert outcome.step == STEPS
+    assert events(run) == ["dispatch", "rebalanced", "checkpoint"]
+    plan = state(run, STEPS)["expert_plan"]
     assert plan != [[[expert // 4] for expert in range(8)]] * 2
     assert all(sorted(place for (place,) in layer) == [0] * 4 + [1] * 4 for layer in plan)
-    for got, want in zip(records(tmp_path / "run"), records(undisturbed("colocated")), strict=True):
+    for got, want in zip(records(run), records(undisturbed("colocated")), strict=True):
         assert got["loss"] == pytest.approx(want["loss"], rel=1e-4)
+
+
+def test_a_run_shows_in_rays_metrics(moved: tuple[Path, Outcome, dict[str, float]]) -> None:
+    """The dashboard and Prometheus read what metrics.jsonl says, which has been waited for."""
+    _, _, values = moved
+    assert values["train_tokens_per_second"] > 0
 
 
 @pytest.mark.slow
@@ -174,37 +221,6 @@ def test_ranks_that_die_as_experts_move_change_nothing(
     assert not killer.kills
     assert events(tmp_path / "killed").count("recovered") == 2
     assert_same_bits(tmp_path / "killed", tmp_path / "whole", STEPS)
-
-
-class Reader:
-    """A report that looks, once training is at its end, at what Ray exports of the run."""
-
-    def __init__(self, run: str) -> None:
-        self.run, self.last, self.values = run, dict[str, dict[str, Any]](), dict[str, float]()
-
-    def record(self, record: dict[str, Any]) -> None:
-        self.last[record["kind"]] = record
-        if record.get("event") == "checkpoint":
-            train, load = self.last["train"], self.last["load"]["load"]
-            expected = {f"train_{key}": train[key] for key in ("loss", "learning_rate", "grad_norm", "step")}
-            expected |= {"expert_imbalance": train["expert_imbalance"], "train_tokens_total": train["tokens"]}
-            expected |= {"eval_bits_per_byte": self.last["eval"]["bits_per_byte"], "expert_load{1,7}": load[1][7]}
-            self.values = wait_for_run(address_of_metrics(), self.run, expected)
-
-    def rewind(self, step: int) -> None:
-        pass
-
-
-def test_a_run_shows_in_rays_metrics(
-    corpus: Path, session: RaySession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The dashboard and Prometheus read what metrics.jsonl says."""
-    monkeypatch.setattr("shoal.cluster.metrics.REFRESH_SECONDS", 0.3)
-    recipe = Recipe.model_validate(small_recipe(train__dtype="float32", train__steps=2))
-    run, reader = tmp_path / "shown", Reader("shown")
-    run.mkdir()
-    Supervisor(recipe, corpus, run, reader, session).run()
-    assert reader.values["train_tokens_per_second"] > 0
 
 
 @pytest.mark.slow
@@ -237,7 +253,7 @@ def test_killed_while_a_checkpoint_is_written(
 def test_too_many_failures_end_the_run(
     corpus: Path, session: RaySession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    killer = Killer(("build", 0, 0), ("run", 0, 0))
+    killer = Killer(("join", 0, 0), ("run", 0, 0))
     monkeypatch.setattr(supervisor, "RankGroup", killer.group)
     with pytest.raises(TrainingFailed, match=r"^2 failures in a row.*parallel\.max_failures=1.*rank 0 died.*--resume"):
         _train("colocated", corpus, session, tmp_path / "run", parallel__ranks=1, parallel__max_failures=1)

@@ -147,11 +147,16 @@ def test_constants_say_whether_they_are_fitted(result: Any) -> None:
 
 
 def _gathered(folder: Path, *documents: Any) -> subprocess.CompletedProcess[str]:
-    """Of ``python -m shoal.jobs.bench.scale --gather``, in this process, which has imported what that takes."""
+    """Of ``python -m shoal.jobs.bench.scale --gather``."""
     files = [folder / f"{i}.json" for i in range(len(documents))]
     for file, document in zip(files, documents, strict=True):
         file.write_text(json.dumps(document))
-    command = ["scale", "--out", str(folder), "--gather", *map(str, files)]
+    return _called("--out", str(folder), "--gather", *map(str, files))
+
+
+def _called(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Of ``python -m shoal.jobs.bench.scale``, in this process, which has imported what that takes."""
+    command = ["scale", *arguments]
     out, err, code = StringIO(), StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", command)
@@ -303,9 +308,9 @@ def test_unknown_parts_are_refused() -> None:
 
 
 def test_some_series_do_not_take_the_place_of_all(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "shoal.jobs.bench.scale", "--device", "cpu", "--out", str(tmp_path)]
-    some = [*command, "--parts", "moe,sequence", "--only", "NSA", "--ranks", "1"]
-    subprocess.run(some, check=True, env=environment(), timeout=120)
+    some = ("--parts", "moe,sequence", "--only", "NSA", "--ranks", "1")
+    done = _called("--device", "cpu", "--out", str(tmp_path), *some)
+    assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {f"scale-cpu-moe-sequence-some.{x}" for x in ("json", "png")}
     rows = json.loads((tmp_path / "scale-cpu-moe-sequence-some.json").read_text())["rows"]
     assert {row["part"] for row in rows} == {"sequence"}

@@ -20,7 +20,7 @@ from shoal.jobs.run_folder import RunFolder
 from shoal.workers.checkpoint_files import list_checkpoints
 from shoal.workers.config import Recipe
 
-STEPS, EVERY = 60, 10
+STEPS, EVERY = 28, 7
 TRAIN = ("train", "--recipe", "small.toml")
 
 
@@ -31,8 +31,8 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     corpus = small_corpus(folder)
     recipe = Recipe.model_validate(
         small_recipe(
-            train__dtype="float32", train__steps=STEPS, train__eval_every=50, data__corpus=str(corpus),
-            parallel__ranks=2, checkpoint__every=EVERY,
+            train__dtype="float32", train__steps=STEPS, train__learning_rate=2e-2, train__eval_every=20,
+            data__corpus=str(corpus), parallel__ranks=2, checkpoint__every=EVERY,
         )
     )  # fmt: skip
     (folder / "small.toml").write_text(recipe_to_toml(recipe))
@@ -52,7 +52,7 @@ def temporary() -> Iterator[Path]:
 def whole(here: Path, temporary: Path) -> Path:
     """A run that nothing disturbed, on two ranks; its command must have printed JSON and nothing but JSON. Two of its
     steps are traced, which are as in runs where none is."""
-    traced = ("--set", "train.profile_at=30")
+    traced = ("--set", "train.profile_at=14")
     result = shoal(*TRAIN, *traced, "--name", "whole", "-o", "json", cwd=here, TMPDIR=str(temporary))
     assert result.returncode == 0, result.stderr
     said = json.loads(result.stdout)
@@ -125,13 +125,16 @@ def test_resumed_on_other_ranks_from_the_checkpoint_before_a_damaged_one(
     assert [r["loss"] for r in mine[good:]] == pytest.approx([r["loss"] for r in theirs[good:]], rel=1e-3)
 
 
-def test_a_run_goes_on_from_anothers_weights_with_a_longer_context(here: Path, whole: Path, temporary: Path) -> None:
+def test_a_run_goes_on_from_anothers_weights_with_a_longer_context(
+    here: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From 64 to 128 tokens, sequences shared by both ranks; the recipe names the checkpoint that it began with."""
     longer = ("model.context=128", "model.rope_scaling=yarn", "model.rope_factor=2", "model.rope_original=64")
     shared = ("train.sequence=128", "train.batch=4", "parallel.context=2", "train.recompute=2")
     sets = [word for key in (*longer, *shared) for word in ("--set", key)]
     command = (*TRAIN, "--from", "whole", "--name", "longer", "--steps", "3", *sets)
-    result = shoal(*command, cwd=here, TMPDIR=str(temporary))
+    monkeypatch.setattr("shoal.jobs.train.SAMPLE_TOKENS", 8)
+    result = shoal_here(*command, cwd=here)
     assert result.returncode == 0, result.stderr
     run = here / "runs" / "longer"
     initial = load_recipe(run / "recipe.toml").train.initial

@@ -33,7 +33,7 @@ import torch.multiprocessing as mp
 # A server process imports what ranks need once and forks them: a rank starts in milliseconds, not seconds. It takes the
 # environment variables of the first run_ranks of a test session.
 multiprocessing.set_forkserver_preload(
-    # not "small", which this process would not find; PyTorch's optimizers import torch._dynamo when they are made
+    # not "small", which this process would not find; layers that are computed again, and shards, import torch._dynamo
     [
         *("pytest", "hypothesis", "torch._dynamo"),
         *("shoal.jobs.data.prepare", "shoal.workers.trainer", "shoal.workers.checkpoint"),

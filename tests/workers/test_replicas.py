@@ -50,6 +50,33 @@ def test_each_row_has_one_rank_and_ranks_have_about_as_much(shapes: list[tuple[i
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_update_has_the_bits_of_pytorchs_adamw(dtype: torch.dtype) -> None:
+    """On float32 masters, of which bfloat16 weights are rounded copies; norms do not decay."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in ((7, 5), (6, 4, 3), (9,))]
+    table = TrainTable(steps=3, batch=1, sequence=2, learning_rate=1e-2, weight_decay=0.1)
+    optimizer = MasterAdamW(weights, table)
+    masters = [nn.Parameter(x.detach().to(torch.float32, copy=True)) for x in weights]
+    groups = [{"params": masters[:2], "weight_decay": 0.1}, {"params": masters[2:], "weight_decay": 0.0}]
+    adam = torch.optim.AdamW(groups, betas=(table.beta1, table.beta2), eps=table.adam_eps, fused=True)
+    for rate in (1e-2, 3e-3, 1e-3):
+        for index, (weight, master) in enumerate(zip(weights, masters, strict=True)):
+            weight.grad = torch.randn(weight.shape, generator=generator).to(dtype)
+            master.grad = weight.grad.to(torch.float32, copy=True)
+            optimizer.take(index)
+        for group in adam.param_groups:
+            group["lr"] = rate
+        adam.step()
+        optimizer.step(rate)
+        assert all(torch.equal(w, m.to(dtype)) for w, m in zip(weights, masters, strict=True))
+    for index, master in enumerate(masters):
+        kept = dict(optimizer.state_of(index))
+        assert kept.keys() == {"exp_avg", "exp_avg_sq"} | ({"master"} if dtype == torch.bfloat16 else set())
+        for kind, tensor in kept.items():
+            assert torch.equal(tensor, master if kind == "master" else adam.state[master][kind])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_shares_of_an_update_are_the_same_bits_as_the_whole(dtype: torch.dtype) -> None:
     """Three ranks' optimizers, the weights handed on as bits, beside one that updates all; two backward passes each."""
     generator = torch.Generator().manual_seed(0)
@@ -87,8 +114,7 @@ def _buffers(rank: int, world: int, tables: dict[str, Any], corpus: str) -> dict
         trainer.train_step()
     tensors = trainer.tensors()
     state = {name: x.nbytes for name, x in tensors.items() if name.startswith("optim.")}
-    adam = trainer.optimizer.adam.state.values()
-    held = sum(x.nbytes for s in adam for key, x in s.items() if key != "step")
+    held = sum(x.nbytes for moments in trainer.optimizer.moments for x in moments[:2])
     held += sum(m.nbytes for m in trainer.optimizer.masters)
     weights = {name: x.clone() for name, x in tensors.items() if name.startswith("model.")}
     return {"state": state, "held": held, "weights": weights}
