@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shoal.workers.slots import needed
+from shoal.workers.slots import capacity, has_room, needed, rows_at_most
 
 if TYPE_CHECKING:
     from shoal.workers.config import Recipe
@@ -69,8 +69,19 @@ def sizes_of(recipe: Recipe, attends: bool, hosts_experts: bool, put: bool = Fal
         of_set = of_all if p.split else of_all // p.ranks * hosts
         share = min(1.0, UNEVEN / hosts) if hosts > 1 else 1.0
         rows = int(of_set * (moe.top_k * share + dispatched_on_a_rank(recipe)))
+        if put:
+            rows = max(rows, rows_asked_for(recipe, width))
         arrived = int((of_set - tokens) * (1.0 if put else max(needed(recipe))))
     return Sizes(width, max(width, 4), width == 2 and p.device != "cpu", tokens, rows, arrived)
+
+
+def rows_asked_for(recipe: Recipe, width: int) -> int:
+    """Rows of a rank's experts for which there is memory whether they come or not, where rows are put; 0 where their
+    number is read."""
+    moe, ranks = recipe.moe, recipe.parallel.expert_ranks
+    sent = moe.shared_experts if moe.shared == "dispatched" else 0
+    most = rows_at_most(capacity(recipe), ranks, moe.top_k + sent, moe.experts // ranks + dispatched_on_a_rank(recipe))
+    return most if has_room(most, recipe.model.hidden * width) else 0
 
 
 def dispatched_on_a_rank(recipe: Recipe) -> int:
@@ -218,7 +229,7 @@ def shared_by_layers(recipe: Recipe, s: Sizes) -> int:
     """What a forward pass keeps once: RoPE's tables, tokens, NSA's index tables, and what the last norm takes and
     gives."""
     m = recipe.model
-    tables = 24 + m.head_dim * s.wide + (256 if recipe.attention.kind == "nsa" else 0)
+    tables = 24 + m.head_dim * s.wide + (200 if recipe.attention.kind == "nsa" else 0)
     return s.tokens * (tables + m.hidden * s.width) + _norm(recipe, s)
 
 

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 ENOUGH = 0.8
 """Of the tokens, how many must need a rank, in the mean over ranks, so that all of them are put there: with 64 experts
 and 6 or 7 of them chosen 0.99 do with 2 ranks, 0.84 or more with 4, 0.6 with 8."""
+ROOM = 1 << 30
+"""Bytes of experts' rows that may be asked for without knowing how many come; of more, the host reads it. It would wait
+for that in each layer, and so would all that it launches: with 16k tokens a rank 7 to 20 % of a step over four GPUs."""
 COUNTS, OUT, BACK, LETTER, WORDS_BACK = range(5)
 """Parts of a slot: rows out, rows that come home, and the words that go with them; of words out the counts may come
 sooner than the others."""
@@ -82,6 +85,17 @@ def capacity(recipe: Recipe) -> int:
     # two segments, each of which a rank's share of an uneven division makes longer by at most one block
     block = recipe.attention.slc_block if recipe.attention.kind == "nsa" else 1
     return -(-tokens // p.attention_ranks) + 2 * block
+
+
+def rows_at_most(capacity: int, ranks: int, choices: int, local: int) -> int:
+    """Rows of a rank's experts if all tokens choose as many of them as they can. capacity: tokens of each of the ranks;
+    choices: experts of a token; local: experts of a rank, of the one that has most."""
+    return ranks * capacity * min(choices, local)
+
+
+def has_room(rows: int, row_bytes: int) -> bool:
+    """Whether a rank asks for memory for so many rows without knowing whether they come."""
+    return rows * row_bytes <= ROOM
 
 
 def needed(recipe: Recipe) -> list[float]:

@@ -30,15 +30,12 @@ from shoal.kernels.moe.plan import words_of
 from shoal.workers.errors import last_line
 from shoal.workers.flight import Arrived, Flight
 from shoal.workers.mesh import COLLECTIVE_TIMEOUT, Group
-from shoal.workers.slots import BACK, COUNTS, LETTER, OUT, WORDS_BACK, shapes, words_in
+from shoal.workers.slots import BACK, COUNTS, LETTER, OUT, WORDS_BACK, has_room, rows_at_most, shapes, words_in
 from shoal.workers.tallies import Tallies, Unheard, Unshared, open_tallies
 from shoal.workers.transfer import HostReads, Moment, beside, on_host, used_here
 
 if TYPE_CHECKING:
     from shoal.workers.dispatch import Dispatcher
-
-ROOM = 256 << 20
-"""Bytes of experts' rows that may be asked for without knowing how many there are; of more, the host reads it."""
 
 MOST_BEGUN = 256
 """Beginnings of slots that are kept as tensors."""
@@ -290,10 +287,11 @@ class SymmetricFlight(Flight):
         del self._plan
         away = len(box.others) * box.capacity
         self._places = (self.tokens + away) * min(self.choices, len(dispatcher.local))
-        most = (box.capacity + away) * min(self.choices, dispatcher.most_local)  # of any rank: all of them decide alike
+        # of any rank: all of them decide alike
+        most = rows_at_most(box.capacity, dispatcher.group.size, self.choices, dispatcher.most_local)
         self._out: dict[int, Tensor] = {}
         self._counted: Moment | None = None
-        self._reads = most * x.shape[1] * x.element_size() > ROOM
+        self._reads = not has_room(most, x.shape[1] * x.element_size())
         if self._reads and box.tallies is not None:
             with beside(x.device, lane=1):
                 box.tallies.tell(self.counts)

@@ -17,7 +17,7 @@ from torch import Tensor
 from shoal.kernels.moe.gemms import Gemms
 from shoal.kernels.moe.oracle import ffn
 from shoal.kernels.moe.router import Router
-from shoal.workers import symmetric
+from shoal.workers import slots
 from shoal.workers.dispatch import Dispatcher
 from shoal.workers.flight import PackedFlight
 from shoal.workers.gathered import ApartFlight, GatheredFlight, Live
@@ -262,7 +262,7 @@ class Unshared(Inbox):
 
 
 def in_room(rank: int, world: int, how: tuple[int, bool], *rest: Any) -> dict[str, Any]:
-    symmetric.ROOM, SharedInbox.tallied = how
+    slots.ROOM, SharedInbox.tallied = how
     return on_ranks(rank, world, *rest)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from shoal.kernels.moe.backend import experts_backend
 from shoal.kernels.moe.router import Router
-from shoal.workers import symmetric
+from shoal.workers import slots, symmetric
 from shoal.workers.dispatch import Dispatcher
 from shoal.workers.mesh import Group
 from shoal.workers.routed import Pass, RoutedFFN
@@ -80,7 +80,7 @@ def join(rank: int, port: int, alone: bool) -> torch.device:
 def on_rank(rank: int, port: int, folder: str, path: str, room: int, alone: bool) -> None:
     """Leaves, for each pass, the relative errors against one GPU, or what went wrong."""
     device, dtype = join(rank, port, alone), torch.bfloat16
-    symmetric.ROOM = room
+    slots.ROOM = room
     kind = experts_backend("auto", device, dtype)
     group = Group((0, 1), rank, dist.group.WORLD)
     box: symmetric.Inbox | None = None

@@ -21,7 +21,7 @@ from shared_inbox import SharedInbox
 from small import small_corpus, small_recipe
 
 from shoal.jobs.activations import sizes_of
-from shoal.workers import symmetric
+from shoal.workers import slots, symmetric
 from shoal.workers.actor import RankActor
 from shoal.workers.config import Recipe
 from shoal.workers.dispatch import Dispatcher
@@ -202,7 +202,7 @@ def test_a_sample_may_be_longer_than_slots(tmp_path: Path) -> None:
 
 def _abandoned(rank: int, world: int, corpus: str, folder: str, tallied: bool) -> str:
     """What the first rank ends with, whose other one stops in the midst of a step."""
-    symmetric.ROOM, SharedInbox.tallied = (0, True) if tallied else (symmetric.ROOM, False)
+    slots.ROOM, SharedInbox.tallied = (0, True) if tallied else (slots.ROOM, False)
     symmetric.inbox = lambda *sizes: SharedInbox(folder, *sizes)  # type: ignore[assignment]
     recipe = Recipe.model_validate(small_recipe(parallel__ranks=2, parallel__device="auto", train__dtype="float32"))
     actor = RankActor(rank, world)
