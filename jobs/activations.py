@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 GATE_HIDDEN = 64  # hidden size of NSA's gate MLP: hidden -> 64 -> 3 * heads
 BRANCHES = 3  # compression, selection, window: each with K and V projections of its own
 LOSS_CHUNK = 4096  # tokens whose logits exist at one time
+PACKED = 64 << 20  # bytes of far keys that may be packed (workers/exchange.py)
 GRADIENT_CHUNK = 3072  # queries whose parts of gradients exist at one time (kernels/nsa/triton_gather_grad.py)
 UNEVEN = 1.5
 """Rows of the busiest of several ranks over its fair share. Four measured runs with fresh routers, over 2 and 4 ranks,
@@ -181,9 +182,11 @@ def _shared_backward(recipe: Recipe, s: Sizes, gone: float) -> float:
     parts = min(s.tokens, GRADIENT_CHUNK) * a.slc_count * q * s.width + s.tokens * 8 * kv * a.slc_count
     copies = (q + group * m.v_dim + own) * s.width if turns > 1 else 0  # of the turn's heads alone
     of_turn = s.tokens * (far * s.width + sums + left + copies) + max(parts, s.tokens * far * goes)
+    # packed, rows that travel are there twice: with the first segment most come, and half as many leave
+    copied = own if p.context * s.tokens * own * goes > PACKED else (far - own) * 3 // 2
     most = 0.0
     for i in range(turns):
-        coming = (far + own) * s.width if i + 1 < turns else 0  # and what is sent for them
+        coming = (far + copied) * s.width if i + 1 < turns else 0  # and what is sent for them
         going = (2 * far - own) * goes + i * own * s.width if i else 0  # and what comes of other ranks, and its sums
         most = max(most, of_turn + s.tokens * (coming + going + i * left) - (i + 1) * gone / turns)
     return most
