@@ -30,6 +30,7 @@ from sequences import (
 from torch import Tensor
 
 from shoal.kernels.nsa import BlockSizes
+from shoal.workers import exchange
 from shoal.workers.mesh import Group, make_mesh
 from shoal.workers.placement import Placement
 from shoal.workers.sequence import zigzag
@@ -47,7 +48,8 @@ WORSE = 1.25
 @dataclass(frozen=True)
 class Case:
     """Documents of a pack, and heads. kind: ``nsa``, or of full attention ``ring`` or ``gather``. all_blocks: every
-    query reads all blocks of its document, so that no rounding decides which, and float64 can tell who is right."""
+    query reads all blocks of its document, so that no rounding decides which, and float64 can tell who is right.
+    straight: far keys are not packed, as those of long sequences are not."""
 
     lengths: tuple[int, ...]
     kind: str = "nsa"
@@ -57,6 +59,7 @@ class Case:
     all_blocks: bool = True
     pull: bool = False
     wide: bool = False
+    straight: bool = False
 
     def problem(self, device: str) -> Problem:
         """On a GPU in bf16, on a CPU in float32 and small. φ in float32 where blocks are chosen: whether products of
@@ -82,6 +85,7 @@ CASES = {
     "d_qk 192, d_v 128": Case((700, 300, 24), dims=(192, 128)),
     "gradients in float32": Case((900, 1000), wide=True),
     "16k": Case((9000, 7384), group=16, window=512, all_blocks=False),
+    "uneven documents, far keys straight": Case((700, 1, 63, 64, 900), group=16, straight=True),
     "16k, chosen blocks": Case((16384,), group=16, window=512, all_blocks=False, pull=True, wide=True),
     "chosen blocks of two documents": Case((3000, 1000), all_blocks=False, pull=True),
     "full, ring": Case((2048,), "ring", group=16),
@@ -123,7 +127,9 @@ def measured(case: Case, group: Group, device: str) -> dict[str, Any]:
     args, names = (drawn(p), NSA_NAMES) if nsa else (full_drawn(p), FULL_NAMES)
     facts: dict[str, Any] = {"p": p}
     if nsa:
+        packed, exchange.PACKED = exchange.PACKED, -1 if case.straight else exchange.PACKED
         shared = nsa_shared(p, args, group, pull=case.pull, wide=case.wide)
+        exchange.PACKED = packed
         mine, alone = shared.results, nsa_alone(p, args)
         facts |= {"coverage": shared.coverage, "forward": shared.forward, "total": shared.total}
         facts["gluon"] = device == "cuda" and takes_gluon(args, p.sizes.slc_block)
