@@ -49,7 +49,7 @@ def _rows(x: Tensor) -> Tensor:
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "pieces"])  # which every batch of documents has others of
 def _pieces_kernel(
     pieces_ptr,
     own_0,

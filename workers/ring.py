@@ -42,7 +42,7 @@ def key_plan(cu_seqlens: tuple[int, ...], owned: tuple[Rows, ...], group: Group)
 
 @lru_cache(maxsize=8)
 def _key_plan(cu_seqlens: tuple[int, ...], owned: tuple[Rows, ...], group: Group) -> Plan:
-    return Plan.of("keys", group, owned, [_keys(cu_seqlens, rows) for rows in owned])
+    return Plan.of("keys", group, owned, [_keys(cu_seqlens, rows) for rows in owned], large=True)
 
 
 def _keys(cu_seqlens: tuple[int, ...], queries: Rows) -> Rows:

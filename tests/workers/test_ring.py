@@ -14,13 +14,16 @@ from ranks import run_ranks
 from sequences import Problem, full_alone, full_drawn, full_shared
 from small import small_recipe
 from test_model import packed
+from test_sequence import allocated, straight
 from torch import Tensor
 
 from shoal.workers.config import Recipe
+from shoal.workers.exchange import Plan
 from shoal.workers.mesh import Group, make_mesh
 from shoal.workers.model import Transformer
 from shoal.workers.model.feedforward import named_views
 from shoal.workers.placement import Placement
+from shoal.workers.ring import key_plan
 from shoal.workers.sequence import zigzag
 from shoal.workers.volume import Shape, ring_volume
 
@@ -44,6 +47,22 @@ def test_ranks_compute_what_one_rank_computes(world: int, lengths: list[int], ri
             torch.testing.assert_close(got, all_of_it[rows.indices()], rtol=1e-9, atol=1e-11)
         if ring and world > 1:
             assert results[rank][1] == ring_volume(p.cu[-1], world, Shape(p.kv, p.dims, 8, 8))
+
+
+def _gathering(rank: int, world: int, tokens: int) -> tuple[int, int]:
+    """Bytes at the peak while keys and values are gathered, and of these themselves."""
+    straight()
+    group = Group(tuple(range(world)), rank, dist.group.WORLD)
+    plan = key_plan((0, tokens), zigzag(tokens, world, 8), group)
+    k, v = (torch.randn(plan.owned, 2, width) for width in (16, 8))
+    with allocated() as sizes:
+        gathered = plan.fetch(k, v).wait()
+    return max(accumulate(sizes)), sum(x.nbytes for x in gathered)
+
+
+def test_keys_of_long_sequences_are_in_memory_once_while_they_are_gathered() -> None:
+    for most, gathered in run_ranks(4, _gathering, 4096):
+        assert most < 1.1 * gathered
 
 
 def test_a_ring_in_bfloat16() -> None:
@@ -80,8 +99,15 @@ def _model_on_rank(rank: int, world: int, tables: dict[str, Any], lengths: list[
         arrived.append(sum(op.tensor.nbytes for op in ops if op.op is dist.irecv))
         return exchange(ops)
 
+    trade = Plan.trade
+
+    def packed_watched(plan: Plan, out: Tensor, into: Tensor, *sides: Any) -> list[Any]:
+        arrived.append(into.nbytes)
+        return trade(plan, out, into, *sides)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "batch_isend_irecv", watched)
+        patch.setattr(Plan, "trade", packed_watched)
         hidden = model(batch)
         model.loss_sum(hidden, batch.targets).backward()
     found = {}
