@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from shoal.workers.slots import capacity, has_room, needed, rows_at_most
+from shoal.workers.volume import PACKED
 
 if TYPE_CHECKING:
     from shoal.workers.config import Recipe
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 GATE_HIDDEN = 64  # hidden size of NSA's gate MLP: hidden -> 64 -> 3 * heads
 BRANCHES = 3  # compression, selection, window: each with K and V projections of its own
 LOSS_CHUNK = 4096  # tokens whose logits exist at one time
-PACKED = 64 << 20  # bytes of far keys that may be packed (workers/exchange.py)
 GRADIENT_CHUNK = 3072  # queries whose parts of gradients exist at one time (kernels/nsa/triton_gather_grad.py)
 UNEVEN = 1.5
 """Rows of the busiest of several ranks over its fair share. Four measured runs with fresh routers, over 2 and 4 ranks,

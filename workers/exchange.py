@@ -18,12 +18,10 @@ from torch import Tensor
 from shoal.kernels.nsa.rows import Rows
 from shoal.kernels.pieces import Pieces, columns, letters, put_together
 from shoal.workers.mesh import Group
+from shoal.workers.volume import PACKED
 
 if TYPE_CHECKING:
     from shoal.workers.clock import Clock
-
-PACKED = 64 << 20
-"""Bytes of all ranks' rows that may be packed where nearly all of them travel."""
 
 _clocks: list[Clock] = []  # of who watches; the backward pass has a thread of its own
 

@@ -99,7 +99,7 @@ def _make_sequence(
         layout=layout,
         own=own_blocks(layout),
         raw=Plan.of("raw", group, owned, [n.raw for n in need], received),
-        cmp=Plan.of("cmp", group, [n.own for n in need], [n.cmp for n in need], received),
+        cmp=Plan.of("cmp", group, [n.own for n in need], [n.cmp for n in need], received, large=True),
         near=Plan.of("near", group, owned, [n.near for n in need], received),
         far=far,
         pages=Pages(far, owned, reads, cu_seqlens[-1], sizes.slc_block),

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from shoal.kernels.nsa import BlockSizes
     from shoal.kernels.nsa.rows import Range, Rows
 
+PACKED = 64 << 20
+"""Bytes of all ranks' rows that may be packed where nearly all of them travel; they are in memory twice then."""
 PLANS = ("raw", "cmp", "near", "far")
 """What moves, as ``workers/sequence.py`` names it: tokens before φ, compressed keys, windows, selected keys."""
 
