@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from shoal.workers.data.batch import PackedBatch
+from shoal.workers.mesh import Group
 from shoal.workers.model import Transformer
+from shoal.workers.shards import local
 
 
 @torch.no_grad()
@@ -62,3 +65,17 @@ def _describe(bad: list[int], layers: int) -> str:
     if backward:
         return f"the gradient of layers.{max(backward)} is not finite"
     return "the gradient of the embedding or the head is not finite"
+
+
+def bad_weight(parameters: Mapping[str, Tensor], layers: int, world: Group, device: torch.device) -> str:
+    """Names the first of a model's layers with a weight that is not finite on any rank; else an empty string.
+    Collective."""
+    flags = torch.zeros(layers + 1, device=device)
+    for name, parameter in parameters.items():
+        layer = int(name.split(".")[1]) if name.startswith("layers.") else layers
+        flags[layer] += (~torch.isfinite(local(parameter)).all()).float()
+    bad = [i for i, flag in enumerate(world.all_reduce(flags).tolist()) if flag]
+    if not bad:
+        return ""
+    where = f"layers.{bad[0]}" if bad[0] < layers else "the embedding or the head"
+    return f"a weight of {where} is not finite after the update"

@@ -29,6 +29,18 @@ def spread(load: Sequence[float]) -> dict[str, float]:
     return {"max": max(load), "min": min(load), "entropy": entropy}
 
 
+def load_figures(load: Sequence[Sequence[float]], by_place: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """A record of the load of each layer's experts, and of places in a set of expert ranks; 1.0 is a fair share."""
+    figures = [spread(row) for row in load]
+    return {
+        "load": load,
+        "devices": [sum(place) / len(by_place) for place in zip(*by_place, strict=True)],
+        "layer_devices": by_place,
+        "entropy": [each.get("entropy", 0.0) for each in figures],
+        "max_over_mean": [each.get("max", 0.0) for each in figures],
+    }
+
+
 def coverage_figures(record: Mapping[str, Any]) -> Iterator[dict[str, float]]:
     """Of each layer of a record of coverage: its mean and maximum over ranks, and bytes that a rank receives in a step
     by either way to fetch."""

@@ -22,7 +22,7 @@ from shoal.workers.data.ahead import Ahead
 from shoal.workers.data.batch import PackedBatch
 from shoal.workers.data.loader import TrainLoader, ValLoader
 from shoal.workers.expert_plan import Plan, place_loads, places_of, plan_of
-from shoal.workers.guard import first_bad_layer
+from shoal.workers.guard import bad_weight, first_bad_layer
 from shoal.workers.inboxes import open_inbox
 from shoal.workers.mesh import Mesh
 from shoal.workers.model import Transformer
@@ -30,7 +30,7 @@ from shoal.workers.model.feedforward import MoE, named_biases, named_views
 from shoal.workers.model.load import MoELoad
 from shoal.workers.optimizer import MasterAdamW
 from shoal.workers.profile import StepProfile, span
-from shoal.workers.records import spread
+from shoal.workers.records import load_figures
 from shoal.workers.rehome import rehome
 from shoal.workers.replica_traffic import GradientSums, WeightSpread
 from shoal.workers.replicas import in_order, replicas_of
@@ -110,7 +110,7 @@ class Trainer:
             records.append(self.profile.finish(self.step))
         if self._spread():
             if load:
-                records.append({"kind": "load", "step": self.step, **self._spread_of(load)})
+                records.append({"kind": "load", "step": self.step, **load_figures(load, self.by_place(load))})
             if gates:
                 records.append({"kind": "gates", "step": self.step, "gates": gates})
             if coverage:
@@ -135,18 +135,6 @@ class Trainer:
     def by_place(self, load: list[list[float]]) -> list[list[float]]:
         """Of each layer's load of experts that of the places in a set of expert ranks; 1.0 is a fair share."""
         return [place_loads(*each, self.mesh.placement.set_size) for each in zip(load, self.plan, strict=True)]
-
-    def _spread_of(self, load: list[list[float]]) -> Record:
-        """Figures of each layer's load, of experts and of places in a set of expert ranks; 1.0 is a fair share."""
-        by_place = self.by_place(load)
-        figures = [spread(row) for row in load]
-        return {
-            "load": load,
-            "devices": [sum(place) / len(by_place) for place in zip(*by_place, strict=True)],
-            "layer_devices": by_place,
-            "entropy": [each.get("entropy", 0.0) for each in figures],
-            "max_over_mean": [each.get("max", 0.0) for each in figures],
-        }
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
@@ -344,18 +332,9 @@ class Trainer:
         self.saved_step = self.step
 
     def _bad_weight(self) -> str:
-        """Names the first layer with a weight that is not finite on any rank; else an empty string. Collective."""
+        """Where a weight is not finite on any rank, in words; else an empty string. Collective."""
         self.weights.finish()
-        layers = len(self.model.layers)
-        flags = torch.zeros(layers + 1, device=self.device)
-        for name, parameter in self.parameters.items():
-            layer = int(name.split(".")[1]) if name.startswith("layers.") else layers
-            flags[layer] += (~torch.isfinite(local(parameter)).all()).float()
-        bad = [i for i, flag in enumerate(self.mesh.world.all_reduce(flags).tolist()) if flag]
-        if not bad:
-            return ""
-        where = f"layers.{bad[0]}" if bad[0] < layers else "the embedding or the head"
-        return f"a weight of {where} is not finite after the update"
+        return bad_weight(self.parameters, len(self.model.layers), self.mesh.world, self.device)
 
     def check_saving(self) -> None:
         """Raises what went wrong with the last checkpoint, if that is known by now; does not wait for it."""

@@ -21,6 +21,7 @@ from shoal.workers.mesh import make_mesh
 from shoal.workers.model.feedforward import MoE, named_biases
 from shoal.workers.model.load import MoELoad
 from shoal.workers.placement import Placement
+from shoal.workers.records import load_figures
 from shoal.workers.trainer import Trainer
 from shoal.workers.weights import load_model
 
@@ -121,7 +122,7 @@ def _move(rank: int, world: int, tables: dict[str, Any], corpus: str, folder: st
             trainer.save()
         records.append(trainer.train_step())
     trainer.settle()
-    figures = trainer._spread_of(records[-1]["load"])
+    figures = load_figures(records[-1]["load"], trainer.by_place(records[-1]["load"]))
     again = Trainer(recipe, Path(corpus), Path(folder), trainer.mesh, torch.device("cpu"))
     again.restore(5)
     assert again.plan == trainer.plan
