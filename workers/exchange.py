@@ -17,8 +17,8 @@ from torch import Tensor
 
 from shoal.kernels.nsa.rows import Rows
 from shoal.kernels.pieces import Pieces, columns, letters, put_together
+from shoal.workers import volume
 from shoal.workers.mesh import Group
-from shoal.workers.volume import PACKED
 
 if TYPE_CHECKING:
     from shoal.workers.clock import Clock
@@ -52,8 +52,8 @@ class Plan:
     whether nearly all rows travel. total: how many all ranks own. quiet: whether no rank sends any other anything.
 
     All that is for a rank is one message, packed before and unpacked after, which takes the host less than a message
-    for each piece. Only of large plans, whose rows take more than ``PACKED``, each piece goes straight from where it
-    lies to where it is read, and memory holds nothing twice.
+    for each piece. Only of large plans, whose rows take more than ``volume.PACKED``, each piece goes straight from
+    where it lies to where it is read, and memory holds nothing twice.
     """
 
     name: str
@@ -105,7 +105,7 @@ class Plan:
 
     def packs(self, xs: Sequence[Tensor]) -> bool:
         """Whether rows of such tensors are packed: all ranks decide alike."""
-        return not self.large or self.total * sum(prod(x.shape[1:]) * x.element_size() for x in xs) <= PACKED
+        return not self.large or self.total * sum(prod(x.shape[1:]) * x.element_size() for x in xs) <= volume.PACKED
 
     @cached_property
     def leaving(self) -> Side:

@@ -30,7 +30,7 @@ from sequences import (
 from torch import Tensor
 
 from shoal.kernels.nsa import BlockSizes
-from shoal.workers import exchange
+from shoal.workers import volume
 from shoal.workers.mesh import Group, make_mesh
 from shoal.workers.placement import Placement
 from shoal.workers.sequence import zigzag
@@ -127,9 +127,9 @@ def measured(case: Case, group: Group, device: str) -> dict[str, Any]:
     args, names = (drawn(p), NSA_NAMES) if nsa else (full_drawn(p), FULL_NAMES)
     facts: dict[str, Any] = {"p": p}
     if nsa:
-        packed, exchange.PACKED = exchange.PACKED, -1 if case.straight else exchange.PACKED
+        packed, volume.PACKED = volume.PACKED, -1 if case.straight else volume.PACKED
         shared = nsa_shared(p, args, group, pull=case.pull, wide=case.wide)
-        exchange.PACKED = packed
+        volume.PACKED = packed
         mine, alone = shared.results, nsa_alone(p, args)
         facts |= {"coverage": shared.coverage, "forward": shared.forward, "total": shared.total}
         facts["gluon"] = device == "cuda" and takes_gluon(args, p.sizes.slc_block)

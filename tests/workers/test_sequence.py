@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from shoal.kernels.nsa import BlockSizes
 from shoal.kernels.nsa.rows import needs
-from shoal.workers import exchange
+from shoal.workers import volume
 from shoal.workers.exchange import Fetch, Give, Plan
 from shoal.workers.mesh import Group, make_mesh
 from shoal.workers.placement import Placement
@@ -28,7 +28,7 @@ from shoal.workers.volume import Shape, far_volume, nsa_volume
 
 def straight() -> None:
     """Far keys of this process go straight to where they are read, as those of long sequences do."""
-    exchange.PACKED = -1
+    volume.PACKED = -1
 
 
 def _on_rank(
