@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shoal.workers.slots import capacity, has_room, needed, rows_at_most
+from shoal.workers.slots import capacity, has_room, needed, rows_at_most, sent_shared
 from shoal.workers.volume import PACKED
 
 if TYPE_CHECKING:
@@ -80,15 +80,14 @@ def rows_asked_for(recipe: Recipe, width: int) -> int:
     """Rows of a rank's experts for which there is memory whether they come or not, where rows are put; 0 where their
     number is read."""
     moe, ranks = recipe.moe, recipe.parallel.expert_ranks
-    sent = moe.shared_experts if moe.shared == "dispatched" else 0
-    most = rows_at_most(capacity(recipe), ranks, moe.top_k + sent, moe.experts // ranks + dispatched_on_a_rank(recipe))
+    choices, local = moe.top_k + sent_shared(recipe), moe.experts // ranks + dispatched_on_a_rank(recipe)
+    most = rows_at_most(capacity(recipe), ranks, choices, local)
     return most if has_room(most, recipe.model.hidden * width) else 0
 
 
 def dispatched_on_a_rank(recipe: Recipe) -> int:
     """How many of the shared experts, which every token goes to, a rank hosts at most."""
-    moe = recipe.moe
-    return -(-moe.shared_experts // recipe.parallel.expert_ranks) if moe.shared == "dispatched" else 0
+    return -(-sent_shared(recipe) // recipe.parallel.expert_ranks)
 
 
 def layers(recipe: Recipe, s: Sizes) -> list[Layer]:

@@ -43,9 +43,7 @@ def first_bad_layer(model: Transformer, micro: list[PackedBatch], gradients: dic
         for handle in handles:
             handle.remove()
     for name, gradient in gradients.items():
-        match = re.match(r"layers\.(\d+)\.", name)
-        place = layers + 2 + int(match[1]) if match else 2 * layers + 2
-        flags[place] += float(not torch.isfinite(gradient).all())
+        flags[layers + 2 + _layer_of(name, layers)] += float(not torch.isfinite(gradient).all())
     bad = [place for place, flag in enumerate(model.mesh.world.all_reduce(flags).tolist()) if flag]
     return _describe(bad, layers)
 
@@ -72,10 +70,15 @@ def bad_weight(parameters: Mapping[str, Tensor], layers: int, world: Group, devi
     Collective."""
     flags = torch.zeros(layers + 1, device=device)
     for name, parameter in parameters.items():
-        layer = int(name.split(".")[1]) if name.startswith("layers.") else layers
-        flags[layer] += (~torch.isfinite(local(parameter)).all()).float()
+        flags[_layer_of(name, layers)] += (~torch.isfinite(local(parameter)).all()).float()
     bad = [i for i, flag in enumerate(world.all_reduce(flags).tolist()) if flag]
     if not bad:
         return ""
     where = f"layers.{bad[0]}" if bad[0] < layers else "the embedding or the head"
     return f"a weight of {where} is not finite after the update"
+
+
+def _layer_of(name: str, layers: int) -> int:
+    """The layer that a parameter is in; ``layers``, one beyond the last, of the embedding and the head."""
+    match = re.match(r"layers\.(\d+)\.", name)
+    return int(match[1]) if match else layers

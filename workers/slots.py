@@ -69,8 +69,7 @@ def may_put(recipe: Recipe, itemsize: int) -> bool:
 
 def slot_bytes(recipe: Recipe, itemsize: int) -> int:
     """Bytes of a rank's slots, which all its layers share."""
-    moe = recipe.moe
-    sent = moe.shared_experts if moe.shared == "dispatched" else 0
+    moe, sent = recipe.moe, sent_shared(recipe)
     width = recipe.model.hidden * itemsize // 4
     parts = shapes(recipe.parallel.expert_ranks - 1, capacity(recipe), width, moe.top_k + sent, moe.experts + sent)
     return 4 * sum(map(words_in, parts.values()))
@@ -85,6 +84,11 @@ def capacity(recipe: Recipe) -> int:
     # two segments, each of which a rank's share of an uneven division makes longer by at most one block
     block = recipe.attention.slc_block if recipe.attention.kind == "nsa" else 1
     return -(-tokens // p.attention_ranks) + 2 * block
+
+
+def sent_shared(recipe: Recipe) -> int:
+    """How many shared experts every token is sent to, as to routed ones."""
+    return recipe.moe.shared_experts if recipe.moe.shared == "dispatched" else 0
 
 
 def rows_at_most(capacity: int, ranks: int, choices: int, local: int) -> int:
@@ -104,5 +108,5 @@ def needed(recipe: Recipe) -> list[float]:
     moe, ranks = recipe.moe, recipe.parallel.expert_ranks
     elsewhere = moe.experts - moe.experts // ranks
     chosen = 1 - comb(elsewhere, moe.top_k) / comb(moe.experts, moe.top_k)
-    always = min(ranks, moe.shared_experts) if moe.shared == "dispatched" else 0
+    always = min(ranks, sent_shared(recipe))
     return [1.0] * always + [chosen] * (ranks - always)

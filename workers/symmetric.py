@@ -279,8 +279,7 @@ class SymmetricFlight(Flight):
         assert x.shape[0] <= dispatcher.inbox.capacity, (
             f"{len(x)} rows, and slots have room for {dispatcher.inbox.capacity}"
         )
-        self._inbox, self._place = dispatcher.inbox, dispatcher.group.index
-        box = self._inbox
+        self._inbox = box = dispatcher.inbox
         super().__init__(dispatcher, x, gates, experts, keep, box.capacity, counts)
         letter = self._plan.letter
         assert letter is not None
@@ -323,7 +322,7 @@ class SymmetricFlight(Flight):
         each = {part: values.split(box.capacity) for part, values in parts.items() if part in (BACK, WORDS_BACK)}
         for rank in box.turns:
             for part, values in parts.items():
-                box.put(part, rank, each[part][rank - (rank > self._place)] if part in each else values)
+                box.put(part, rank, each[part][box.others.index(rank)] if part in each else values)
             box.say(told, rank)
 
     def _hear(self, part: int) -> None:

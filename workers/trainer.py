@@ -229,7 +229,7 @@ class Trainer:
                 self.last_backward = batch is micro[-1]
                 (cross_entropy + balance).backward()
             sums += torch.stack([cross_entropy.detach().double(), balance.detach().double()])
-            counts = load.counts if counts is None or load.counts is None else counts + load.counts
+            counts = _added(counts, load.counts)
         return sums, counts, reduce(torch.add, looks)
 
     def take(self, index: int) -> None:
@@ -260,7 +260,7 @@ class Trainer:
         for batch in micro:
             load = MoELoad(1)
             self.model(batch, load)
-            total = load.counts if total is None or load.counts is None else total + load.counts
+            total = _added(total, load.counts)
         return None if total is None else load_fractions(total)
 
     def _totals(self, losses: Tensor, gradients: list[Tensor]) -> tuple[float, float, float]:
@@ -393,6 +393,11 @@ class Trainer:
 def _came(trainer: ref[Trainer], index: int, _parameter: Tensor) -> None:
     if (there := trainer()) is not None:
         there.take(index)
+
+
+def _added(total: Tensor | None, counts: Tensor | None) -> Tensor | None:
+    """Counts of one pass more; None without MoE layers."""
+    return counts if total is None or counts is None else total + counts
 
 
 def _by_layer(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:

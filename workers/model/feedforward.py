@@ -26,6 +26,7 @@ from shoal.workers.gathered import GatheredFlight
 from shoal.workers.mesh import Mesh
 from shoal.workers.model.load import Counted, MoELoad
 from shoal.workers.routed import Found, Pass, RoutedFFN, Weights
+from shoal.workers.slots import sent_shared
 
 Stages = Generator[None, None, Tensor]
 """A computation that pauses where it would wait for other ranks, so that another one can go on meanwhile."""
@@ -96,7 +97,7 @@ class MoE(nn.Module):
         self.bias: Tensor | None = None
         if recipe.balance.bias_rate:
             self.bias = torch.zeros(moe.experts, dtype=torch.float32, device=device)
-        self.sent_shared = moe.shared_experts if moe.shared == "dispatched" else 0
+        self.sent_shared = sent_shared(recipe)
         self.products, self.dtype = _backend(moe.backend, device, dtype), dtype
         # All of the layer on this rank: no rows are exchanged, and they need not exist for the backward pass.
         alone = mesh.dispatch.size == 1 and not self.sent_shared
