@@ -182,7 +182,7 @@ def _shared_backward(recipe: Recipe, s: Sizes, gone: float) -> float:
     copies = (q + group * m.v_dim + own) * s.width if turns > 1 else 0  # of the turn's heads alone
     of_turn = s.tokens * (far * s.width + sums + left + copies) + max(parts, s.tokens * far * goes)
     # packed, rows that travel are there twice: with the first segment most come, and half as many leave
-    copied = own if p.context * s.tokens * own * goes > PACKED else (far - own) * 3 // 2
+    copied = own if p.context * s.tokens * own * s.width > PACKED else (far - own) * 3 // 2
     most = 0.0
     for i in range(turns):
         coming = (far + copied) * s.width if i + 1 < turns else 0  # and what is sent for them
