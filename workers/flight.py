@@ -30,6 +30,16 @@ class Arrived:
     ends: Tensor
 
 
+@dataclass(frozen=True)
+class Own:
+    """What this rank's experts have for its own tokens: results ``[R, H]``, places of each token's ``[T, K]`` int32,
+    and their gates ``[T, K]``, or None for plain sums."""
+
+    results: Tensor
+    rows: Tensor
+    gates: Tensor | None = None
+
+
 class Flight:
     """Of a rank alone, from which nothing travels. Of others, each pair of methods stands before and after a transfer.
 
@@ -82,9 +92,14 @@ class Flight:
     def give_back(self, arrived: Arrived, results: Tensor) -> None:
         """Sends the results of others' tokens home, weighted and added up."""
 
-    def returned(self, base: Tensor) -> Tensor:
-        """``[T, H]``: base, and what came home, in the order of ranks. base may be overwritten."""
-        return base
+    def returned(self, base: Tensor, own: Own | None = None) -> Tensor:
+        """``[T, H]``: base, what this rank has itself, and what came home, in the order of ranks. base may be
+        overwritten."""
+        return self._at_home(None, base, own)
+
+    def kept(self, arrived: Arrived) -> Arrived:
+        """What of it the backward pass will ask for, once all has returned."""
+        return arrived
 
     def send_grads(self, grad: Tensor) -> None:
         """Sends gradients of the output ``[T, H]`` the way that the tokens went."""
@@ -100,15 +115,27 @@ class Flight:
         """Waits for gradients that come home; those of the gates ``[T, K]``. own: of choices that this rank hosts."""
         return own
 
-    def returned_grads(self, base: Tensor, product: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Gradients of the tokens ``[T, H]``: base, what came home, and a product if there is one.
+    def returned_grads(self, base: Tensor | None, own: Own, product: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Gradients of the tokens ``[T, H]``: base, what this rank has itself, what came home, and a product if there
+        is one.
 
         To be called after :meth:`returned_gates`; base may be overwritten.
         """
-        return self._at_home(base[:0], base, product)
+        return self._at_home(None, base, own, product)
 
-    def _at_home(self, rows: Tensor, base: Tensor, product: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        return combine(rows, self.home, self.dispatcher.triton, base=base, product=product, out=base)
+    def _at_home(
+        self,
+        came: Tensor | None,
+        base: Tensor | None,
+        own: Own | None,
+        product: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """All in one sum: what is written once is read by nobody in between."""
+        triton, more = self.dispatcher.triton, None if came is None else (came, self.home)
+        if own is not None:
+            return combine(own.results, own.rows, triton, own.gates, base, product, base, more)
+        assert base is not None
+        return base if more is None else combine(*more, triton, base=base, product=product, out=base)
 
     def _gates_at_home(self, own: Tensor, words: Tensor) -> Tensor:
         """words: gradients that came home."""
@@ -158,9 +185,9 @@ class PackedFlight(Flight):
         sums = combine(results, rows, self.dispatcher.triton, gates)
         self._exchange = Exchange(self.dispatcher.group, sums, self.back, self.out, Moment(sums.device))
 
-    def returned(self, base: Tensor) -> Tensor:
+    def returned(self, base: Tensor, own: Own | None = None) -> Tensor:
         """As the base class has it."""
-        return self._at_home(self._landed(), base)
+        return self._at_home(self._landed(), base, own)
 
     def send_grads(self, grad: Tensor) -> None:
         """As the base class has it."""
@@ -185,8 +212,8 @@ class PackedFlight(Flight):
         self._letters = self._letters.of(self._landed())
         return self._gates_at_home(own, self._letters.behind)
 
-    def returned_grads(self, base: Tensor, product: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def returned_grads(self, base: Tensor | None, own: Own, product: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """As the base class has it."""
         rows = self._letters.rows
         del self._letters
-        return self._at_home(rows, base, product)
+        return self._at_home(rows, base, own, product)

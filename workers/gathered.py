@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shoal.kernels.moe.fan import Fan, combine
 from shoal.kernels.moe.plan import address, sort
-from shoal.workers.flight import Arrived, Flight
+from shoal.workers.flight import Arrived, Flight, Own
 from shoal.workers.transfer import EvenExchange, Letters, OneWayExchange
 
 if TYPE_CHECKING:
@@ -79,9 +79,9 @@ class GatheredFlight(Flight):
         """As the base class has it."""
         self._exchange = self._back(combine(results, arrived.fan.rows, self.dispatcher.triton, arrived.gates))
 
-    def returned(self, base: Tensor) -> Tensor:
+    def returned(self, base: Tensor, own: Own | None = None) -> Tensor:
         """As the base class has it."""
-        return self._at_home(self._landed(), base)
+        return self._at_home(self._landed(), base, own)
 
 
 class ApartFlight(GatheredFlight):

@@ -19,6 +19,7 @@ from shoal.kernels.moe.gemms import Gemms, apart
 from shoal.kernels.moe.plan import gates_of_rows
 from shoal.kernels.moe.router import Router
 from shoal.workers.dispatch import Dispatcher
+from shoal.workers.flight import Own
 from shoal.workers.gathered import Live
 
 if TYPE_CHECKING:
@@ -130,15 +131,19 @@ class Pass:
         if shared_down is not None and self.shared_act is not None:
             base = self.shared_products.rows_by_weight(self.shared_act, shared_down.flatten(0, 1))
         out = self._with_own(base)
+        self.arrived = self.flight.kept(self.arrived)
         del self.results, self.shared_act
-        return self.flight.returned(out)
+        return out
 
     def _with_own(self, base: Tensor | None) -> Tensor:
-        """``[T, H]``: base, and what this rank's experts have for its tokens."""
-        results, arrived, own = self.results, self.arrived, self.flight.own
-        if len(results):
-            return combine(results, arrived.fan.rows[own], self.triton, arrived.gates[own], base, out=base)
-        return results.new_zeros(self.flight.tokens, results.shape[1]) if base is None else base
+        """``[T, H]``: base, what this rank's experts have for its tokens, and what the others' have."""
+        results, arrived, mine = self.results, self.arrived, self.flight.own
+        own = Own(results, arrived.fan.rows[mine], arrived.gates[mine]) if len(results) else None
+        if base is None and own is not None:  # nothing else is left to do while rows are on their way home
+            base, own = combine(results, own.rows, self.triton, own.gates), None
+        elif base is None:
+            base = results.new_zeros(self.flight.tokens, results.shape[1])
+        return self.flight.returned(base, own)
 
     def backward(self, grad: Tensor, d_found: Found | None = None) -> tuple[Tensor | None, ...]:
         """Gradients of x, centroids, gates, gate_up, down, and of the shared experts' gate_up and down.
@@ -176,13 +181,11 @@ class Pass:
                 arrived.fan.order,
                 on_rows,
             )
-        base = combine(d_rows, arrived.fan.rows[: flight.tokens], self.triton, base=base, out=base)
-        del d_rows
         gates_home = flight.returned_gates(d_gates[: flight.tokens])
         if self.always:
             gates_home = gates_home[:, : -self.always]
         logits = self._logits_backward(gates_home, d_found or Found(), x.dtype)
-        d_x = flight.returned_grads(base, logits)
+        d_x = flight.returned_grads(base, Own(d_rows, arrived.fan.rows[: flight.tokens]), logits)
         d_centroids = None if logits is None else logits[0].T @ x
         given = None if self.router else gates_home
         return d_x, d_centroids, given, d_up, d_down, d_shared_up, d_shared_down

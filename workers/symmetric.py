@@ -28,7 +28,7 @@ from torch import Tensor
 from shoal.kernels.moe.fan import Fan, combine
 from shoal.kernels.moe.plan import words_of
 from shoal.workers.errors import last_line
-from shoal.workers.flight import Arrived, Flight
+from shoal.workers.flight import Arrived, Flight, Own
 from shoal.workers.mesh import COLLECTIVE_TIMEOUT, Group
 from shoal.workers.slots import BACK, COUNTS, LETTER, OUT, WORDS_BACK, has_room, rows_at_most, shapes, words_in
 from shoal.workers.tallies import Tallies, Unheard, Unshared, open_tallies
@@ -290,6 +290,7 @@ class SymmetricFlight(Flight):
         most = rows_at_most(box.capacity, dispatcher.group.size, self.choices, dispatcher.most_local)
         self._out: dict[int, Tensor] = {}
         self._counted: Moment | None = None
+        self._copied: Moment | None = None
         self._reads = not has_room(most, x.shape[1] * x.element_size())
         if self._reads and box.tallies is not None:
             with beside(x.device, lane=1):
@@ -351,13 +352,22 @@ class SymmetricFlight(Flight):
         self._hear(OUT)
         if self._counted is None:
             self._total = self._counts_of_all()
-        rows = box.rows(OUT).clone() if self.keep else box.rows(OUT)
+        rows = box.rows(OUT)
+        if self.keep:
+            self._copy(rows)
         arrived = self._sorted((x, rows), gates, box.words(LETTER), self._places)
         if not self._reads:
             return arrived
         table = d.reads.of(self._host, self._counted) if self._counted else box.read_tallies(d.reads)
         places = sum(sum(counts[d.first : d.first + len(d.local)]) for counts in table)
         return replace(arrived, fan=Fan(arrived.fan.rows, arrived.fan.order[:places]))
+
+    def _copy(self, rows: Tensor) -> None:
+        """Beside the experts' products, and on the stream that later says that the slots may be written again."""
+        self._copies = torch.empty_like(rows)
+        with beside(rows.device):
+            self._copies.copy_(rows)
+            self._copied = Moment(rows.device)
 
     def give_back(self, arrived: Arrived, results: Tensor) -> None:
         """As the base class has it."""
@@ -366,11 +376,18 @@ class SymmetricFlight(Flight):
         with beside(sums.device):
             self._put({BACK: sums}, BACK)
 
-    def returned(self, base: Tensor) -> Tensor:
+    def returned(self, base: Tensor, own: Own | None = None) -> Tensor:
         """As the base class has it."""
         self._hear_back()
         del self.counts  # others have read them, and the letter that they are part of would stay for the backward pass
-        return self._at_home(self._inbox.rows(BACK), base)
+        return self._at_home(self._inbox.rows(BACK), base, own)
+
+    def kept(self, arrived: Arrived) -> Arrived:
+        """As the base class has it: copies of the rows, since slots are written again."""
+        if self._copied is None:
+            return arrived
+        self._copied.before_here()
+        return replace(arrived, parts=(arrived.parts[0], self._copies))
 
     def send_grads(self, grad: Tensor) -> None:
         """As the base class has it."""
@@ -394,6 +411,6 @@ class SymmetricFlight(Flight):
         self._hear_back()
         return self._gates_at_home(own, self._inbox.words(WORDS_BACK))
 
-    def returned_grads(self, base: Tensor, product: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def returned_grads(self, base: Tensor | None, own: Own, product: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """As the base class has it."""
-        return self._at_home(self._inbox.rows(BACK), base, product)
+        return self._at_home(self._inbox.rows(BACK), base, own, product)

@@ -82,24 +82,28 @@ def combine(
     base: Tensor | None = None,
     product: tuple[Tensor, Tensor] | None = None,
     out: Tensor | None = None,
+    more: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """``[R, H] -> [T, H]``: base plus the sum of a token's results, weighted, in the order of its copies.
 
     rows: ``[T, K]`` int32, part of a fan. gates: ``[T, K]``. product: ``[T, N]`` and ``[N, H]``, whose product is
-    added, by Triton only. out: where to write; base itself if you like.
+    added, by Triton only. out: where to write; base itself if you like. more: other rows ``[·, H]`` and their places
+    ``[T, D]``, whose sums are added behind, unweighted.
     """
     if triton:
         from shoal.kernels.moe import triton_rows
 
-        return triton_rows.combine(results, rows, gates, base, *(product or (None, None)), some=True, out=out)
-    tokens, copies = rows.shape
-    if out is None:
-        out = results.new_empty(tokens, results.shape[1])
-    if not len(results) or not copies:
-        return out.zero_() if base is None else out.copy_(base)
+        given = gates, base, *(product or (None, None))
+        return triton_rows.combine(results, rows, *given, some=True, out=out, more=more)
+    sums = [base, _sums(results, rows, gates), _sums(*more) if more else None]
+    first, *others = [each for each in sums if each is not None] or [results.new_zeros(len(rows), results.shape[1])]
+    total = sum(others, first)
+    return total if out is None else out.copy_(total)
+
+
+def _sums(results: Tensor, rows: Tensor, gates: Tensor | None = None) -> Tensor | None:
+    """None where there is nothing to add up."""
+    if not len(results) or not rows.shape[1]:
+        return None
     taken = results[rows.clamp(min=0).long()].masked_fill_((rows < 0)[..., None], 0)
-    if gates is None:
-        total = taken.sum(1)
-    else:
-        total = torch.bmm(gates.to(taken.dtype)[:, None], taken)[:, 0]
-    return out.copy_(total if base is None else total + base)
+    return taken.sum(1) if gates is None else torch.bmm(gates.to(taken.dtype)[:, None], taken)[:, 0]

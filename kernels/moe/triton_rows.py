@@ -59,13 +59,15 @@ def combine(
     *,
     some: bool = False,
     out: Tensor | None = None,
+    more: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """``[T, H]``: for each token, base plus the sum of its K results in the order of its choices, in float32.
 
     results: ``[T·K, H]``; rows: ``[T, K]`` int32, where a token's results stand. gates: ``[T, K]`` float32 weights (1
     without). base: ``[T, H]``. logits, centroids: ``[T, N]`` and ``[N, H]`` of one dtype, whose product is added (the
     router's part of a gradient). some: places below 0 have no result. out: where the sums go, base itself if you like.
-    The rows of results and out are contiguous, but may lie apart.
+    more: rows ``[·, H]`` and places ``[T, D]`` int32, -1 for none, of what is added behind the results, unweighted.
+    The rows of results, out and more are contiguous, but may lie apart.
     """
     tokens, top_k = rows.shape
     hidden = results.shape[1]
@@ -73,6 +75,7 @@ def combine(
     if not tokens:
         return out
     experts = 0 if centroids is None else len(centroids)
+    others, places = more or (results, rows)
     grid, shape = _tiles(tokens, hidden, 4) if not experts else _tiles(tokens, hidden, 16, 128)
     launch(
         _combine_kernel,
@@ -83,13 +86,17 @@ def combine(
         results if base is None else base,
         results if logits is None else logits,
         results if centroids is None else centroids,
+        others,
+        places,
         out,
         tokens,
         H=hidden,
         K=top_k,
+        D=places.shape[1] if more else 0,
         N=experts,
         NP=max(16, power_of_2(experts)),
         R=results.stride(0),
+        M=others.stride(0) if more else 0,
         Y=out.stride(0),
         SOME=some,
         GATES=gates is not None,
@@ -184,7 +191,7 @@ def _expand_kernel(
         tl.store(out + row[:, None] * Y + h[None, :], b_x, mask=wanted)
 
 
-@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["rows", "gates"])
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["rows", "gates", "places"])
 def _combine_kernel(
     results,
     rows,
@@ -192,13 +199,17 @@ def _combine_kernel(
     base,
     logits,
     centroids,
+    others,
+    places,
     out,
     tokens,
     H: tl.constexpr,
     K: tl.constexpr,
+    D: tl.constexpr,
     N: tl.constexpr,
     NP: tl.constexpr,
     R: tl.constexpr,
+    M: tl.constexpr,
     Y: tl.constexpr,
     SOME: tl.constexpr,
     GATES: tl.constexpr,
@@ -221,6 +232,10 @@ def _combine_kernel(
         if GATES:
             b_row *= tl.load(gates + t * K + k, mask=there, other=0.0)[:, None]
         acc += b_row
+    for d in tl.static_range(D):
+        row = tl.load(places + t * D + d, mask=there, other=-1).to(tl.int64)
+        wanted = inside & (row >= 0)[:, None]
+        acc += tl.load(others + row[:, None] * M + h[None, :], mask=wanted, other=0.0).to(tl.float32)
     if N:
         e = tl.arange(0, NP)
         b_l = tl.load(logits + t[:, None] * N + e[None, :], mask=there[:, None] & (e[None, :] < N), other=0.0)

@@ -44,13 +44,20 @@ def test_a_token_goes_to_a_rank_once(tokens: int, copies: int, ranks: int, seed:
 
 
 @pytest.mark.parametrize("triton", [False, True])
-@settings(max_examples=8)
+@settings(max_examples=16)
 @given(
     tokens=st.sampled_from([(0, 0), (9, 0), (5, 21)]), copies=st.integers(1, 4), gated=st.booleans(),
-    based=st.booleans(), seed=st.integers(0, 9),
+    based=st.booleans(), more=st.one_of(st.none(), st.tuples(st.integers(0, 3), st.integers(0, 4))),
+    seed=st.integers(0, 9),
 )  # fmt: skip
 def test_rows_go_out_and_sums_come_back(
-    triton: bool, tokens: tuple[int, int], copies: int, gated: bool, based: bool, seed: int
+    triton: bool,
+    tokens: tuple[int, int],
+    copies: int,
+    gated: bool,
+    based: bool,
+    more: tuple[int, int] | None,
+    seed: int,
 ) -> None:
     """Rows may lie apart, as they do with words behind each."""
     total, hidden, experts = sum(tokens), 24, 3
@@ -65,11 +72,18 @@ def test_rows_go_out_and_sums_come_back(
     gates = draw(total, copies, dtype=torch.float32, seed=1) if gated else None
     base = draw(total, hidden, dtype=torch.float32, seed=2) if based else None
     target = torch.full((total, hidden + 8), 7.0, device=DEVICE)
-    got = combine(out, fan.rows, triton, gates, base, out=target[:, :hidden])
+    others = None
+    if more:
+        came, columns = more
+        places = torch.randint(-1, came, (total, columns), generator=generator, dtype=torch.int32).to(DEVICE)
+        others = draw(came, hidden + 4, dtype=torch.float32, seed=3)[:, :hidden], places
+    got = combine(out, fan.rows, triton, gates, base, out=target[:, :hidden], more=others)
     want = torch.zeros(total, hidden, dtype=torch.float64, device=DEVICE) if base is None else base.double()
     for t in range(total):
         for k in range(copies):
             if choices[t, k] >= 0:
                 want[t] += x[t].double() * (1.0 if gates is None else gates[t, k].double())
+        if others:
+            want[t] += others[0][[place for place in others[1][t].tolist() if place >= 0]].double().sum(0)
     assert (got.double() - want).abs().max().item() < 1e-5 if total else got.shape == want.shape
     assert (target[:, hidden:] == 7.0).all()

@@ -137,6 +137,13 @@ def abandoned(rank: int, port: int, alone: bool) -> None:
         os._exit(3)  # nothing of CUDA can be taken down in good order
 
 
+@pytest.fixture(scope="module", autouse=True)
+def held() -> list[torch.Tensor]:
+    """Something on each GPU while processes here end by SIGKILL or a trap: one that was started right after the last
+    process of a GPU had been killed was told that there are no GPUs."""
+    return [torch.zeros(1, device=torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("alone", [False, True])
 def test_a_rank_whose_other_one_is_killed_ends_and_says_what_it_waited_for(alone: bool, capfd: Any) -> None:
