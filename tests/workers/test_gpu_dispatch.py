@@ -68,8 +68,8 @@ def layer(
 def join(rank: int, port: int, alone: bool) -> torch.device:
     """alone: the process sees its own GPU only, as Ray's actors do."""
     if alone:
-        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        os.environ["CUDA_VISIBLE_DEVICES"] = seen[rank] if len(seen) > rank else str(rank)
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[rank] if seen else str(rank)
     device = torch.device("cuda", 0 if alone else rank)
     torch.cuda.set_device(device)
     store = dist.TCPStore("127.0.0.1", port, None, False, timedelta(seconds=120))
@@ -135,13 +135,6 @@ def abandoned(rank: int, port: int, alone: bool) -> None:
     except symmetric.RowsMissing as error:
         print(error, file=sys.stderr, flush=True)
         os._exit(3)  # nothing of CUDA can be taken down in good order
-
-
-@pytest.fixture(scope="module", autouse=True)
-def held() -> list[torch.Tensor]:
-    """Something on each GPU while processes here end by SIGKILL or a trap: one that was started right after the last
-    process of a GPU had been killed was told that there are no GPUs."""
-    return [torch.zeros(1, device=torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
 
 
 @pytest.mark.gpu
