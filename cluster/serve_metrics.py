@@ -101,7 +101,11 @@ class ServeMetrics:
         self._experts = LastingGauge(
             f"{PREFIX}expert_load", "Tokens of an expert, as a multiple of a fair share", "model", "layer", "expert"
         )
-        self._experts.set_default_tags({"model": model})
+        self._busiest = LastingGauge(
+            f"{PREFIX}expert_max_load", "Load of a layer's busiest expert over the mean", "model", "layer"
+        )
+        for gauge in (self._experts, self._busiest):
+            gauge.set_default_tags({"model": model})
         self._ended = _counter(f"{PREFIX}requests_total", "Requests, by how they ended", model, "finish")
         self._restarted = _counter(f"{PREFIX}restarts_total", "Times that all ranks were started again", model)
         self._was = Load()
@@ -115,6 +119,7 @@ class ServeMetrics:
     def flush(self) -> None:
         """Hands the durations to Ray, and what is seldom told once more: Ray soon drops what is not set again."""
         self._experts.again()
+        self._busiest.again()
         for durations in (self.first, self.each, self.whole):
             durations.flush()
 
@@ -149,17 +154,19 @@ class ServeMetrics:
         self._step_sequences.set(max(0, generated - done["accepted_tokens_total"]) / steps)
 
     def _set_experts(self, tokens: Sequence[Sequence[int]]) -> None:
-        """tokens: ``[MoE layers][experts]`` since the ranks were started. At most ``LOAD_SERIES`` values are shown, of
-        layers evenly apart; of the tokens since the last time, once there are enough of them to tell."""
+        """tokens: ``[MoE layers][experts]`` since the ranks were started. Of each layer the busiest expert is shown, of
+        experts one by one at most ``LOAD_SERIES``, of layers evenly apart; of the tokens since the last time, once
+        there are enough of them to tell."""
         experts = max(1, len(tokens[0])) if tokens else 1
         told = self._told or [[0] * experts] * len(tokens)
         if not tokens or sum(tokens[0]) - sum(told[0]) < ENOUGH * experts:
             return
         stride = -(-len(tokens) // max(1, LOAD_SERIES // experts))
-        for layer in range(0, len(tokens), stride):
-            new = [now - was for now, was in zip(tokens[layer], told[layer], strict=True)]
+        for layer, counts in enumerate(tokens):
+            new = [now - was for now, was in zip(counts, told[layer], strict=True)]
             fair = sum(new) / experts
-            for expert, count in enumerate(new[:LOAD_SERIES]):
+            self._busiest.set(max(new) / fair, tags={"layer": str(layer)})
+            for expert, count in enumerate(new[:LOAD_SERIES] if layer % stride == 0 else ()):
                 self._experts.set(count / fair, tags={"layer": str(layer), "expert": str(expert)})
         self._told = tokens
 

@@ -173,11 +173,12 @@ SERVING = (
     Panel(
         "Load of experts, by layer", "none",
         {
-            "{{model}} layer {{layer}} busiest": "max by (model, layer) (S:expert_load)",
+            "{{model}} layer {{layer}} busiest": "max by (model, layer) (S:expert_max_load)",
             "{{model}} layer {{layer}} idlest": "min by (model, layer) (S:expert_load)",
             "{{model}} busiest rank": "max by (model) (S:rank_load)",
         },
-        "As a multiple of a fair share of tokens; of ranks where copies follow the load (serve.expert_copies), else 0.",
+        "As a multiple of a fair share of tokens; of ranks where copies follow the load (serve.expert_copies), else 0. "
+        "Where there are many experts the idlest are of some layers.",
     ),
     Panel("Preemptions per second", "none", {"{{model}}": per_second("preemptions")}),
     Panel(

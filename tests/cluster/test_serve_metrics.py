@@ -343,6 +343,8 @@ async def test_the_load_of_experts_is_that_of_enough_tokens(endpoint: str, model
         "expert_load{layer=0,expert=0}": 0.5,
         "expert_load{layer=0,expert=1}": 1.5,
         "expert_load{layer=1,expert=0}": 1.0,
+        "expert_max_load{layer=0}": 1.5,
+        "expert_max_load{layer=1}": 1.0,
     }
     await wait_for_values(endpoint, model, expected)
     metrics.count(Load(expert_tokens=((ENOUGH + 5, 3 * ENOUGH), (2 * ENOUGH, 2 * ENOUGH + 5)), steps_total=1), 0)
@@ -357,12 +359,19 @@ async def test_the_load_of_experts_is_that_of_enough_tokens(endpoint: str, model
 
 @asynchronous
 async def test_a_model_of_many_experts_does_not_flood_prometheus(endpoint: str, model: str) -> None:
+    """The busiest expert is told of every layer, also of those whose experts are not shown one by one."""
     layers, experts = 59, 160
-    ServeMetrics(model).count(Load(expert_tokens=((ENOUGH,) * experts,) * layers), 0)
-    values = await wait_for(endpoint, model, lambda got: "expert_load{layer=0,expert=159}" in got)
+    even = (ENOUGH,) * experts
+    uneven = (3 * ENOUGH, 0, 0, *even[3:])
+    counts = (even, uneven, *(even,) * (layers - 2))
+    ServeMetrics(model).count(Load(expert_tokens=counts), 0)
+    last = {"expert_load{layer=0,expert=159}", f"expert_max_load{{layer={layers - 1}}}"}
+    values = await wait_for(endpoint, model, lambda got: last <= set(got))
     shown = [name for name in values if name.startswith("expert_load")]
     assert 3 * experts <= len(shown) <= LOAD_SERIES
     assert len(shown) % experts == 0
+    assert "expert_load{layer=1,expert=0}" not in values
+    assert values["expert_max_load{layer=1}"] == 3.0
 
 
 @asynchronous
