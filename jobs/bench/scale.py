@@ -92,7 +92,7 @@ class Scale:
             if not rows:
                 self.say(f"left out, {case} on {case.ranks}: it cannot be had here (memory, or the way rows travel)")
                 return
-            self.found[case] = rows[0]
+            self.found[case] = {**case.settings, **rows[0]}
             self._say(f"{case} on {case.ranks}: {rows[0]['ms']:.2f} ms")
             after()
 

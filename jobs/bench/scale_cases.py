@@ -70,6 +70,12 @@ class Case:
         what = "requests" if isinstance(self.sizes, Serving) else "tokens"
         return f"{self.name}, {self.tokens} {what}"
 
+    @property
+    def settings(self) -> Facts:
+        """For results: the recipe of a training or a server, and what is set over it."""
+        sizes = self.sizes
+        return {"recipe": sizes.recipe, "sets": list(sizes.sets)} if isinstance(sizes, Training | Serving) else {}
+
 
 @dataclass(frozen=True)
 class Line:

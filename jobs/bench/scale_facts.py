@@ -1,6 +1,7 @@
 """What ``shoal bench scale`` measured, as its JSON keeps it: read again, with that of other calls, it gives their rows.
 
-A case is known by its ranks and its name, as :class:`~shoal.jobs.bench.scale_cases.Case` says it.
+A case is known by its ranks and its name, as :class:`~shoal.jobs.bench.scale_cases.Case` says it. Trainings and servers
+have their ``recipe`` and its settings, ``sets``, with what was measured; results of before do not say them.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def unsettled(found: Mapping[Case, Facts]) -> list[Case]:
 
 def found_in(documents: Sequence[Document], cases: Iterable[Case]) -> dict[Case, Facts]:
     """What was measured of each case, the newest of several, and as ``date`` that of its call. Raises InvalidInput for
-    what is no case."""
+    what is no case, or one of other settings."""
     known = {(case.ranks, str(case)): case for case in cases}
     found: dict[Case, Facts] = {}
     for document in documents:
@@ -75,7 +76,19 @@ def found_in(documents: Sequence[Document], cases: Iterable[Case]) -> dict[Case,
             if key not in known:
                 raise InvalidInput(f"{key[1]} on {key[0]} was measured by another version: measure it again")
             case, date = known[key], str(fact.get("date", document["date"]))
+            if others := _others(case, fact):
+                raise InvalidInput(f"{key[1]} on {key[0]} was measured with {others}: measure it again")
             if case not in found or date >= found[case]["date"]:
                 mine = {name: value for name, value in fact.items() if name not in ("ranks", "case")}
                 found[case] = mine | {"date": date}
     return found
+
+
+def _others(case: Case, fact: Facts) -> str:
+    """The settings of what was measured that are not the case's, in words; of steps there may be any number."""
+    if "sets" not in fact:
+        return ""
+    mine, its = ({f"recipe {of['recipe']}", *of["sets"]} for of in (case.settings, fact))
+    known = {each.partition("=")[0] for each in its}
+    others = [*sorted(its - mine), *sorted(f"no {each}" for each in mine - its if each.partition("=")[0] not in known)]
+    return ", ".join(each for each in others if "train.steps=" not in each)

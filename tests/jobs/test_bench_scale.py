@@ -204,6 +204,11 @@ def test_results_that_do_not_belong_together_are_not_gathered(result: Any, tmp_p
     assert done.returncode == 3 and "4 x NVIDIA H100, in small" in done.stderr
     done = _gathered(tmp_path, {**result, "facts": [{**result["facts"][0], "case": "MoE layer, 3 tokens"}]})
     assert done.returncode == 3 and "MoE layer, 3 tokens on 1 was measured by another version" in done.stderr
+    training = next(facts for facts in result["facts"] if "sets" in facts)
+    assert training["recipe"] == "deepseekmoe-2b" and f"parallel.ranks={training['ranks']}" in training["sets"]
+    other = {**training, "sets": [s for s in training["sets"] if "accumulate" not in s] + ["train.dtype='bfloat16'"]}
+    done = _gathered(tmp_path, {**result, "facts": [other]})
+    assert done.returncode == 3 and "was measured with train.dtype='bfloat16', no train.accumulate=" in done.stderr
 
 
 def test_trainings_from_before_experts_settled_stand_beside_no_newer_ones(result: Any, tmp_path: Path) -> None:
