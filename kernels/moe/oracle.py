@@ -41,7 +41,7 @@ def moe_layer(
     for u in u_TH:
         logits = torch.stack([u @ e for e in centroids_NH])
         scores = torch.softmax(logits, dim=0) if score == "softmax" else 1 / (1 + torch.exp(-logits))
-        chosen = sorted(range(len(scores)), key=lambda i: -float(scores[i]))[:top_k]
+        chosen = choose(scores.tolist(), top_k)
         total = sum(scores[i] for i in chosen) if normalize else 1.0
         h = torch.zeros_like(u)
         for i in chosen:

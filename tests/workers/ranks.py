@@ -26,6 +26,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -72,6 +73,14 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, device: str = "cpu
                 told, error.error_index, error.error_pid, error.exit_code, error.signal_name
             ) from None
         return [pickle.loads((folder / str(rank)).read_bytes()) for rank in range(world)]
+
+
+def asked_for(request: pytest.FixtureRequest, **values: Any) -> list[dict[str, Any]]:
+    """Parameters of those tests of a module that this session runs, where they have these values: for fixtures that
+    compute for all tests in one go, and need not for those that nobody asked for."""
+    items = [item for item in request.session.items if item.path == request.path]
+    found = [item.callspec.params for item in items if isinstance(item, pytest.Function) and hasattr(item, "callspec")]
+    return [parameters for parameters in found if parameters.items() >= values.items()]
 
 
 @contextlib.contextmanager

@@ -85,13 +85,14 @@ def nsa_alone(p: Problem, args: list[Tensor]) -> list[Tensor]:
 @dataclass
 class Shared:
     """What a rank of several computed. forward, total: bytes it had received after the forward pass, and at last.
-    counts: of the pages that were chosen."""
+    counts: of the pages that were chosen. turns: heads of keys that were computed together, one turn after another."""
 
     results: list[Tensor]
     forward: dict[str, int]
     total: dict[str, int]
     buffers: dict[str, int]
     counts: list[int]
+    turns: list[int]
 
     @property
     def coverage(self) -> float:
@@ -117,7 +118,8 @@ def nsa_shared(
     out = nsa_of(p, leaves, sequence, fetching, wide, heads)
     forward = dict(sequence.received)
     results = [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
-    return Shared(results, forward, dict(sequence.received), _buffers(sequence), counted([fetching])[0].tolist())
+    counts, turns = counted([fetching])[0].tolist(), [len(read) for read in fetching.read]
+    return Shared(results, forward, dict(sequence.received), _buffers(sequence), counts, turns)
 
 
 def nsa_of(

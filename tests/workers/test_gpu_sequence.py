@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import asked_for, run_ranks
 from sequences import (
     FULL_NAMES,
     NSA_NAMES,
@@ -49,10 +49,12 @@ WORSE = 1.25
 class Case:
     """Documents of a pack, and heads. kind: ``nsa``, or of full attention ``ring`` or ``gather``. all_blocks: every
     query reads all blocks of its document, so that no rounding decides which, and float64 can tell who is right.
-    straight: far keys are not packed, as those of long sequences are not."""
+    straight: far keys are not packed, as those of long sequences are not. heads: of keys, that are computed at a time;
+    0: all."""
 
     lengths: tuple[int, ...]
     kind: str = "nsa"
+    kv: int = 2
     group: int = 4
     dims: tuple[int, int] = (128, 128)
     window: int = 104
@@ -60,6 +62,7 @@ class Case:
     pull: bool = False
     wide: bool = False
     straight: bool = False
+    heads: int = 0
 
     def problem(self, device: str) -> Problem:
         """On a GPU in bf16, on a CPU in float32 and small. φ in float32 where blocks are chosen: whether products of
@@ -68,7 +71,7 @@ class Case:
         return Problem(
             cu=tuple(accumulate((-(-n // by) for n in self.lengths), initial=0)),
             sizes=BlockSizes(32 // by, 16 // by, 64 // by, 16, 1, 2, self.window // by),
-            kv=2,
+            kv=self.kv,
             group=self.group,
             dims=(self.dims[0] // by, self.dims[1] // by),
             dtype=torch.bfloat16 if device == "cuda" else torch.float32,
@@ -88,6 +91,14 @@ CASES = {
     "uneven documents, far keys straight": Case((700, 1, 63, 64, 900), group=16, straight=True),
     "16k, chosen blocks": Case((16384,), group=16, window=512, all_blocks=False, pull=True, wide=True),
     "chosen blocks of two documents": Case((3000, 1000), all_blocks=False, pull=True),
+    "a head at a time": Case((700, 1, 63, 64, 900), group=16, heads=1),
+    "a head at a time, far keys straight": Case((700, 1, 63, 64, 900), group=16, straight=True, heads=1),
+    "two of three heads at a time": Case((900, 1000), kv=3, wide=True, straight=True, heads=2),
+    "one document, a head at a time": Case((1024,), heads=1),
+    "16k, a head at a time": Case((9000, 7384), group=16, window=512, all_blocks=False, straight=True, heads=1),
+    "16k, chosen blocks, a head at a time": Case(
+        (16384,), group=16, window=512, all_blocks=False, pull=True, wide=True, straight=True, heads=1
+    ),
     "full, ring": Case((2048,), "ring", group=16),
     "full, ring, d_qk 192, d_v 128": Case((2048,), "ring", dims=(192, 128)),
     "full, gathered": Case((700, 1, 63, 64, 900), "gather", group=16),
@@ -96,11 +107,11 @@ CASES = {
 }
 
 
-def on_rank(rank: int, world: int, device: str) -> dict[str, dict[str, Any]]:
-    """Of each case what this rank found."""
+def on_rank(rank: int, world: int, device: str, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Of each case of that name what this rank found."""
     torch.set_num_threads(1 if device == "cpu" else 4)
     group = everyone(rank, world, device)
-    return {name: measured(case, group, device) for name, case in CASES.items()}
+    return {name: measured(CASES[name], group, device) for name in names}
 
 
 def everyone(rank: int, world: int, device: str) -> Group:
@@ -128,10 +139,10 @@ def measured(case: Case, group: Group, device: str) -> dict[str, Any]:
     facts: dict[str, Any] = {"p": p}
     if nsa:
         packed, volume.PACKED = volume.PACKED, -1 if case.straight else volume.PACKED
-        shared = nsa_shared(p, args, group, pull=case.pull, wide=case.wide)
+        shared = nsa_shared(p, args, group, pull=case.pull, wide=case.wide, heads=case.heads)
         volume.PACKED = packed
         mine, alone = shared.results, nsa_alone(p, args)
-        facts |= {"coverage": shared.coverage, "forward": shared.forward, "total": shared.total}
+        facts |= {"coverage": shared.coverage, "turns": shared.turns, "total": shared.total}
         facts["gluon"] = device == "cuda" and takes_gluon(args, p.sizes.slc_block)
     else:
         mine, _ = full_shared(p, args, group, ring=case.kind == "ring")
@@ -178,11 +189,12 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def found(device: str) -> list[dict[str, dict[str, Any]]]:
-    """What both ranks found; all cases in one go, since starting processes and NCCL takes long."""
+def found(request: pytest.FixtureRequest, device: str) -> list[dict[str, dict[str, Any]]]:
+    """What both ranks found; all cases that were asked for in one go, since starting processes and NCCL takes long."""
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA GPUs")
-    return run_ranks(2, on_rank, device, device=device)
+    wanted = {each["name"] for each in asked_for(request, device=device) if "name" in each}
+    return run_ranks(2, on_rank, device, sorted(wanted, key=list(CASES).index), device=device)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -199,24 +211,31 @@ def test_two_ranks_equal_one(device: str, found: list[dict[str, dict[str, Any]]]
                 assert exact <= max(bound, WORSE * one), (rank, what, exact, one)
         if device == "cuda" and case.window == 512 and torch.cuda.get_device_capability() == (9, 0):
             assert facts["gluon"], "the kernels for Hopper do not take these shapes"
+        if case.kind == "nsa":
+            step = case.heads or case.kv
+            assert facts["turns"] == [min(step, case.kv - first) for first in range(0, case.kv, step)]
 
 
-def test_bytes_are_those_of_the_formula(found: list[dict[str, dict[str, Any]]]) -> None:
+ONE_DOCUMENT = ("one document", "16k, chosen blocks")
+
+
+@pytest.mark.parametrize("name", [*ONE_DOCUMENT, *(f"{name}, a head at a time" for name in ONE_DOCUMENT)])
+def test_bytes_are_those_of_the_formula(found: list[dict[str, dict[str, Any]]], name: str) -> None:
     """Of one document, as it is, and with chosen blocks and gradients in float32, where it is a bound but for pages."""
     for rank, results in enumerate(found):
-        for name in ("one document", "16k, chosen blocks"):
-            facts, pull = results[name], CASES[name].pull
-            p: Problem = facts["p"]
-            shape = Shape(p.kv, p.dims, p.dtype.itemsize, 4 if pull else p.dtype.itemsize)
-            model = nsa_volume(p.cu, zigzag(p.cu[-1], 2, p.sizes.slc_block), rank, shape, p.sizes)
-            total = {k: model["forward"][k] + model["backward"][k] for k in model["forward"]}
-            if not pull:
-                assert facts["total"] == total
-                continue
-            assert 0 < facts["coverage"] <= 1
-            assert 0 < facts["total"].pop("far") <= total.pop("far")
-            assert facts["total"].pop("pages") == p.kv * -(-p.cu[-1] // p.sizes.slc_block)
+        facts, pull = results[name], CASES[name].pull
+        p: Problem = facts["p"]
+        shape = Shape(p.kv, p.dims, p.dtype.itemsize, 4 if pull else p.dtype.itemsize)
+        model = nsa_volume(p.cu, zigzag(p.cu[-1], 2, p.sizes.slc_block), rank, shape, p.sizes)
+        total = {k: model["forward"][k] + model["backward"][k] for k in model["forward"]}
+        if not pull:
             assert facts["total"] == total
+            continue
+        got = dict(facts["total"])
+        assert 0 < facts["coverage"] <= 1
+        assert 0 < got.pop("far") <= total.pop("far")
+        assert got.pop("pages") == p.kv * -(-p.cu[-1] // p.sizes.slc_block)
+        assert got == total
 
 
 def test_the_first_exchange_may_be_of_some_ranks(device: str) -> None:

@@ -1,4 +1,4 @@
-"""The experts' backends: which one a recipe gets, and that the layer in one piece is the layer in parts."""
+"""The experts' backends: which one a recipe gets, that the layer is the papers' by each, in one piece and in parts."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from shoal.workers.placement import Placement  # noqa: E402
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 
 
-def layer_of(backend: str, **changes: Any) -> MoE:
+def layer_of(backend: str, dtype: torch.dtype = DTYPE, **changes: Any) -> MoE:
     """A layer with the same weights every time, whatever computes it."""
     recipe = Recipe.model_validate(small_recipe(parallel__device="auto", balance__expert=0.1, **changes))
     # The interpreter runs where the backend itself would be refused: it is put in afterwards.
     name = backend if ON_GPU else "torch"
     changed = recipe.model_copy(update={"moe": recipe.moe.model_copy(update={"backend": name})})
-    layer = MoE(changed, make_mesh(Placement.of(recipe)), torch.device(DEVICE), DTYPE).to(DEVICE, DTYPE)
+    layer = MoE(changed, make_mesh(Placement.of(recipe)), torch.device(DEVICE), dtype).to(DEVICE, dtype)
     if not ON_GPU and backend == "triton":
         layer.products, layer.whole = TritonGemms, True
     generator = torch.Generator().manual_seed(1)
@@ -50,11 +50,16 @@ def outcome(layer: MoE, x: Tensor) -> list[Tensor]:
     wanted = sequences if layer.balance.sequence else None
     x, load = x.clone().requires_grad_(), MoELoad(len(x), sequences=wanted)
     out = layer(x, torch.zeros(len(x), dtype=torch.int64, device=x.device), load)
-    upstream = torch.linspace(-1, 1, out.numel(), device=x.device, dtype=x.dtype).view_as(out)
     balance = balance_of(layer, load)
+    upstream = upstream_of(x)
     grads = torch.autograd.grad((out * upstream).sum() + balance, [x, *layer.parameters()])
     assert load.counts is not None
     return [out.detach(), load.counts[0], balance.detach(), *grads]
+
+
+def upstream_of(x: Tensor) -> Tensor:
+    """A gradient of the output; the same numbers on every device."""
+    return torch.linspace(-1, 1, x.numel()).view_as(x).to(x)
 
 
 def balance_of(layer: MoE, load: MoELoad) -> Tensor:
@@ -63,6 +68,87 @@ def balance_of(layer: MoE, load: MoELoad) -> Tensor:
     loss = load.loss(layer.balance)
     assert loss is not None
     return loss
+
+
+def by_the_equations(layer: MoE, x: Tensor) -> list[Tensor]:
+    """What :func:`outcome` gives, token by token in float64."""
+    moe, balance = layer.table, layer.balance
+    weights = {name: p.detach().cpu().double().requires_grad_() for name, p in layer.named_parameters()}
+    u = x.cpu().double().requires_grad_()
+    shared = list(zip(weights["shared.gate_up"], weights["shared.down"], strict=True))
+    routed = (weights[name] for name in ("centroids", "experts.gate_up", "experts.down"))
+    out, scores, counts = oracle.moe_layer(u, *routed, shared, moe.top_k, moe.normalize_gates)
+    loss = oracle.expert_balance(scores, counts, moe.top_k, balance.expert)
+    loss = loss + oracle.device_balance(scores, counts, moe.top_k, balance.device, balance.device_groups)
+    total = (out * upstream_of(x).cpu().double()).sum() + loss
+    return [out.detach(), counts, loss.detach(), *torch.autograd.grad(total, [u, *weights.values()])]
+
+
+WIDE = {"model__hidden": 64, "moe__experts": 16, "moe__expert_hidden": 32}
+FAVOURITE, IDLE = 5, (3, 8, 15)
+LOADS: dict[str, dict[str, Any]] = {
+    "any": {},
+    "experts without tokens": {},
+    "an expert with 30 % of all rows, others with none": {"moe__normalize_gates": True},
+}
+KINDS = {"torch": ("Gemms",), "triton": ("TritonGemms", "GluonGemms"), "megablocks": ("MegaBlocksGemms",)}
+"""Classes of products; Gluon's are those of Triton on Hopper."""
+COMPUTED_BY = [
+    pytest.param("torch", torch.bfloat16, id="torch"),
+    pytest.param(
+        *("torch", torch.float32),
+        marks=pytest.mark.skipif(ON_GPU, reason="takes bfloat16 there"),
+        id="torch in float32",
+    ),
+    pytest.param("triton", DTYPE, id="triton"),
+    pytest.param("megablocks", torch.bfloat16, marks=pytest.mark.gpu, id="megablocks"),
+]
+
+
+@torch.no_grad()
+def loaded(layer: MoE, load: str) -> Tensor:
+    """Tokens ``[T, hidden]`` for a layer, whose router is changed so that its experts have that load."""
+    tokens, centroids = 400 if ON_GPU else 100, layer.centroids
+    x = torch.randn(tokens, centroids.shape[1], generator=torch.Generator().manual_seed(2))
+    x[:, 0] = 2.0
+    x[:, 1] = torch.where(torch.arange(tokens) % 10 == 0, -2.0, 2.0)
+    centroids *= 0.3  # logits of 0.8 or so
+    if load != "any":
+        centroids[list(IDLE)] = 0.0
+        centroids[list(IDLE), 0] = -4.0
+    if "30 %" in load:  # nine tokens of ten choose it, among three experts each
+        centroids[:, 1] = 0.0
+        centroids[FAVOURITE] = 0.0
+        centroids[FAVOURITE, 1] = 1.5
+    return x.to(centroids)
+
+
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize(("backend", "dtype"), COMPUTED_BY)
+def test_each_backend_computes_the_layer_of_the_papers(backend: str, dtype: torch.dtype, load: str) -> None:
+    """Output, loads, balance losses and all gradients."""
+    if backend == "megablocks" and not find_spec("megablocks"):
+        pytest.skip("MegaBlocks is not installed: make megablocks builds it")
+    layer = layer_of(backend, dtype, **WIDE, **LOADS[load])
+    assert layer.whole == (backend == "triton")
+    assert layer.products.__name__ in KINDS[backend]
+    x = loaded(layer, load)
+    got, want = outcome(layer, x), by_the_equations(layer, x)
+    counts = want[1].tolist()
+    assert got[1].tolist() == counts
+    names = ["out", "counts", "balance", "x", *(name for name, _ in layer.named_parameters())]
+    for name, one, other in zip(names, got, want, strict=True):
+        assert one.shape == other.shape, name
+        error = (one.cpu().double() - other).norm() / other.double().norm()
+        # bf16: four roundings on the way, and 5.4e-3 at most where PyTorch computes it on a CPU
+        assert error <= (1.5e-2 if dtype == torch.bfloat16 else 3e-6), (name, float(error))
+    if load != "any":
+        assert [counts[expert] for expert in IDLE] == [0, 0, 0]
+        for name in ("experts.gate_up", "experts.down"):
+            grad = got[names.index(name)]
+            assert [bool(expert.any()) for expert in grad] == [count > 0 for count in counts]
+    if "30 %" in load:
+        assert 10 * counts[FAVOURITE] == 3 * sum(counts)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
