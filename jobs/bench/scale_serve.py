@@ -179,7 +179,7 @@ def _measure(
     if not seconds:
         raise TimedOut("no time was left")
     options = (f"--workers={ranks}", *((f"--placement={placement}",) if placement else ()))
-    rows = run(
+    measured = run(
         ServeSettings(
             data_dir=data_dir,
             say=say,
@@ -195,7 +195,7 @@ def _measure(
     )
     cuda = "parallel.device=cuda" in serving.sets
     peak = known_peak(next(iter(gpu_figures("name")), "")) if cuda else peak_flops("cpu", "float32")
-    for case, row in zip(cases, rows, strict=True):
+    for case, row in zip(cases, list(measured), strict=True):
         kept = {key: row[key] for key in ("ttft_ms", "tpot_ms", "failed") if key in row}
         facts = {"ms": row["ms"] * case.tokens, "peak_bytes": row.get("gpu_bytes", 0), "peak_flops": peak}
         facts["itemsize"] = 2 if cuda else 4
