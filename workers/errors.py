@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+INTERRUPTED = 130
+"""The exit code of what was told to stop: 128 + SIGINT, as shells count."""
+
 
 class ShoalError(Exception):
     """Base of all errors shown to a person as one sentence, without a traceback.

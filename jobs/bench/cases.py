@@ -5,20 +5,27 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from shoal.jobs.bench.result import Row
+
+if TYPE_CHECKING:
+    from torch.multiprocessing import ProcessContext
 
 Case = TypeVar("Case")
 RankMain = Callable[[int, int, str, list[Case], str], None]
 """``(rank, ranks, store, cases, results)``: measures cases in turn. The first rank calls :func:`tell` as each begins
 and ends. store: a file that does not exist yet, for ``init_process_group``."""
 POLL = 0.5  # seconds between looks at what was measured
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE = 5.0  # seconds that ranks which are asked to end may take
 
 
@@ -50,28 +57,26 @@ def run_cases(
     ranks: int,
     cases: Sequence[Case],
     say: Callable[[str], None],
-    after: Callable[[Case, list[Row]], None] = lambda case, rows: None,
     patience: Patience = ENDLESS,
-) -> dict[Case, list[Row]]:
-    """Rows by case. After a case that ended the ranks, or took too long, the others go on in new ones. after: called as
-    each is measured.
+) -> Iterator[tuple[Case, list[Row]]]:
+    """Cases and their rows as they are measured. After a case that ended the ranks, or took too long, the others go on
+    in new ones. The ranks end with the iterator.
 
     A case's ``str`` names it.
     """
-    found: dict[Case, list[Row]] = {}
+    found: set[Case] = set()
     left = list(cases)
     while left:
         if not patience.left:
             say(f"left out, {of(ranks)}, {', '.join(map(str, left))}: no time was left")
             break
         say(f"{of(ranks)}: {', '.join(map(str, left))}")
-        begun, failed = _run(main, ranks, left, found, after, patience)
+        begun, failed = yield from _run(main, ranks, left, found, patience)
         if not failed:
             break
         late = left[begun] in found  # its ranks failed as they let go of it
         say(f"{'measured, then' if late else 'left out,'} {of(ranks)}, {left[begun]}: {failed}")
         left = [case for case in left[begun + 1 :] if case not in found]
-    return found
 
 
 def tell(rank: int, results: str, line: dict[str, Any]) -> None:
@@ -90,13 +95,12 @@ def _run(
     main: RankMain[Case],
     ranks: int,
     cases: list[Case],
-    found: dict[Case, list[Row]],
-    after: Callable[[Case, list[Row]], None],
+    found: set[Case],
     patience: Patience,
-) -> tuple[int, str]:
-    """The last case that was begun, and why the ranks ended before their time; an empty string if they did not."""
+) -> Generator[tuple[Case, list[Row]], None, tuple[int, str]]:
+    """Yields what is measured, and adds its case to ``found``. Returns the last case that was begun, and why the ranks
+    ended before their time; an empty string if they did not."""
     import torch
-    import torch.multiprocessing as mp
 
     if torch.cuda.device_count() < ranks:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -105,8 +109,7 @@ def _run(
         results.touch()
         begun = read = 0
         failed, over, heard = "", False, time.monotonic()
-        processes = mp.spawn(main, (ranks, str(Path(folder) / "store"), cases, str(results)), ranks, join=False)
-        try:
+        with started(main, ranks, (ranks, str(Path(folder) / "store"), cases, str(results))) as processes:
             while True:
                 try:
                     over = over or processes.join(POLL)
@@ -116,8 +119,8 @@ def _run(
                 for line in map(json.loads, lines[read:]):
                     begun = max(begun, line.get("begins", 0))
                     if "rows" in line:
-                        found[cases[line["case"]]] = line["rows"]
-                        after(cases[line["case"]], line["rows"])
+                        found.add(cases[line["case"]])
+                        yield cases[line["case"]], line["rows"]
                 if len(lines) > read:
                     heard = time.monotonic()
                 read = len(lines)
@@ -125,8 +128,42 @@ def _run(
                     failed, over = lost, True
                 if over:
                     return begun, failed
-        finally:
-            _end(processes.processes)  # those that wait for each other, and those of a caller that gives up
+
+
+@contextmanager
+def started(main: Callable[..., None], ranks: int, arguments: tuple[Any, ...]) -> Iterator[ProcessContext]:
+    """Processes that run ``main(rank, *arguments)``; at the end of the block they are ended, if they have not.
+
+    A terminal and ``timeout`` signal all processes of a command at once, and Python shows a traceback for one that is
+    importing then, or whose parent was about to tell it what to do: ``STOPS`` wait until all are started, and in a
+    process until it has begun, which they then end without a word.
+    """
+    import torch.multiprocessing as mp
+
+    came: list[int] = []
+    main_thread = threading.current_thread() is threading.main_thread()
+    heard = [number for number in STOPS if main_thread and callable(signal.getsignal(number))]
+    handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in heard}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # processes inherit it; other threads here may be signalled
+    try:
+        processes = mp.spawn(_begin, (main, *arguments), ranks, join=False)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    try:
+        if came:
+            signal.raise_signal(came[0])
+        yield processes
+    finally:
+        _end(processes.processes)  # those that wait for each other, and those of a caller that gives up
+
+
+def _begin(rank: int, main: Callable[..., None], *arguments: Any) -> None:
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    main(rank, *arguments)
 
 
 def _end(processes: Sequence[Any]) -> None:

@@ -3,8 +3,8 @@
 A step is all of :class:`Trainer`'s, on a text that is one document, so that full attention can go around the ring. Its
 time is that on the wall, until the GPU is done; the median over those after the first ones.
 
-``python -m shoal.jobs.bench.context --out FILE`` writes the file anew after each case, and beside it the records of all
-steps, as a run's metrics.jsonl has them.
+``python -m shoal.jobs.bench.context --out FOLDER`` writes JSON after each case, as cut off until the last, and beside
+it the records of all steps, as a run's metrics.jsonl has them.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.jobs.bench.result import Row, document, gpu_kind, time_row
-from shoal.workers.errors import ShoalError
+from shoal.jobs.bench.cases import of, started
+from shoal.jobs.bench.ending import cut_in_order, report_as_it_goes
+from shoal.jobs.bench.result import Document, Row, document, gpu_kind, time_row
 
 if TYPE_CHECKING:
     from shoal.jobs.bench.registry import Settings
@@ -77,37 +79,40 @@ def waves(ranks: int, steps: int | None, small: bool) -> list[list[Case]]:
     return [*shared, [long], *([alone] if ranks > 1 else [])]
 
 
-def run(settings: Settings) -> list[Row]:
+def run(settings: Settings) -> Iterator[Row]:
     """Rows of all cases, on up to two GPUs; without one small ones over gloo."""
     import torch
 
     gpus = torch.cuda.device_count()
-    found = measure(gpus and min(2, gpus), settings.steps, settings.data_dir, settings.say)
-    return rows(found)
+    found: dict[Case, Records] = {}
+    try:
+        measure(found, gpus and min(2, gpus), settings.steps, settings.data_dir, settings.say)
+    finally:  # when it is cut off, too: cases stand beside those that come later
+        yield from rows(found)
 
 
 def measure(
+    found: dict[Case, Records],
     gpus: int,
     steps: int | None,
     data_dir: Path,
     say: Callable[[str], None] = print,
-    after: Callable[[dict[Case, Records]], None] = lambda found: None,
-) -> dict[Case, Records]:
-    """Records of each case's steps. gpus: 0 for two ranks on the CPU. after: called with what is there by now.
+    after: Callable[[], object] = lambda: None,
+) -> None:
+    """Adds records of each case's steps to ``found``. gpus: 0 for two ranks on the CPU. after: called as there is more.
 
     A case that ends its ranks (for want of memory, say) is left out; the others go on.
     """
     corpus = str(long_document(data_dir))
-    found: dict[Case, Records] = {}
     for cases in waves(gpus or 2, steps, small=not gpus):
-        names = ", ".join(f"{c.kind} at {c.what} on {_of(c.ranks)}" for c in cases)
+        names = ", ".join(f"{c.kind} at {c.what} on {of(c.ranks)}" for c in cases)
         say(names)
         try:
             found |= _run(cases, corpus)
         except Exception as error:  # whatever a rank raised, or what killed it
             say(f"left out, {names}: {str(error).strip().splitlines()[-1]}")
-        after(found)
-    return found
+            continue
+        after()
 
 
 def long_document(data_dir: Path, characters: int | None = None) -> Path:
@@ -128,8 +133,6 @@ def long_document(data_dir: Path, characters: int | None = None) -> Path:
 
 def _run(cases: list[Case], corpus: str) -> dict[Case, Records]:
     """Runs cases side by side, and reads what the first rank of each wrote."""
-    import torch.multiprocessing as mp
-
     from shoal.jobs.bench.context_rank import rank_main
 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -137,7 +140,9 @@ def _run(cases: list[Case], corpus: str) -> dict[Case, Records]:
     places = [(i, rank) for i, case in enumerate(cases) for rank in range(case.ranks)]
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         arguments = [(case.settings, case.ranks, f"{folder}/store-{i}") for i, case in enumerate(cases)]
-        mp.spawn(rank_main, (places, arguments, corpus, SECONDS, WARM_UP + 2, folder), len(places))
+        with started(rank_main, len(places), (places, arguments, corpus, SECONDS, WARM_UP + 2, folder)) as processes:
+            while not processes.join():
+                pass
         return {
             case: [json.loads(line) for line in Path(folder, f"records-{i}").read_text().splitlines()]
             for i, case in enumerate(cases)
@@ -176,7 +181,7 @@ def _row(case: Case, found: dict[Case, Records], name: str, other: Case | None, 
         "losses": [r["loss"] for r in records],
     }
     baseline_ms = _ms(found[other]) if other else None
-    what = f"a step at {first['context'] >> 10}k: {case.kind}, {_of(case.ranks)}"
+    what = f"a step at {first['context'] >> 10}k: {case.kind}, {of(case.ranks)}"
     return time_row(what, ms, name, baseline_ms, target, **facts)
 
 
@@ -185,10 +190,7 @@ def _ms(records: Records) -> float:
     return 1e3 * statistics.median(r["wall_seconds"] for r in records[min(WARM_UP, len(records) - 1) :])
 
 
-def _of(ranks: int) -> str:
-    return "1 rank" if ranks == 1 else f"{ranks} ranks"
-
-
+@cut_in_order()
 def main() -> None:
     """Measures, and writes JSON as it goes."""
     import torch
@@ -198,22 +200,28 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     parser.add_argument("--steps", type=int, default=None)
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     gpus, before = min(2, torch.cuda.device_count()), os.getloadavg()[0]
     name = f"context-{gpus}x{gpu_kind()}" if gpus else "context"
+    found: dict[Case, Records] = {}
 
-    def after(found: dict[Case, Records]) -> None:
-        result = document(name, rows(found), (before, os.getloadavg()[0]))
-        (args.out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    def measured(after: Callable[[], object]) -> None:
+        measure(found, gpus, args.steps, args.data_dir, after=after)
+
+    def result() -> Document:
+        args.out.mkdir(parents=True, exist_ok=True)
         for case, records in found.items():
             file = args.out / f"{case.what}-{case.kind}-{case.ranks}.jsonl"
             file.write_text("".join(json.dumps(r) + "\n" for r in records))
+        return document(name, rows(found), (before, os.getloadavg()[0]))
 
-    found = measure(gpus, args.steps, args.data_dir, after=after)
-    for row in rows(found):
-        print(json.dumps(row))
+    def show(path: Path) -> None:
+        for row in rows(found):
+            print(json.dumps(row))
+        print(f"written to {path}")
+
+    report_as_it_goes(measured, result, args.out, show)
     if len(found) < sum(map(len, waves(gpus or 2, args.steps, not gpus))):
-        raise ShoalError("some cases were left out")
+        sys.exit("some cases were left out")
 
 
 if __name__ == "__main__":

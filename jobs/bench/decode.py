@@ -9,15 +9,17 @@ runs it without Ray; ``--device cpu`` runs it in small, over gloo.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from shoal.jobs.bench.cases import run_cases
+from shoal.jobs.bench.cases import tell as tell_case
+from shoal.jobs.bench.ending import cut_in_order, report, result_of
 from shoal.jobs.bench.registry import Settings
-from shoal.jobs.bench.result import Row, time_row
+from shoal.jobs.bench.result import Row, gpu_kind, time_row
 from shoal.workers.errors import InvalidInput
 
 WORLD = 2
@@ -44,16 +46,27 @@ class Sizes:
         return self.placements or ("colocated", f"{world // 2}A:{world - world // 2}F")
 
 
+@dataclass(frozen=True)
+class Load:
+    """A case: so many requests at once, whose contexts are nearly full. device: ``cuda`` or ``cpu``."""
+
+    context: int
+    at_once: int
+    device: str
+    sizes: Sizes
+
+    def __str__(self) -> str:
+        return f"{self.context} tokens, {self.at_once} at once"
+
+
 def small() -> Sizes:
     """What a CPU computes in a moment."""
     return Sizes("tiny", ("attention.slc_count=4", "attention.window=64"), (256,), (1, 3), steps=2)
 
 
-def run(settings: Settings, sizes: Sizes | None = None, device: str = "cuda", world: int = WORLD) -> list[Row]:
+def run(settings: Settings, sizes: Sizes | None = None, device: str = "cuda", world: int = WORLD) -> Iterator[Row]:
     """Medians over steps. Raises InvalidInput where there are too few GPUs, or other ones."""
     import torch
-    import torch.distributed as dist
-    import torch.multiprocessing as mp
 
     if device == "cuda" and torch.cuda.device_count() < world:
         raise InvalidInput(
@@ -61,17 +74,15 @@ def run(settings: Settings, sizes: Sizes | None = None, device: str = "cuda", wo
             "machine with more, or `python -m shoal.jobs.bench.decode --device cpu` in small"
         )
     sizes = sizes or Sizes(steps=settings.steps)
-    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "figures"
-        mp.start_processes(on_rank, (world, store.port, device, sizes, str(out)), nprocs=world, start_method="spawn")
-        figures: Figures = json.loads(out.read_text())
-    if not figures:
-        raise InvalidInput("shoal bench decode needs CUDA graphs of experts, and this is no Hopper GPU: run it on one")
-    for f in figures:
-        where = f"{f['context']} tokens, {f['at_once']} at once, {f['placement']}"
-        settings.say(f"{where}, {f['way']}: {f['ms']:.2f} ms a step")
-    return tell(figures, sizes, world)
+    loads = [Load(context, at_once, device, sizes) for context in sizes.contexts for at_once in sizes.at_once]
+    for load, figures in run_cases(on_rank, world, loads, settings.say):
+        if not figures:
+            raise InvalidInput(
+                "shoal bench decode needs CUDA graphs of experts, and this is no Hopper GPU: run it on one"
+            )
+        yield from tell(figures, sizes, world)
+        for f in figures:
+            settings.say(f"{load}, {f['placement']}, {f['way']}: {f['ms']:.2f} ms a step")
 
 
 def tell(figures: Figures, sizes: Sizes, world: int) -> list[Row]:
@@ -90,8 +101,8 @@ def tell(figures: Figures, sizes: Sizes, world: int) -> list[Row]:
     return rows
 
 
-def on_rank(rank: int, world: int, port: int, device: str, sizes: Sizes, out: str) -> None:
-    """Entry of a process. The first rank writes the figures to ``out``."""
+def on_rank(rank: int, world: int, store: str, loads: list[Load], results: str) -> None:
+    """Measures loads in turn; the first rank appends a line of JSON to ``results`` as each begins and ends."""
     import gc
 
     import torch
@@ -99,43 +110,43 @@ def on_rank(rank: int, world: int, port: int, device: str, sizes: Sizes, out: st
 
     torch.set_num_threads(1)
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast wants rights that containers lack
-    store = dist.TCPStore("127.0.0.1", port, None, False)
+    device = loads[0].device
     place = torch.device(device, rank) if device == "cuda" else torch.device(device)
     if device == "cuda":
         torch.cuda.set_device(place)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    figures = _figures(rank, world, place, sizes)
+    dist.init_process_group(backend, f"file://{store}", rank=rank, world_size=world)
+    _measure(rank, world, place, loads, results)
     gc.collect()  # graphs go before what they exchange with
-    if rank == 0:
-        Path(out).write_text(json.dumps(figures))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _figures(rank: int, world: int, device: Any, sizes: Sizes) -> Figures:
+def _measure(rank: int, world: int, device: Any, loads: Sequence[Load], results: str) -> None:
     """Of each placement, load and way the milliseconds of a step; nothing where graphs cannot be had."""
     from shoal.jobs.bench.engine import _decode_ms
 
+    sizes = loads[0].sizes
     engines = {place: _engine(rank, world, device, sizes, place) for place in sizes.places(world)}
     mesh = next(iter(engines.values())).model.mesh
-    graphs, figures = {place: engine.decode for place, engine in engines.items()}, []
-    if None in graphs.values():
-        return []
-    if rank == 0:  # the others wait where all tell their time
+    graphs = {place: engine.decode for place, engine in engines.items()}
+    able = None not in graphs.values()
+    if able and rank == 0:  # the others wait where all tell their time
         engines[""] = _engine(0, 1, device, sizes)
     ways = [(place, way) for place in graphs for way in (GRAPHS, PLAIN)] + [("", ALONE)]
-    for context in sizes.contexts:
-        for at_once in sizes.at_once:
-            for place, way in ways:
-                ms, engine = 0.0, engines.get(place)
-                if engine is not None:
-                    if place:
-                        engine.decode = graphs[place] if way == GRAPHS else None
-                    ms = _decode_ms(engine, _share(engine, at_once), context, sizes.steps)
-                slowest = max(microseconds for (microseconds,) in mesh.tell([round(1000 * ms)])) / 1000
-                figures.append({"placement": place, "context": context, "at_once": at_once, "way": way, "ms": slowest})
-    return figures
+    for index, load in enumerate(loads):
+        tell_case(rank, results, {"begins": index})
+        figures = []
+        for place, way in ways if able else ():
+            ms, engine = 0.0, engines.get(place)
+            if engine is not None:
+                if place:
+                    engine.decode = graphs[place] if way == GRAPHS else None
+                ms = _decode_ms(engine, _share(engine, load.at_once), load.context, sizes.steps)
+            slowest = max(microseconds for (microseconds,) in mesh.tell([round(1000 * ms)])) / 1000
+            about = {"placement": place, "context": load.context, "at_once": load.at_once, "way": way}
+            figures.append(about | {"ms": slowest})
+        tell_case(rank, results, {"case": index, "rows": figures})
 
 
 def _share(engine: Any, at_once: int) -> int:
@@ -170,6 +181,7 @@ def _engine(rank: int, world: int, device: Any, sizes: Sizes, placement: str = "
     return engine
 
 
+@cut_in_order()
 def main() -> None:
     """Runs the benchmark where Shoal's command line cannot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -180,20 +192,14 @@ def main() -> None:
     parser.add_argument("--attention", choices=("nsa", "full"), default="nsa")
     parser.add_argument("--steps", type=int, help="that are timed")
     chosen = parser.parse_args()
-    from dataclasses import replace
-
-    from shoal.jobs.bench.result import document, gpu_kind, write
-
     sizes = replace(
         small() if chosen.device == "cpu" else Sizes(), kind=chosen.attention, placements=tuple(chosen.placement)
     )
     if chosen.steps:
         sizes = replace(sizes, steps=chosen.steps)
-    before = os.getloadavg()[0]
-    rows = run(Settings(), sizes, chosen.device, chosen.ranks)
     name = f"decode-{chosen.ranks}x{gpu_kind()}" if chosen.device == "cuda" else "decode-cpu"
-    path = write(document(name, rows, (before, os.getloadavg()[0])), chosen.out)
-    print(f"written to {path}")
+    result = result_of(name, run(Settings(), sizes, chosen.device, chosen.ranks))
+    report(result, chosen.out, lambda path: print(f"written to {path}"))
 
 
 if __name__ == "__main__":

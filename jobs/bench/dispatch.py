@@ -8,15 +8,15 @@ Needs torch and Triton only: ``python -m shoal.jobs.bench.dispatch --out FOLDER`
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shoal.jobs.bench.cases import run_cases
+from shoal.jobs.bench.ending import cut_in_order, report, result_of
 from shoal.jobs.bench.registry import Settings
-from shoal.jobs.bench.result import Document, Row, time_row
+from shoal.jobs.bench.result import Document, Row, gpu_kind, time_row
 from shoal.workers.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -33,14 +33,14 @@ DISPATCH_SLOWER = 1.1
 BASELINE = "all_to_all, one row per copy"
 
 
-def run(settings: Settings, sizes: Sizes | None = None, device: str = "cuda", world: int = WORLD) -> list[Row]:
+def run(settings: Settings, sizes: Sizes | None = None, device: str = "cuda", world: int = WORLD) -> Iterator[Row]:
     """Medians over rounds in which all take turns; of a time the slowest rank's counts.
 
     Raises InvalidInput where there are too few GPUs.
     """
     import torch
 
-    from shoal.jobs.bench.dispatch_ranks import Sizes
+    from shoal.jobs.bench.dispatch_ranks import KINDS, Case, Sizes, rank_main
 
     if device == "cuda" and torch.cuda.device_count() < world:
         raise InvalidInput(
@@ -50,24 +50,11 @@ def run(settings: Settings, sizes: Sizes | None = None, device: str = "cuda", wo
     sizes = sizes or Sizes()
     if settings.repeats:
         sizes = replace(sizes, repeats=settings.repeats)
-    figures = _measure(sizes, device, world)
-    for figure in figures:
-        settings.say(f"{figure['tokens']:>6} tokens, {figure['name']}: {figure['ms']:.3f} ms")
-    return tell(figures, world)
-
-
-def _measure(sizes: Sizes, device: str, world: int) -> list[dict[str, Any]]:
-    import torch.distributed as dist
-    import torch.multiprocessing as mp
-
-    from shoal.jobs.bench.dispatch_ranks import rank_main
-
-    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "figures"
-        mp.start_processes(rank_main, (world, store.port, device, sizes, str(out)), nprocs=world, start_method="spawn")
-        figures: list[dict[str, Any]] = json.loads(out.read_text())
-    return figures
+    cases = [Case(tokens, kind, device, sizes) for tokens in sizes.tokens for kind in KINDS]
+    for _, figures in run_cases(rank_main, world, cases, settings.say):
+        yield from tell(figures, world)
+        for figure in figures:
+            settings.say(f"{figure['tokens']:>6} tokens, {figure['name']}: {figure['ms']:.3f} ms")
 
 
 def tell(figures: list[dict[str, Any]], world: int) -> list[Row]:
@@ -97,6 +84,7 @@ def draw(result: Document, path: Path) -> bool:
     return moe_plot.draw(moe_plot.dispatch_panels(result["rows"]), result, path)
 
 
+@cut_in_order()
 def main() -> None:
     """Runs the benchmark where Shoal's command line cannot: it needs neither Ray nor pydantic."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -108,20 +96,15 @@ def main() -> None:
     parser.add_argument("--paths", default="all_to_all,symmetric")
     chosen = parser.parse_args()
     from shoal.jobs.bench.dispatch_ranks import Sizes
-    from shoal.jobs.bench.moe import line
-    from shoal.jobs.bench.result import document, gpu_kind, write
+    from shoal.jobs.bench.moe import show
 
     sizes = small() if chosen.device == "cpu" else Sizes()
     sizes = replace(sizes, repeats=chosen.repeats, paths=tuple(chosen.paths.split(",")))
     if chosen.tokens:
         sizes = replace(sizes, tokens=tuple(int(t) for t in chosen.tokens.split(",")))
-    before = os.getloadavg()[0]
-    rows = run(Settings(), sizes, chosen.device, chosen.ranks)
     name = f"dispatch-{chosen.ranks}x{gpu_kind()}" if chosen.device == "cuda" else "dispatch-cpu"
-    path = write(document(name, rows, (before, os.getloadavg()[0])), chosen.out)
-    for row in rows:
-        print(line(row))
-    print(f"written to {path}")
+    result = result_of(name, run(Settings(), sizes, chosen.device, chosen.ranks))
+    report(result, chosen.out, lambda path: show(result, path))
 
 
 def small() -> Sizes:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shoal.jobs.bench.cases import tell
 from shoal.kernels.moe import route
 from shoal.kernels.moe.backend import experts_backend
 from shoal.kernels.moe.fan import by_rank, expand
@@ -43,6 +42,22 @@ class Sizes:
     paths: tuple[str, ...] = ("all_to_all", "symmetric")
 
 
+KINDS = ("exchanges", "layers")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured by turns: one of ``KINDS``, with so many tokens a rank. device: ``cuda`` or ``cpu``."""
+
+    tokens: int
+    kind: str
+    device: str
+    sizes: Sizes
+
+    def __str__(self) -> str:
+        return f"{self.kind} of {self.tokens} tokens"
+
+
 Figures = list[dict[str, Any]]
 """Of each measurement its name, facts, the slowest rank's ``ms``, and ``bytes`` that leave a rank."""
 
@@ -50,22 +65,20 @@ Sides = dict[str, tuple[dict[str, Any], Callable[[], object]]]
 """What is measured by turns: facts, and a call."""
 
 
-def rank_main(rank: int, world: int, port: int, device: str, sizes: Sizes, out: str) -> None:
-    """Entry of a process. The first rank writes the figures to ``out``."""
+def rank_main(rank: int, world: int, store: str, cases: list[Case], results: str) -> None:
+    """Measures cases in turn; the first rank appends a line of JSON to ``results`` as each begins and ends."""
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, None, False)
+    device = cases[0].device
     place = torch.device(device, rank) if device == "cuda" else torch.device(device)
     if device == "cuda":
         torch.cuda.set_device(place)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=world)
-    try:
-        bench = Bench(Group(tuple(range(world)), rank, dist.group.WORLD), place, sizes)
-        figures = [figure for tokens in sizes.tokens for figure in bench.of(tokens)]
-        if rank == 0:
-            Path(out).write_text(json.dumps(figures))
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", f"file://{store}", world_size=world, rank=rank)
+    bench = Bench(Group(tuple(range(world)), rank, dist.group.WORLD), place, cases[0].sizes)
+    for index, case in enumerate(cases):
+        tell(rank, results, {"begins": index})
+        tell(rank, results, {"case": index, "rows": bench.of(case)})
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 class Bench:
@@ -77,9 +90,9 @@ class Bench:
         self.kind = experts_backend("auto", device, self.dtype)
         self.generator = torch.Generator(device).manual_seed(group.index)
 
-    def of(self, tokens: int) -> Figures:
-        """All figures for so many tokens a rank."""
-        return self._in_turns(self.exchanges, tokens) + self._in_turns(self.layers, tokens)
+    def of(self, case: Case) -> Figures:
+        """All figures of a case."""
+        return self._in_turns(self.exchanges if case.kind == KINDS[0] else self.layers, case.tokens)
 
     def _in_turns(self, made: Callable[[int], Sides], tokens: int) -> Figures:
         """Medians over rounds in which all sides take turns, and each round's milliseconds."""

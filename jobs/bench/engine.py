@@ -80,15 +80,15 @@ SCALES = {
 }  # fmt: skip
 
 
-def run(settings: Settings) -> list[Row]:
+def run(settings: Settings) -> Iterator[Row]:
     """Milliseconds a token or a step: medians over repeats, and over steps; of a prompt, the second of its length."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        return list(_attentions(settings, device))
-    torch.set_num_threads(1)  # tiny's own number: its operators are too small for more
-    return [*_batching(settings), *_attentions(settings, device)]
+    if device == "cpu":
+        torch.set_num_threads(1)  # tiny's own number: its operators are too small for more
+        yield from _batching(settings)
+    yield from _attentions(settings, device)
 
 
 def _batching(settings: Settings) -> Iterator[Row]:
@@ -121,22 +121,29 @@ def _attentions(settings: Settings, device: str) -> Iterator[Row]:
         if scale.memory and free_memory(device) < scale.memory:
             settings.say(f"{scale.recipe}: left out, since it needs {scale.memory / 1e9:.0f} GB")
             continue
-        found = {}
-        for kind in KINDS:
-            found[kind] = _of_kind(settings, device, scale, kind)
-            gc.collect()
-            torch.cuda.empty_cache()  # for the next one's pages, which are what is free
-        for key, ms in found["nsa"].items():
-            what, context, at_once = key
-            tokens = context if what == PROMPTS else at_once
-            facts: dict[str, Any] = {"recipe": scale.recipe, "context": context, "at_once": at_once, "device": device}
-            other = found["full"].get(key)
-            yield time_row(
-                f"{what} with NSA", ms, "the same with full attention" * (other is not None), other,
-                tokens_per_second=1000 * tokens / ms, **facts,
-            )  # fmt: skip
+        found: dict[str, Figures] = {kind: {} for kind in KINDS}
+        try:
+            for kind in KINDS:
+                _of_kind(settings, device, scale, kind, found[kind])
+                gc.collect()
+                torch.cuda.empty_cache()  # for the next one's pages, which are what is free
+        finally:  # when it is cut off, too
+            yield from _beside_full(found, scale, device)
         for context, counts in scale.peer.items():
             yield from _beside_peer(settings, device, scale, context, counts, found["nsa"])
+
+
+def _beside_full(found: dict[str, Figures], scale: Scale, device: str) -> Iterator[Row]:
+    """NSA's figures, beside the same with full attention where that was measured."""
+    for key, ms in found["nsa"].items():
+        what, context, at_once = key
+        tokens = context if what == PROMPTS else at_once
+        facts: dict[str, Any] = {"recipe": scale.recipe, "context": context, "at_once": at_once, "device": device}
+        other = found["full"].get(key)
+        yield time_row(
+            f"{what} with NSA", ms, "the same with full attention" * (other is not None), other,
+            tokens_per_second=1000 * tokens / ms, **facts,
+        )  # fmt: skip
 
 
 def _beside_peer(
@@ -164,15 +171,14 @@ def _beside_peer(
         )  # fmt: skip
 
 
-def _of_kind(settings: Settings, device: str, scale: Scale, kind: str) -> Figures:
-    """Milliseconds of prompts and of decode steps, by what it is, the context, and how many at once."""
+def _of_kind(settings: Settings, device: str, scale: Scale, kind: str, found: Figures) -> None:
+    """Adds milliseconds of prompts and of decode steps, by what it is, the context, and how many at once."""
     from shoal.workers.engine.engine import Engine
     from shoal.workers.machine import free_memory
 
     model = _model(recipe_of(scale, kind), device)
     limits = Limits(sequences=scale.most, step=scale.step, prefix_cache=False)
     engine = Engine(model, limits, int(MEMORY * free_memory(device)) if device == "cuda" else None)
-    found: Figures = {}
     for context, counts in scale.at_once.items():
         _prompt_ms(engine, context)  # of a new length it may compile
         ms = found[PROMPTS, context, 1] = _prompt_ms(engine, context)
@@ -189,7 +195,6 @@ def _of_kind(settings: Settings, device: str, scale: Scale, kind: str) -> Figure
                 ms = found[PLAIN_STEP, context, at_once] = _decode_ms(engine, at_once, context, settings.steps)
                 engine.decode = graphs
                 settings.say(f"{kind}, {context} tokens, {at_once} at once: {ms:.2f} ms a step without a graph")
-    return found
 
 
 def _model(recipe: Recipe, device: str) -> Transformer:

@@ -6,7 +6,6 @@ Needs torch and Triton only, so that it runs on a bare GPU machine too: ``python
 from __future__ import annotations
 
 import argparse
-import signal
 import statistics
 import subprocess
 import sys
@@ -16,7 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.jobs.bench.registry import Settings
+from shoal.jobs.bench.ending import cut_in_order, report
+from shoal.jobs.bench.registry import Settings, measure
 from shoal.jobs.bench.result import Document, Row, time_row, value_row
 from shoal.workers.errors import InvalidInput, TrainingFailed
 
@@ -139,23 +139,22 @@ def draw(result: Document, path: Path) -> bool:
     return moe_plot.draw(moe_plot.layer_panels(result["rows"]), result, path)
 
 
+@cut_in_order()
 def main() -> None:
     """Runs the benchmark where Shoal's command line cannot: it needs neither Ray nor pydantic."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for moe.json")
     parser.add_argument("--repeats", type=int, default=REPEATS)
     chosen = parser.parse_args()
-    from shoal.jobs.bench.registry import CUT, measure
-    from shoal.jobs.bench.result import write
-
     result = measure("moe", Settings(repeats=chosen.repeats))
-    path = write(result, chosen.out)
+    report(result, chosen.out, lambda path: show(result, path))
+
+
+def show(result: Document, path: Path) -> None:
+    """Prints rows, and where they are written."""
     for row in result["rows"]:
         print(line(row))
     print(f"written to {path}")
-    if CUT in result.get("notes", ()):
-        print(CUT, file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
 
 
 def line(row: Row) -> str:

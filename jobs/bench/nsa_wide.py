@@ -6,6 +6,7 @@ Both ways are measured in one process on the same tensors; what the Gluon way ha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,8 +41,8 @@ class Found:
     results: tuple[Tensor, ...]
 
 
-def run(settings: Settings) -> list[Row]:
-    """Rows of both ways and how far apart their results are. Raises UsageError without a GPU."""
+def run(settings: Settings) -> Iterator[Row]:
+    """Rows of both ways, as they are measured, and how far apart their results are. Raises UsageError without a GPU."""
     wants_gpu("nsa-wide")
     from shoal.kernels.nsa.triton_attention import narrow_tunings
     from shoal.kernels.nsa.triton_backward import BackwardTuning
@@ -53,19 +54,22 @@ def run(settings: Settings) -> list[Row]:
     dense = medians(dense_calls(problem))
     settings.say("NSA, Triton")
     triton = _measure(problem, narrow_tunings())
+    yield from _whole("NSA, whole, Triton", triton, dense, problem)
     settings.say("NSA, Gluon where it can")
     gluon = _measure(problem, (ForwardTuning(), BackwardTuning()))
-    rows: list[Row] = []
-    for phase, target in WIDE_TARGETS.items():
-        facts = {"phase": phase, **problem.facts}
-        for name, ms in (("NSA, whole, Triton", triton.ms[phase]), ("NSA, whole, Gluon", gluon.ms[phase])):
-            rows.append(time_row(name, ms, "sdpa_cudnn", dense.get(("sdpa_cudnn", phase)), target, **facts))
+    yield from _whole("NSA, whole, Gluon", gluon, dense, problem)
     for (phase, part), ms in gluon.parts.items():
-        rows.append(time_row(part, ms, "Triton", triton.parts[phase, part], phase=phase, **problem.facts))
+        yield time_row(part, ms, "Triton", triton.parts[phase, part], phase=phase, **problem.facts)
     for name, mine, other in zip(("output", "gradients of q"), gluon.results, triton.results, strict=True):
         apart = ((mine.float() - other.float()).norm() / other.float().norm()).item()
-        rows.append(value_row(f"{name}, Gluon from Triton, relative", apart, "", **problem.facts))
-    return rows
+        yield value_row(f"{name}, Gluon from Triton, relative", apart, "", **problem.facts)
+
+
+def _whole(name: str, found: Found, dense: dict[tuple[str, str], float], problem: Problem) -> Iterator[Row]:
+    """A row for each phase, beside dense attention."""
+    for phase, target in WIDE_TARGETS.items():
+        beside = ("sdpa_cudnn", dense.get(("sdpa_cudnn", phase)))
+        yield time_row(name, found.ms[phase], *beside, target, phase=phase, **problem.facts)
 
 
 def _measure(problem: Problem, tunings: Tunings) -> Found:

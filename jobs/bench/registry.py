@@ -4,14 +4,13 @@ One that takes long yields its rows as it goes: those that it has when it is cut
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from shoal.jobs.bench.result import Document, Row, document, gpu_kind
-from shoal.jobs.interrupt import interruptible
+from shoal.jobs.bench.ending import result_of
+from shoal.jobs.bench.result import Document, gpu_kind
 from shoal.workers.errors import UsageError
 
 BENCHMARKS = {
@@ -40,8 +39,6 @@ ON_GPUS = {"nsa": "", "nsa-wide": "", "moe": "", "sequence": "2x", "context": "2
 
 PARTS = {"nsa": ("passes", "wide", "decode", "groups")}
 """What some of them can be asked for alone."""
-
-CUT = "cut off: what would have followed has no rows"
 
 
 @dataclass(frozen=True)
@@ -80,33 +77,17 @@ def measure(name: str, settings: Settings) -> Document:
     makes the result by itself.
     Where there are parts, ``parts`` of the result lists what was asked for, and some alone are named after them,
     ``nsa-h100-decode``: they do not replace the whole, and what was not measured has no rows.
-    One that is cut off once it has yielded rows, by Ctrl-C or as ``timeout`` and schedulers do it, is told with these,
-    named ``nsa-h100-cut``, and ``CUT`` among its ``notes``. Raises KeyboardInterrupt where it has none.
+    One that is cut off once it has yielded rows is told with these, named ``nsa-h100-cut``: see ``ending.py``. Raises
+    KeyboardInterrupt where it has none.
     """
     module = import_module(BENCHMARKS[name][0])
     whole: Callable[[Settings], Document] | None = getattr(module, "whole", None)
     if whole:
         return whole(settings)
-    before = os.getloadavg()[0]
-    rows, cut = _rows(module.run, settings)
     kind = gpu_kind() if name in ON_GPUS else ""
-    title = "-".join((f"{name}-{ON_GPUS[name]}{kind}" if kind else name, *settings.parts, *(["cut"] if cut else [])))
-    result = document(title, rows, (before, os.getloadavg()[0])) | ({"notes": [CUT]} if cut else {})
+    title = "-".join((f"{name}-{ON_GPUS[name]}{kind}" if kind else name, *settings.parts))
+    result = result_of(title, module.run(settings))
     return result | {"parts": list(settings.parts or PARTS[name])} if name in PARTS else result
-
-
-def _rows(run: Callable[[Settings], Iterable[Row]], settings: Settings) -> tuple[list[Row], bool]:
-    """The rows of a benchmark, and whether it was cut off after some of them."""
-    rows: list[Row] = []
-    try:
-        with interruptible():
-            for row in run(settings):
-                rows.append(row)
-    except KeyboardInterrupt:
-        if not rows:
-            raise
-        return rows, True
-    return rows, False
 
 
 def draw(name: str, result: Document, folder: Path) -> Path | None:

@@ -11,13 +11,13 @@ do for a rank's part of tokens and of the update: waits, packing, uneven loads. 
 constants were fitted to.
 
 ``python -m shoal.jobs.bench.scale --out FOLDER`` needs no Ray but for ``--parts serve``; the parts ``moe`` and
-``sequence`` need torch and Triton alone. ``--device cpu`` runs all of it in small, over gloo. The JSON is written anew
-after each case; of other parts than the usual ones it is named after these, ``scale-moe.json``, and with ``--only``
-``scale-some.json``. Beside the rows it has what was measured as it was, as ``facts``: ``--gather FILE…`` measures
-nothing, and makes one ``scale.json`` of what several calls did on machines of one kind, where ranks of one call are
-compared with the single rank of another: its rows have the ``date`` of their call, and ``gathered`` says what calls
-there were, and of which commit. Trainings that began with small embeddings stand beside none that did not: ``notes``
-say which were left out.
+``sequence`` need torch and Triton alone. ``--device cpu`` runs all of it in small, over gloo. JSON is written after
+each case, as cut off (``scale-cut.json``) until the last; of other parts than the usual ones it is named after these,
+``scale-moe.json``, and with ``--only`` ``scale-some.json``. Beside the rows it has what was measured as it was, as
+``facts``: ``--gather FILE…`` measures nothing, and makes one ``scale.json`` of what several calls did, cut off or not,
+on machines of one kind, where ranks of one call are compared with the single rank of another: its rows have the
+``date`` of their call, and ``gathered`` says what calls there were, and of which commit. Trainings that began with
+small embeddings stand beside none that did not: ``notes`` say which were left out.
 
 Training is measured with new weights that hardly move, embeddings wide enough for routers to tell tokens apart, and
 experts whose load biases evened out before the first step: as even as in a run that is past its first steps, not what
@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shoal.jobs.bench.cases import ENDLESS, Patience, run_cases
+from shoal.jobs.bench.ending import CUT, NOTHING, cut_in_order, cut_off, partial, report_as_it_goes
 from shoal.jobs.bench.registry import Settings, check_parts
 from shoal.jobs.bench.result import Document, Row, document, value_row, write
 from shoal.jobs.bench.scale_facts import ABOUT, calls_of, found_in, read, told, unsettled
@@ -93,13 +94,14 @@ class Scale:
                 self.say(f"left out, {case} on {case.ranks}: it cannot be had here (memory, or the way rows travel)")
                 return
             self.found[case] = {**case.settings, **rows[0]}
-            self._say(f"{case} on {case.ranks}: {rows[0]['ms']:.2f} ms")
             after()
+            self._say(f"{case} on {case.ranks}: {rows[0]['ms']:.2f} ms")
 
         order = [*self.ranks[:1], *reversed(self.ranks[1:])]
         for ranks in order:
             if cases := [case for case in self.cases(ranks) if not _served(case)]:
-                run_cases(rank_main, ranks, cases, self.say, told, self.patience)
+                for case, rows in run_cases(rank_main, ranks, cases, self.say, self.patience):
+                    told(case, rows)
         if served := [case for ranks in order for case in self.cases(ranks) if _served(case)]:
             from shoal.jobs.bench.scale_serve import serve_cases
 
@@ -193,8 +195,11 @@ def whole(settings: Settings) -> Document:
 
     gpus, before = torch.cuda.device_count(), os.getloadavg()[0]
     scale = prepared(USUAL, [n for n in RANKS if n <= (gpus or 2)], not gpus, settings)
-    scale.measure()
-    return _document(scale, _title(not gpus, USUAL), not gpus, before)
+    cut = cut_off(scale.measure)
+    if cut and not scale.found:
+        raise KeyboardInterrupt(NOTHING)
+    result = _document(scale, _title(not gpus, USUAL), not gpus, before)
+    return partial(result) if cut else result
 
 
 def _document(scale: Scale, name: str, small: bool, before: float) -> Document:
@@ -260,6 +265,7 @@ def draw(result: Document, path: Path) -> None:
     draw_lines(result, path)
 
 
+@cut_in_order()
 def main() -> None:
     """Measures, and writes JSON and picture as it goes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -305,11 +311,10 @@ def measure(chosen: argparse.Namespace) -> None:
     scale = prepared(chosen.parts.split(","), ranks, small, settings, chosen.only, patience)
     name = _title(small, chosen.parts.split(","), chosen.only)
 
-    def after() -> Path:
-        return write(_document(scale, name, small, before), chosen.out)
+    def result() -> Document:
+        return _document(scale, name, small, before)
 
-    scale.measure(after)
-    _written(after(), chosen)
+    report_as_it_goes(scale.measure, result, chosen.out, lambda path: _written(path, chosen))
 
 
 def gather(chosen: argparse.Namespace) -> None:
@@ -319,7 +324,7 @@ def gather(chosen: argparse.Namespace) -> None:
     scale = Scale(series_of(PARTS, small), RANKS)
     scale.found = found_in(documents, {case: 0 for ranks in RANKS for case in scale.cases(ranks)})
     shared = {key: documents[-1][key] for key in ABOUT}
-    notes = list(dict.fromkeys(note for each in documents for note in each["notes"]))
+    notes = list(dict.fromkeys(note for each in documents for note in each["notes"] if note != CUT))
     for case in unsettled(scale.found):
         date = scale.found.pop(case)["date"]
         notes.append(f"left out, {case} on {case.ranks} of {date}: others of it were measured with wider embeddings")

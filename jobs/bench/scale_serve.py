@@ -9,14 +9,13 @@ slower ones count.
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from shoal.jobs.bench.cases import Patience
+from shoal.jobs.bench.cases import Patience, started
 from shoal.jobs.bench.result import Row, gpu_figures
 from shoal.jobs.bench.scale_cases import Case, Facts, Line, Series, Serving
 from shoal.jobs.bench.scale_model import Curve, Plan, Travel, letter_bytes, rows_to_others
@@ -143,15 +142,14 @@ def _made(case: Case, runs: Path, data_dir: Path, seconds: float) -> bool:
     """Whether the run to serve is there; a process of its own draws its weights, so that the GPU is free again."""
     assert isinstance(case.sizes, Serving)
     arguments = (RUN, case.sizes.recipe, case.sizes.sets, runs, data_dir.resolve())
-    process = multiprocessing.get_context("spawn").Process(target=_make, args=arguments)
-    process.start()
-    process.join(seconds if seconds < FOREVER else None)
-    process.kill()
-    process.join()
-    return process.exitcode == 0
+    with started(_make, 1, arguments) as processes:
+        try:
+            return processes.join(seconds if seconds < FOREVER else None)
+        except Exception:  # it has said why
+            return False
 
 
-def _make(*arguments: object) -> None:
+def _make(_rank: int, *arguments: object) -> None:
     from shoal.jobs.bench.untrained import make
 
     try:
@@ -179,7 +177,7 @@ def _measure(
     if not seconds:
         raise TimedOut("no time was left")
     options = (f"--workers={ranks}", *((f"--placement={placement}",) if placement else ()))
-    rows = run(
+    measured = run(
         ServeSettings(
             data_dir=data_dir,
             say=say,
@@ -195,7 +193,7 @@ def _measure(
     )
     cuda = "parallel.device=cuda" in serving.sets
     peak = known_peak(next(iter(gpu_figures("name")), "")) if cuda else peak_flops("cpu", "float32")
-    for case, row in zip(cases, rows, strict=True):
+    for case, row in zip(cases, list(measured), strict=True):
         kept = {key: row[key] for key in ("ttft_ms", "tpot_ms", "failed") if key in row}
         facts = {"ms": row["ms"] * case.tokens, "peak_bytes": row.get("gpu_bytes", 0), "peak_flops": peak}
         facts["itemsize"] = 2 if cuda else 4

@@ -4,21 +4,22 @@ A layer is everything from q, three pairs of keys and values and gates to the ou
 linear projections, which no rank shares, are not. On one GPU nothing is exchanged, and full attention is cuDNN's. In a
 shared sequence times are those of the slowest rank, bytes those of the rank that receives most.
 
-``python -m shoal.jobs.bench.sequence --out FILE`` measures with torch and triton alone.
+``python -m shoal.jobs.bench.sequence --out FOLDER`` measures with torch and triton alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from shoal.jobs.bench.cases import of, run_cases
-from shoal.jobs.bench.result import Document, Row, document, gpu_kind, time_row, value_row
+from shoal.jobs.bench.ending import cut_in_order, report, result_of
+from shoal.jobs.bench.result import Document, Row, gpu_kind, time_row, value_row
 from shoal.jobs.bench.sequence_rank import SIZES, Case, rank_main
 from shoal.workers.sequence import zigzag
 from shoal.workers.volume import Shape, nsa_volume, ring_volume
@@ -34,30 +35,42 @@ BEYOND = (1 << 20, (2, 4, 8, 16, 32, 64))
 SMALL = {"heads": 4, "kv_heads": 2, "dim": 16, "repeats": 1}
 
 
-def run(settings: Settings) -> list[Row]:
-    """Rows of all cases: with NCCL on the GPUs at hand, up to two; without one a small case with gloo on two ranks."""
+def run(settings: Settings) -> Iterator[Row]:
+    """Rows of all cases, as they are measured: with NCCL on the GPUs at hand, up to two; without one a small case with
+    gloo on two ranks."""
     if not torch.cuda.is_available():
         return measure((2048,), 2, settings.repeats or 1, settings.say, SMALL)
     return measure(CONTEXTS, min(2, torch.cuda.device_count()), settings.repeats or 0, settings.say)
 
 
 def measure(
-    contexts: tuple[int, ...], ranks: int, repeats: int, say: Any = print, options: dict[str, int] | None = None
-) -> list[Row]:
-    """Rows for each context, on one rank and on ``ranks``; then bytes by formula, and errors beside one rank."""
-    options = {**(options or {}), "repeats": repeats}
-    kinds = ("nsa", "full")
-    cases = [Case(kind, n, r, **options) for r in sorted({1, ranks}) for n in contexts for kind in kinds]
+    contexts: tuple[int, ...],
+    ranks: int,
+    repeats: int,
+    say: Callable[[str], None] = print,
+    options: dict[str, int] | None = None,
+) -> Iterator[Row]:
+    """Rows for each context, on one rank and on ``ranks``, and errors beside one rank; then bytes by formula."""
     found: dict[Case, list[Row]] = {}
-    for count in sorted({1, ranks}):
-        mine = [case for case in cases if case.ranks == count]
-        if count > 1:
-            mine.insert(0, Case("check", contexts[0], count, **options))
-        found |= run_cases(rank_main, count, mine, say)
-    rows: list[Row] = []
-    for case, measured in found.items():
-        rows += _checks(case, measured) if case.kind == "check" else _times(case, measured, found)
-    return rows + _by_formula()
+    for cases in waves(contexts, ranks, {**(options or {}), "repeats": repeats}):
+        for case, measured in run_cases(rank_main, cases[0].ranks, cases, say):
+            found[case] = measured
+            yield from _checks(case, measured) if case.kind == "check" else _times(case, measured, found)
+            say(f"measured on {of(case.ranks)}: {case}")
+    yield from _by_formula()
+
+
+def waves(contexts: tuple[int, ...], ranks: int, options: dict[str, int]) -> list[list[Case]]:
+    """Cases, those of one list in processes of their own: contexts with targets on one rank and on ``ranks``, then the
+    others, since it may be cut off. Ranks agree with one before any of theirs are timed."""
+    found = []
+    for some in ([n for n in contexts if n in TARGETS], [n for n in contexts if n not in TARGETS]):
+        for count in sorted({1, ranks}) if some else ():
+            found.append([Case(kind, n, count, **options) for n in some for kind in ("nsa", "full")])
+    checked = next((cases for cases in found if cases[0].ranks > 1), [])
+    if checked:
+        checked.insert(0, Case("check", min(contexts), ranks, **options))
+    return found
 
 
 def _times(case: Case, measured: list[Row], found: dict[Case, list[Row]]) -> list[Row]:
@@ -120,6 +133,7 @@ def draw(result: Document, path: Path) -> None:
     for panel, key, title in zip(panels, ("ms", "bytes", "peak_bytes"), titles, strict=False):
         for kind, ranks in sorted({(row["attention"], row["ranks"]) for row in timed}):
             rows = [row for row in timed if (row["attention"], row["ranks"]) == (kind, ranks) and row[key]]
+            rows.sort(key=lambda row: int(row["context"]))
             if not rows:  # no memory is measured on a CPU
                 continue
             style = "o-" if ranks > 1 else "o--"
@@ -132,7 +146,8 @@ def draw(result: Document, path: Path) -> None:
         panel.set_xlabel("context, tokens")
     for kind, colour in colours.items():
         rows = [r for r in result["rows"] if r["what"] == "bytes by formula" and r["attention"] == kind]
-        panels[3].plot([r["ranks"] for r in rows], [r["value"] for r in rows], "o-", color=colour, label=kind)
+        if rows:
+            panels[3].plot([r["ranks"] for r in rows], [r["value"] for r in rows], "o-", color=colour, label=kind)
     panels[3].set_title("bytes a rank by formula, 1M tokens", fontsize=9)
     panels[3].set_xlabel("ranks")
     for panel in panels:
@@ -145,24 +160,26 @@ def draw(result: Document, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+@cut_in_order()
 def main() -> None:
-    """Measures and writes a JSON file; needs neither Ray nor pydantic."""
+    """Measures and writes JSON; needs neither Ray nor pydantic."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the JSON")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--contexts", default=",".join(map(str, CONTEXTS)), help="tokens, separated by commas")
     parser.add_argument("--repeats", type=int, default=0, help="0: about as many as fit into some seconds")
     args = parser.parse_args()
-    before = os.getloadavg()[0]
     options = {} if torch.cuda.is_available() else SMALL
     contexts = tuple(int(n) for n in args.contexts.split(","))
-    rows = measure(contexts, args.ranks, args.repeats, options=options)
     name = f"sequence-{args.ranks}x{gpu_kind() or 'cpu'}"
-    result = document(name, rows, (before, os.getloadavg()[0]))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
-    for row in result["rows"]:
-        print(json.dumps(row))
+    result = result_of(name, measure(contexts, args.ranks, args.repeats, options=options))
+
+    def show(path: Path) -> None:
+        for row in result["rows"]:
+            print(json.dumps(row))
+        print(f"written to {path}")
+
+    report(result, args.out, show)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,9 @@ from shoal.workers.machine import cores
 
 if TYPE_CHECKING:
     from shoal.jobs.run_folder import RunFolder
+
+Measured = list[tuple["Level", Row]]
+"""Loads and what was found of them, as they are measured."""
 
 PLAIN = "plain loop without a cache, one at a time"
 MIX = "64:32*3,256:64*1"
@@ -89,7 +93,7 @@ class ServeSettings(Settings):
         return Prompts(text, self.mix, f"{self.seed} {name}")
 
 
-def run(settings: Settings) -> list[Row]:
+def run(settings: Settings) -> Iterator[Row]:
     """A row for each load, and one for the baseline. Raises ShoalError before the load for what cannot work."""
     asked = settings if isinstance(settings, ServeSettings) else ServeSettings(settings.data_dir, say=settings.say)
     if not asked.run and not asked.url:
@@ -101,22 +105,26 @@ def run(settings: Settings) -> list[Row]:
     folder, other = _run_folder(asked, asked.run), _run_folder(asked, asked.against)
     token, text = _token(asked.token_file), _text(asked, folder)
     asked.prompts(text, "check")
-    if asked.url or folder is None:
-        measured = asyncio.run(_measure(asked, str(asked.url).rstrip("/"), token, text))
-    else:
-        measured = _serve_and_measure(asked, folder, token, text)
-    plain = _plain(asked, folder, text) if asked.baseline and folder else None
     about = {
         "server": asked.url or _command(asked, asked.run),
         "mix": ",".join(f"{s.prompt}:{s.output}*{s.weight:g}" for s in asked.mix),
         "temperature": asked.temperature,
         "seed": asked.seed,
     }
-    if not other:
-        return rows(measured, plain, about)
-    named = about | {"server": _command(asked, asked.against)}
-    theirs = rows(_serve_and_measure(asked, other, token, text), None, named)
-    return [*_beside(rows(measured, None, about), theirs), *theirs]
+    ours: Measured = []
+    theirs: Measured = []
+    plain = None
+    try:
+        if asked.url or folder is None:
+            asyncio.run(_measure(asked, str(asked.url).rstrip("/"), token, text, ours))
+        else:
+            _serve_and_measure(asked, folder, token, text, ours)
+        plain = _plain(asked, folder, text) if asked.baseline and folder else None
+        if other:
+            _serve_and_measure(asked, other, token, text, theirs)
+    finally:  # when it is cut off, too: loads stand beside what comes later
+        second = rows(theirs, None, about | {"server": _command(asked, asked.against)})
+        yield from [*beside(rows(ours, plain, about), second), *second]
 
 
 def rows(measured: Sequence[tuple[Level, Row]], plain: Row | None, about: Row) -> list[Row]:
@@ -130,10 +138,13 @@ def rows(measured: Sequence[tuple[Level, Row]], plain: Row | None, about: Row) -
     return [*out, plain] if plain else out
 
 
-def _beside(ours: Sequence[Row], theirs: Sequence[Row]) -> list[Row]:
-    """Rows of one server with those of the other, under the same loads, as their baselines."""
+def beside(ours: Sequence[Row], theirs: Sequence[Row]) -> list[Row]:
+    """Rows of one server with those of the other, under the same loads, as their baselines, as far as there are any."""
     out = []
-    for row, other in zip(ours, theirs, strict=True):
+    for row, other in zip_longest(ours, theirs):
+        if other is None:
+            out.append(row)
+            continue
         facts = {key: value for key, value in row.items() if key not in ("what", "ms")}
         out.append(time_row(row["what"], row["ms"], other["server"], other["ms"], **facts))
     return out
@@ -143,38 +154,34 @@ def _command(asked: ServeSettings, run: str | None) -> str:
     return " ".join(["shoal serve", str(run), *asked.options])
 
 
-def _serve_and_measure(
-    asked: ServeSettings, folder: RunFolder, token: str | None, text: Text
-) -> list[tuple[Level, Row]]:
+def _serve_and_measure(asked: ServeSettings, folder: RunFolder, token: str | None, text: Text, found: Measured) -> None:
     options = [*asked.options, *(("--token-file", str(asked.token_file)) if asked.token_file else ())]
     asked.say(f"starting {' '.join(['shoal serve', str(folder.path), *asked.options])}")
     end = None if asked.patience is None else clock() + asked.patience
     with served(folder.path.resolve(), options, min(READY_SECONDS, asked.patience or READY_SECONDS)) as url:
-        return asyncio.run(_measure(asked, url, token, text, end))
+        asyncio.run(_measure(asked, url, token, text, found, end))
 
 
 async def _measure(
-    asked: ServeSettings, url: str, token: str | None, text: Text, end: float | None = None
-) -> list[tuple[Level, Row]]:
-    """Raises ClusterRefused, also where it is not done by ``end``, of ``clock``."""
+    asked: ServeSettings, url: str, token: str | None, text: Text, found: Measured, end: float | None = None
+) -> None:
+    """Adds all loads to ``found``. Raises ClusterRefused, also where it is not done by ``end``, of ``clock``."""
     try:
         async with asyncio.timeout(None if end is None else end - clock()):
-            return await _loads(asked, url, token, text)
+            await _loads(asked, url, token, text, found)
     except TimeoutError:
         raise ClusterRefused(f"{url} was not measured within {asked.patience:g} s: ask for less, or wait") from None
 
 
-async def _loads(asked: ServeSettings, url: str, token: str | None, text: Text) -> list[tuple[Level, Row]]:
+async def _loads(asked: ServeSettings, url: str, token: str | None, text: Text, found: Measured) -> None:
     target = Target(url, asked.model or "", token, asked.temperature)
     async with target.connect() as session:
         target = replace(target, model=target.model or await _first_model(session, url))
         await _check(session, target, asked, text)
-        out = []
         for level in asked.levels:
-            found = await _load(session, target, asked, level, text)
-            out.append((level, found))
-            asked.say(f"{level}: {found['output_tokens_per_second']:,.0f} tokens/s, {found['failed']} failed")
-    return out
+            load = await _load(session, target, asked, level, text)
+            found.append((level, load))
+            asked.say(f"{level}: {load['output_tokens_per_second']:,.0f} tokens/s, {load['failed']} failed")
 
 
 async def _load(

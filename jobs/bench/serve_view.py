@@ -77,12 +77,12 @@ def _throughput(panel: Axes, kind: str, rows: Sequence[Row]) -> None:
 
     rates = [row["output_tokens_per_second"] for row in rows]
     panel.plot([row[kind] for row in rows], rates, "o-", color=BLUE, label="all requests together")
-    if "baseline_ms" in rows[0]:
-        others = [1e3 / row["baseline_ms"] for row in rows]
+    if beside := [row for row in rows if "baseline_ms" in row]:
+        others, name = [1e3 / row["baseline_ms"] for row in beside], beside[0]["baseline"]
         if len(set(others)) == 1:
-            panel.axhline(others[0], color=GREY, linestyle="--", label=f"{rows[0]['baseline']}, {others[0]:,.0f}")
+            panel.axhline(others[0], color=GREY, linestyle="--", label=f"{name}, {others[0]:,.0f}")
         else:
-            panel.plot([row[kind] for row in rows], others, "o--", color=GREY, label=rows[0]["baseline"])
+            panel.plot([row[kind] for row in beside], others, "o--", color=GREY, label=name)
     _finish(panel, kind, rows, "Output tokens per second")
 
 

@@ -7,7 +7,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ IMPORTS = ("torch", "ray")
 Interval = dict[str, Any]
 
 
-def run(settings: Settings) -> list[Row]:
+def run(settings: Settings) -> Iterator[Row]:
     """Medians over whole runs, each stopped at its first step. Parts are those of further runs, with timers."""
     repeats = settings.repeats or REPEATS
     prepared(settings.data_dir)
@@ -31,11 +31,11 @@ def run(settings: Settings) -> list[Row]:
     for repeat in range(repeats):
         totals.append(first_step(shoal_command(), settings.data_dir)[0])
         settings.say(f"{repeat + 1}/{repeats} first step after {totals[-1] / 1e3:.1f} s")
-    probed = [_probed(settings.data_dir) for _ in range(min(repeats, PROBED))]
-    limit = time_row(
-        "command to first step", statistics.median(totals), "limit", LIMIT_MS, 1.0, repeats=repeats, all_ms=totals
-    )
-    return [limit, *part_rows(probed), *(_import_row(name, repeats) for name in IMPORTS)]
+    middle = statistics.median(totals)
+    yield time_row("command to first step", middle, "limit", LIMIT_MS, 1.0, repeats=repeats, all_ms=totals)
+    yield from part_rows([_probed(settings.data_dir) for _ in range(min(repeats, PROBED))])
+    for name in IMPORTS:
+        yield _import_row(name, repeats)
 
 
 def first_step(command: Sequence[str], data_dir: Path) -> tuple[float, float, float]:

@@ -11,6 +11,7 @@ import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -27,12 +28,11 @@ REPEATS, STEPS = 5, 20
 RAY, TRAINER, LOOP = "shoal train, 1 rank under Ray", "the Trainer without Ray", "a plain PyTorch loop"
 
 
-def run(settings: Settings) -> list[Row]:
+def run(settings: Settings) -> Iterator[Row]:
     """Wall time a step after warm-up: its mean over a process, and of those the median."""
     repeats, steps = settings.repeats or REPEATS, settings.steps or STEPS
     corpus = prepared(settings.data_dir)
     own = load_recipe("tiny").parallel.threads
-    out = []
     for threads in dict.fromkeys((own, cores())):
         sides = {
             RAY: partial(under_ray, settings.data_dir, WARM_UP + steps, threads),
@@ -45,8 +45,7 @@ def run(settings: Settings) -> list[Row]:
             for name in list(sides)[:: 1 if repeat % 2 == 0 else -1]:
                 measured[name].append(ms_a_step(sides[name]()))
                 settings.say(f"{repeat + 1}/{repeats} {threads} threads, {name}: {measured[name][-1]:.0f} ms a step")
-        out += rows(measured, steps, threads)
-    return out
+        yield from rows(measured, steps, threads)
 
 
 def rows(measured: dict[str, list[float]], steps: int, threads: int = 1) -> list[Row]:

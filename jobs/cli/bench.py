@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from shoal.jobs.bench.registry import BENCHMARKS, CUT, PARTS, Settings, draw, measure, parts_of
-from shoal.jobs.bench.result import table, write
+from shoal.jobs.bench.ending import cut_in_order, report
+from shoal.jobs.bench.registry import BENCHMARKS, PARTS, Settings, draw, measure, parts_of
+from shoal.jobs.bench.result import Document, table
 from shoal.jobs.cli.common import (
-    INTERRUPTED,
     RUNS_DIR,
     DataDirOption,
     Output,
@@ -78,15 +78,13 @@ def _command(name: str) -> Callable[..., None]:
         output: OutputOption = Output.table,
     ) -> None:
         settings = Settings(data_dir, repeats, steps, _say, parts_of(name, parts))
-        _warn_when_busy()
-        result = measure(name, settings)
-        path = write(result, out)
-        picture = draw(name, result, plots)
-        emit(result, output, lambda: console().print(table(result)))
-        _say(f"written to {path}" + (f" and {picture}" if picture else ""))
-        if CUT in result.get("notes", ()):
-            _say(CUT)
-            raise typer.Exit(INTERRUPTED)
+
+        def show(result: Document, path: Path) -> None:
+            picture = draw(name, result, plots)
+            emit(result, output, lambda: console().print(table(result)))
+            _say(f"written to {path}" + (f" and {picture}" if picture else ""))
+
+        _measured(name, settings, out, show)
 
     some = f"\n- `shoal bench {name} --parts {','.join(PARTS[name][-2:])}`\n" if name in PARTS else ""
     bench.__doc__ = f"{BENCHMARKS[name][1]}\n{EXAMPLES.format(name=name)}{some}"
@@ -144,12 +142,22 @@ def serve(
         temperature=temperature, seed=seed, baseline=baseline, levels=tuple(levels) or ServeSettings.levels,
         against=against, options=_of_the_server(run, workers, placement, sets or ()),
     )  # fmt: skip
+
+    def show(result: Document, path: Path) -> None:
+        picture = plot.with_stem(plot.stem + result["benchmark"].removeprefix("serve"))  # of a part, another one
+        serve_view.draw(result, picture)
+        emit(result, output, lambda: console().print(serve_view.table(result)))
+        _say(f"written to {path} and {picture}")
+
+    _measured("serve", settings, out, show)
+
+
+def _measured(name: str, settings: Settings, out: Path, show: Callable[[Document, Path], None]) -> None:
+    """Measures, writes and shows; what is cut off is told with what there is."""
     _warn_when_busy()
-    result = measure("serve", settings)
-    path = write(result, out)
-    serve_view.draw(result, plot)
-    emit(result, output, lambda: console().print(serve_view.table(result)))
-    _say(f"written to {path} and {plot}")
+    with cut_in_order():
+        result = measure(name, settings)
+        report(result, out, lambda path: show(result, path))
 
 
 def _of_the_server(run: str | None, workers: int | None, placement: str | None, sets: Sequence[str]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from shoal.workers.errors import InvalidInput, ShoalError
+from shoal.workers.errors import INTERRUPTED, InvalidInput, ShoalError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from shoal.jobs.run_folder import RunFolder
 
 RUNS_DIR = Path("runs")
-INTERRUPTED = 130  # 128 + SIGINT, as shells count
 _LOCKED_OR_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shoal.jobs.cli.common import (
-    INTERRUPTED,
     RUNS_DIR,
     PlacementOption,
     RunArgument,
@@ -20,6 +19,7 @@ from shoal.jobs.cli.common import (
     WorkersOption,
     open_told,
 )
+from shoal.workers.errors import INTERRUPTED
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shoal.jobs.cli.common import (
-    INTERRUPTED,
     DataDirOption,
     Output,
     OutputOption,
@@ -22,6 +21,7 @@ from shoal.jobs.cli.common import (
     complete_run,
     emit,
 )
+from shoal.workers.errors import INTERRUPTED
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -17,12 +17,12 @@ from shell import shoal
 
 from shoal.jobs.bench import cli, probe, startup, train
 from shoal.jobs.bench.command import output_of
-from shoal.jobs.bench.registry import BENCHMARKS, CUT, Settings
+from shoal.jobs.bench.ending import CUT
+from shoal.jobs.bench.registry import BENCHMARKS, Settings
 from shoal.jobs.bench.result import Row, time_row
-from shoal.jobs.cli.common import INTERRUPTED
 from shoal.jobs.cli.main import main
 from shoal.jobs.recipe import load_recipe
-from shoal.workers.errors import TrainingFailed
+from shoal.workers.errors import INTERRUPTED, TrainingFailed
 
 # Startup
 
@@ -226,9 +226,12 @@ def test_what_a_benchmark_has_when_it_is_cut_off_is_a_result(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def run(settings: Settings) -> Iterator[Row]:
-        yield from (time_row(f"row {i}", 1.0 + i) for i in range(rows))
-        signal.raise_signal(number)
-        yield time_row("after it", 9.0)
+        try:
+            yield from (time_row(f"row {i}", 1.0 + i) for i in range(rows))
+            signal.raise_signal(number)
+            yield time_row("after it", 9.0)
+        finally:
+            signal.raise_signal(number)  # `timeout` sends one to its command and one to the process group
 
     monkeypatch.setattr(cli, "run", run)
     monkeypatch.setattr(sys, "argv", ["shoal", "bench", "cli", "--out", str(tmp_path), "--plots", str(tmp_path)])

@@ -15,17 +15,17 @@ from shoal.workers.errors import InvalidInput
 @pytest.mark.skipif(torch.cuda.device_count() > 1, reason="there are two GPUs")
 def test_without_two_gpus_it_says_so() -> None:
     with pytest.raises(InvalidInput, match=r"needs 2 CUDA GPUs.*--device cpu"):
-        dispatch.run(Settings())
+        next(dispatch.run(Settings()))
 
 
 def test_it_runs_in_small_between_two_processes() -> None:
     said: list[str] = []
-    rows = dispatch.run(Settings(say=said.append), dispatch.small(), "cpu")
+    rows = list(dispatch.run(Settings(say=said.append), dispatch.small(), "cpu"))
     assert all(row["ms"] > 0 for row in rows)
     copies, ranks, whole, alone, spread = rows
     assert 0 < ranks["bytes"] == whole["bytes"] < copies["bytes"] < 64 * 3 * 32 * 4  # tokens, choices, width, float32
     assert alone["ratio"] == 1.0 and spread["baseline_ms"] == alone["ms"]
-    assert spread["host_wait_ms"] >= 0 and len(said) == len(rows)
+    assert spread["host_wait_ms"] >= 0 and len(said) == 1 + len(rows)
 
 
 MS = {

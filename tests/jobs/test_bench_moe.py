@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from shoal.jobs.bench import moe, moe_layers, moe_plot
-from shoal.jobs.bench.registry import CUT, Settings, draw
+from shoal.jobs.bench.ending import CUT
+from shoal.jobs.bench.registry import Settings, draw
 from shoal.jobs.bench.result import Row, value_row
-from shoal.jobs.cli.common import INTERRUPTED
 from shoal.kernels.moe import route
-from shoal.workers.errors import InvalidInput
+from shoal.workers.errors import INTERRUPTED, InvalidInput
 
 
 @pytest.fixture(autouse=True)

@@ -204,7 +204,7 @@ def test_parts_alone_do_not_take_the_place_of_a_whole_result(monkeypatch: pytest
 
     def run(settings: Settings) -> list[Row]:
         asked.append(settings.parts)
-        return []
+        return [{"what": "a row"}]
 
     monkeypatch.setattr(nsa, "run", run)
     monkeypatch.setattr(registry, "gpu_kind", lambda: "h100")

@@ -32,9 +32,9 @@ if __name__ == "__main__":
 def result(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("bench")
     (folder / "alone.py").write_text(ALONE)
-    command = [sys.executable, str(folder / "alone.py"), "--out", str(folder / "out.json"), "--contexts", "2048"]
+    command = [sys.executable, str(folder / "alone.py"), "--out", str(folder), "--contexts", "2048"]
     subprocess.run([*command, "--repeats", "1"], check=True, env=environment(), timeout=300)
-    return json.loads((folder / "out.json").read_text())
+    return json.loads((folder / "sequence-2xcpu.json").read_text())
 
 
 def test_rows_name_attention_context_ranks_and_phase(result: Any, tmp_path: Path) -> None:
@@ -82,6 +82,6 @@ def test_a_case_that_fails_is_left_out_and_the_others_are_measured() -> None:
     said: list[str] = []
     good = Case("nsa", 64, 1, **SMALL)
     bad = Case("full", 64, 1, heads=3, kv_heads=2, dim=16)
-    found = run_cases(rank_main, 1, [bad, good], said.append)
+    found = dict(run_cases(rank_main, 1, [bad, good], said.append))
     assert list(found) == [good]
     assert any(line.startswith("left out, 1 rank, full 64: ") for line in said)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +17,11 @@ from shell import processes_in, shoal, shoal_here
 from small import small_corpus, small_recipe
 
 from shoal.jobs.bench import serve_view
+from shoal.jobs.bench.ending import CUT, cut_in_order
 from shoal.jobs.bench.load import Limits, Shape, clock
 from shoal.jobs.bench.registry import Settings, measure
 from shoal.jobs.bench.result import document
-from shoal.jobs.bench.serve import PLAIN, Level, ServeSettings, rows, run
+from shoal.jobs.bench.serve import PLAIN, Level, ServeSettings, beside, rows, run
 from shoal.workers.config import Recipe
 from shoal.workers.errors import ClusterRefused, InvalidInput, NotFound, ShoalError, UsageError
 
@@ -42,7 +44,7 @@ def settings(server: Server, **changes: Any) -> ServeSettings:
 
 
 def test_each_load_is_measured_alone_and_after_its_warm_up(server: Server) -> None:
-    at_once, a_second = run(settings(server))
+    at_once, a_second = list(run(settings(server)))
     assert (at_once["concurrency"], a_second["rate"]) == (2, 100.0)
     for row in (at_once, a_second):
         assert (row["requests"], row["failed"], row["warmup"], row["server"]) == (6, 0, 3, server.url)
@@ -61,38 +63,52 @@ def test_a_seed_gives_the_same_requests(server: Server) -> None:
     asked = []
     for seed in (1, 1, 2):
         server.seen.clear()
-        run(settings(server, seed=seed, levels=(Level(concurrency=1),)))
+        list(run(settings(server, seed=seed, levels=(Level(concurrency=1),))))
         asked.append([seen.body for seen in server.seen[1:]])
     assert asked[0] == asked[1]
     assert asked[0] != asked[2]
 
 
+def test_loads_that_were_measured_when_it_is_cut_off_are_a_result(server: Server, tmp_path: Path) -> None:
+    def say(text: str) -> None:
+        if text.startswith("2 at once"):
+            signal.raise_signal(signal.SIGTERM)
+
+    with cut_in_order():
+        result = measure("serve", settings(server, say=say))
+    assert (result["benchmark"], result["notes"]) == ("serve-cut", [CUT])
+    (row,) = result["rows"]
+    assert row["concurrency"] == 2 and row["ms"] > 0
+    serve_view.draw(result, tmp_path / "serve-cut.png")
+    assert (tmp_path / "serve-cut.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_failures_are_counted_and_the_rest_is_measured(server: Server) -> None:
     server.fail = [0, 0, 0, 0, 429, 0, 503, 429]  # of a check, three of warm-up and six measured
-    (row,) = run(settings(server, levels=(Level(concurrency=1),)))
+    (row,) = list(run(settings(server, levels=(Level(concurrency=1),))))
     assert (row["requests"], row["failed"], row["errors"]) == (6, 3, {"429": 2, "503": 1})
 
 
 def test_text_comes_from_the_file_that_is_named(server: Server, tmp_path: Path) -> None:
     (tmp_path / "sea.txt").write_text(TEXT)
-    run(settings(server, text=tmp_path / "sea.txt"))
+    list(run(settings(server, text=tmp_path / "sea.txt")))
     assert all(seen.body["prompt"] in TEXT for seen in server.seen)
 
 
 def test_a_token_is_sent(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server.token = "secret"
     (tmp_path / "token").write_text("secret\n")
-    run(settings(server, token_file=tmp_path / "token"))
+    list(run(settings(server, token_file=tmp_path / "token")))
     monkeypatch.setenv("SHOAL_API_TOKEN", "other")
     server.token = "other"
-    run(settings(server))
+    list(run(settings(server)))
     assert {seen.token for seen in server.seen} == {"Bearer secret", "Bearer other"}
 
 
 def test_what_cannot_work_is_refused_before_the_load(server: Server, tmp_path: Path) -> None:
     def refused(error: type[ShoalError], says: str, **changes: Any) -> None:
         with pytest.raises(error, match=says):
-            run(settings(server, **changes))
+            list(run(settings(server, **changes)))
         assert len(server.seen) <= 1
 
     refused(UsageError, "name the run to serve", url=None)
@@ -122,7 +138,7 @@ def test_what_cannot_work_is_refused_before_the_load(server: Server, tmp_path: P
 def test_a_load_that_is_not_answered_at_all_is_no_result(server: Server) -> None:
     server.fail = [0, 0, 0, 0, *[429] * 6]
     with pytest.raises(ClusterRefused, match=r"none of 6 requests, 2 at once, gave a token \(429: .*no room"):
-        run(settings(server))
+        list(run(settings(server)))
 
 
 def test_the_ratio_to_the_plain_loop_is_one_of_tokens_a_second() -> None:
@@ -166,7 +182,7 @@ def test_the_plain_loop_answers_the_prompts_of_the_first_load(server: Server, tr
         limits=Limits(requests=8), warmup=0,
     )  # fmt: skip
     begin = clock()
-    at_once, plain = run(asked)
+    at_once, plain = list(run(asked))
     took = clock() - begin
     prompts = [seen.body for seen in server.seen[1:]]
     assert (plain["requests"], plain["threads"]) == (8, 1)
@@ -185,10 +201,10 @@ def test_a_mix_that_does_not_fit_into_the_runs_context_is_refused(server: Server
     for mix, fits in (((Shape(40, 23),), True), ((Shape(8, 4), Shape(40, 24)), False)):
         asked = settings(server, run=str(trained), mix=mix, levels=(Level(concurrency=1),))
         if fits:
-            run(asked)
+            list(run(asked))
         else:
             with pytest.raises(InvalidInput, match=r"--mix 40:24 .* context of 64"):
-                run(asked)
+                list(run(asked))
 
 
 def test_a_server_that_cannot_start_is_named_with_its_last_words(trained: Path) -> None:
@@ -198,7 +214,7 @@ def test_a_server_that_cannot_start_is_named_with_its_last_words(trained: Path) 
         shutil.copy(trained / name, broken / name)
     asked = ServeSettings(say=lambda text: None, run=str(broken), mix=MIX)
     with pytest.raises(ClusterRefused, match=r"serve .*broken .*has no whole checkpoint"):
-        run(asked)
+        list(run(asked))
 
 
 def test_a_run_that_was_never_trained_is_a_whole_run(trained: Path, tmp_path: Path) -> None:
@@ -263,7 +279,7 @@ def test_the_server_of_a_run_is_started_measured_and_ended(trained: Path, tmp_pa
 
 def test_the_table_has_a_line_a_load_with_medians_and_99th_percentiles(server: Server) -> None:
     server.fail = [0, 0, 0, 0, 429]
-    measured = run(settings(server, levels=(Level(concurrency=1), Level(rate=50.0))))
+    measured = list(run(settings(server, levels=(Level(concurrency=1), Level(rate=50.0)))))
     plain = {"what": f"an output token, {PLAIN}", "ms": 10.0, "requests": 2, "output_tokens_per_second": 100.0}
     console = Console(width=200)
     with console.capture() as text:
@@ -279,17 +295,23 @@ def test_the_table_has_a_line_a_load_with_medians_and_99th_percentiles(server: S
 
 
 def test_the_second_servers_loads_stand_below_its_name(server: Server, tmp_path: Path) -> None:
-    measured = run(settings(server, levels=(Level(concurrency=1), Level(concurrency=2))))
+    measured = list(run(settings(server, levels=(Level(concurrency=1), Level(concurrency=2)))))
     theirs = [{**row, "server": "shoal serve other"} for row in measured]
-    ours = [{**row, "baseline": "shoal serve other", "baseline_ms": 2 * row["ms"], "ratio": 2.0} for row in measured]
+    ours = beside(measured, [{**row, "ms": 2 * row["ms"]} for row in theirs])
+    assert [row["ratio"] for row in ours] == pytest.approx([2.0, 2.0])
     result = document("serve", [*ours, *theirs], ())
     console = Console(width=200)
     with console.capture() as text:
         console.print(serve_view.table(result))
     firsts = [" ".join(line.split()[:3]) for line in text.get().splitlines()]
     assert firsts[-5:] == ["1 at once", "2 at once", "shoal serve other", "1 at once", "2 at once"]
-    serve_view.draw(result, tmp_path / "two.png")
-    assert (tmp_path / "two.png").read_bytes().startswith(b"\x89PNG")
+    # cut off, the second server has answered one load
+    some = [*beside(measured, theirs[:1]), *theirs[:1]]
+    assert ["baseline" in row for row in some] == [True, False, False]
+    for rows_of in ([*ours, *theirs], some):
+        serve_view.draw({**result, "rows": rows_of}, tmp_path / "two.png")
+        assert (tmp_path / "two.png").read_bytes().startswith(b"\x89PNG")
+        (tmp_path / "two.png").unlink()
 
 
 def test_the_command_writes_its_result_and_a_picture(server: Server, tmp_path: Path) -> None:
