@@ -76,15 +76,15 @@ def by_the_equations(layer: MoE, x: Tensor) -> list[Tensor]:
     weights = {name: p.detach().cpu().double().requires_grad_() for name, p in layer.named_parameters()}
     u = x.cpu().double().requires_grad_()
     shared = list(zip(weights["shared.gate_up"], weights["shared.down"], strict=True))
-    routed = (weights[name] for name in ("centroids", "experts.gate_up", "experts.down"))
-    out, scores, counts = oracle.moe_layer(u, *routed, shared, moe.top_k, moe.normalize_gates)
+    centroids, up, down = (weights[name] for name in ("centroids", "experts.gate_up", "experts.down"))
+    out, scores, counts = oracle.moe_layer(u, centroids, up, down, shared, moe.top_k, moe.normalize_gates)
     loss = oracle.expert_balance(scores, counts, moe.top_k, balance.expert)
     loss = loss + oracle.device_balance(scores, counts, moe.top_k, balance.device, balance.device_groups)
     total = (out * upstream_of(x).cpu().double()).sum() + loss
     return [out.detach(), counts, loss.detach(), *torch.autograd.grad(total, [u, *weights.values()])]
 
 
-WIDE = {"model__hidden": 64, "moe__experts": 16, "moe__expert_hidden": 32}
+WIDE: dict[str, Any] = {"model__hidden": 64, "moe__experts": 16, "moe__expert_hidden": 32}
 FAVOURITE, IDLE = 5, (3, 8, 15)
 LOADS: dict[str, dict[str, Any]] = {
     "any": {},
@@ -112,7 +112,7 @@ def loaded(layer: MoE, load: str) -> Tensor:
     x = torch.randn(tokens, centroids.shape[1], generator=torch.Generator().manual_seed(2))
     x[:, 0] = 2.0
     x[:, 1] = torch.where(torch.arange(tokens) % 10 == 0, -2.0, 2.0)
-    centroids *= 0.3  # logits of 0.8 or so
+    centroids.mul_(0.3)  # logits of 0.8 or so
     if load != "any":
         centroids[list(IDLE)] = 0.0
         centroids[list(IDLE), 0] = -4.0
