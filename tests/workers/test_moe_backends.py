@@ -154,7 +154,7 @@ def test_each_backend_computes_the_layer_of_the_papers(backend: str, dtype: torc
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("shared", [0, 2])
 def test_triton_agrees_with_torch(normalize: bool, shared: int) -> None:
-    changes = {"moe__normalize_gates": normalize, "moe__shared_experts": shared}
+    changes: dict[str, Any] = {"moe__normalize_gates": normalize, "moe__shared_experts": shared}
     ours, theirs = layer_of("triton", **changes), layer_of("torch", **changes)
     assert ours.whole and not theirs.whole
     x = torch.randn(50, theirs.centroids.shape[1], generator=torch.Generator().manual_seed(2)).to(DEVICE, DTYPE)
