@@ -52,7 +52,9 @@ class Prometheus:
         self.url = f"http://127.0.0.1:{free_port()}"
         config = {
             "global": {"scrape_interval": "1s"},
-            "scrape_configs": [{"job_name": "ray", "file_sd_configs": [{"files": [str(targets)]}]}],
+            "scrape_configs": [
+                {"job_name": "ray", "file_sd_configs": [{"files": [str(targets)], "refresh_interval": "1s"}]}
+            ],
         }
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
         self._log = (folder / "prometheus.log").open("wb")
@@ -79,9 +81,13 @@ class Prometheus:
 
 @contextmanager
 def prometheus(folder: Path, ray: Path) -> Iterator[Prometheus]:
-    """Prometheus, as soon as the Ray below the folder ``ray`` has said where its metrics are."""
+    """Prometheus, as soon as the Ray below the folder ``ray`` has said where its metrics are.
+
+    Of its file and a link to that: where a link is watched, nothing tells that the file has changed.
+    """
     end = time.monotonic() + 120
-    while not (found := list(ray.glob("**/prom_metrics_service_discovery.json"))):
+    name = "prom_metrics_service_discovery.json"
+    while not (found := [file for file in ray.glob(f"**/{name}") if not file.is_symlink()]):
         assert time.monotonic() < end, "Ray names no targets"
         time.sleep(0.1)
     server = Prometheus(folder, found[0])
