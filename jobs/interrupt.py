@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from shoal.cluster.local import heard
@@ -12,17 +12,23 @@ from shoal.cluster.local import heard
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """In the block, SIGTERM and SIGHUP raise KeyboardInterrupt, unless whoever started this process has them ignored.
+    """In the block, SIGTERM and SIGHUP raise KeyboardInterrupt, but not those that whoever started this process has
+    ignored."""
+    with handled(heard(), _interrupt):
+        yield
 
-    Outside the main thread, which alone may handle signals, nothing changes.
-    """
+
+@contextmanager
+def handled(numbers: Sequence[signal.Signals], handler: Callable[[int, object], None]) -> Iterator[None]:
+    """In the block, signals have this handler. Outside the main thread, which alone may handle them, nothing
+    changes."""
     main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, _interrupt) for number in heard()} if main else {}
+    before = {number: signal.signal(number, handler) for number in numbers} if main else {}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, former in before.items():
+            signal.signal(number, former)
 
 
 def _interrupt(_number: int, _frame: object) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from shoal.cluster.local import heard
 from shoal.jobs.bench.result import Document, Row, document, write
+from shoal.jobs.interrupt import handled
 from shoal.workers.errors import INTERRUPTED, TrainingFailed
 
 CUT = "cut off: what would have followed has no rows"
@@ -29,16 +29,13 @@ def cut_in_order() -> Iterator[None]:
     """In the block, signals that end a job raise KeyboardInterrupt, unless whoever started this process has them
     ignored; the process then ends with ``INTERRUPTED`` and a line. Signals alone mean nothing outside the main thread.
     """
-    cut = _Cut()
-    before = {number: signal.signal(number, cut) for number in _heard()}
-    try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        print(str(interrupt) or CUT.partition(":")[0], file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    keys = [signal.SIGINT] if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN else []
+    with handled([*keys, *heard()], _Cut()):
+        try:
+            yield
+        except KeyboardInterrupt as interrupt:
+            print(str(interrupt) or CUT.partition(":")[0], file=sys.stderr)
+            sys.exit(INTERRUPTED)
 
 
 class _Cut:
@@ -54,20 +51,18 @@ class _Cut:
             raise KeyboardInterrupt
 
 
-def _heard() -> list[signal.Signals]:
-    if threading.current_thread() is not threading.main_thread():
-        return []
-    keys = [signal.SIGINT] if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN else []
-    return [*keys, *heard()]
-
-
-def cut_off(measure: Callable[[], object]) -> bool:
-    """Measures to the end, or until it is cut off, and whether it was."""
+def as_far_as_it_came(
+    measure: Callable[[], object], there: Callable[[], bool], result: Callable[[], Document]
+) -> Document:
+    """The result of what is there once all is measured, or, cut off before, see :func:`partial`. Raises
+    KeyboardInterrupt where nothing is there by then."""
     try:
         measure()
     except KeyboardInterrupt:
-        return True
-    return False
+        if not there():
+            raise KeyboardInterrupt(NOTHING) from None
+        return partial(result())
+    return result()
 
 
 def result_of(title: str, measured: Iterable[Row]) -> Document:
@@ -82,13 +77,12 @@ def result_of(title: str, measured: Iterable[Row]) -> Document:
         for row in measured:
             rows.append(row)
 
-    cut = cut_off(gather)
-    if cut and not rows:
-        raise KeyboardInterrupt(NOTHING)
-    if not rows:
-        raise TrainingFailed(f"nothing was measured for {title}: what was said before tells why")
-    result = document(title, rows, (before, os.getloadavg()[0]))
-    return partial(result) if cut else result
+    def result() -> Document:
+        if not rows:
+            raise TrainingFailed(f"nothing was measured for {title}: what was said before tells why")
+        return document(title, rows, (before, os.getloadavg()[0]))
+
+    return as_far_as_it_came(gather, lambda: bool(rows), result)
 
 
 def partial(result: Document) -> Document:
@@ -123,11 +117,7 @@ def report_as_it_goes(
         there = True
         write(partial(result()), folder)
 
-    if cut_off(lambda: measure(after)):
-        if not there:
-            raise KeyboardInterrupt(NOTHING)
-        report(partial(result()), folder, show)
-    whole = result()
-    report(whole, folder, show)
+    found = as_far_as_it_came(lambda: measure(after), lambda: there, result)
+    report(found, folder, show)
     if there:
-        (folder / f"{partial(whole)['benchmark']}.json").unlink()
+        (folder / f"{partial(found)['benchmark']}.json").unlink()

@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shoal.jobs.bench.cases import ENDLESS, Patience, run_cases
-from shoal.jobs.bench.ending import CUT, NOTHING, cut_in_order, cut_off, partial, report_as_it_goes
+from shoal.jobs.bench.ending import CUT, as_far_as_it_came, cut_in_order, report_as_it_goes
 from shoal.jobs.bench.registry import Settings, check_parts
 from shoal.jobs.bench.result import Document, Row, document, value_row, write
 from shoal.jobs.bench.scale_facts import ABOUT, calls_of, found_in, read, told, unsettled
@@ -195,11 +195,8 @@ def whole(settings: Settings) -> Document:
 
     gpus, before = torch.cuda.device_count(), os.getloadavg()[0]
     scale = prepared(USUAL, [n for n in RANKS if n <= (gpus or 2)], not gpus, settings)
-    cut = cut_off(scale.measure)
-    if cut and not scale.found:
-        raise KeyboardInterrupt(NOTHING)
-    result = _document(scale, _title(not gpus, USUAL), not gpus, before)
-    return partial(result) if cut else result
+    name = _title(not gpus, USUAL)
+    return as_far_as_it_came(scale.measure, lambda: bool(scale.found), lambda: _document(scale, name, not gpus, before))
 
 
 def _document(scale: Scale, name: str, small: bool, before: float) -> Document:
