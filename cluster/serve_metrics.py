@@ -98,14 +98,10 @@ class ServeMetrics:
         self._step_sequences = _gauge(
             f"{PREFIX}step_sequences", "Requests that a rank's step gave a token: mean of the last seconds", model
         )
-        self._experts = LastingGauge(
-            f"{PREFIX}expert_load", "Tokens of an expert, as a multiple of a fair share", "model", "layer", "expert"
-        )
-        self._busiest = LastingGauge(
-            f"{PREFIX}expert_max_load", "Load of a layer's busiest expert over the mean", "model", "layer"
-        )
-        for gauge in (self._experts, self._busiest):
-            gauge.set_default_tags({"model": model})
+        share = "Tokens of an expert, as a multiple of a fair share"
+        self._experts = _lasting(f"{PREFIX}expert_load", share, model, "layer", "expert")
+        busiest = "Load of a layer's busiest expert over the mean"
+        self._busiest = _lasting(f"{PREFIX}expert_max_load", busiest, model, "layer")
         self._ended = _counter(f"{PREFIX}requests_total", "Requests, by how they ended", model, "finish")
         self._restarted = _counter(f"{PREFIX}restarts_total", "Times that all ranks were started again", model)
         self._was = Load()
@@ -176,6 +172,12 @@ class ServeMetrics:
 
 def _gauge(name: str, text: str, model: str, *tags: str) -> Gauge:
     gauge = Gauge(name, description=text, tag_keys=("model", *tags))
+    gauge.set_default_tags({"model": model})
+    return gauge
+
+
+def _lasting(name: str, text: str, model: str, *tags: str) -> LastingGauge:
+    gauge = LastingGauge(name, text, "model", *tags)
     gauge.set_default_tags({"model": model})
     return gauge
 
