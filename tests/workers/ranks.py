@@ -76,8 +76,8 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, device: str = "cpu
 
 
 def asked_for(request: pytest.FixtureRequest, **values: Any) -> list[dict[str, Any]]:
-    """Parameters of those tests of a module that this session runs, where they have these values: for fixtures that
-    compute for all tests in one go, and need not for those that nobody asked for."""
+    """Parameters of those tests of a module that were asked for, where they have these values: for fixtures that
+    compute for all tests in one go, and need not for the others."""
     items = [item for item in request.session.items if item.path == request.path]
     found = [item.callspec.params for item in items if isinstance(item, pytest.Function) and hasattr(item, "callspec")]
     return [parameters for parameters in found if parameters.items() >= values.items()]
