@@ -118,8 +118,15 @@ class Inbox:
         if own is None or why:
             raise RuntimeError(why)
         self._memory = symmetric.rendezvous(own, self.group.handle)
-        self._tell, self._await = self._memory.put_signal, self._memory.wait_signal
-        self._patience = PATIENCE // timedelta(milliseconds=1)
+        self._await, self._patience = self._memory.wait_signal, PATIENCE // timedelta(milliseconds=1)
+        # where wait_signal looks for word of this rank, of each part
+        size, index = self.group.size, self.group.index
+        self._bells = {
+            (part, rank): self._memory.get_signal_pad(rank, [1], torch.int32, size * part + index)
+            for rank in self.others
+            for part in (COUNTS, OUT, BACK)
+        }
+        self._word = torch.ones(1, dtype=torch.int32, device=device)
         return [self._memory.get_buffer(rank, (words,), torch.int32) for rank in range(self.group.size)]
 
     def share_counts(self, experts: int, device: torch.device) -> None:
@@ -164,8 +171,11 @@ class Inbox:
 
     def say(self, part: int, rank: int) -> None:
         """Tells another rank that a part of this rank's slot is there, and what was put before it; on the current
-        stream, which waits until that rank has heard what it was told of this part before."""
-        self._tell(rank, part, self._patience)
+        stream. That rank has heard what it was told of this part before: it has sent what it made of it.
+
+        By a copy engine as well: PyTorch's kernel for it would find no multiprocessor while products hold them all, and
+        what is to be put to the next rank would wait behind it."""
+        self._bells[part, rank].copy_(self._word)
 
     def hear(self, part: int) -> None:
         """Waits, on the current stream, until all others have told of a part."""
