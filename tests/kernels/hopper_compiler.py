@@ -262,7 +262,7 @@ def main() -> None:
         attention(1, 4, (128, 64), torch.float16)
         reading_pages(3, 5, (24, 40), torch.float32)
         dispatch(32, 256, 2, 512)
-        sums(200, 72, torch.float32)
+        sums(1000, 72, torch.float32)
         exchange(3, (24, 40), torch.float32)
         few(7, 200, 72, torch.float16, normalize=True, bias=torch.zeros(64), groups=8, most=3, score="sigmoid")
         return
