@@ -120,6 +120,31 @@ def test_streams_outlive_a_killed_rank(
     with_engines(small_recipe(**changes), checkpoints, session, work)
 
 
+def test_an_answer_that_is_whole_is_not_computed_again(
+    checkpoints: Path, session: RaySession, requests: list[Request], wanted: list[list[int]]
+) -> None:
+    """Where ranks die before its client has read the end of it."""
+
+    async def work(engines: Engines) -> None:
+        async with aclosing(engines.generate(requests[0])) as news:
+            tokens = [token.id for token in (await anext(news)).tokens]
+            flight = next(iter(engines.flights.values()), None)
+            while flight and len(flight.tokens) < len(wanted[0]):
+                await asyncio.sleep(0.01)
+            os.kill(engines.pids()[0], signal.SIGKILL)
+            while not engines.restarts:
+                await asyncio.sleep(0.05)
+            assert await ask(engines, requests[1]) == wanted[1]
+            load = await engines.load()
+            assert load.generated_tokens_total == len(wanted[1])
+            assert load.prompt_tokens_total == len(requests[1].prompt)
+            async for output in news:
+                tokens += [token.id for token in output.tokens]
+        assert tokens == wanted[0]
+
+    with_engines(small_recipe(train__dtype="float32"), checkpoints, session, work)
+
+
 def test_ranks_that_fail_too_often_end_the_streams(
     checkpoints: Path, session: RaySession, requests: list[Request]
 ) -> None:
