@@ -203,6 +203,8 @@ class Engines:
                         flight.tokens += [token.id for token in output.tokens]
                         flight.news.put_nowait(output)
                         self.failures = flight.crashes = 0
+                        if output.finish is not None:  # also where nobody has read that yet: nothing is left to compute
+                            del self.flights[output.request]
         except _ray_errors() as error:
             self._lost(group, error)
 

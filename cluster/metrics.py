@@ -134,7 +134,7 @@ class TrainMetrics:
             self._set_load(record["load"])
             for device, load in enumerate(record.get("devices") or ()):
                 self._device.set(load, tags={"device": str(device)})
-            for layer, row in _some(record.get("layer_devices") or ()):
+            for layer, row in shown(record.get("layer_devices") or ()):
                 for device, load in enumerate(row):
                     self._layer_device.set(load, tags={"layer": str(layer), "device": str(device)})
         elif kind == "gates":
@@ -162,7 +162,7 @@ class TrainMetrics:
             if figures := spread(row):
                 self._busiest.set(figures["max"], tags={"layer": str(layer)})
                 self._entropy.set(figures["entropy"], tags={"layer": str(layer)})
-        for layer, some in _some(load):
+        for layer, some in shown(load):
             for expert, value in enumerate(some[:LOAD_SERIES]):
                 self._load.set(value, tags={"layer": str(layer), "expert": str(expert)})
 
@@ -177,7 +177,7 @@ class TrainMetrics:
         return counter
 
 
-def _some(layers: Sequence[Sequence[float]]) -> Iterator[tuple[int, Sequence[float]]]:
+def shown(layers: Sequence[Sequence[float]]) -> Iterator[tuple[int, Sequence[float]]]:
     """Layers evenly apart, by their number, of at most ``LOAD_SERIES`` values together."""
     width = max(1, len(layers[0])) if layers else 1
     stride = -(-len(layers) // max(1, LOAD_SERIES // width)) or 1

@@ -11,7 +11,8 @@ from itertools import accumulate
 
 from ray.util.metrics import Counter, Gauge
 
-from shoal.cluster.metrics import LOAD_SERIES, LastingGauge
+from shoal.cluster.metrics import LOAD_SERIES, LastingGauge, shown
+from shoal.cluster.served_experts import chosen_since
 from shoal.workers.engine.request import Load
 
 PREFIX = "shoal_serve_"
@@ -153,17 +154,15 @@ class ServeMetrics:
         """tokens: ``[MoE layers][experts]`` since the ranks were started. Of each layer the busiest expert is shown, of
         experts one by one at most ``LOAD_SERIES``, of layers evenly apart; of the tokens since the last time, once
         there are enough of them to tell."""
-        experts = max(1, len(tokens[0])) if tokens else 1
-        told = self._told or [[0] * experts] * len(tokens)
-        if not tokens or sum(tokens[0]) - sum(told[0]) < ENOUGH * experts:
+        new = chosen_since(self._told, tokens, ENOUGH)
+        if not new:
             return
-        stride = -(-len(tokens) // max(1, LOAD_SERIES // experts))
-        for layer, counts in enumerate(tokens):
-            new = [now - was for now, was in zip(counts, told[layer], strict=True)]
-            fair = sum(new) / experts
-            self._busiest.set(max(new) / fair, tags={"layer": str(layer)})
-            for expert, count in enumerate(new[:LOAD_SERIES] if layer % stride == 0 else ()):
-                self._experts.set(count / fair, tags={"layer": str(layer), "expert": str(expert)})
+        fair = [sum(row) / len(row) for row in new]
+        for layer, row in enumerate(new):
+            self._busiest.set(max(row) / fair[layer], tags={"layer": str(layer)})
+        for layer, some in shown(new):
+            for expert, count in enumerate(some[:LOAD_SERIES]):
+                self._experts.set(count / fair[layer], tags={"layer": str(layer), "expert": str(expert)})
         self._told = tokens
 
     def _durations(self, name: str, text: str) -> Durations:

@@ -51,9 +51,8 @@ class ServedExperts:
     def count(self, totals: Sequence[Sequence[int]]) -> None:
         """Takes note of the choices of each layer's experts, ``[MoE layers][experts]`` since the ranks began. Few of
         them wait for others to come, and what is known stays meanwhile."""
-        told = self._told or [[0] * len(row) for row in totals]
-        new = [[now - was for now, was in zip(*rows, strict=True)] for rows in zip(totals, told, strict=True)]
-        if not new or sum(new[0]) < ENOUGH * len(new[0]):
+        new = chosen_since(self._told, totals, ENOUGH)
+        if not new:
             return
         old = self.load or [[0.0] * len(row) for row in totals]
         self.load = [[KEPT * a + b for a, b in zip(*rows, strict=True)] for rows in zip(old, new, strict=True)]
@@ -79,3 +78,12 @@ class ServedExperts:
 
     def _measure(self) -> None:
         self.rank_load = busiest(self.load, self.plan, len(self._ranks)) if self.load else 0.0
+
+
+def chosen_since(told: Sequence[Sequence[int]], totals: Sequence[Sequence[int]], enough: int) -> list[list[int]]:
+    """How often each layer's experts were chosen, ``[MoE layers][experts]``, since totals were what was told, or since
+    they began where nothing was; no layers while an expert has fewer than ``enough`` in the mean."""
+    told = told or [[0] * len(row) for row in totals]
+    if not totals or sum(totals[0]) - sum(told[0]) < enough * max(1, len(totals[0])):
+        return []
+    return [[now - was for now, was in zip(*rows, strict=True)] for rows in zip(totals, told, strict=True)]

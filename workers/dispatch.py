@@ -20,7 +20,8 @@ from shoal.workers.expert_plan import EMPTY, slots_of
 from shoal.workers.flight import Flight, PackedFlight
 from shoal.workers.gathered import ApartFlight, GatheredFlight, Live
 from shoal.workers.mesh import Group
-from shoal.workers.symmetric import Inbox, SymmetricFlight
+from shoal.workers.symmetric import Inbox
+from shoal.workers.symmetric_flight import SymmetricFlight
 from shoal.workers.transfer import HostReads
 
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from functools import partial, reduce
 from pathlib import Path
@@ -16,7 +15,6 @@ from torch.distributed.tensor import DTensor
 
 from shoal.kernels.moe import load_fractions
 from shoal.workers.checkpoint import Checkpointer
-from shoal.workers.checkpoint_files import read_state
 from shoal.workers.config import Recipe
 from shoal.workers.data.ahead import Ahead
 from shoal.workers.data.batch import PackedBatch
@@ -26,23 +24,22 @@ from shoal.workers.guard import bad_weight, first_bad_layer
 from shoal.workers.inboxes import open_inbox
 from shoal.workers.mesh import Mesh
 from shoal.workers.model import Transformer
-from shoal.workers.model.feedforward import MoE, named_biases, named_views
+from shoal.workers.model.feedforward import MoE
 from shoal.workers.model.load import MoELoad
 from shoal.workers.optimizer import MasterAdamW
 from shoal.workers.profile import StepProfile, span
 from shoal.workers.records import load_figures
-from shoal.workers.rehome import rehome
 from shoal.workers.replica_traffic import GradientSums, WeightSpread
 from shoal.workers.replicas import in_order, replicas_of
 from shoal.workers.schedule import learning_rate
-from shoal.workers.shards import as_part, local, shard_dense
+from shoal.workers.shards import shard_dense
+from shoal.workers.training_tensors import move_experts, take_weights, tensors_of
 from shoal.workers.transfer import on_host
 from shoal.workers.validate import validate
 from shoal.workers.watch import StepWatch
 
 NEW_LOAD = 0.02  # weight of a step's load in the running mean of it that experts are placed by
 LOAD_RECORDS = 200  # about so many expert loads, means of gates and coverages are recorded in a run
-MASTER = "optim.master."
 Record = dict[str, Any]
 
 
@@ -285,33 +282,16 @@ class Trainer:
     def tensors(self) -> dict[str, Tensor]:
         """Everything a checkpoint holds of this rank, by placement-independent names. Parts of tensors are DTensors."""
         self.weights.finish()
-        index_of = {id(p): i for i, p in enumerate(self.parameters.values())}
-        out = {f"model.{name}": bias for name, bias in named_biases(self.model)}
-        for name, parameter, part in named_views(self.model, self.parameters):
-            weights = local(parameter).detach()
-            # no copy, unless the weights are masters, which are in a checkpoint beside what they are rounded to
-            held = [("model", (weights if part is None else weights[part]).to(self.model.dtype))]
-            held += [(f"optim.{kind}", x) for kind, x in self.optimizer.state_of(index_of[id(parameter)], part)]
-            out |= {f"{kind}.{name}": as_part(tensor, parameter, part) for kind, tensor in held}
-        return out
+        return tensors_of(self.model, self.parameters, self.optimizer)
 
     @property
     def plan(self) -> Plan:
         """Where the routed experts lie."""
         return tuple(layer.homes for layer in self.model.moe_layers)
 
-    @torch.no_grad()
     def place_experts(self, plan: Plan) -> None:
         """Moves experts, their weights and what the optimizer knows of them, between two steps. Collective."""
-        moves = [(i, homes) for i, (now, homes) in enumerate(zip(self.plan, plan, strict=True)) if now != homes]
-        if not moves:
-            return
-        before, layers = _by_layer(self.tensors()), self.model.moe_layers
-        for i, homes in moves:
-            layers[i].assign(homes)
-        after, first = _by_layer(self.tensors()), len(self.model.layers) - len(layers)
-        for i, _ in moves:  # one at a time: what moves is in memory three times meanwhile
-            rehome(self.mesh.world, before.get(first + i, {}), after.get(first + i, {}))
+        move_experts(self.model, plan, self.tensors)
 
     def save(self) -> None:
         """Starts writing a checkpoint of this step, in the background, unless there is one.
@@ -361,21 +341,11 @@ class Trainer:
                 self.place_experts(plan)
 
     def begin_with(self, checkpoint: Path) -> None:
-        """Takes over the weights of another run's checkpoint; step, data and the optimizer's moments begin anew, and so
-        do experts' biases where it has none. Of a checkpoint without masters, weights become masters.
+        """Takes over the weights of another run's checkpoint; step, data and the optimizer's moments begin anew.
 
         Raises: ``InvalidInput`` for weights of other sizes, or of another dtype.
         """
-        saved = read_state(checkpoint)
-        step = int(saved["step"])
-        weights = {k: v for k, v in self.tensors().items() if k.startswith(("model.", MASTER))}
-        masters = {k: weights.pop(k) for k in list(weights) if k.startswith(MASTER) and saved.get("weights_alone")}
-        if not saved.get("biased"):
-            weights = {k: v for k, v in weights.items() if not k.endswith(".moe.bias")}
-        # Rank 1 of a world of 1: it reads by itself, and does not tidy up the folder as rank 0 would.
-        Checkpointer(checkpoint.parent, 1, None, 1, 1).load(step, weights)
-        for name, master in masters.items():
-            local(master).copy_(local(weights[f"model.{name.removeprefix(MASTER)}"]))
+        take_weights(checkpoint, self.tensors())
 
     def _loader(self, state: dict[str, Any] | None) -> Ahead:
         t, data = self.recipe.train, self.recipe.data
@@ -398,12 +368,3 @@ def _came(trainer: ref[Trainer], index: int, _parameter: Tensor) -> None:
 def _added(total: Tensor | None, counts: Tensor | None) -> Tensor | None:
     """Counts of one pass more; None without MoE layers."""
     return counts if total is None or counts is None else total + counts
-
-
-def _by_layer(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-    """Those of routed experts, by the layer they are in."""
-    out: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if found := re.search(r"\.layers\.(\d+)\.moe\.experts\.", name):
-            out.setdefault(int(found[1]), {})[name] = tensor
-    return out

@@ -79,35 +79,19 @@ def choose(
     experts = width if centroids is None else len(centroids)
     tile = 64 if tokens >= 16384 else 16
     blocks = tiles(tokens, tile)
-    scores = _floats(x, tokens, experts)
-    gates, chosen = _floats(x, tokens, top_k), _ints(x, tokens, top_k)
-    counts, sums = _ints(x, experts), _floats(x, experts)
-    if sort:
-        rows, order, ends = _ints(x, tokens, top_k), _ints(x, tokens * top_k), _ints(x, experts)
-    else:
-        rows = order = ends = _ints(x, 0)
+    choice = _unwritten(x, tokens, experts, top_k, lse, sort)
+    scores, counts, places = choice.scores, choice.counts, (choice.ends, choice.rows, choice.order)
     alone = blocks == 1  # as in steps of a few tokens, which are short of time for launches: one does it all
     block_counts = counts if alone else _ints(x, blocks, experts)
-    block_sums = sums if alone else _floats(x, blocks, experts)
-    lses = _floats(x, tokens) if lse else None
+    block_sums = choice.sums if alone else _floats(x, blocks, experts)
     shape = {"N": experts, "NP": max(16, power_of_2(experts)), "K": top_k, "TILE": tile}
     if tokens:
         launch(
             _choose_kernel,
             (blocks,),
-            x,
-            x if centroids is None else centroids,
-            scores if bias is None else bias,
-            scores,
-            gates,
-            chosen,
-            block_counts,
-            block_sums,
-            scores if lses is None else lses,
-            ends,
-            rows,
-            order,
-            tokens,
+            *(x, x if centroids is None else centroids, scores if bias is None else bias),
+            *(scores, choice.gates, choice.experts, block_counts, block_sums),
+            *(scores if choice.lse is None else choice.lse, *places, tokens),
             H=width,
             KP=power_of_2(top_k),
             BH=128,
@@ -125,9 +109,20 @@ def choose(
             **shape,
         )
     if not alone:
-        launch(_scan_kernel, (experts,), block_counts, block_sums, counts, sums, blocks, N=experts, TILE=1024)
+        launch(_scan_kernel, (experts,), block_counts, block_sums, counts, choice.sums, blocks, N=experts, TILE=1024)
     if sort and not alone:
-        launch(_place_kernel, (max(blocks, 1),), chosen, block_counts, counts, ends, rows, order, tokens, **shape)
+        launch(_place_kernel, (max(blocks, 1),), choice.experts, block_counts, counts, *places, tokens, **shape)
+    return choice
+
+
+def _unwritten(x: Tensor, tokens: int, experts: int, top_k: int, lse: bool, sort: bool) -> Choice:
+    """Memory for a choice, on the device of x."""
+    if sort:
+        ends, rows, order = _ints(x, experts), _ints(x, tokens, top_k), _ints(x, tokens * top_k)
+    else:
+        ends = rows = order = _ints(x, 0)
+    scores, gates, chosen = _floats(x, tokens, experts), _floats(x, tokens, top_k), _ints(x, tokens, top_k)
+    counts, sums, lses = _ints(x, experts), _floats(x, experts), _floats(x, tokens) if lse else None
     return Choice(scores, gates, chosen, counts, ends, sums, rows, order, lses)
 
 

@@ -80,21 +80,14 @@ def combine(
     launch(
         _combine_kernel,
         grid,
-        results,
-        rows,
-        results if gates is None else gates,
-        results if base is None else base,
-        results if logits is None else logits,
-        results if centroids is None else centroids,
-        others,
-        places,
-        out,
-        tokens,
+        *(results, rows, results if gates is None else gates, results if base is None else base),
+        *(results if logits is None else logits, results if centroids is None else centroids),
+        *(others, places, out, tokens),
         H=hidden,
         K=top_k,
         D=places.shape[1] if more else 0,
         N=experts,
-        NP=max(16, power_of_2(experts)),
+        BN=min(max(16, power_of_2(experts)), 256),
         R=results.stride(0),
         M=others.stride(0) if more else 0,
         Y=out.stride(0),
@@ -207,7 +200,7 @@ def _combine_kernel(
     K: tl.constexpr,
     D: tl.constexpr,
     N: tl.constexpr,
-    NP: tl.constexpr,
+    BN: tl.constexpr,
     R: tl.constexpr,
     M: tl.constexpr,
     Y: tl.constexpr,
@@ -236,8 +229,8 @@ def _combine_kernel(
         row = tl.load(places + t * D + d, mask=there, other=-1).to(tl.int64)
         wanted = inside & (row >= 0)[:, None]
         acc += tl.load(others + row[:, None] * M + h[None, :], mask=wanted, other=0.0).to(tl.float32)
-    if N:
-        e = tl.arange(0, NP)
+    for start in tl.static_range(0, N, BN):  # of many experts, all centroids would not fit into shared memory
+        e = start + tl.arange(0, BN)
         b_l = tl.load(logits + t[:, None] * N + e[None, :], mask=there[:, None] & (e[None, :] < N), other=0.0)
         b_c = tl.load(centroids + e[:, None] * H + h[None, :], mask=(e[:, None] < N) & (h[None, :] < H), other=0.0)
         acc = tl.dot(b_l, b_c, acc, input_precision=PRECISION)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from served import ask, with_engines
 from small import VOCAB, small_recipe
-from test_engines import _ask, _with_engines
 from trained import write_weights
 
 from shoal.cluster.engines import Engines
@@ -47,7 +47,7 @@ def test_streams_outlive_a_rank_that_is_killed_in_a_graph(placement: str, victim
                 os.kill(pids[victim], signal.SIGKILL)
 
         pids = engines.pids()
-        asked = [_ask(engines, r, kill if r.id == "r4" else lambda tokens: None) for r in requests]
+        asked = [ask(engines, r, kill if r.id == "r4" else lambda tokens: None) for r in requests]
         answers = await asyncio.wait_for(asyncio.gather(*asked), 240)
         assert [len(tokens) for tokens in answers] == [count] * len(requests)
         assert killed and engines.restarts == 1
@@ -58,4 +58,4 @@ def test_streams_outlive_a_rank_that_is_killed_in_a_graph(placement: str, victim
         patch.setenv("SHOAL_CACHE", str(tmp_path / "cache"))
         patch.setenv("NCCL_NVLS_ENABLE", "0")  # NVLink multicast wants rights that containers lack
         with ray_session(4, dashboard=False) as session:
-            _with_engines(tables, tmp_path / "checkpoints", session, work)
+            with_engines(tables, tmp_path / "checkpoints", session, work)

@@ -1,5 +1,5 @@
 """A service's experts follow the load that its users make: when that is worth it, and not by chance. That answers of
-real ranks stay the same is tested in test_engines.py."""
+real ranks stay the same is tested in test_engine_copies.py."""
 
 from __future__ import annotations
 

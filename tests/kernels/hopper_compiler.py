@@ -206,6 +206,23 @@ def dispatch(world: int, experts: int, copies: int, tokens: int) -> None:
     gates_at_home(gates, words[:, choices:], fan.rows, chosen, ways, True)
 
 
+def sums(experts: int, hidden: int, dtype: torch.dtype) -> None:
+    """Of each token's results: of a layer in one piece, of rows for other ranks, and with those that came home."""
+    from shoal.kernels.moe import fan, triton_rows
+
+    tokens, choices = 64, 6
+    rows, home = (torch.zeros(tokens, count, dtype=torch.int32) for count in (choices, 3))
+    results, gates = torch.zeros(tokens * choices, hidden, dtype=dtype), torch.zeros(tokens, choices)
+    base, logits, centroids = (
+        results.new_zeros(shape) for shape in ((tokens, hidden), (tokens, experts), (experts, hidden))
+    )
+    triton_rows.combine(results, rows, gates, base)
+    triton_rows.combine(results, rows, None, base, logits, centroids)
+    fan.combine(results, rows, True, gates)
+    fan.combine(results, rows, True, gates, base, None, base, (results, home))
+    fan.combine(results, rows, True, None, base, (logits, centroids), base, (results, home))
+
+
 def exchange(kv: int, dims: tuple[int, int], dtype: torch.dtype) -> None:
     """Rows of keys and values into letters, and sums of what came."""
     from shoal.kernels.pieces import Pieces, columns, letters
@@ -245,6 +262,7 @@ def main() -> None:
         attention(1, 4, (128, 64), torch.float16)
         reading_pages(3, 5, (24, 40), torch.float32)
         dispatch(32, 256, 2, 512)
+        sums(1000, 72, torch.float32)
         exchange(3, (24, 40), torch.float32)
         few(7, 200, 72, torch.float16, normalize=True, bias=torch.zeros(64), groups=8, most=3, score="sigmoid")
         return
@@ -256,6 +274,7 @@ def main() -> None:
     writing_pages(3, 5, (24, 40), torch.float32)  # takes kernels of its own
     reading_pages(4, 16, (192, 128), torch.bfloat16)
     dispatch(2, 64, 1, 16384)
+    sums(64, 2048, torch.bfloat16)
     exchange(4, (192, 128), torch.bfloat16)
     few(1, 2048, 1408, torch.bfloat16)
 

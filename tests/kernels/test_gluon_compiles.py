@@ -20,6 +20,7 @@ KERNELS |= {"_chunks_kernel": (2, 1), "_swap_kernel": (4, 2), "_hidden_kernel": 
 KERNELS |= {"_position_grad_kernel": (2, 1), "_key_grad_kernel": (2, 1)}
 KERNELS |= {"_plan_kernel": (3, 3), "_before_kernel": (3, 3), "_pack_kernel": (1, 1), "_count_kernel": (1, 1)}
 KERNELS |= {"_place_kernel": (2, 1), "_gates_kernel": (1, 1), "_home_kernel": (1, 1), "_expand_kernel": (2, 2)}
+KERNELS |= {"_combine_kernel": (5, 5)}
 KERNELS |= {"_address_kernel": (1, 1), "_choose_kernel": (2, 0), "_choose_backward_kernel": (4, 0)}
 KERNELS |= {"_products_kernel": (2, 2), "_choices_kernel": (1, 1), "_add_norm_kernel": (1, 1)}
 KERNELS |= {"_up_kernel": (1, 1), "_down_kernel": (1, 1), "_places_kernel": (2, 2), "compressed_rows_kernel": (2, 2)}

@@ -131,6 +131,18 @@ def test_logits_are_those_of_float32(tokens: int, count: int, hidden: int) -> No
     check_sorted(choice, count)
 
 
+@pytest.mark.parametrize("count", [5, 256, 600])
+def test_sums_have_the_product_of_any_number_of_experts(count: int) -> None:
+    """That of the router's gradient, beside results of a token: of more than 256 experts, some at a time."""
+    tokens, hidden, copies = 19, 40, 2
+    results, base = draw(tokens * copies, hidden, dtype=DTYPE, seed=1), draw(tokens, hidden, dtype=DTYPE, seed=2)
+    logits, centroids = draw(tokens, count, dtype=DTYPE, seed=3), draw(count, hidden, dtype=DTYPE, seed=4)
+    rows = torch.randperm(tokens * copies).view(tokens, copies).to(DEVICE, torch.int32)
+    got = triton_rows.combine(results, rows, None, base, logits, centroids)
+    want = base.double() + results.double()[rows.long()].sum(1) + logits.double() @ centroids.double()
+    near(got, want.cpu(), 5e-3 if ON_GPU else 1e-6)
+
+
 @pytest.mark.parametrize(("rows", "inner"), [(0, 16), (35, 24), (70, 200)])
 def test_swiglu_and_its_gradient(rows: int, inner: int) -> None:
     hidden, d_act = draw(rows, 2 * inner, dtype=DTYPE, seed=1) * 2, draw(rows, inner, dtype=DTYPE, seed=2)
