@@ -246,7 +246,7 @@ def _corpus(recipe: Recipe, root: Path, console: Console) -> Path:
 
 
 def _split_sizes(manifest: Any) -> str:
-    return ", ".join(f"{name} {part.tokens:,} tokens" for name, part in manifest.splits.items())
+    return ", ".join(f"{name} {part.tokens:,}" for name, part in manifest.splits.items()) + " tokens"
 
 
 def _tell_how_to_resume(folder: RunFolder, console: Console) -> None:
