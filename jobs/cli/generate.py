@@ -82,6 +82,7 @@ def _answer(
     summary = answer_file(folder, step, recipe, source, target, sampling, Lasting(stderr=True))
     facts = {"run": folder.source or str(folder.path), "step": step, "output": str(target), **asdict(summary)}
     said = f"{target}: {summary.rows} answers, {summary.failed} of them errors, {summary.tokens} new tokens"
+    said += ": what is wrong stands in their `error`" * bool(summary.failed)
     emit(facts, output, lambda: typer.echo(said))
 
 

@@ -228,3 +228,9 @@ def test_generate_continues_the_prompt_the_same_way_with_the_same_seed(here: Pat
     assert first == second
     assert first["text"] != other["text"]
     assert first["prompt"] == "shoal of"
+
+
+def test_generate_names_its_own_options_where_prompt_and_answer_are_too_long(here: Path, whole: Path) -> None:
+    result = shoal_here("generate", "runs/whole", "--prompt", "shoal of", "--tokens", "100000", cwd=here)
+    assert (result.returncode, result.stdout) == (3, "")
+    assert "--tokens is 100000, together more than the model's context of" in result.stderr
