@@ -36,9 +36,11 @@ class Report(Protocol):
 
 @dataclass
 class Stop:
-    """A wish to stop: set by the first SIGINT, SIGTERM or SIGHUP; a second one ends the process at once."""
+    """A wish to stop: set by the first SIGINT, SIGTERM or SIGHUP. A second one raises KeyboardInterrupt, and with
+    ``at_once`` the first one too."""
 
     signal: int = 0
+    at_once: bool = False
 
     @property
     def name(self) -> str:
@@ -56,9 +58,9 @@ class Stop:
                 signal.signal(number, handler)
 
     def _caught(self, number: int, _frame: object) -> None:
-        if self.signal:
+        again, self.signal = bool(self.signal), self.signal or number
+        if again or self.at_once:
             raise KeyboardInterrupt
-        self.signal = number
 
 
 @dataclass

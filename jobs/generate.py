@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from shoal.workers.checkpoint_files import MANIFEST, checkpoint_path
 from shoal.workers.config import Recipe
 from shoal.workers.engine.request import NOT_FINITE, Finish, Request, Sampling
-from shoal.workers.errors import ClusterRefused, UsageError
+from shoal.workers.errors import ClusterRefused, InvalidInput, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,8 +35,14 @@ def continue_text(trained: Trained, prompt: str, sampling: Sampling, show: Calla
     from shoal.jobs.serve.text import TextStream
 
     tokenizer = trained.folder.tokenizer()
+    tokens, context = tuple(tokenizer.prompt(prompt)), trained.recipe.model.context
+    if len(tokens) + sampling.max_tokens > context:
+        raise InvalidInput(
+            f"the prompt has {len(tokens)} tokens and --tokens is {sampling.max_tokens}, together more than the "
+            f"model's context of {context}: shorten the prompt, or lower --tokens"
+        )
     engine = _engine(trained, trained.recipe.serve.model_copy(update={"sequences": 1}))
-    engine.add(Request("text", tuple(tokenizer.prompt(prompt)), replace(sampling, stop_tokens=(tokenizer.eos,))))
+    engine.add(Request("text", tokens, replace(sampling, stop_tokens=(tokenizer.eos,))))
     stream, pieces, count = TextStream(tokenizer), [], 0
     show(prompt)
     while engine.busy:

@@ -110,8 +110,9 @@ def _train(
             console.print(f"{folder.path} is done: step {recipe.train.steps} of {recipe.train.steps}", highlight=False)
             return TrainResult(folder.path, recipe.train.steps, False, _last_evaluation(folder))
         console.print(f"run      {folder.path}", highlight=False, soft_wrap=True)
+        shown = corpus.relative_to(Path.cwd()) if corpus.is_relative_to(Path.cwd()) else corpus
         console.print(
-            f"corpus   {corpus}  {manifest.corpus_hash[:16]}  {_split_sizes(manifest)}", highlight=False, soft_wrap=True
+            f"corpus   {shown}  {manifest.corpus_hash[:16]}  {_split_sizes(manifest)}", highlight=False, soft_wrap=True
         )
         try:
             write_identity(folder, recipe, corpus, manifest.corpus_hash)
@@ -246,7 +247,7 @@ def _corpus(recipe: Recipe, root: Path, console: Console) -> Path:
 
 
 def _split_sizes(manifest: Any) -> str:
-    return ", ".join(f"{name} {part.tokens:,} tokens" for name, part in manifest.splits.items())
+    return ", ".join(f"{name} {part.tokens:,}" for name, part in manifest.splits.items()) + " tokens"
 
 
 def _tell_how_to_resume(folder: RunFolder, console: Console) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.jobs.bench.cases import run_cases
 from shoal.jobs.bench.ending import cut_in_order, report, result_of
-from shoal.jobs.bench.registry import Settings
+from shoal.jobs.bench.registry import Settings, numbers_of
 from shoal.jobs.bench.result import Document, Row, gpu_kind, time_row
 from shoal.workers.errors import InvalidInput
 
@@ -101,7 +101,7 @@ def main() -> None:
     sizes = small() if chosen.device == "cpu" else Sizes()
     sizes = replace(sizes, repeats=chosen.repeats, paths=tuple(chosen.paths.split(",")))
     if chosen.tokens:
-        sizes = replace(sizes, tokens=tuple(int(t) for t in chosen.tokens.split(",")))
+        sizes = replace(sizes, tokens=tuple(numbers_of(int, "--tokens", chosen.tokens)))
     name = f"dispatch-{chosen.ranks}x{gpu_kind()}" if chosen.device == "cuda" else "dispatch-cpu"
     result = result_of(name, run(Settings(), sizes, chosen.device, chosen.ranks))
     report(result, chosen.out, lambda path: show(result, path))

@@ -16,7 +16,7 @@ from pathlib import Path
 from shoal.cluster.local import heard
 from shoal.jobs.bench.result import Document, Row, document, write
 from shoal.jobs.interrupt import handled
-from shoal.workers.errors import INTERRUPTED, TrainingFailed
+from shoal.workers.errors import INTERRUPTED, ShoalError, TrainingFailed
 
 CUT = "cut off: what would have followed has no rows"
 NOTHING = "cut off before anything was measured"
@@ -27,7 +27,8 @@ AGAIN = 2.0
 @contextmanager
 def cut_in_order() -> Iterator[None]:
     """In the block, signals that end a job raise KeyboardInterrupt, unless whoever started this process has them
-    ignored; the process then ends with ``INTERRUPTED`` and a line. Signals alone mean nothing outside the main thread.
+    ignored; the process then ends with ``INTERRUPTED`` and a line, and with a line and its exit code for a ShoalError.
+    Signals alone mean nothing outside the main thread.
     """
     keys = [signal.SIGINT] if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN else []
     with handled([*keys, *heard()], _Cut()):
@@ -36,6 +37,9 @@ def cut_in_order() -> Iterator[None]:
         except KeyboardInterrupt as interrupt:
             print(str(interrupt) or CUT.partition(":")[0], file=sys.stderr)
             sys.exit(INTERRUPTED)
+        except ShoalError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(error.exit_code)
 
 
 class _Cut:

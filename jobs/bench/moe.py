@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.jobs.bench.ending import cut_in_order, report
-from shoal.jobs.bench.registry import Settings, measure
+from shoal.jobs.bench.registry import Settings, measure, wants_gpu
 from shoal.jobs.bench.result import Document, Row, time_row, value_row
-from shoal.workers.errors import InvalidInput, TrainingFailed
+from shoal.workers.errors import TrainingFailed
 
 if TYPE_CHECKING:
     from shoal.jobs.bench.moe_layers import Layer, Problem
@@ -39,8 +39,7 @@ def run(settings: Settings) -> Iterator[Row]:
     """
     import torch
 
-    if not torch.cuda.is_available():
-        raise InvalidInput("shoal bench moe needs a CUDA GPU, and torch sees none here: run it on a machine with one")
+    wants_gpu("moe")
     yield _first_call(settings)
     for tokens in TARGETS:
         yield from _rows_of(tokens, settings)

@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from shoal.jobs.bench.registry import Settings, wants_gpu
 from shoal.jobs.bench.result import Document, Row, time_row
 from shoal.jobs.bench.turns import Call, medians
 from shoal.kernels.nsa import BlockSizes, Layout, compress, compress_mean, make_layout, nsa_attention
-from shoal.workers.errors import UsageError
 
 if TYPE_CHECKING:
-    from shoal.jobs.bench.registry import Settings
     from shoal.kernels.nsa.attention import Backend
     from shoal.kernels.nsa.triton_backward import BackwardTuning
     from shoal.kernels.nsa.triton_forward import ForwardTuning
@@ -105,7 +104,7 @@ class Problem:
 
 
 def run(settings: Settings) -> Iterator[Row]:
-    """Rows of the parts that are asked for, as they are measured. Raises UsageError without a GPU."""
+    """Rows of the parts that are asked for, as they are measured. Raises InvalidInput without a GPU."""
     from shoal.jobs.bench import nsa_decode, nsa_groups
 
     wants_gpu("nsa")
@@ -131,14 +130,6 @@ def _wide(settings: Settings) -> list[Row]:
     rows = _whole(Problem.draw(CONTEXTS[-1], (192, 128)), {(CONTEXTS[-1], p): (t, t) for p, t in WIDE_TARGETS.items()})
     torch.cuda.empty_cache()
     return rows
-
-
-def wants_gpu(name: str) -> None:
-    """Raises UsageError where there is none."""
-    if not torch.cuda.is_available():
-        raise UsageError(
-            f"shoal bench {name} measures GPU kernels, and torch finds no GPU here: run it on a machine with one"
-        )
 
 
 def median_ms(f: Callable[[], object], rep: int = 100) -> float:

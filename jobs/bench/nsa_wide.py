@@ -20,13 +20,12 @@ from shoal.jobs.bench.nsa import (
     backward_parts,
     dense_calls,
     forward_parts,
-    wants_gpu,
 )
+from shoal.jobs.bench.registry import Settings, wants_gpu
 from shoal.jobs.bench.result import Row, time_row, value_row
 from shoal.jobs.bench.turns import Call, medians
 
 if TYPE_CHECKING:
-    from shoal.jobs.bench.registry import Settings
     from shoal.kernels.nsa.triton_attention import Tunings
 
 DIMS = (192, 128)
@@ -42,7 +41,10 @@ class Found:
 
 
 def run(settings: Settings) -> Iterator[Row]:
-    """Rows of both ways, as they are measured, and how far apart their results are. Raises UsageError without a GPU."""
+    """Rows of both ways, as they are measured, and how far apart their results are.
+
+    Raises InvalidInput without a GPU.
+    """
     wants_gpu("nsa-wide")
     from shoal.kernels.nsa.triton_attention import narrow_tunings
     from shoal.kernels.nsa.triton_backward import BackwardTuning

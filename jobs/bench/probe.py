@@ -7,6 +7,7 @@ several things at once gives parts that overlap.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from functools import reduce, wraps
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from shoal.jobs.bench import leave
 
 # (what a person would call it, module, attribute); what is a context manager is timed until it is entered
 PARTS = (
@@ -33,6 +36,8 @@ def main(file: str, *arguments: str) -> None:
     from shoal.jobs.cli.main import main as shoal_main
 
     sys.argv = ["shoal", *arguments]
+    if signal.getsignal(signal.SIGINT) is leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what it runs saves, and ends Ray, before it ends
     shoal_main()
 
 

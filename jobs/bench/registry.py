@@ -4,14 +4,21 @@ One that takes long yields its rows as it goes: those that it has when it is cut
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import TypeVar
 
+from shoal.jobs.bench import leave
+from shoal.jobs.bench.cases import STOPS
 from shoal.jobs.bench.ending import result_of
 from shoal.jobs.bench.result import Document, gpu_kind
-from shoal.workers.errors import UsageError
+from shoal.jobs.interrupt import handled
+from shoal.workers.errors import InvalidInput, UsageError
+
+Number = TypeVar("Number", int, float)
 
 BENCHMARKS = {
     "train": ("shoal.jobs.bench.train", "Tokens/s of tiny under Ray, beside the same training without Ray."),
@@ -70,6 +77,28 @@ def check_parts(asked: Collection[str], known: Sequence[str]) -> None:
         raise UsageError(f"--parts {unknown[0]} is none of {', '.join(known)}: name some of these, with commas between")
 
 
+def numbers_of(kind: type[Number], option: str, text: str) -> list[Number]:
+    """The numbers above 0 that ``text`` holds, with commas between them. Raises UsageError."""
+    try:
+        found = [kind(part) for part in text.split(",") if text]
+    except ValueError:
+        found = [kind(0)]
+    if not all(0 < number < float("inf") for number in found):
+        whole = "whole " * (kind is int)
+        raise UsageError(f"{option} {text!r} is no list of {whole}numbers above 0: write it like 1,4,16")
+    return found
+
+
+def wants_gpu(name: str) -> None:
+    """Raises InvalidInput where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InvalidInput(
+            f"shoal bench {name} needs a CUDA GPU, and torch sees none here: run it on a machine with one"
+        )
+
+
 def measure(name: str, settings: Settings) -> Document:
     """Runs a benchmark and returns its result. Raises ShoalError for what it cannot do.
 
@@ -80,7 +109,8 @@ def measure(name: str, settings: Settings) -> Document:
     One that is cut off once it has yielded rows is told with these, named ``nsa-h100-cut``: see ``ending.py``. Raises
     KeyboardInterrupt where it has none.
     """
-    module = import_module(BENCHMARKS[name][0])
+    with handled([number for number in STOPS if callable(signal.getsignal(number))], leave):
+        module = import_module(BENCHMARKS[name][0])
     whole: Callable[[Settings], Document] | None = getattr(module, "whole", None)
     if whole:
         return whole(settings)

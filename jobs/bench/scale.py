@@ -32,7 +32,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -41,12 +40,12 @@ from typing import TYPE_CHECKING
 
 from shoal.jobs.bench.cases import ENDLESS, Patience, run_cases
 from shoal.jobs.bench.ending import CUT, as_far_as_it_came, cut_in_order, report_as_it_goes
-from shoal.jobs.bench.registry import Settings, check_parts
+from shoal.jobs.bench.registry import Settings, check_parts, numbers_of
 from shoal.jobs.bench.result import Document, Row, document, value_row, write
 from shoal.jobs.bench.scale_facts import ABOUT, calls_of, found_in, read, told, unsettled
 from shoal.jobs.bench.scale_model import NVLINK, Curve, Link, fit
 from shoal.jobs.bench.scale_rows import lone_row, scale_row, utilised_row
-from shoal.workers.errors import InvalidInput, ShoalError, UsageError
+from shoal.workers.errors import InvalidInput, UsageError
 
 if TYPE_CHECKING:
     from shoal.jobs.bench.scale_cases import Case, Facts, Line, Series
@@ -280,12 +279,8 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=USUAL_PATIENCE.case, help=limit)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after so many, what is left is left out")
     parser.add_argument("--gather", type=Path, nargs="+", default=[], help="results of other calls to make one of")
-    try:
-        chosen = parser.parse_args()
-        (gather if chosen.gather else measure)(chosen)
-    except ShoalError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+    chosen = parser.parse_args()
+    (gather if chosen.gather else measure)(chosen)
 
 
 def measure(chosen: argparse.Namespace) -> None:
@@ -294,7 +289,7 @@ def measure(chosen: argparse.Namespace) -> None:
 
     small = chosen.device == "cpu"
     gpus = 2 if small else torch.cuda.device_count()
-    ranks = _numbers(chosen.ranks) or [n for n in RANKS if n <= gpus]
+    ranks = sorted({*numbers_of(int, "--ranks", chosen.ranks)}) or [n for n in RANKS if n <= gpus]
     if not small and (not gpus or ranks[-1] > gpus):
         raise UsageError(
             f"--ranks {ranks[-1] if ranks else 1} needs as many CUDA GPUs, and torch sees {gpus} here: ask for fewer, "
@@ -342,16 +337,6 @@ def _title(small: bool, parts: Sequence[str], only: str = "") -> str:
     """What a result is called: some series alone do not take the place of all of them."""
     alone = [part for part in PARTS if part in parts] if set(parts) != set(USUAL) else []
     return "-".join(("scale", *["cpu"] * small, *alone, *["some"] * bool(only)))
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        found = sorted({int(part) for part in text.split(",") if part})
-    except ValueError:
-        found = [0]
-    if found and found[0] < 1:
-        raise UsageError(f"--ranks {text} are no numbers of ranks: write them like 1,2,4")
-    return found
 
 
 if __name__ == "__main__":

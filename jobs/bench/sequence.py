@@ -13,19 +13,17 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from shoal.jobs.bench.cases import of, run_cases
 from shoal.jobs.bench.ending import cut_in_order, report, result_of
+from shoal.jobs.bench.registry import Settings, numbers_of
 from shoal.jobs.bench.result import Document, Row, gpu_kind, time_row, value_row
 from shoal.jobs.bench.sequence_rank import SIZES, Case, rank_main
+from shoal.workers.errors import UsageError
 from shoal.workers.sequence import zigzag
 from shoal.workers.volume import Shape, nsa_volume, ring_volume
-
-if TYPE_CHECKING:
-    from shoal.jobs.bench.registry import Settings
 
 CONTEXTS = (32768, 65536, 131072, 262144, 524288)
 TARGETS = {65536: 1.85, 262144: 1.92}
@@ -50,7 +48,16 @@ def measure(
     say: Callable[[str], None] = print,
     options: dict[str, int] | None = None,
 ) -> Iterator[Row]:
-    """Rows for each context, on one rank and on ``ranks``, and errors beside one rank; then bytes by formula."""
+    """Rows for each context, on one rank and on ``ranks``, and errors beside one rank; then bytes by formula.
+
+    Raises UsageError for a context with less than a block for each segment.
+    """
+    least = 2 * ranks * SIZES.slc_block if ranks > 1 else 1
+    if contexts and min(contexts) < least:
+        raise UsageError(
+            f"--contexts {min(contexts)} is too short for {ranks} ranks, whose {2 * ranks} segments of a sequence have "
+            f"{SIZES.slc_block} tokens each at least: name {least} or more"
+        )
     found: dict[Case, list[Row]] = {}
     for cases in waves(contexts, ranks, {**(options or {}), "repeats": repeats}):
         for case, measured in run_cases(rank_main, cases[0].ranks, cases, say):
@@ -170,7 +177,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=0, help="0: about as many as fit into some seconds")
     args = parser.parse_args()
     options = {} if torch.cuda.is_available() else SMALL
-    contexts = tuple(int(n) for n in args.contexts.split(","))
+    contexts = tuple(numbers_of(int, "--contexts", args.contexts))
     name = f"sequence-{args.ranks}x{gpu_kind() or 'cpu'}"
     result = result_of(name, measure(contexts, args.ranks, args.repeats, options=options))
 

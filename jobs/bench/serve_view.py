@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,30 +14,56 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-TIMES = {"ttft_ms": "TTFT", "tpot_ms": "TPOT", "request_ms": "request"}  # ms, in the order of the table
+# in the order of the table: name, unit, and milliseconds that it has
+TIMES = {"ttft_ms": ("TTFT", "ms", 1.0), "tpot_ms": ("TPOT", "ms", 1.0), "request_ms": ("request", "s", 1e3)}
 LOADS = {"concurrency": "requests at once", "rate": "requests a second"}
 
 
 def table(result: Document) -> Table:
     """A line a load: requests, tokens/s and their ratio to the baseline's, and the median and 99th percentile of each
-    time. Where there are two servers, the second one's lines follow a line with its name."""
-    times = [f"{name} {p}" for name in TIMES.values() for p in ("p50", "p99")]
-    out = grid("load", "requests", "failed", "tokens/s", "ratio", *(f"{t} ms" for t in times), right=range(1, 11))
-    server = result["rows"][0].get("server")
-    for row in result["rows"]:
+    time; what failed and ratios where there are any. Where there are two servers, the second one's lines follow a line
+    with its name."""
+    rows = result["rows"]
+    told = [("requests", _requests), ("failed", _failed), ("tokens/s", _tokens), ("ratio", _ratio)]
+    told = [(heading, tell) for heading, tell in told if any(map(tell, rows))]
+    times = [f"{name}, {unit}\np50   p99" for name, unit, _ in TIMES.values()]
+    out = grid("load", *(heading for heading, _ in told), *times, right=range(1, 1 + len(told) + len(times)))
+    server = rows[0].get("server")
+    for row in rows:
         if row.get("server", server) != server:
             server = row["server"]
             out.add_row(server)
-        failed = ", ".join(f"{count} x {error}" for error, count in row.get("errors", {}).items())
-        ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
-        spreads = [_ms(row.get(key, {}).get(p)) for key in TIMES for p in ("p50", "p99")]
-        name = row["what"].removeprefix("an output token, ")
-        out.add_row(name, str(row["requests"]), failed, _ms(row["output_tokens_per_second"]), ratio, *spreads)
+        shown = [_spread(row.get(key, {}), scale) for key, (_, _, scale) in TIMES.items()]
+        out.add_row(row["what"].removeprefix("an output token, "), *(tell(row) for _, tell in told), *shown)
     return out
 
 
-def _ms(value: float | None) -> str:
-    return "" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+def _requests(row: Row) -> str:
+    return str(row["requests"])
+
+
+def _failed(row: Row) -> str:
+    return ", ".join(f"{count} x {error}" for error, count in row.get("errors", {}).items())
+
+
+def _tokens(row: Row) -> str:
+    return _digits(row["output_tokens_per_second"])
+
+
+def _ratio(row: Row) -> str:
+    return f"{row['ratio']:.2f}" if "ratio" in row else ""
+
+
+def _spread(spread: Mapping[str, float], scale: float) -> str:
+    """The median and the 99th percentile, of which the latter has five characters."""
+    p50, p99 = (_digits(spread[p] / scale if p in spread else None) for p in ("p50", "p99"))
+    return f"{p50} {p99:>5}".strip()
+
+
+def _digits(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def draw(result: Document, path: Path) -> None:
@@ -92,7 +118,7 @@ def _times(panel: Axes, kind: str, rows: Sequence[Row], key: str) -> None:
     known = [row for row in rows if row[key]]  # answers of one token have no TPOT
     for p, colour in (("p50", BLUE), ("p99", ORANGE)):
         panel.plot([row[kind] for row in known], [row[key][p] for row in known], "o-", color=colour, label=p)
-    _finish(panel, kind, known, f"{TIMES[key]}, ms")
+    _finish(panel, kind, known, f"{TIMES[key][0]}, ms")
 
 
 def _finish(panel: Axes, kind: str, rows: Sequence[Row], title: str) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from shoal.jobs.bench.ending import cut_in_order, report
-from shoal.jobs.bench.registry import BENCHMARKS, PARTS, Settings, draw, measure, parts_of
+from shoal.jobs.bench.registry import BENCHMARKS, PARTS, Settings, draw, measure, numbers_of, parts_of
 from shoal.jobs.bench.result import Document, table
 from shoal.jobs.cli.common import (
     RUNS_DIR,
@@ -134,8 +134,8 @@ def serve(
     from shoal.jobs.bench.load import Limits, parse_mix
     from shoal.jobs.bench.serve import LIMITS, Level, ServeSettings
 
-    levels = [Level(concurrency=int(n)) for n in _numbers("--concurrency", concurrency, whole=True)]
-    levels += [Level(rate=n) for n in _numbers("--rate", rate)]
+    levels = [Level(concurrency=n) for n in numbers_of(int, "--concurrency", concurrency)]
+    levels += [Level(rate=n) for n in numbers_of(float, "--rate", rate)]
     settings = ServeSettings(
         say=_say, run=run, runs_dir=runs_dir, url=url, model=model, token_file=token_file, mix=parse_mix(mix),
         text=text, limits=Limits(requests, duration) if duration or requests else LIMITS, warmup=warmup,
@@ -167,17 +167,6 @@ def _of_the_server(run: str | None, workers: int | None, placement: str | None, 
     if options and not run:
         raise UsageError(f"{options[0]} is for a server that is started here: name the run to serve")
     return tuple(options)
-
-
-def _numbers(option: str, text: str, whole: bool = False) -> list[float]:
-    """Numbers above 0 with commas between them. Raises UsageError."""
-    try:
-        found = [float(int(part) if whole else float(part)) for part in text.split(",") if text]
-    except ValueError:
-        found = [0.0]
-    if not all(0 < number < float("inf") for number in found):
-        raise UsageError(f"{option} {text!r} is no list of {'whole ' * whole}numbers above 0: write it like 1,4,16")
-    return found
 
 
 for _name in BENCHMARKS:

@@ -143,12 +143,13 @@ def _render(recipe: Recipe, costs: Estimate) -> None:
         f"FLOPs a token   forward {si(f.forward)} (projections {si(f.projections)}, attention {si(f.attention)}, "
         f"compression {si(f.compression)}), training {si(f.training)}, at {recipe.train.sequence:,} tokens a sequence"
     )
-    parts = ["weights", "optimizer", "gradients", "activations"]
-    parts += ["slots"] if any(rank.slots for rank in costs.memory.values()) else []
-    memory = grid("memory a rank", "ranks", *parts, "at most", right=range(1, 3 + len(parts)))
-    for kind, rank in costs.memory.items():
-        sizes = (*(getattr(rank, part) for part in parts), rank.total)
-        memory.add_row(kind, str(rank.ranks), *(f"{size / 2**30:.2f} GiB" for size in sizes))
+    ranks = costs.memory.values()
+    memory = grid("GiB a rank", *costs.memory, right=range(1, 1 + len(ranks)))
+    memory.add_row("ranks", *(str(rank.ranks) for rank in ranks))
+    for part in ("weights", "optimizer", "gradients", "activations", "slots", "total"):
+        sizes = [getattr(rank, part) for rank in ranks]
+        if part != "slots" or any(sizes):
+            memory.add_row("at most" if part == "total" else part, *(f"{size / 2**30:.2f}" for size in sizes))
     out.print(memory)
     if recipe.parallel.device != "cpu" and beyond(costs.memory, GPU):
         fitting = keys_that_fit(recipe, lambda ranks: not beyond(ranks, GPU))

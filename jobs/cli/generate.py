@@ -79,9 +79,14 @@ def _answer(
     from shoal.jobs.cli.lasting import Lasting
     from shoal.jobs.generate import answer_file
 
-    summary = answer_file(folder, step, recipe, source, target, sampling, Lasting(stderr=True))
+    try:
+        summary = answer_file(folder, step, recipe, source, target, sampling, Lasting(stderr=True))
+    except KeyboardInterrupt:
+        typer.echo(f"go on with the same command: {target}.partial keeps what is answered", err=True)
+        raise
     facts = {"run": folder.source or str(folder.path), "step": step, "output": str(target), **asdict(summary)}
     said = f"{target}: {summary.rows} answers, {summary.failed} of them errors, {summary.tokens} new tokens"
+    said += ": what is wrong stands in their `error`" * bool(summary.failed)
     emit(facts, output, lambda: typer.echo(said))
 
 

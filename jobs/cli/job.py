@@ -24,24 +24,24 @@ Kubernetes needs KubeRay, 1.4 or later.
 
 Examples:
 
-  shoal job render train --recipe tiny --gpus-per-node 0 --volume runs:/mnt/shoal
+- `shoal job render train --recipe tiny --gpus-per-node 0 --volume runs:/mnt/shoal`
 
-  shoal job submit train --recipe deepseekmoe-2b --nodes 2 --gpus-per-node 8 --volume runs:/mnt/shoal --wait
+- `shoal job submit train --recipe deepseekmoe-2b --nodes 2 --gpus-per-node 8 --volume runs:/mnt/shoal --wait`
 
-  shoal job submit serve first --volume runs:/mnt/shoal --secret SHOAL_API_TOKEN=tokens:api
+- `shoal job submit serve first --volume runs:/mnt/shoal --secret SHOAL_API_TOKEN=tokens:api`
 
-  shoal job list; shoal job status NAME; shoal job logs -f NAME; shoal job wait NAME
+- `shoal job list; shoal job status NAME; shoal job logs -f NAME; shoal job wait NAME`
 
-  shoal job resubmit NAME --from-checkpoint
+- `shoal job resubmit NAME --from-checkpoint`
 
-  shoal job submit train --recipe tiny --gpus-per-node 0 --ray-address http://head:8265 --runs-dir /mnt/runs
+- `shoal job submit train --recipe tiny --gpus-per-node 0 --ray-address http://head:8265 --runs-dir /mnt/runs`
 
 `wait` and `submit --wait` exit with the job's own exit code.
 """
 
-app = typer.Typer(no_args_is_help=True, help=EXAMPLES)
+app = typer.Typer(no_args_is_help=True, help=EXAMPLES, rich_markup_mode="markdown")
 render = typer.Typer(no_args_is_help=True, help="Print a job's manifest, checked; no cluster is asked.")
-submit = typer.Typer(no_args_is_help=True, help="Submit a job, or with --dry-run only have it checked.")
+submit = typer.Typer(no_args_is_help=True, help="Submit a job, or have it checked only (`--dry-run=server`).")
 app.add_typer(render, name="render")
 app.add_typer(submit, name="submit")
 

@@ -42,11 +42,11 @@ def list_(runs_dir: RunsDirOption = RUNS_DIR, output: OutputOption = Output.tabl
         if not runs:
             print(f"no runs in {runs_dir}: shoal train --recipe tiny starts one")
             return
-        table = grid("run", "recipe", "step", "loss", "val bits/byte", "checkpoints", "updated", right=(2, 3, 4))
+        table = grid("run", "recipe", "step", "loss", "bits/byte", "checkpoint", "updated", right=range(2, 6))
         for run in runs:
             table.add_row(
                 run.name, run.recipe or "?", _step(run), _figure(run.loss), _figure(run.bits_per_byte),
-                _checkpoints(run), _when(run.updated),
+                str(run.checkpoints[-1]) if run.checkpoints else "-", _when(run.updated),
             )  # fmt: skip
         console().print(table)
 

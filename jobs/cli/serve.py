@@ -82,6 +82,7 @@ def serve(
     recipe = serving_recipe(folder, sets, workers, placement)
     console = Lasting(markup=False, highlight=False, soft_wrap=True)
     options = {"run": folder.place, "step": chosen, "name": name or folder.name, "recipe": recipe.model_dump()}
+    console.print(f"loading  {options['name']}: step {chosen}")
     ended = run_service(
         ENGINES, options, listen, Settings(tokens=tokens), ranks=recipe.parallel.ranks,
         ready=partial(_tell, console, listen, bool(tokens)), told=console.print, drain=drain,

@@ -88,7 +88,7 @@ def _ensure_built_in(name: str, vocab: int, root: Path, progress: Progress) -> P
     for folder in (root / name, root / f"{name}-{vocab}"):
         if not folder.exists():
             manifest = _prepare_once(name, folder, vocab, progress)
-            print(f"corpus {name}: prepared in {folder}, hash {manifest.corpus_hash}", file=sys.stderr)
+            print(f"corpus {name}: prepared in {folder}, hash {manifest.corpus_hash[:16]}", file=sys.stderr)
             return folder
         manifest = read_manifest(folder)
         if vocab in (manifest.vocabulary_asked, manifest.vocabulary):

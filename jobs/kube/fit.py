@@ -66,7 +66,7 @@ def check_gpus(work: Work, options: JobOptions) -> int:
     gpus = options.nodes * options.gpus_per_node
     if work.recipe and work.recipe.parallel.device == "cpu" and gpus:
         raise InvalidInput(
-            f"parallel.device='cpu', and the job asks for {gpus} GPUs: add --gpus-per-node 0, or "
+            f"parallel.device='cpu', and the job asks for {gpus} GPU{'s' * (gpus > 1)}: add --gpus-per-node 0, or "
             f"--set parallel.device=cuda"
         )
     if work.recipe and work.recipe.parallel.device == "cuda" and not gpus:

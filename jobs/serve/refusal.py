@@ -145,6 +145,8 @@ def _sentence(detail: Any, path: Sequence[int | str]) -> str:
     if kind in BOUNDS:
         bound, words = BOUNDS[kind]
         return f"{key}={quote(value)} is out of range: set {key} to {words} {context[bound]}"
+    if kind == "too_short":
+        return f"{key} has {context['actual_length']} items: give {context['min_length']} or more"
     if kind == "literal_error":
         return f"{key}={quote(value)} is not one of its values: set {key} to {context['expected']}"
     wanted = _KINDS.get(kind)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.cluster.local import ray_session
+from shoal.cluster.local import RaySession, ray_session
 from shoal.cluster.serving import Listen, deploy, ray_serve, watch
 from shoal.cluster.supervisor import Stop
 from shoal.jobs.serve.app import serve_application
@@ -44,23 +44,42 @@ def run_service(
     """
     if os.environ.get("RAY_ADDRESS") in (None, "", "local"):  # else the ports are another machine's
         listen.refuse_taken_ports()
-    stop = Stop()
+    # Ray is not waited for while it starts: a terminal signals it too, and then it waits a minute for parts that ended.
+    stop = Stop(at_once=True)
 
     def stopped() -> bool:
         return bool(stop.signal)
 
-    with stop.listening(), ray_session(ranks) as ray, ray_serve(listen):
-        handle = deploy(serve_application(factory, options, listen, settings), stopped)
-        if handle is not None:
-            ready(handle.model.remote().result())
-            if ray.dashboard:
-                told(f"ray      {ray.dashboard}/#/serve")
-            watch(stopped, told)
-            told(
-                f"stopping: new requests are refused, those under way have {drain:g} s; a second signal ends it at once"
-            )
-            _drain(handle, drain, told)
+    with stop.listening():
+        try:
+            with ray_session(ranks) as ray:
+                stop.at_once = False
+                with ray_serve(listen):
+                    _serve(serve_application(factory, options, listen, settings), ray, stopped, ready, told, drain)
+        except KeyboardInterrupt:
+            if not stop.at_once:
+                raise
     return stop.signal
+
+
+def _serve(
+    application: Any,
+    ray: RaySession,
+    stopped: Callable[[], bool],
+    ready: Callable[[Any], None],
+    told: Callable[[str], None],
+    drain: float,
+) -> None:
+    """From the start of the application to the end of its requests, once ``stopped`` says so."""
+    handle = deploy(application, stopped)
+    if handle is None:
+        return
+    ready(handle.model.remote().result())
+    if ray.dashboard:
+        told(f"ray      {ray.dashboard}/#/serve")
+    watch(stopped, told)
+    told(f"stopping: new requests are refused, those under way have {drain:g} s; a second signal ends it at once")
+    _drain(handle, drain, told)
 
 
 def _drain(handle: Any, seconds: float, told: Callable[[str], None]) -> None:

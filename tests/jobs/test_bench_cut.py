@@ -80,6 +80,15 @@ def test_ranks_that_are_about_to_begin_end_without_a_word(tmp_path: Path) -> Non
     assert ended.said.splitlines() == ["1 rank: nsa 256, full 256", NOTHING]
 
 
+@pytest.mark.parametrize("command", [module("sequence"), [*SHOAL, "bench", "sequence"]])
+def test_a_benchmark_that_imports_ends_without_a_traceback(command: list[str], tmp_path: Path) -> None:
+    """Python tells what it has imported: a part of torch, and not yet all of it."""
+    command = [command[0], "-X", "importtime", *command[1:]]
+    ended = cut(command, " torch.version\n", tmp_path, signal.SIGINT)
+    said = [line for line in ended.said.splitlines() if not line.startswith(("import time: ", "warning: "))]
+    assert (ended.code, said) == (INTERRUPTED, ["cut off"])
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_exchanges_and_layers_of_so_many_tokens_are_told_once_they_are_measured(tmp_path: Path, number: int) -> None:
     command = module("dispatch", "--device", "cpu", "--tokens", "64,262144")

@@ -22,7 +22,7 @@ from shoal.jobs.bench.result import Document, Row, time_row  # noqa: E402
 from shoal.kernels.nsa import BlockSizes  # noqa: E402
 from shoal.kernels.nsa.paged import PagedCache, paged_decode  # noqa: E402
 from shoal.kernels.nsa.paged_store import Heads, Phi, store_compressed, store_tokens  # noqa: E402
-from shoal.workers.errors import UsageError  # noqa: E402
+from shoal.workers.errors import InvalidInput, UsageError  # noqa: E402
 
 SMALL = BlockSizes(4, 2, 8, 4, 1, 2, 11)
 MEMORY = 78 << 30
@@ -230,7 +230,7 @@ def test_every_part_has_its_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
-    with pytest.raises(UsageError, match="finds no GPU here"):
+    with pytest.raises(InvalidInput, match="shoal bench nsa needs a CUDA GPU"):
         next(nsa.run(Settings()))
 
 

@@ -12,8 +12,9 @@ import pytest
 
 from shoal.jobs.bench.cases import run_cases
 from shoal.jobs.bench.command import environment
-from shoal.jobs.bench.sequence import SMALL, draw
+from shoal.jobs.bench.sequence import SMALL, draw, measure
 from shoal.jobs.bench.sequence_rank import Case, rank_main
+from shoal.workers.errors import UsageError
 
 ALONE = """
 import runpy, sys
@@ -75,6 +76,11 @@ def test_two_ranks_agree_with_one(result: Any) -> None:
     errors = [row["value"] for row in result["rows"] if "relative error" in row["what"]]
     assert len(errors) == 4
     assert max(errors) < 1e-5
+
+
+def test_segments_without_a_token_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"--contexts 192 is too short for 2 ranks, .* name 256 or more"):
+        next(measure((2048, 192), 2, 1))
 
 
 @pytest.mark.slow

@@ -142,6 +142,12 @@ def test_config_show_as_a_table_for_people(tmp_path: Path) -> None:
         assert text in out
 
 
+def test_no_word_of_a_recipe_s_costs_is_broken_at_80_columns(tmp_path: Path) -> None:
+    out = shoal_here("config", "show", "nsa-64k-small", cwd=tmp_path, COLUMNS="80").stdout
+    costs = out[out.index("GiB a rank") :].split()
+    assert {"colocated", "ranks", "weights", "optimizer", "gradients", "activations", "slots"} <= {*costs}
+
+
 def test_config_show_as_toml_is_a_recipe_again(tmp_path: Path) -> None:
     out = shoal_here("config", "show", "nsa-27b", "--set", "train.steps=3", "-o", "toml", cwd=tmp_path).stdout
     assert tomllib.loads(out)["train"]["steps"] == 3

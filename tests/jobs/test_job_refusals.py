@@ -33,7 +33,7 @@ RULES = "[{policy: DeleteSelf, condition: {jobStatus: FAILED}}]"
         (("serve", "/elsewhere/first", *VOLUME, "--insecure"), 3, "RUN '/elsewhere/first' is on no volume"),
         (("evaluate", "first", *VOLUME, "--data", "/elsewhere"), 3, "--data '/elsewhere' is on no volume"),
         (("evaluate", "first", *VOLUME, "--data", "data/mine"), 3, "--data 'data/mine' is on no volume: name a folder"),
-        (("train", *VOLUME), 3, "parallel.device='cpu', and the job asks for 1 GPUs"),
+        (("train", *VOLUME), 3, "parallel.device='cpu', and the job asks for 1 GPU: "),
         (("train", *VOLUME, "--nodes", "0"), 3, "--nodes=0 cannot be used: it should be greater than or equal to 1"),
         (("train", *VOLUME, "--auth", "maybe"), 3, "--auth='maybe' cannot be used: it should be 'token' or 'off'"),
         (("train", *VOLUME, "--profile", "big"), 5, "there is no file of profiles"),

@@ -218,6 +218,16 @@ def test_it_can_be_stopped_while_the_weights_load(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_terminal_s_ctrl_c_while_ray_starts_ends_it_without_waiting_for_ray(tmp_path: Path) -> None:
+    with starting(tmp_path, SHOAL_RUNS=str(tmp_path)) as it:  # a variable that Ray's processes inherit
+        patiently(lambda: any("/dashboard.py " in line for line in processes_in(tmp_path)), it.process)
+        os.killpg(it.process.pid, signal.SIGINT)
+        assert it.process.wait(PATIENCE) == 130
+        assert it.lines == ["loading  parrot: step 5"]
+    assert not processes_in(tmp_path)
+
+
+@pytest.mark.slow
 def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
     with serving(tmp_path, "--drain", "600") as it, grpc.insecure_channel(it.address) as channel:
         it.file("hold").touch()

@@ -75,7 +75,7 @@ async def test_refused_completions() -> None:
 
 
 CHAT: list[tuple[dict[str, Any], str | None, str]] = [
-    ({"messages": []}, "messages", "messages=[] cannot be used"),
+    ({"messages": []}, "messages", "messages has 0 items: give 1 or more"),
     ({"messages": [{"role": "tool", "content": "a"}]}, "messages", "messages.0.role='tool' is not one of its values"),
     ({"messages": [{"role": "user"}]}, "messages", "messages.0.content is missing"),
     ({"messages": [{"role": "user", "content": None}]}, "messages", "messages.0.content with None"),

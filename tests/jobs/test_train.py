@@ -228,3 +228,22 @@ def test_generate_continues_the_prompt_the_same_way_with_the_same_seed(here: Pat
     assert first == second
     assert first["text"] != other["text"]
     assert first["prompt"] == "shoal of"
+
+
+def test_answers_that_are_cut_off_say_how_to_go_on(here: Path, whole: Path) -> None:
+    (here / "in.jsonl").write_text("".join(json.dumps({"prompt": f"shoal {i}"}) + "\n" for i in range(5000)))
+    command = ("generate", "runs/whole", "--input", "in.jsonl", "--output", "out.jsonl", "--tokens", "20")
+    with started(*command, cwd=here) as process:
+        ledger = here / "out.jsonl.partial"
+        wait_until(lambda: ledger.exists() and ledger.read_bytes().count(b"\n") > 3, process)
+        os.killpg(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=240)
+    assert process.returncode == 130
+    assert stderr.splitlines()[-1] == "go on with the same command: out.jsonl.partial keeps what is answered"
+    assert ledger.exists() and not (here / "out.jsonl").exists()
+
+
+def test_generate_names_its_own_options_where_prompt_and_answer_are_too_long(here: Path, whole: Path) -> None:
+    result = shoal_here("generate", "runs/whole", "--prompt", "shoal of", "--tokens", "100000", cwd=here)
+    assert (result.returncode, result.stdout) == (3, "")
+    assert "--tokens is 100000, together more than the model's context of" in result.stderr
