@@ -128,6 +128,9 @@ class RankActor:
             self.failed = True
             records += error.records
             records.append({"kind": "event", "step": trainer.step, "event": "failed", "text": str(error)})
+        except BaseException:
+            self.failed = True  # in the midst of a step: others wait for what comes next in it, not for another one
+            raise
         return records if self.rank == 0 else []
 
     def evaluate(self) -> Record:

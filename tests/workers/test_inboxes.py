@@ -214,6 +214,7 @@ def _abandoned(rank: int, world: int, corpus: str, folder: str, tallied: bool) -
         dispatcher.start = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)  # type: ignore[method-assign,assignment]
     with pytest.raises(symmetric.RowsMissing) as raised:
         actor.run(2)
+    assert actor.run(3) == [], "a call that was in flight begins another step"
     return last_line(raised.value)
 
 
