@@ -46,7 +46,7 @@ SMALL = ("train.steps=60", "train.batch=2", "train.sequence=64", "train.eval_eve
         (("submit", "train", *CPU, *RAY, "--runs-dir", "/r", "-n", "team"), 2, "--namespace is for Kubernetes"),
         (("submit", "train", *CPU, *RAY, "--runs-dir", "/r", "--dry-run", "client"), 2, "--dry-run is for Kubernetes"),
         (("submit", "train", *CPU, *RAY, "--runs-dir", "/r", "--name", "a/b"), 3, "--name 'a/b' is not a plain name"),
-        (("submit", "train", *RAY, "--runs-dir", "/r"), 3, "parallel.device='cpu', and the job asks for 1 GPUs"),
+        (("submit", "train", *RAY, "--runs-dir", "/r"), 3, "parallel.device='cpu', and the job asks for 1 GPU:"),
         (("submit", "serve", "first", *RAY), 2, "a service is no job of Ray's"),
         (("render", "train", *CPU, *RAY, "--runs-dir", "/r"), 2, "render writes manifests for Kubernetes"),
         (("submit", "train", *CPU, "--ray-address", "head:8265", "--runs-dir", "/r"), 3, "is not the address of a Ray"),
