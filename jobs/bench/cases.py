@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from shoal.jobs.bench.result import Row
+from shoal.jobs.interrupt import handled
 
 if TYPE_CHECKING:
     from torch.multiprocessing import ProcessContext
@@ -77,6 +77,21 @@ def run_cases(
         late = left[begun] in found  # its ranks failed as they let go of it
         say(f"{'measured, then' if late else 'left out,'} {of(ranks)}, {left[begun]}: {failed}")
         left = [case for case in left[begun + 1 :] if case not in found]
+
+
+def measure_each(
+    rank: int,
+    results: str,
+    cases: Sequence[Case],
+    measure: Callable[[Case], list[Row]],
+    after: Callable[[], object] = lambda: None,
+) -> None:
+    """Measures cases in turn; the first rank appends a line of JSON to ``results`` as each begins and ends. after:
+    called when a case is told of."""
+    for index, case in enumerate(cases):
+        tell(rank, results, {"begins": index})
+        tell(rank, results, {"case": index, "rows": measure(case)})
+        after()
 
 
 def tell(rank: int, results: str, line: dict[str, Any]) -> None:
@@ -141,22 +156,23 @@ def started(main: Callable[..., None], ranks: int, arguments: tuple[Any, ...]) -
     import torch.multiprocessing as mp
 
     came: list[int] = []
-    main_thread = threading.current_thread() is threading.main_thread()
-    heard = [number for number in STOPS if main_thread and callable(signal.getsignal(number))]
-    handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in heard}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # processes inherit it; other threads here may be signalled
-    try:
-        processes = mp.spawn(_begin, (main, *arguments), ranks, join=False)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with handled(minded(), lambda number, _: came.append(number)):
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # processes inherit it; other threads here may hear
+        try:
+            processes = mp.spawn(_begin, (main, *arguments), ranks, join=False)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
         if came:
             signal.raise_signal(came[0])
         yield processes
     finally:
         _end(processes.processes)  # those that wait for each other, and those of a caller that gives up
+
+
+def minded() -> list[signal.Signals]:
+    """Of ``STOPS`` those that Python handles here: neither ignored nor left to the system."""
+    return [number for number in STOPS if callable(signal.getsignal(number))]
 
 
 def _begin(rank: int, main: Callable[..., None], *arguments: Any) -> None:

@@ -15,8 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shoal.jobs.bench.cases import run_cases
-from shoal.jobs.bench.cases import tell as tell_case
+from shoal.jobs.bench.cases import measure_each, run_cases
 from shoal.jobs.bench.ending import cut_in_order, report, result_of
 from shoal.jobs.bench.registry import Settings
 from shoal.jobs.bench.result import Row, gpu_kind, time_row
@@ -134,8 +133,8 @@ def _measure(rank: int, world: int, device: Any, loads: Sequence[Load], results:
     if able and rank == 0:  # the others wait where all tell their time
         engines[""] = _engine(0, 1, device, sizes)
     ways = [(place, way) for place in graphs for way in (GRAPHS, PLAIN)] + [("", ALONE)]
-    for index, load in enumerate(loads):
-        tell_case(rank, results, {"begins": index})
+
+    def figures_of(load: Load) -> Figures:
         figures = []
         for place, way in ways if able else ():
             ms, engine = 0.0, engines.get(place)
@@ -146,7 +145,9 @@ def _measure(rank: int, world: int, device: Any, loads: Sequence[Load], results:
             slowest = max(microseconds for (microseconds,) in mesh.tell([round(1000 * ms)])) / 1000
             about = {"placement": place, "context": load.context, "at_once": load.at_once, "way": way}
             figures.append(about | {"ms": slowest})
-        tell_case(rank, results, {"case": index, "rows": figures})
+        return figures
+
+    measure_each(rank, results, loads, figures_of)
 
 
 def _share(engine: Any, at_once: int) -> int:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shoal.jobs.bench.cases import tell
+from shoal.jobs.bench.cases import measure_each
 from shoal.kernels.moe import route
 from shoal.kernels.moe.backend import experts_backend
 from shoal.kernels.moe.fan import by_rank, expand
@@ -74,9 +74,7 @@ def rank_main(rank: int, world: int, store: str, cases: list[Case], results: str
         torch.cuda.set_device(place)
     dist.init_process_group("nccl" if device == "cuda" else "gloo", f"file://{store}", world_size=world, rank=rank)
     bench = Bench(Group(tuple(range(world)), rank, dist.group.WORLD), place, cases[0].sizes)
-    for index, case in enumerate(cases):
-        tell(rank, results, {"begins": index})
-        tell(rank, results, {"case": index, "rows": bench.of(case)})
+    measure_each(rank, results, cases, bench.of)
     dist.barrier()
     dist.destroy_process_group()
 

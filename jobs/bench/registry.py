@@ -4,7 +4,6 @@ One that takes long yields its rows as it goes: those that it has when it is cut
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from shoal.jobs.bench import leave
-from shoal.jobs.bench.cases import STOPS
+from shoal.jobs.bench.cases import minded
 from shoal.jobs.bench.ending import result_of
 from shoal.jobs.bench.result import Document, gpu_kind
 from shoal.jobs.interrupt import handled
@@ -109,7 +108,7 @@ def measure(name: str, settings: Settings) -> Document:
     One that is cut off once it has yielded rows is told with these, named ``nsa-h100-cut``: see ``ending.py``. Raises
     KeyboardInterrupt where it has none.
     """
-    with handled([number for number in STOPS if callable(signal.getsignal(number))], leave):
+    with handled(minded(), leave):
         module = import_module(BENCHMARKS[name][0])
     whole: Callable[[Settings], Document] | None = getattr(module, "whole", None)
     if whole:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from shoal.jobs.bench import sequence_rank
-from shoal.jobs.bench.cases import tell
+from shoal.jobs.bench.cases import measure_each
 from shoal.jobs.bench.dispatch_ranks import Bench, Sizes, release
+from shoal.jobs.bench.result import Row
 from shoal.jobs.bench.scale_cases import Case, Training
 from shoal.workers.clock import Clock
 from shoal.workers.dispatch import Dispatcher
@@ -46,13 +48,12 @@ def rank_main(rank: int, ranks: int, store: str, cases: list[Case], results: str
             each.all_reduce(torch.zeros(1, device=device))  # all ranks make their connections now
     dtype = torch.bfloat16 if cuda else torch.float32
     peak = peak_flops(device.type, str(dtype).removeprefix("torch."))
-    for index, case in enumerate(cases):
-        tell(rank, results, {"begins": index})
+
+    def rows_of(case: Case) -> list[Row]:
         facts = _measure(case, group, device)
-        if facts:
-            facts |= {"peak_flops": peak, "itemsize": dtype.itemsize}
-        tell(rank, results, {"case": index, "rows": [facts] if facts else []})
-        release(device)
+        return [facts | {"peak_flops": peak, "itemsize": dtype.itemsize}] if facts else []
+
+    measure_each(rank, results, cases, rows_of, partial(release, device))
     if ranks > 1:
         dist.barrier()
         dist.destroy_process_group()

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shoal.jobs.bench.cases import tell
+from shoal.jobs.bench.cases import measure_each
+from shoal.jobs.bench.result import Row
 from shoal.kernels.nsa import BlockSizes, Layout, compress, make_layout, nsa_attention
 from shoal.kernels.nsa.compress import OwnBlocks
 from shoal.workers.clock import Clock
@@ -80,12 +81,11 @@ def rank_main(rank: int, ranks: int, store: str, cases: list[Case], results: str
         group = Group(tuple(range(ranks)), rank, dist.group.WORLD, dist.new_group())
         for each in (group, group.beside):
             each.all_reduce(torch.zeros(1, device=device))  # all ranks make their connections now
-    for index, case in enumerate(cases):
-        tell(rank, results, {"begins": index})
-        rows = _check(case, group, device) if case.kind == "check" else measure(case, group, device)
-        tell(rank, results, {"case": index, "rows": rows})
-        if cuda:
-            torch.cuda.empty_cache()
+
+    def rows_of(case: Case) -> list[Row]:
+        return _check(case, group, device) if case.kind == "check" else measure(case, group, device)
+
+    measure_each(rank, results, cases, rows_of, torch.cuda.empty_cache)  # which does nothing without a GPU
     if ranks > 1:
         dist.barrier()
         dist.destroy_process_group()
